@@ -1,0 +1,19 @@
+"""Matryoshka sparse autoencoders for any Hugging Face language model.
+
+Importing this package registers the model with transformers, so `AutoModel.from_pretrained` loads it without remote
+code.
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+
+__version__ = "0.1.0"
+
+AutoConfig.register(MatryoshkaSAEConfig.model_type, MatryoshkaSAEConfig, exist_ok=True)
+AutoModel.register(MatryoshkaSAEConfig, MatryoshkaSAE, exist_ok=True)
+# Every checkpoint takes these files along and names them in its `auto_map`, for readers who lack hf_msae.
+MatryoshkaSAEConfig.register_for_auto_class()
+MatryoshkaSAE.register_for_auto_class("AutoModel")
+
+__all__ = ["MatryoshkaSAE", "MatryoshkaSAEConfig", "__version__"]

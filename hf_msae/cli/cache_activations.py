@@ -1,0 +1,59 @@
+"""`hf-msae cache-activations`: a language model's activations on disk, to train on many times."""
+
+import logging
+from dataclasses import dataclass, field
+
+from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
+from hf_msae.data import ActivationStream, CachedActivations, TokenWindows, cache_activations
+from hf_msae.sites import resolve_site
+
+DESCRIPTION = """\
+Write activations to disk once, shuffled, and train from them with `hf-msae train --dataset DIR --model ...`. A token
+of a site of width d takes 2d bytes in bfloat16, 4d in float32. An interrupted cache goes on with the same command."""
+
+
+@dataclass
+class CacheArguments:
+    """What is written, and how."""
+
+    _argument_group_name = "cache"
+
+    output_dir: str = field(metadata={"help": "The folder to make."})
+    site: list[str] = field(metadata={"action": Collect, "help": "One or more sites, such as layers.12."})
+    max_tokens: int = field(metadata={"help": "How many tokens to write."})
+    context_length: int = field(default=512, metadata={"help": "Tokens per window."})
+    packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
+    shard_tokens: int = field(default=131_072, metadata={"help": "Tokens per file."})
+    block_tokens: int = field(default=262_144, metadata={"help": "Tokens shuffled together."})
+    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    batch_size: int = field(default=4096, metadata={"help": "Rows written at once."})
+    norm_outlier_multiple: float | None = field(
+        default=10.0, metadata={"help": "Drop tokens whose norm exceeds this multiple of the median; 0 keeps all."}
+    )
+    seed: int = field(default=0, metadata={"help": "Fixes the order."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, write, say where."""
+    parser = build_parser("cache-activations", DESCRIPTION, (SourceArguments, CacheArguments))
+    sources, args = parse(parser, arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    documents, _ = load_training_data(sources)
+    if isinstance(documents, CachedActivations):
+        raise ValueError(f"--dataset {sources.dataset} is an activation cache already; give text.")
+    model, tokenizer = load_language_model(sources)
+    windows = TokenWindows(documents, tokenizer, context_length=args.context_length, pack=args.packing)
+    stream = ActivationStream(
+        model,
+        [resolve_site(model, site) for site in args.site],
+        windows,
+        batch_size=args.batch_size,
+        block_tokens=args.block_tokens,
+        lm_batch_size=args.lm_batch_size,
+        seed=args.seed,
+        norm_outlier_multiple=args.norm_outlier_multiple or None,
+    )
+    folder = cache_activations(stream, args.output_dir, max_tokens=args.max_tokens, shard_tokens=args.shard_tokens)
+    index = CachedActivations(folder, batch_size=1)
+    print(f"Wrote {index.num_available:,} tokens to {folder}. Train on them with: hf-msae train --dataset {folder}")

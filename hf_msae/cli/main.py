@@ -1,0 +1,70 @@
+"""`hf-msae COMMAND`: finds the command, and turns what a user can mend into one line instead of a traceback."""
+
+import importlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Sequence
+
+# Name, module that has a `run(argv)`, and what it is for. Modules are imported when called: help must not wait for
+# torch.
+COMMANDS = {
+    "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
+    "cache-activations": ("hf_msae.cli.cache_activations", "write activations to disk, to train on many times"),
+}
+
+OVERVIEW = """\
+hf-msae: Matryoshka sparse autoencoders for any Hugging Face language model
+
+usage: hf-msae COMMAND [options]        hf-msae COMMAND --help
+
+{commands}
+
+Without --model and --dataset, commands use the story world that ships with the package, and need no network.
+
+examples:
+  hf-msae train
+  hf-msae train --model google/gemma-2-2b --dataset monology/pile-uncopyrighted --site layers.12 \\
+      --num-latents 65536 --k 40 --max-tokens 500M --output-dir runs/gemma
+  accelerate launch -m hf_msae.cli train --config run.yaml
+"""
+
+
+def overview() -> str:
+    """The text of `hf-msae --help`."""
+    width = max(map(len, COMMANDS))
+    return OVERVIEW.format(commands="\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0, 2 for input that cannot be used, 130 when interrupted, 1 for anything else."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        sys.exit(0)
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("hf-msae"))
+        sys.exit(0)
+    if arguments[0] not in COMMANDS:
+        print(f"hf-msae: there is no command {arguments[0]!r}\n\n{overview()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(_run(arguments[0], arguments[1:], debug))
+
+
+def _run(command: str, arguments: list[str], debug: bool) -> int:
+    from hf_msae.training import TrainingDiverged, TrainingInterrupted
+
+    try:
+        importlib.import_module(COMMANDS[command][0]).run(arguments)
+    except KeyboardInterrupt:
+        print("hf-msae: interrupted", file=sys.stderr)
+        return 130
+    except (TrainingInterrupted, TrainingDiverged, ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else "\n(--debug shows where this came from)"
+        print(f"hf-msae {command}: {error}{hint}", file=sys.stderr)
+        return 130 if isinstance(error, TrainingInterrupted) else 1 if isinstance(error, TrainingDiverged) else 2
+    return 0

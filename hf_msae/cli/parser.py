@@ -1,0 +1,120 @@
+"""Arguments from dataclasses, flags and a YAML file.
+
+`transformers.HfArgumentParser` turns dataclass fields into flags. Three things are added: numbers as people write them
+(500M, 65_536, 2k, 1/32), lists that may be given at once or by repeating the flag, and `--config run.yaml`, whose keys
+are the flags' names and which flags override.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_float(text: str) -> float:
+    """A number: 0.001, 3e-4, 1/32, 2k, 500M, 65_536."""
+    original, text = text, text.strip().replace(",", "").lower()
+    factor = 1
+    if text and text[-1] in SUFFIXES:
+        factor, text = SUFFIXES[text[-1]], text[:-1]
+    try:
+        if "/" in text:
+            above, below = text.split("/")
+            return float(above) / float(below) * factor
+        return float(text) * factor
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"{original!r} is not a number (write 65536, 65_536, 2k, 500M, 1e-3)"
+        ) from None
+
+
+def parse_int(text: str) -> int:
+    """A whole number, in the same spellings."""
+    number = parse_float(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(number)
+
+
+class Collect(argparse.Action):
+    """A list that grows with every repetition of its flag; the first one replaces the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        before = getattr(namespace, self.dest) if self.dest in given else []
+        given.add(self.dest)
+        setattr(namespace, self.dest, [*before, *values])
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, [], argparse.SUPPRESS) or "Default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def build_parser(command: str, description: str, dataclasses: Sequence[type]) -> HfArgumentParser:
+    """A parser for `hf-msae COMMAND` with a group of flags per dataclass."""
+    parser = HfArgumentParser(
+        list(dataclasses), prog=f"hf-msae {command}", description=description, formatter_class=HelpFormatter
+    )
+    converters = {int: parse_int, float: parse_float}
+    for action in parser._actions:
+        action.type = converters.get(action.type, action.type)  # type: ignore[arg-type, call-overload]
+        # Flags may be written with either sign; showing both would double the help.
+        action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; flags override it.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    return parser
+
+
+def parse(parser: HfArgumentParser, arguments: list[str]) -> tuple[Any, ...]:
+    """The dataclasses, filled from defaults, then the YAML file, then flags."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config, _ = finder.parse_known_args(arguments)
+    if config.config is not None:
+        parser.set_defaults(**_read_yaml(parser, Path(config.config)))
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(parser.dataclass_types)]
+
+
+def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
+    """A file's values, converted as flags are."""
+    if not path.is_file():
+        raise ValueError(f"There is no configuration file {path}.")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got a {type(values).__name__}.")
+    actions = {action.dest: action for action in parser._actions}
+    converted = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            raise ValueError(f"{path} has an unknown key {key!r}. `{parser.prog} --help` lists the known ones.")
+        converted[name] = _convert(actions[name], value, path)
+    return converted
+
+
+def _convert(action: argparse.Action, value: Any, path: Path) -> Any:
+    if action.nargs == "+":
+        return [_convert_one(action, item, path) for item in (value if isinstance(value, list) else [value])]
+    return _convert_one(action, value, path)
+
+
+def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
+    if value is None or not callable(action.type):
+        return value
+    try:
+        return action.type(str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{path}: {action.dest}: {error}") from None

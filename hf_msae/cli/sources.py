@@ -1,0 +1,133 @@
+"""`--model` and `--dataset`: what they name, loaded, with errors in words."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_msae.data import CachedActivations, is_activation_cache, load_documents
+from hf_msae.worlds.stories import StoryWorld, story_lm_path
+
+# What `--model` and `--dataset` are when not given: the story world, for which nothing is downloaded.
+STORIES = "stories"
+STORY_DOCUMENTS = 1_000_000
+
+
+@dataclass
+class SourceArguments:
+    """Where tokens come from and which model reads them."""
+
+    _argument_group_name = "model and data"
+
+    model: str = field(
+        default=STORIES,
+        metadata={"help": "The language model: a Hub id or a folder; 'stories' is the one in the package."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision in which the language model runs."}
+    )
+    device_map: str | None = field(
+        default=None, metadata={"help": "'auto' splits a language model that is too large over all devices."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub dataset (streamed), a .txt, .jsonl or .parquet file or a folder of them, a dataset saved "
+            "to "
+            "disk, or an activation cache. Default: the story world with the story model."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column with chats; they go through the tokenizer's chat template."}
+    )
+    separator: str | None = field(
+        default=None,
+        metadata={"help": "What separates documents in .txt files. Default: <|endoftext|> if used, else blank lines."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Text to measure on. Default: the first documents, which are then held out."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to measure on, of --eval-dataset or else of --dataset."}
+    )
+
+
+def load_language_model(args: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model on this process's device (or split by `device_map`), in evaluation mode, and its tokenizer."""
+    name: str | Path = story_lm_path() if args.model == STORIES else args.model
+    if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise ValueError(f"There is no model at {name}. Give a folder that holds a config.json, or a Hub id.")
+    hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_encoder(config.architectures)
+        auto_class = AutoModelForCausalLM if causal or args.trust_remote_code else AutoModel
+        dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
+        model = auto_class.from_pretrained(name, dtype=dtype, device_map=args.device_map, **hub)
+    except OSError as error:
+        raise ValueError(f"Cannot load the model {args.model!r}: {error}") from error
+    if args.device_map is None:
+        model = model.to(PartialState().device)
+    if args.model == STORIES:
+        model.config.name_or_path = STORIES
+    return model.eval(), tokenizer
+
+
+def _is_encoder(architectures: list[str] | None) -> bool:
+    return any(name.endswith("ForMaskedLM") for name in architectures or [])
+
+
+def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
+    """What `SAETrainer` takes as `train_dataset` and `eval_dataset`."""
+    if args.dataset is None:
+        if args.model != STORIES:
+            raise ValueError(f"--model {args.model} needs a --dataset. (Only the story model has one by default.)")
+        return StoryWorld(seed=0).documents(STORY_DOCUMENTS), _eval_data(args)
+    if is_activation_cache(args.dataset):
+        return CachedActivations(args.dataset, batch_size=1), _eval_data(args)
+    documents = load_documents(
+        args.dataset,
+        name=args.dataset_name,
+        split=args.dataset_split,
+        revision=args.dataset_revision,
+        text_column=args.text_column,
+        messages_column=args.messages_column,
+        separator=args.separator,
+    )
+    return documents, _eval_data(args)
+
+
+def _eval_data(args: SourceArguments) -> Any:
+    if args.eval_dataset is None and args.eval_split is None:
+        return None
+    source = args.eval_dataset or args.dataset
+    if source is None:
+        raise ValueError("--eval-split needs a --dataset or an --eval-dataset that has that split.")
+    same = args.eval_dataset is None
+    return load_documents(
+        source,
+        name=args.dataset_name if same else None,
+        split=args.eval_split or "train",
+        revision=args.dataset_revision if same else None,
+        text_column=args.text_column,
+        messages_column=args.messages_column,
+        separator=args.separator,
+    )

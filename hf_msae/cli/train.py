@@ -1,0 +1,193 @@
+"""`hf-msae train`: a grid of SAEs from one pass of a language model."""
+
+import itertools
+import logging
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
+from hf_msae.data import CachedActivations
+from hf_msae.metrics import Measurement, table_rows
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.training import SAETrainer, SAETrainingArguments
+
+DESCRIPTION = """\
+Train a Matryoshka SAE, or, where --site, --num-latents or --k are given more than once, every combination of them from
+one pass of the language model. Numbers may be written 65_536, 2k, 500M, 1/32. Without --model and --dataset: the story
+world that ships with the package."""
+
+
+@dataclass
+class SAEArguments:
+    """What is trained; the fields are those of `MatryoshkaSAEConfig`."""
+
+    _argument_group_name = "sparse autoencoder"
+
+    site: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": Collect,
+            "help": "Where in the model: layers.12, layers.12.mlp, layers.12.attn, embeddings, "
+            "or a module path. Default: the middle layer.",
+        },
+    )
+    num_latents: list[int] = field(
+        default_factory=list,
+        metadata={"action": Collect, "help": "Size of the dictionary. Default: 16 times the width."},
+    )
+    k: list[float] = field(
+        default_factory=list,
+        metadata={
+            "action": Collect,
+            "help": "Active latents per token. Default: 32, or fewer for a small dictionary.",
+        },
+    )
+    prefix_sizes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": Collect,
+            "help": "Nested sizes, as numbers of latents (2048 8192 65536) or shares (1/16 1/4 1). "
+            "Default: 1/16 1/8 1/4 1/2 1.",
+        },
+    )
+    activation: Literal["batch_topk", "topk", "jumprelu", "relu"] = field(
+        default="batch_topk", metadata={"help": "How latents become sparse."}
+    )
+    level_weights: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": Collect,
+            "help": "Weight of each level's loss: uniform, size, or a number per level. Default: uniform.",
+        },
+    )
+    balance: float | None = field(
+        default=None,
+        metadata={"help": "Weights c^(levels inward) instead, against hedging; 0.75 is a good first try."},
+    )
+    detach_prefixes: bool = field(
+        default=False, metadata={"help": "Keep a level's gradient from the levels inside it."}
+    )
+    log_loss: bool = field(default=False, metadata={"help": "Weigh the logarithm of each level's loss."})
+    prefix_sampling: Literal["fixed", "pareto"] = field(
+        default="fixed", metadata={"help": "Train the prefix sizes, or draw new ones every step."}
+    )
+    num_sampled_prefixes: int = field(default=10, metadata={"help": "How many sizes a step draws with pareto."})
+    aux_loss_weight: float = field(
+        default=1 / 32, metadata={"help": "Weight of the loss that revives dead latents. Default: 1/32."}
+    )
+    sparsity_weight: float = field(default=0.01, metadata={"help": "Penalty of relu (where it starts) and jumprelu."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, train, print."""
+    parser = build_parser("train", DESCRIPTION, (SourceArguments, SAEArguments, SAETrainingArguments))
+    sources, sae_args, training_args = parse(parser, arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    dataset, eval_dataset = load_training_data(sources)
+    model, tokenizer = load_language_model(sources)
+    saes = make_saes(model, sae_args, dataset)
+    trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
+    measurements = trainer.train()
+    if PartialState().is_main_process:
+        report(trainer, measurements, sources.model)
+
+
+def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any) -> list[MatryoshkaSAE]:
+    """An SAE for every combination of sites, sizes and k."""
+    names = args.site or _default_sites(model, dataset)
+    saes = []
+    for name in names:
+        site = resolve_site(model, name)
+        width = site_width(model, site)
+        for num_latents, k in itertools.product(args.num_latents or [16 * width], args.k or [None]):
+            config = MatryoshkaSAEConfig(
+                hidden_size=width,
+                num_latents=num_latents,
+                prefix_sizes=parse_prefix_sizes(args.prefix_sizes, num_latents),
+                k=k if k is not None else min(32, max(1, num_latents // 128)),
+                activation=args.activation,
+                level_weights=_level_weights(args.level_weights),
+                balance=args.balance,
+                detach_prefixes=args.detach_prefixes,
+                log_loss=args.log_loss,
+                prefix_sampling=args.prefix_sampling,
+                num_sampled_prefixes=args.num_sampled_prefixes,
+                aux_loss_weight=args.aux_loss_weight,
+                sparsity_weight=args.sparsity_weight,
+                site=str(site),
+            )
+            saes.append(MatryoshkaSAE(config))
+    return saes
+
+
+def _default_sites(model: PreTrainedModel, dataset: Any) -> list[str]:
+    """The sites of an activation cache, else the layer in the middle, where features are richest."""
+    if isinstance(dataset, CachedActivations):
+        return [str(site) for site in dataset.sites]
+    layers = model.config.get_text_config().num_hidden_layers
+    return [f"layers.{(layers - 1) // 2}"]
+
+
+def parse_prefix_sizes(values: list[str], num_latents: int) -> list[int] | None:
+    """Sizes from numbers and shares of `num_latents`; None where none are given."""
+    if not values:
+        return None
+    sizes = []
+    for text in values:
+        try:
+            number = Fraction(text.replace("_", ""))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(
+                f"--prefix-sizes: {text!r} is neither a number of latents nor a share such as 1/16."
+            ) from None
+        # 1 is the whole dictionary: a prefix of a single latent is of no use to anyone.
+        sizes.append(int(number * num_latents) if number <= 1 else int(number))
+    return sizes
+
+
+def _level_weights(values: list[str]) -> str | list[float]:
+    if not values:
+        return "uniform"
+    if len(values) == 1 and not values[0][0].isdigit():
+        return values[0]
+    return [float(Fraction(value)) for value in values]
+
+
+def report(trainer: SAETrainer, measurements: dict[str, Measurement], model_name: str) -> None:
+    """The table of each SAE, where it lies, and what to do next."""
+    console = Console(highlight=False)
+    for name, measurement in measurements.items():
+        header, rows = table_rows(measurement)
+        counted = f"{measurement.tokens:,} held-out tokens"
+        if measurement.ce_tokens:
+            counted += f", cross-entropy on {measurement.ce_tokens:,}"
+        table = Table(title=f"{name}  ({counted})", title_justify="left", title_style="bold")
+        for column in header:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    first = trainer.folder(trainer.output_dir, next(iter(measurements)))
+    saved = [str(trainer.folder(trainer.output_dir, name)) for name in measurements]
+    console.print("Saved to " + ", ".join(saved), soft_wrap=True)
+    console.print(next_steps(first, trainer.sites[next(iter(measurements))], model_name), soft_wrap=True)
+
+
+def next_steps(folder: Path, site: Site, model_name: str) -> str:
+    """Three commands that follow from a first run."""
+    given = "" if model_name == STORIES else f" --model {model_name} --dataset ..."
+    return f"""
+Next:
+  python -c "from hf_msae import MatryoshkaSAE; sae = MatryoshkaSAE.from_pretrained('{folder}', prefix=64); print(sae)"
+  hf-msae train{given} --site {site} --k 4 8 16 --output-dir runs/grid      # three SAEs from one pass
+  hf-msae train --model gpt2 --dataset Salesforce/wikitext --dataset-name wikitext-103-raw-v1 --max-tokens 20M \
+--output-dir runs/gpt2      # your own model"""

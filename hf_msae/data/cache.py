@@ -1,0 +1,337 @@
+"""Activations on disk: written once from a stream, read many times as one.
+
+Training many dictionaries on the same site repeats the same forward passes. `cache_activations` writes a stream's
+batches into safetensors shards, one tensor per site, and `CachedActivations` reads them back, shuffled anew in every
+epoch, with the interface of `ActivationStream`. A token of a 2,304-wide model in bfloat16 takes 4.6 kB per site, so
+100 million take 460 GB: cache what is read more than once.
+
+A cache is written into a folder beside its own name and renamed when it is whole, so a cache that exists is complete.
+The folder keeps the stream's state after each shard; the same call made again continues there. Ranks do not share out
+whole shards but rows of every shard, so all have exactly the same number of batches and none waits for another at the
+end.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_msae.data.stream import ActivationStream, BatchIterator, seeded_generator
+from hf_msae.sites import Site
+
+INDEX = "index.json"
+PROGRESS = "progress.json"
+FORMAT = "hf_msae.activations"
+VERSION = 1
+
+
+class CacheError(ValueError):
+    """An activation cache that is missing, incomplete or damaged, or lacks what was asked of it."""
+
+
+def cache_activations(
+    stream: ActivationStream, directory: str | Path, *, max_tokens: int, shard_tokens: int = 2**17
+) -> Path:
+    """Writes a stream's activations to disk, in the dtype in which the model gives them.
+
+    Args:
+        stream: a stream that has not given a batch yet.
+        directory: the folder to make. What is written before it is whole lies in `<directory>.incomplete`; calling
+            again with the same stream and settings continues it.
+        max_tokens: the most tokens to write; rounded down to whole batches. Fewer are written where the data ends
+            before.
+        shard_tokens: tokens per shard, rounded down to whole batches; a reader holds one shard in memory.
+
+    Returns:
+        The folder: shards `activations-00000.safetensors`, ... with one tensor (tokens, hidden_size) per site, and
+        `index.json` with what they were made from.
+
+    Raises:
+        CacheError: the folder exists, or the unfinished one was begun with other settings; or the disk is too small.
+        ValueError: `max_tokens` is less than one batch, or the stream was already used.
+    """
+    directory = Path(directory)
+    if max_tokens < stream.batch_size:
+        raise ValueError(f"max_tokens ({max_tokens:,}) is less than one batch of the stream ({stream.batch_size:,})")
+    if stream.num_tokens:
+        raise ValueError("the stream has already given batches; pass a fresh one, so that the cache is complete")
+    if directory.exists():
+        raise CacheError(f"{directory} already exists; remove it, or choose another folder for the cache")
+    writer = _CacheWriter(stream, directory, max(1, shard_tokens // stream.batch_size), max_tokens)
+    return writer.write()
+
+
+class _CacheWriter:
+    """One run of `cache_activations`."""
+
+    def __init__(self, stream: ActivationStream, directory: Path, shard_batches: int, max_tokens: int) -> None:
+        self.stream = stream
+        self.directory = directory
+        self.unfinished = _unfinished(directory)
+        self.shard_batches = shard_batches
+        self.max_tokens = max_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.hidden_sizes: dict[str, int] = {}
+        self.dtypes: dict[str, str] = {}
+
+    def write(self) -> Path:
+        self._begin()
+        with logging.tqdm(total=self.max_tokens, desc="Caching activations", unit=" tokens") as progress:
+            progress.update(self.stream.num_tokens)
+            while batches := self._next_batches():
+                self._write_shard(batches)
+                progress.update(len(batches) * self.stream.batch_size)
+        index = {"format": FORMAT, "version": VERSION, "num_tokens": self.stream.num_tokens, "shards": self.shards}
+        index |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes, **self._settings()}
+        _write_json(self.unfinished / INDEX, index)
+        self.unfinished.rename(self.directory)
+        (self.directory / PROGRESS).unlink()
+        return self.directory
+
+    def _settings(self) -> dict[str, Any]:
+        """What the cache was made from; an unfinished cache is continued only where this is the same."""
+        windows, model = self.stream.windows, self.stream.model
+        return {
+            "base_model": model.name_or_path,
+            "tokenizer": windows.tokenizer.name_or_path,
+            "dataset": windows.documents.description,
+            "context_length": windows.context_length,
+            "pack": windows.pack,
+            "batch_size": self.stream.batch_size,
+            "shard_batches": self.shard_batches,
+            **self.stream.settings,
+        }
+
+    def _begin(self) -> None:
+        """Makes the unfinished folder, or takes up the one that an earlier run left."""
+        progress_file = self.unfinished / PROGRESS
+        if not progress_file.exists():
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+            return
+        progress = json.loads(progress_file.read_text(encoding="utf-8"))
+        ours = self._settings()
+        changed = [key for key in ours if ours[key] != progress["settings"].get(key)]
+        if changed:
+            raise CacheError(
+                f"{self.unfinished} holds an unfinished cache with another {' and '.join(changed)} "
+                f"({', '.join(repr(progress['settings'].get(key)) for key in changed)}, now "
+                f"{', '.join(repr(ours[key]) for key in changed)}). Remove it to begin anew, or use the same settings."
+            )
+        self.shards = progress["shards"]
+        self.hidden_sizes, self.dtypes = progress["hidden_sizes"], progress["dtypes"]
+        self.stream.load_state_dict(progress["stream"])
+
+    def _next_batches(self) -> list[dict[Site, Tensor]]:
+        batches: list[dict[Site, Tensor]] = []
+        while len(batches) < self.shard_batches and self.stream.num_tokens + self.stream.batch_size <= self.max_tokens:
+            batch = next(self.stream, None)
+            if batch is None:
+                break
+            if not self.hidden_sizes:
+                self._describe(batch)
+            batches.append({site: rows.cpu() for site, rows in batch.items()})
+        return batches
+
+    def _describe(self, batch: Mapping[Site, Tensor]) -> None:
+        self.hidden_sizes = {str(site): rows.shape[1] for site, rows in batch.items()}
+        self.dtypes = {str(site): str(rows.dtype).removeprefix("torch.") for site, rows in batch.items()}
+        token_bytes = sum(rows.shape[1] * rows.element_size() for rows in batch.values())
+        free = shutil.disk_usage(self.unfinished).free
+        if token_bytes * self.max_tokens > free:
+            raise CacheError(
+                f"{self.max_tokens:,} tokens need {token_bytes * self.max_tokens / 1e9:.1f} GB, but the disk of "
+                f"{self.directory} has {free / 1e9:.1f} GB free; lower max_tokens or choose another disk"
+            )
+
+    def _write_shard(self, batches: Sequence[Mapping[Site, Tensor]]) -> None:
+        name = f"activations-{len(self.shards):05d}.safetensors"
+        tensors = {str(site): torch.cat([batch[site] for batch in batches]) for site in batches[0]}
+        save_file(tensors, self.unfinished / (name + ".part"))
+        os.replace(self.unfinished / (name + ".part"), self.unfinished / name)
+        self.shards.append({"file": name, "num_tokens": len(batches) * self.stream.batch_size})
+        progress = {"settings": self._settings(), "shards": self.shards, "stream": self.stream.state_dict()}
+        progress |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes}
+        _write_json(self.unfinished / PROGRESS, progress)
+
+
+class CachedActivations(BatchIterator):
+    """Shuffled batches from an activation cache, with the interface of `ActivationStream`.
+
+    The order of the shards and the order of rows in each are pure in (seed, rank, epoch, shard). A rank reads its own
+    equal share of the rows of every shard, from a memory-mapped file; one share is in memory at a time. Batches are on
+    the CPU.
+
+    Args:
+        directory: what `cache_activations` wrote.
+        batch_size: rows per batch; need not be that of the stream.
+        seed: fixes all orders.
+        sites: the sites to read; None reads all.
+        rank, world_size: this process among those that share the cache.
+        epochs: how many times to go through it.
+
+    Attributes:
+        index: the contents of index.json.
+        num_available: rows that this rank will see, over all epochs.
+        num_tokens, num_dropped: as in `BatchIterator`. A remainder of a shard that does not divide by `world_size` is
+            left out, and is not counted as dropped.
+
+    Raises:
+        CacheError: there is no complete cache, a shard is missing or damaged, or a site is unknown.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        sites: Sequence[Site | str] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        epochs: int = 1,
+    ) -> None:
+        super().__init__(batch_size)
+        if not 0 <= rank < world_size or epochs < 1:
+            raise ValueError(
+                f"expected 0 <= rank < world_size and epochs >= 1, got rank {rank} of {world_size}, {epochs} epochs"
+            )
+        self.directory = Path(directory)
+        self.index = _read_index(self.directory)
+        self.sites = _choose_sites(self.index, self.directory, sites)
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epochs = epochs
+        self.num_available = epochs * sum(self._share(shard) for shard in self.index["shards"])
+        self._number = -1  # Shards begun, over all epochs.
+        self._state = self._place()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch after which `state` was taken; reads that batch's shard again.
+
+        Raises `ValueError` where the state is of a reader with another order.
+        """
+        if state["settings"] != self.settings:
+            raise ValueError(
+                f"the state was taken of a cache read with {state['settings']}, this one: {self.settings}"
+            )
+        self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
+        self._ended = False
+        self._number = state["shard"] - 1
+        self._order = self._order[:0]
+        self._position = 0
+        if state["position"]:
+            self._advance()
+            self._position = state["position"]
+        self._state = copy.deepcopy(dict(state))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which token comes when."""
+        tokens = [shard["num_tokens"] for shard in self.index["shards"]]
+        return {"seed": self.seed, "rank": self.rank, "world_size": self.world_size, "shard_tokens": tokens}
+
+    def _place(self) -> dict[str, Any]:
+        used_up = self._position == len(self._order)
+        return {
+            "num_tokens": self.num_tokens,
+            "num_dropped": self.num_dropped,
+            "settings": self.settings,
+            "shard": self._number + used_up,
+            "position": 0 if used_up else self._position,
+        }
+
+    def _share(self, shard: Mapping[str, Any]) -> int:
+        """Rows of one shard that belong to each rank."""
+        return shard["num_tokens"] // self.world_size
+
+    def _advance(self) -> bool:
+        shards = self.index["shards"]
+        if self._number + 1 == self.epochs * len(shards):
+            return False
+        self._number += 1
+        epoch, place = divmod(self._number, len(shards))
+        order = torch.randperm(len(shards), generator=seeded_generator(self.seed, self.rank, epoch))
+        shard = int(place)
+        rows = self._share(shards[shard])
+        # Let go of the last shard before the next is read, so that only one is in memory.
+        self._block = {}
+        with safe_open(self.directory / shards[shard]["file"], framework="pt") as file:
+            for site in self.sites:
+                self._block[site] = file.get_slice(str(site))[self.rank * rows : (self.rank + 1) * rows]
+        self._order = torch.randperm(rows, generator=seeded_generator(self.seed, self.rank, epoch, shard))
+        return True
+
+
+def is_activation_cache(path: str | Path) -> bool:
+    """Whether a folder holds a complete activation cache."""
+    index = Path(path) / INDEX
+    if not index.is_file():
+        return False
+    try:
+        contents = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(contents, dict) and contents.get("format") == FORMAT
+
+
+def _unfinished(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".incomplete")
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    """The index of a complete cache whose shards are all there; only their headers are read."""
+    if not is_activation_cache(directory):
+        if (_unfinished(directory) / PROGRESS).exists():
+            raise CacheError(
+                f"the activation cache {directory} is incomplete (it lies in {_unfinished(directory)}); call "
+                "cache_activations again with the same settings to finish it"
+            )
+        raise CacheError(f"no activation cache at {directory}; cache_activations makes one")
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    if index["version"] != VERSION:
+        raise CacheError(
+            f"the activation cache {directory} has version {index['version']}, this hf_msae reads {VERSION}; "
+            "write it anew"
+        )
+    for shard in index["shards"]:
+        _check_shard(directory / shard["file"], shard["num_tokens"], index["hidden_sizes"])
+    return index
+
+
+def _check_shard(path: Path, num_tokens: int, hidden_sizes: Mapping[str, int]) -> None:
+    expected = {site: [num_tokens, hidden_size] for site, hidden_size in hidden_sizes.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"the shard {path} is missing or damaged ({error}); write the cache anew") from error
+    if found != expected:
+        raise CacheError(f"the shard {path} holds {found}, its index says {expected}; write the cache anew")
+
+
+def _choose_sites(index: Mapping[str, Any], directory: Path, sites: Sequence[Site | str] | None) -> list[Site]:
+    known = list(index["hidden_sizes"])
+    chosen = known if sites is None else [str(Site.parse(str(site))) for site in sites]
+    unknown = [site for site in chosen if site not in known]
+    if unknown or not chosen:
+        raise CacheError(
+            f"the activation cache {directory} has no site {', '.join(unknown) or '(none was named)'}; "
+            f"it has: {', '.join(known)}"
+        )
+    return [Site.parse(site) for site in chosen]
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,268 @@
+"""Where rows lie and how to come back to one: sequences, text and JSON files, streamed `datasets`.
+
+A `Source` opens a `Cursor`; a cursor reads rows in order, skips them, and tells its position as something that JSON
+can hold, so that a run that was killed continues at exactly the next row. Text and JSON files are read here, with
+their byte offsets, because that needs no dependency and jumps straight to the offset; everything else goes through
+`datasets`, which keeps a state of its own. Rows are numbered from 0 in the order in which a source gives them, and
+that order never changes.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+END_OF_TEXT = "<|endoftext|>"
+CHUNK_BYTES = 1 << 20
+
+
+class DatasetError(ValueError):
+    """The documents asked for do not exist or are not what was said of them."""
+
+
+class Cursor(Protocol):
+    """One pass over a source."""
+
+    def read(self) -> Any:
+        """The next row. Raises `EOFError` after the last."""
+
+    def skip(self, count: int) -> None:
+        """Passes over the next `count` rows (or as many as are left), without decoding them where that is possible."""
+
+    def position(self) -> Any:
+        """Where the next row begins, for `Source.open`; only numbers, strings, lists and dicts."""
+
+
+class Source(Protocol):
+    """Rows in a fixed order."""
+
+    num_documents: int | None
+
+    def open(self, position: Any | None = None) -> Cursor:
+        """A pass from the beginning, or from a position that a cursor of this source has given."""
+
+
+class SequenceSource:
+    """Rows of anything with a length and an index; jumping costs nothing."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+        self.num_documents: int | None = len(rows)
+
+    def open(self, position: int | None = None) -> "SequenceCursor":
+        return SequenceCursor(self.rows, position or 0)
+
+
+class SequenceCursor:
+    def __init__(self, rows: Sequence[Any], index: int) -> None:
+        self.rows = rows
+        self.index = index
+
+    def read(self) -> Any:
+        if self.index >= len(self.rows):
+            raise EOFError
+        row = self.rows[self.index]
+        self.index += 1
+        return row
+
+    def skip(self, count: int) -> None:
+        self.index += count
+
+    def position(self) -> int:
+        return self.index
+
+
+class FileSource:
+    """Rows of .txt, .jsonl and .json files, read in the order of `paths`.
+
+    A .txt file gives rows `{"text": ...}`, split at `separator` (default: `<|endoftext|>` where the first megabyte of
+    the file has it, else blank lines) and stripped of surrounding white space; pieces that are empty are no rows.
+    """
+
+    def __init__(self, paths: Sequence[Path], separator: str | None = None) -> None:
+        self.paths = list(paths)
+        self.separator = separator
+        self.num_documents: int | None = None
+
+    def open(self, position: Sequence[int] | None = None) -> "FileCursor":
+        file_number, offset = position or (0, 0)
+        return FileCursor(self, file_number, offset)
+
+
+class FileCursor:
+    def __init__(self, source: FileSource, file_number: int, offset: int) -> None:
+        self.source = source
+        self.file_number = file_number
+        self.offset = offset
+        self.pieces: Iterator[tuple[Any, int]] | None = None
+        self.parse: Callable[[Path, Any, int], Any] = _parse_text
+
+    def read(self) -> Any:
+        begin, piece = self._next_piece()
+        return self.parse(self.source.paths[self.file_number], piece, begin)
+
+    def skip(self, count: int) -> None:
+        for _ in range(count):
+            try:
+                self._next_piece()
+            except EOFError:
+                return
+
+    def position(self) -> list[int]:
+        return [self.file_number, self.offset]
+
+    def _next_piece(self) -> tuple[int, Any]:
+        """The next undecoded row and the offset after the row before it."""
+        while self.file_number < len(self.source.paths):
+            if self.pieces is None:
+                path = self.source.paths[self.file_number]
+                self.pieces, self.parse = _open_pieces(path, self.offset, self.source.separator)
+            for piece, end in self.pieces:
+                begin, self.offset = self.offset, end
+                return begin, piece
+            if self.file_number == len(self.source.paths) - 1:
+                break
+            self.file_number, self.offset, self.pieces = self.file_number + 1, 0, None
+        raise EOFError
+
+
+class StreamSource:
+    """Rows of a `datasets.IterableDataset`, whose own `state_dict` is the position.
+
+    A `datasets` stream has one state for all iterators over it, so only the pass that was opened last can tell its
+    position. A stream that was shuffled with a buffer resumes without the buffer's rows (a limit of `datasets`).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.num_documents: int | None = None
+        self.start = dataset.state_dict()
+        self.latest: StreamCursor | None = None
+
+    def open(self, position: dict[str, Any] | None = None) -> "StreamCursor":
+        self.latest = StreamCursor(self, self.start if position is None else position)
+        return self.latest
+
+
+class StreamCursor:
+    def __init__(self, source: StreamSource, position: dict[str, Any]) -> None:
+        self.source = source
+        self.opened_at = position
+        self.started = False
+        source.dataset.load_state_dict(position)
+        self.rows = iter(source.dataset)
+
+    def read(self) -> Any:
+        self.started = True
+        for row in self.rows:
+            return row
+        raise EOFError
+
+    def skip(self, count: int) -> None:
+        for _ in range(count):
+            try:
+                self.read()
+            except EOFError:
+                return
+
+    def position(self) -> dict[str, Any]:
+        if self.source.latest is not self:
+            raise RuntimeError(
+                "a second pass over this streamed dataset has begun, so the first can no longer tell its position; "
+                "load the dataset once for each pass that runs at the same time"
+            )
+        return self.source.dataset.state_dict() if self.started else self.opened_at
+
+
+def _open_pieces(
+    path: Path, offset: int, separator: str | None
+) -> tuple[Iterator[tuple[Any, int]], Callable[[Path, Any, int], Any]]:
+    """Undecoded rows of one file with the offset after each, and the function that decodes one."""
+    handle = path.open("rb")
+    if path.suffix == ".txt":
+        if separator is None and END_OF_TEXT.encode() in handle.read(CHUNK_BYTES):
+            separator = END_OF_TEXT
+        handle.seek(offset)
+        if separator is None:
+            return _paragraphs(handle, offset), _parse_text
+        return _separated(handle, offset, separator.encode()), _parse_text
+    if path.suffix == ".json" and handle.read(CHUNK_BYTES).lstrip()[:1] == b"[":
+        return _array_items(path, handle, offset), _parse_object
+    handle.seek(offset)
+    return _lines(handle, offset), _parse_line
+
+
+def _separated(handle: BinaryIO, offset: int, separator: bytes) -> Iterator[tuple[bytes, int]]:
+    with handle:
+        rest = b""
+        while chunk := handle.read(CHUNK_BYTES):
+            *pieces, rest = (rest + chunk).split(separator)
+            for piece in pieces:
+                offset += len(piece) + len(separator)
+                if piece.strip():
+                    yield piece, offset
+        if rest.strip():
+            yield rest, offset + len(rest)
+
+
+def _paragraphs(handle: BinaryIO, offset: int) -> Iterator[tuple[bytes, int]]:
+    with handle:
+        lines: list[bytes] = []
+        for line in handle:
+            offset += len(line)
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield b"".join(lines), offset
+                lines = []
+        if lines:
+            yield b"".join(lines), offset
+
+
+def _lines(handle: BinaryIO, offset: int) -> Iterator[tuple[bytes, int]]:
+    with handle:
+        for line in handle:
+            offset += len(line)
+            if line.strip():
+                yield line, offset
+
+
+def _array_items(path: Path, handle: BinaryIO, offset: int) -> Iterator[tuple[Any, int]]:
+    """Items of a .json file that is one array; such a file has to be held whole, and its offset counts items."""
+    with handle:
+        handle.seek(0)
+        try:
+            items = json.load(handle)
+        except ValueError as error:
+            raise DatasetError(f"{path} begins like a JSON array but is not one: {error}") from error
+    for index in range(offset, len(items)):
+        yield items[index], index + 1
+
+
+def _parse_text(path: Path, piece: bytes, begin: int) -> dict[str, str]:
+    try:
+        return {"text": piece.decode("utf-8").lstrip("\ufeff").strip()}
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{path} is not UTF-8 text in the document that begins at byte {begin}: {error}. "
+            "Convert the file to UTF-8."
+        ) from error
+
+
+def _parse_line(path: Path, piece: bytes, begin: int) -> dict[str, Any]:
+    try:
+        row = json.loads(piece)
+    except ValueError as error:
+        raise DatasetError(
+            f"{path}, the line at byte {begin} is not JSON: {error}. Expected one object a line, "
+            'such as {"text": "..."}.'
+        ) from error
+    return _parse_object(path, row, begin)
+
+
+def _parse_object(path: Path, row: Any, begin: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DatasetError(
+            f'{path} holds a {type(row).__name__} at offset {begin}, expected an object such as {{"text": "..."}}'
+        )
+    return row

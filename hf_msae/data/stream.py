@@ -1,0 +1,332 @@
+"""Activations on the fly: windows go through the language model in blocks, and come out as shuffled batches.
+
+Neighbouring tokens have similar activations, so batches must mix many documents. The stream harvests a block of
+windows, draws a permutation of the block's tokens, hands out batches along it, and harvests the next block.
+`block_tokens` is the knob: a batch mixes about block_tokens / context_length windows, and a block takes block_tokens *
+hidden_size elements of memory per site (262,144 tokens of a 2,304-wide model in bfloat16: 1.2 GB). The permuted block
+is never materialised; a batch gathers its own rows.
+
+The permutation depends on (seed, shard, block number) alone, and a batch on nothing but the block and the place in it.
+So the state of a stream is small (where the block began in the text, and how much of it was handed out), and a resumed
+run repeats at most one block of forward passes before it continues bit for bit.
+
+The LM's forward order and the order of batches touch only in `_advance`, which fills the next block; harvesting ahead
+on another CUDA stream would change that method and nothing else.
+"""
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_msae.data.sources import DatasetError
+from hf_msae.data.windows import TokenWindows, Window, collate
+from hf_msae.sites import Site, capture, resolve_site
+
+
+class ActivationError(ValueError):
+    """The language model gave activations that no dictionary can be trained on."""
+
+
+class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
+    """Batches of exactly `batch_size` rows, cut across blocks of activations that a subclass provides.
+
+    The state is taken when a batch is complete, so that whatever interrupts the making of the next one (an error,
+    Ctrl-C) leaves the state of the batch before it.
+
+    Attributes:
+        num_tokens: rows handed out so far, those before a resume included.
+        num_dropped: rows at the end of the data that did not fill a batch.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.num_tokens = 0
+        self.num_dropped = 0
+        self._block: dict[Site, Tensor] = {}
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._position = 0
+        self._ended = False
+        self._state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the latest batch; JSON can hold it."""
+        return copy.deepcopy(self._state)
+
+    @abstractmethod
+    def _advance(self) -> bool:
+        """Puts the next block into `_block` and the order of its rows into `_order`; False at the end of the data."""
+
+    @abstractmethod
+    def _place(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to come back to this point."""
+
+    def __next__(self) -> dict[Site, Tensor]:
+        parts: list[dict[Site, Tensor]] = []
+        missing = self.batch_size
+        while missing:
+            rows = self._order[self._position : self._position + missing]
+            if len(rows):
+                parts.append({site: block[rows.to(block.device)] for site, block in self._block.items()})
+                self._position += len(rows)
+                missing -= len(rows)
+            elif self._ended or not self._next_block():
+                self._end(dropped=self.batch_size - missing)
+                raise StopIteration
+        self.num_tokens += self.batch_size
+        self._state = self._place()
+        if len(parts) == 1:
+            return parts[0]
+        return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+    def _next_block(self) -> bool:
+        self._position = 0
+        self._order = self._order[:0]
+        return self._advance()
+
+    def _end(self, dropped: int) -> None:
+        if not self._ended:
+            self.num_dropped += dropped
+        self._ended = True
+        if self.num_tokens == 0:
+            raise DatasetError(
+                f"the data ends after {dropped:,} activations, fewer than one batch of {self.batch_size:,}; "
+                "use more data or a smaller batch"
+            )
+
+
+class ActivationStream(BatchIterator):
+    """Shuffled batches of a language model's activations, made while they are used.
+
+    Args:
+        model: the language model, in eval mode; with or without its head, on any device or split over several.
+        sites: sites, or their names.
+        windows: the token windows of this process.
+        batch_size: rows per batch.
+        block_tokens: tokens that count in a block; more mixes better and takes more memory (see the module).
+        lm_batch_size: windows per forward pass.
+        seed, shard: with the block number these fix the permutation; give each process its rank as `shard`.
+        norm_outlier_multiple: drop tokens whose activation at any site has a norm above this multiple of the block's
+            median at that site (attention sinks reach 100 times); None keeps all.
+        pad_id: the token that fills short windows; never attended to.
+
+    Yields:
+        `{site: (batch_size, hidden_size)}`, in the dtype and on the device on which the model gives them. Row i
+            belongs to
+        the same token at every site.
+
+    Attributes:
+        num_tokens, num_dropped: as in `BatchIterator`.
+        num_filtered: tokens dropped as outliers, in all blocks begun so far.
+
+    Raises:
+        ValueError: the model is in training mode, or a number is out of range.
+        ActivationError: activations are NaN or infinite.
+        DatasetError: the data does not fill one batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site | str],
+        windows: TokenWindows,
+        *,
+        batch_size: int,
+        block_tokens: int = 2**18,
+        lm_batch_size: int = 16,
+        seed: int = 0,
+        shard: int = 0,
+        norm_outlier_multiple: float | None = 10.0,
+        pad_id: int = 0,
+    ) -> None:
+        super().__init__(batch_size)
+        if not sites:
+            raise ValueError("sites is empty: name at least one site, such as 'layers.4'")
+        if block_tokens < 1 or lm_batch_size < 1:
+            raise ValueError(f"block_tokens ({block_tokens}) and lm_batch_size ({lm_batch_size}) must be at least 1")
+        if norm_outlier_multiple is not None and norm_outlier_multiple <= 1:
+            raise ValueError(
+                f"norm_outlier_multiple must be above 1 (or None for no filter), got {norm_outlier_multiple}"
+            )
+        _check_eval(model)
+        self.model = model
+        self.sites = list(dict.fromkeys(resolve_site(model, site) for site in sites))
+        self.windows = windows
+        self.block_tokens = block_tokens
+        self.lm_batch_size = lm_batch_size
+        self.seed = seed
+        self.shard = shard
+        self.norm_outlier_multiple = norm_outlier_multiple
+        self.pad_id = pad_id
+        self.num_filtered = 0
+        self._buffers: dict[Site, Tensor] = {}
+        self._reader: Iterator[Window] | None = None
+        # Of the current block: its number, where its windows begin, and what was filtered before it.
+        self._number = -1
+        self._begins: dict[str, Any] = {}
+        self._filtered_before = 0
+        self._state = self._place()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch after which `state` was taken; harvests that batch's block again.
+
+        Raises `ValueError` where the state is of a stream that orders its tokens differently.
+        """
+        if state["settings"] != self.settings:
+            raise ValueError(f"the state was taken of a stream with {state['settings']}, this one has {self.settings}")
+        self.windows.load_state_dict(state["windows"])
+        self._reader = None
+        self._ended = False
+        self._number = state["block"] - 1
+        self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
+        self.num_filtered = state["num_filtered"]
+        self._order = self._order[:0]
+        self._position = 0
+        if state["position"]:
+            self._advance()
+            self._position = state["position"]
+        self._state = copy.deepcopy(dict(state))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides which token comes when."""
+        return {
+            "sites": [str(site) for site in self.sites],
+            "block_tokens": self.block_tokens,
+            "seed": self.seed,
+            "shard": self.shard,
+            "norm_outlier_multiple": self.norm_outlier_multiple,
+        }
+
+    def _place(self) -> dict[str, Any]:
+        place = {"num_tokens": self.num_tokens, "num_dropped": self.num_dropped, "settings": self.settings}
+        if self._position == len(self._order):
+            # The block is used up: the next one begins where its windows end, and need not be harvested to know that.
+            after = {"windows": self.windows.state_dict(), "block": self._number + 1, "position": 0}
+            return place | after | {"num_filtered": self.num_filtered}
+        inside = {"windows": self._begins, "block": self._number, "position": self._position}
+        return place | inside | {"num_filtered": self._filtered_before}
+
+    def _advance(self) -> bool:
+        if self._reader is None:
+            self._reader = iter(self.windows)
+        begins, filtered = self.windows.state_dict(), self.num_filtered
+        windows = self._take_windows(self._reader)
+        if not windows:
+            return False
+        self._number += 1
+        self._begins, self._filtered_before = begins, filtered
+        inlying = self._inliers(self._fill(windows))
+        kept = inlying.nonzero().flatten()
+        self.num_filtered += len(inlying) - len(kept)
+        self._order = kept[torch.randperm(len(kept), generator=seeded_generator(self.seed, self.shard, self._number))]
+        return True
+
+    def _take_windows(self, reader: Iterator[Window]) -> list[Window]:
+        """Windows with about `block_tokens` tokens that count, long ones first so that passes have little padding."""
+        windows: list[Window] = []
+        tokens = 0
+        while tokens < self.block_tokens and (window := next(reader, None)) is not None:
+            windows.append(window)
+            tokens += int(window.keep.sum())
+        return sorted(windows, key=lambda window: -len(window.input_ids))
+
+    def _fill(self, windows: Sequence[Window]) -> dict[Site, Tensor]:
+        """Puts the windows' activations into the buffers and returns their norms (tokens,) per site."""
+        rows = 0
+        norms: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        for captured in harvest(self.model, self.sites, windows, lm_batch_size=self.lm_batch_size, pad_id=self.pad_id):
+            rows_before, rows = rows, rows + len(captured[self.sites[0]])
+            for site, activations in captured.items():
+                if site not in self._buffers:
+                    # A block ends with the window that completes it, so it is at most one window longer than asked.
+                    size = (self.block_tokens + self.windows.context_length, activations.shape[-1])
+                    self._buffers[site] = activations.new_empty(size)
+                self._buffers[site][rows_before:rows] = activations
+                # In float32 at least, where squares of float16 values do not overflow; pass by pass, because on the
+                # CPU this makes a float32 copy.
+                wide = torch.promote_types(activations.dtype, torch.float32)
+                norms[site].append(torch.linalg.vector_norm(activations, dim=-1, dtype=wide))
+        self._block = {site: self._buffers[site][:rows] for site in self.sites if rows}
+        return {site: torch.cat(norms[site]) for site in self.sites if rows}
+
+    def _inliers(self, norms: Mapping[Site, Tensor]) -> Tensor:
+        """Bool (tokens,) on the CPU: tokens that no site finds outlying."""
+        inlying = torch.ones(max(map(len, norms.values()), default=0), dtype=torch.bool)
+        for site, of_site in norms.items():
+            self._check_finite(site, of_site)
+            if self.norm_outlier_multiple is not None:
+                inlying &= (of_site <= self.norm_outlier_multiple * of_site.median()).cpu()
+        return inlying
+
+    def _check_finite(self, site: Site, norms: Tensor) -> None:
+        bad = int((~norms.isfinite()).sum())
+        if bad:
+            raise ActivationError(
+                f"{bad:,} of {len(norms):,} activations at {site} in block {self._number} are NaN or infinite "
+                f"(model {self.model.name_or_path!r}, {self._buffers[site].dtype}). A float16 model often overflows: "
+                "load it in bfloat16 or float32. Else check its weights, and the documents that end at window "
+                f"{self.windows.num_windows} of {self.windows.documents.description}."
+            )
+
+
+def harvest(
+    model: PreTrainedModel, sites: Sequence[Site], windows: Iterable[Window], *, lm_batch_size: int, pad_id: int = 0
+) -> Iterator[dict[Site, Tensor]]:
+    """Activations of the tokens that count, in the order of the windows, one forward pass at a time.
+
+    Yields:
+        `{site: (tokens that count in the pass, hidden_size)}`, on the device where the model gives them. Passes over
+            windows
+        without any such token are left out.
+
+    Raises:
+        ValueError: the model is in training mode, where dropout would change its activations.
+    """
+    _check_eval(model)
+    weight = next(model.get_input_embeddings().parameters())
+    # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    for group in _groups(windows, lm_batch_size):
+        batch = collate(group, pad_id)
+        rows = batch["keep"].flatten().nonzero().flatten()
+        if len(rows):
+            inputs = {"input_ids": batch["input_ids"].to(device)}
+            if batch["attention_mask"] is not None:
+                inputs["attention_mask"] = batch["attention_mask"].to(device)
+            captured = capture(model, sites, **inputs)
+            yield {site: captured[site].flatten(0, 1)[rows.to(captured[site].device)] for site in sites}
+
+
+def _groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    group: list[Window] = []
+    for window in windows:
+        group.append(window)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A CPU generator (the same numbers on every device) whose seed mixes all of `numbers`.
+
+    A hash rather than a sum: neighbouring seeds and shards must not share the permutations of neighbouring blocks.
+    """
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _check_eval(model: PreTrainedModel) -> None:
+    if model.training:
+        raise ValueError(
+            "the language model is in training mode, where dropout changes its activations; call model.eval() first"
+        )

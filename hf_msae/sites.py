@@ -1,0 +1,379 @@
+"""Where in a language model: name a site, capture the activations there, replace them.
+
+A site is the input or the output of one module, written as a module path and a direction: `model.layers.12:output`.
+Short forms name the usual sites of any architecture (`layers.12`, `layers.12.mlp`, `embeddings`); `resolve_site` turns
+them into the canonical path, which is what a checkpoint stores.
+
+Everything is done with forward hooks on the model as it stands: its weights, devices and dtypes are never touched, so
+a quantised model or one split by `device_map` works like any other. Three habits of transformers are evened out here
+and nowhere else: layers return a tensor in most architectures and a tuple that begins with it in others; the
+activation comes as a positional argument or as `hidden_states=`; and a few architectures (OPT, Llama 4's experts)
+flatten batch and sequence inside a layer. Callers always see (batch, sequence, hidden).
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Each entry is one module of a layer under its possible paths, most specific first. BERT-like attention and output
+# blocks add the residual and normalise before they return, so the projection inside them is the sublayer's own output.
+_SUBLAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "attn": (
+        ("self_attn",),
+        ("attn",),
+        ("attention.output.dense", "attention.attn", "attention"),
+        ("self_attention",),
+        ("linear_attn",),
+        ("multi_head_attention",),
+    ),
+    "mlp": (
+        ("mlp",),
+        ("feed_forward",),
+        ("ffn",),
+        ("block_sparse_moe",),
+        ("shared_mlp",),
+        ("experts",),
+        ("moe",),
+        ("mlp_block",),
+        ("fc2",),
+        ("output.dense",),
+    ),
+}
+# These take the residual stream as a second argument and return it with their own output added.
+_BEFORE_RESIDUAL = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "MptMLP": "down_proj"}
+
+_LAYER_FORM = re.compile(r"layers\.(-?\d+)(?:\.(.+))?")
+
+
+class SiteError(ValueError):
+    """A site that the model does not have, or one whose value is not a (batch, sequence, hidden) activation."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The input or the output of one module of a language model; `str(site)` and `Site.parse` are inverse.
+
+    path: the module's dotted path, as in `model.named_modules()`.
+    io: "input" or "output".
+    Raises SiteError for an empty path and for any other `io`.
+    """
+
+    path: str
+    io: str = "output"
+
+    def __post_init__(self) -> None:
+        if not self.path or self.io not in ("input", "output"):
+            raise SiteError(
+                f"not a site: {self.path!r}:{self.io!r}; expected a module path, then ':input' or ':output', "
+                "such as 'model.layers.12:output'"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.io}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """Read `path:input` or `path:output`; a path alone means its output. No model is asked."""
+        path, colon, io = text.partition(":")
+        return cls(path, io if colon else "output")
+
+
+def resolve_site(model: PreTrainedModel, name: str | Site) -> Site:
+    """Find a site in a model by its path or its short form, and return it with the canonical path.
+
+    Short forms, each with an optional `:input` or `:output` (the default):
+
+    - `layers.12`, `layers.-1`: the residual stream after a layer. Layers are the shallowest `nn.ModuleList` of length
+      `num_hidden_layers`. (`layers.-1` is before the final norm, unlike the last `hidden_states` of most models.)
+    - `layers.12.attn`, `layers.12.mlp`: what that sublayer computes, before the residual stream is added, and before
+      the norm that some architectures put behind it (Gemma 2: `layers.12.post_feedforward_layernorm` is after).
+    - `layers.12.<path>`: any other module inside the layer, such as `layers.12.mlp.down_proj`.
+    - `embeddings`: the input (token) embedding.
+
+    A full path may be given as seen from the model with its head or from the base model inside; either is found in
+    either. The canonical path is as seen from the model passed. A bare name is read as a short form first; a `Site`,
+    or a name that says `:input` or `:output`, as a full path first, so that resolving a canonical site returns it.
+
+    Raises SiteError where there is no such module, with the nearest names and the short forms that this model has.
+    """
+    site = name if isinstance(name, Site) else Site.parse(name)
+    lookups: list[Callable[[PreTrainedModel, str], str | None]] = [_short_form, _full_path]
+    if isinstance(name, Site) or ":" in name:
+        lookups.reverse()
+    for lookup in lookups:
+        path = lookup(model, site.path)
+        if path is not None:
+            return Site(path, site.io)
+    near = difflib.get_close_matches(site.path, [path for path, _ in model.named_modules() if path], n=3)
+    suggestion = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise SiteError(f"{type(model).__name__} has no site {site.path!r}.{suggestion} {_valid_forms(model)}")
+
+
+def site_width(model: PreTrainedModel, site: Site) -> int:
+    """The size of the last dimension at a site, measured by a forward over two tokens that stops at the site.
+
+    Raises SiteError as `capture` does.
+    """
+    weight = next(model.get_input_embeddings().parameters())
+    # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
+    inputs = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    return capture(model, [site], **inputs)[site].shape[-1]
+
+
+def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dict[Site, Tensor]:
+    """The activations at some sites, from one forward that stops as soon as it has passed them all.
+
+    sites: as `resolve_site` returns them; one or more, in any order.
+    inputs: what the model's forward takes (`input_ids`, `attention_mask`, ...). `use_cache` is off unless given.
+
+    Returns, for each site, a tensor (batch, sequence, hidden) in the dtype and on the device where it arose. It has no
+    gradient history, and unlike an inference tensor it can enter one. A module that runs several times in one forward
+    is captured at its first run. Dropout follows the model's mode: call `model.eval()` first.
+
+    The model is called as it was passed, so that the hooks of accelerate move the inputs as usual; the head still
+    never runs, because the forward stops before it. The hooks are removed whatever happens. They are on the model, so
+    no other thread may run the same model meanwhile.
+
+    Raises SiteError for a site that the model does not have, that the forward does not run, or that holds something
+    other than (batch, sequence, hidden).
+    """
+    if not sites:
+        raise SiteError("capture was given no sites; expected at least one, as resolve_site returns them")
+    wanted = set(sites)
+    captured: dict[Site, Tensor] = {}
+
+    def keep(site: Site, hidden: Tensor) -> None:
+        if site in captured:
+            return
+        # What runs next may add into this tensor in place (Falcon does), so it is copied where the forward goes on.
+        # Behind the last site nothing runs, and the usual case of a single site costs no copy.
+        is_last = len(captured) == len(wanted) - 1
+        captured[site] = hidden.detach() if is_last else hidden.detach().clone()
+        if is_last:
+            raise _AllCapturedError
+
+    visits = {site: lambda hidden, site=site: keep(site, hidden) for site in wanted}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs = {"use_cache": False, **inputs}
+    with _hooked(model, visits, prepend=False), torch.no_grad(), suppress(_AllCapturedError):
+        model(**inputs)
+    missed = sorted(str(site) for site in wanted - captured.keys())
+    if missed:
+        raise SiteError(
+            f"the forward of {type(model).__name__} did not run {', '.join(missed)}; name a module that these inputs "
+            "pass through (a container such as a ModuleList is never run itself)"
+        )
+    return {site: captured[site] for site in sites}
+
+
+@contextmanager
+def replace(model: PreTrainedModel, edits: Mapping[Site, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While the context is open, every forward of the model goes on from `fn(activation)` at each site.
+
+    edits: for each site, a function from the activation (batch, sequence, hidden) to one of the same shape, dtype and
+        device. It must not change its argument in place, because the residual stream may share that memory. Where it
+        returns its argument itself, the model's outputs are those without the edit, bit for bit.
+
+    In `generate` with a cache, `fn` first sees the whole prompt and then one token at a time, each token once.
+    Contexts nest; at one site the edit entered last is applied first. `capture` and `output_hidden_states` see all
+    edits. The hooks are removed on leaving, whatever happened. They are on the model, not on the thread: whoever runs
+    the same model meanwhile is edited as well, so a server must not share a model between requests with different
+    edits. With gradient checkpointing the backward pass runs the layers again, and belongs inside the context too.
+
+    Raises SiteError on entering, for a site that the model does not have; and in the forward, where `fn` returns
+    another shape, dtype or device, or where the site holds something other than (batch, sequence, hidden).
+    """
+    visits = {site: lambda hidden, site=site, fn=fn: _checked(site, hidden, fn(hidden)) for site, fn in edits.items()}
+    # Before other hooks: those with which transformers records `output_hidden_states` stay on the model from their
+    # first use, and would otherwise record the activation without the edit, or with it, depending on what ran before.
+    with _hooked(model, visits, prepend=True):
+        yield
+
+
+class _AllCapturedError(Exception):
+    """Raised from the hook of the last site captured, to leave the forward there; never leaves this module."""
+
+
+@dataclass
+class _Tap:
+    """Stands at a site while a forward runs, and shows the activation to `visit` as (batch, sequence, hidden).
+
+    What `visit` returns takes the activation's place; where it returns None, nothing is touched.
+    """
+
+    site: Site
+    visit: Callable[[Tensor], Tensor | None]
+    layer_shape: torch.Size | None = None  # (batch, sequence) of the layer around the site, while it runs
+
+    def on_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        self.layer_shape = hidden.shape[:2] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
+
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        new = self._show(args[0] if args else kwargs.get("hidden_states"))
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        new = self._show(output[0] if isinstance(output, tuple) else output)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _show(self, value: Any) -> Tensor | None:
+        hidden = self._per_token(value)
+        new = self.visit(hidden)
+        return None if new is None else new.reshape(value.shape)
+
+    def _per_token(self, value: Any) -> Tensor:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.ndim == 3 and self.layer_shape in (None, value.shape[:2]):
+                return value
+            if value.ndim == 2 and self.layer_shape is not None and len(value) == self.layer_shape.numel():
+                return value.unflatten(0, self.layer_shape)
+        given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        around = f", in a layer that sees (batch, sequence) = {tuple(self.layer_shape)}" if self.layer_shape else ""
+        raise SiteError(
+            f"the {self.site.io} of {self.site.path} is {given}{around}; expected one floating-point vector for each "
+            "token, (batch, sequence, hidden): name another module, or the other end of this one"
+        )
+
+
+@contextmanager
+def _hooked(
+    model: PreTrainedModel, visits: Mapping[Site, Callable[[Tensor], Tensor | None]], prepend: bool
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        for site, visit in visits.items():
+            if not isinstance(site, Site):
+                raise SiteError(f"expected a Site, given {site!r}; make one with resolve_site(model, {site!r})")
+            path = resolve_site(model, site).path
+            module, layer, tap = model.get_submodule(path), _layer_around(model, path), _Tap(site, visit)
+            if layer is not None and layer is not module:
+                handle = layer.register_forward_pre_hook(tap.on_layer, with_kwargs=True)
+                stack.callback(handle.remove)
+            if site.io == "input":
+                handle = module.register_forward_pre_hook(tap.on_input, prepend=prepend, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(tap.on_output, prepend=prepend)
+            stack.callback(handle.remove)
+        yield
+
+
+def _checked(site: Site, old: Tensor, new: Any) -> Tensor:
+    expected = (tuple(old.shape), old.dtype, old.device)
+    given = (tuple(new.shape), new.dtype, new.device) if isinstance(new, Tensor) else type(new).__name__
+    if given != expected:
+        raise SiteError(
+            f"the function for {site} returned {given}; expected a tensor of the same (shape, dtype, device) as the "
+            f"activation it was given, {expected}"
+        )
+    return new
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _full_path(model: PreTrainedModel, path: str) -> str | None:
+    prefix = f"{model.base_model_prefix}."
+    other = path.removeprefix(prefix) if model.base_model is model else prefix + path
+    return next((candidate for candidate in (path, other) if _has_module(model, candidate)), None)
+
+
+def _short_form(model: PreTrainedModel, path: str) -> str | None:
+    if path == "embeddings":
+        embeddings = model.get_input_embeddings()
+        return next(name for name, module in model.named_modules() if module is embeddings)
+    match = _LAYER_FORM.fullmatch(path)
+    if match is None:
+        return None
+    stack_path, stack = _layer_stack(model)
+    index, inside = int(match[1]), match[2]
+    if not -len(stack) <= index < len(stack):
+        raise SiteError(f"{type(model).__name__} has {len(stack)} layers, so no {path!r}. {_valid_forms(model)}")
+    layer_path = f"{stack_path}.{index % len(stack)}"
+    if inside is None:
+        return layer_path
+    layer = model.get_submodule(layer_path)
+    inside = _sublayer(layer, layer_path, inside) if inside in _SUBLAYERS else inside
+    return f"{layer_path}.{inside}" if _has_module(layer, inside) else None
+
+
+def _sublayer(layer: nn.Module, layer_path: str, kind: str) -> str:
+    known = (next((path for path in paths if _has_module(layer, path)), None) for paths in _SUBLAYERS[kind])
+    found = [path for path in known if path is not None]
+    if len(found) != 1:
+        children = [name for name, _ in layer.named_children()]
+        what = f"has several modules that could be .{kind}" if found else f"has no known .{kind} module"
+        raise SiteError(
+            f"layer {layer_path} ({type(layer).__name__}) {what}; its modules are {', '.join(children)}. "
+            f"Name one by its path, such as '{layer_path}.{children[-1]}:output'"
+        )
+    inside = _BEFORE_RESIDUAL.get(type(layer.get_submodule(found[0])).__name__)
+    return f"{found[0]}.{inside}" if inside else found[0]
+
+
+def _layer_around(model: nn.Module, path: str) -> nn.Module | None:
+    module = model
+    for name in path.split("."):
+        parent, module = module, module.get_submodule(name)
+        if isinstance(parent, nn.ModuleList):
+            return module
+    return None
+
+
+def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    if model.config.is_encoder_decoder:
+        raise SiteError(
+            f"{type(model).__name__} has an encoder and a decoder, so 'layers.<number>' does not say which. Name the "
+            "site by its full module path"
+        )
+    config = model.config.get_text_config()
+    try:
+        count = config.num_hidden_layers
+    except AttributeError:
+        raise SiteError(
+            f"{type(config).__name__} does not say num_hidden_layers, so 'layers.<number>' has no meaning here. "
+            "Name the site by its full module path"
+        ) from None
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [(path, module) for path, module in lists if len(module) == count]
+    depth = min((path.count(".") for path, _ in stacks), default=0)
+    shallowest = [(path, module) for path, module in stacks if path.count(".") == depth]
+    if len(shallowest) != 1:
+        paths = [path for path, _ in shallowest] or [f"{path} ({len(module)})" for path, module in lists]
+        what = "more than one stack" if shallowest else "no stack"
+        raise SiteError(
+            f"{type(model).__name__} has {what} of num_hidden_layers = {count} modules, so 'layers.<number>' does not "
+            f"say which; its module lists: {', '.join(paths) or 'none'}. Name the site by its full module path"
+        )
+    return shallowest[0]
+
+
+def _valid_forms(model: PreTrainedModel) -> str:
+    try:
+        path, stack = _layer_stack(model)
+    except SiteError as error:
+        return f"Valid short form: embeddings ({error})"
+    return (
+        f"Valid short forms: layers.0 … layers.{len(stack) - 1}, each also with .attn or .mlp; embeddings. "
+        f"Or a full module path, such as '{path}.0:output'"
+    )

@@ -1,0 +1,152 @@
+"""How a run is trained: batch, schedule, checkpoints, measuring.
+
+Names are those of `transformers.TrainingArguments` wherever the meaning is the same. What an SAE is (its sizes, its
+activation, its loss) is in `MatryoshkaSAEConfig`; what it is trained on is given to the trainer.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class SAETrainingArguments:
+    """Arguments of [`SAETrainer`]; each field's help says what it does.
+
+    Raises `ValueError` for values that cannot work.
+    """
+
+    output_dir: str = field(default="runs/sae", metadata={"help": "Where the SAE, its metrics and checkpoints go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what an earlier run left in the output directory."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or 'last' for the newest one in the output directory.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
+
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Train on this many tokens. Default: one pass over the dataset."}
+    )
+    max_steps: int = field(default=-1, metadata={"help": "Train this many steps; overrides --max-tokens."})
+    per_device_train_batch_size: int = field(
+        default=4096, metadata={"help": "Activation vectors per step and process.", "aliases": ["--batch-size"]}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate. Default: by the width of the dictionary (see the docs)."}
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
+        default="linear",
+        metadata={"help": "Shape of the decay: linear or cosine to zero over the last --decay-steps, or none."},
+    )
+    warmup_steps: float = field(
+        default=0.02, metadata={"help": "Steps of linear warm-up; below 1: as a share of all steps."}
+    )
+    decay_steps: float = field(
+        default=0.5, metadata={"help": "Steps of decay at the end; 1 or below: as a share of all steps."}
+    )
+    k_anneal_steps: float = field(
+        default=0.0,
+        metadata={"help": "Steps over which k falls from --k-initial to k; below 1: as a share of all steps."},
+    )
+    k_initial: float | None = field(
+        default=None,
+        metadata={"help": "Where k-annealing starts. Default: 8 times k, at most a quarter of the latents."},
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Adam's second beta."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm to this; 0 does not clip."})
+    dead_after_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "A latent silent for this many tokens counts as dead. Default: 10M, or 5%% of a shorter run."
+        },
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "Run the SAE's matrix products in bfloat16 (weights stay fp32)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Fixes initialisation and the order of tokens."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where an accelerator is present."})
+
+    context_length: int | None = field(
+        default=None, metadata={"help": "Tokens per window. Default: 512, or the model's maximum if that is smaller."}
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Cut all documents, one after another, into full windows; otherwise one document per window."
+        },
+    )
+    block_tokens: int = field(
+        default=262_144,
+        metadata={"help": "Tokens harvested and shuffled together. More mixes better and takes more memory."},
+    )
+    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the language model."})
+    norm_outlier_multiple: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "Drop tokens whose activation norm exceeds this multiple of the median (attention sinks); 0 "
+            "keeps all."
+        },
+    )
+
+    eval_tokens: int = field(default=100_000, metadata={"help": "Held-out tokens that metrics are measured on."})
+    calibration_tokens: int = field(
+        default=50_000, metadata={"help": "Further held-out tokens on which the inference threshold is set."}
+    )
+    ce_tokens: int = field(
+        default=25_000, metadata={"help": "How many of the held-out tokens cross-entropy is measured on; 0 skips it."}
+    )
+    eval_steps: int | None = field(
+        default=None,
+        metadata={"help": "Measure on held-out tokens every so many steps too. Default: only at the end."},
+    )
+
+    logging_steps: int = field(default=50, metadata={"help": "Steps between lines of training_log.jsonl."})
+    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints; 0 saves none."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep only this many of the newest checkpoints."}
+    )
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, ...", "action": "extend"}
+    )
+    run_name: str | None = field(default=None, metadata={"help": "Name of the run for trackers."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
+
+    def __post_init__(self) -> None:
+        positive = (
+            "per_device_train_batch_size",
+            "block_tokens",
+            "lm_batch_size",
+            "logging_steps",
+            "eval_tokens",
+            "calibration_tokens",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "decay_steps", "k_anneal_steps", "max_grad_norm", "save_steps", "ce_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.max_tokens is not None and self.max_tokens < self.per_device_train_batch_size:
+            raise ValueError(
+                f"max_tokens={self.max_tokens:,} is less than one batch of {self.per_device_train_batch_size:,}; "
+                f"train on "
+                "more tokens or take a smaller per_device_train_batch_size."
+            )
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"save_total_limit must be at least 1 or None, got {self.save_total_limit}.")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "overwrite_output_dir deletes what resume_from_checkpoint would resume; give one of them."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-able."""
+        return asdict(self)

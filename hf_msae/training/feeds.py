@@ -1,0 +1,142 @@
+"""Where a run's activations come from: text through the language model, or a cache on disk.
+
+A feed hands out batches without end (it starts the data again when it is used up, and says so), knows how much one
+pass holds, and has a small state from which it continues bit for bit.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.data import ActivationStream, BatchIterator, CachedActivations, Documents, TokenWindows, count_tokens
+from hf_msae.sites import Site
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.held_out import pad_id
+
+logger = logging.getLogger(__name__)
+
+
+class Feed(ABC):
+    """Batches of activations per site, `{site: (batch, hidden_size)}`, without end."""
+
+    description: str
+
+    def __init__(self, args: SAETrainingArguments) -> None:
+        self.args = args
+        self.epoch = 0
+        self._batches: BatchIterator | None = None
+
+    def __next__(self) -> dict[Site, Tensor]:
+        batches = self._current()
+        try:
+            return next(batches)
+        except StopIteration:
+            self.epoch += 1
+            logger.warning(
+                "The data ended after %s tokens; pass %d begins.", f"{batches.num_tokens:,}", self.epoch + 1
+            )
+            self._batches = None
+            return next(self._current())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the latest batch, JSON-able."""
+        return {"epoch": self.epoch, "batches": self._current().state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch after which `state` was taken."""
+        self.epoch = state["epoch"]
+        self._batches = None
+        self._current().load_state_dict(state["batches"])
+
+    def _current(self) -> BatchIterator:
+        if self._batches is None:
+            # The multiplier keeps the passes of neighbouring seeds apart.
+            self._batches = self._open(self.args.seed * 1_000_003 + self.epoch)
+        return self._batches
+
+    @abstractmethod
+    def _open(self, seed: int) -> BatchIterator:
+        """A fresh pass over the data."""
+
+    @abstractmethod
+    def tokens_per_pass(self) -> int:
+        """Training tokens in one pass over the data, of all processes together."""
+
+
+class TextFeed(Feed):
+    """Activations of documents, made while they are used; each process reads its share of the documents."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sites: Sequence[Site],
+        documents: Documents,
+        args: SAETrainingArguments,
+        context_length: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(args)
+        self.model, self.tokenizer, self.sites, self.documents = model, tokenizer, sites, documents
+        self.context_length, self.rank, self.world_size = context_length, rank, world_size
+        self.description = documents.description
+
+    def _open(self, seed: int) -> ActivationStream:
+        windows = TokenWindows(
+            self.documents.shard(self.rank, self.world_size),
+            self.tokenizer,
+            context_length=self.context_length,
+            pack=self.args.packing,
+        )
+        return ActivationStream(
+            self.model,
+            self.sites,
+            windows,
+            batch_size=self.args.per_device_train_batch_size,
+            block_tokens=self.args.block_tokens,
+            lm_batch_size=self.args.lm_batch_size,
+            seed=seed,
+            shard=self.rank,
+            norm_outlier_multiple=self.args.norm_outlier_multiple or None,
+            pad_id=pad_id(self.tokenizer),
+        )
+
+    def tokens_per_pass(self) -> int:
+        return count_tokens(self.documents, self.tokenizer)
+
+
+class CacheFeed(Feed):
+    """Activations that `cache_activations` wrote, but for the first `skip_rows`."""
+
+    def __init__(
+        self,
+        cache: CachedActivations,
+        sites: Sequence[Site],
+        args: SAETrainingArguments,
+        skip_rows: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(args)
+        self.directory, self.sites, self.skip_rows = cache.directory, sites, skip_rows
+        self.rank, self.world_size = rank, world_size
+        self.description = f"the activation cache {cache.directory}"
+
+    def _open(self, seed: int) -> CachedActivations:
+        return CachedActivations(
+            self.directory,
+            batch_size=self.args.per_device_train_batch_size,
+            seed=seed,
+            sites=self.sites,
+            rank=self.rank,
+            world_size=self.world_size,
+            skip_rows=self.skip_rows,
+        )
+
+    def tokens_per_pass(self) -> int:
+        return self._open(self.args.seed).num_available * self.world_size

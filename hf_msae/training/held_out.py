@@ -1,0 +1,106 @@
+"""Data that no SAE is trained on: some to set inference thresholds with, some to measure on.
+
+The two are kept apart, so that the L0 that is reported is that of a threshold which never saw those tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.data import CachedActivations, Documents, Window, collate, harvest, hold_out
+from hf_msae.sites import Site
+from hf_msae.training.arguments import SAETrainingArguments
+
+
+class HeldOut(ABC):
+    """Held-out activations, given anew in every pass."""
+
+    @abstractmethod
+    def calibration(self) -> Iterator[Mapping[Site, Tensor]]:
+        """Activations for setting thresholds."""
+
+    @abstractmethod
+    def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
+        """Activations for measuring."""
+
+    @abstractmethod
+    def token_batches(self) -> Iterator[Mapping[str, Tensor | None]]:
+        """Token batches for measuring cross-entropy, `args.ce_tokens` in all; none where there is no text."""
+
+
+class HeldOutText(HeldOut):
+    """The first documents of a dataset, through the language model whenever they are needed.
+
+    `num_documents` says how many were taken. Raises `DatasetError` where the dataset has too few tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sites: Sequence[Site],
+        documents: Documents,
+        args: SAETrainingArguments,
+        context_length: int,
+    ) -> None:
+        self.model, self.sites, self.args = model, sites, args
+        self.pad_id = pad_id(tokenizer)
+        self._evaluation, used = hold_out(documents, tokenizer, context_length, args.eval_tokens, args.packing)
+        rest = documents.skip(used)
+        self._calibration, more = hold_out(rest, tokenizer, context_length, args.calibration_tokens, args.packing)
+        self.num_documents = used + more
+
+    def calibration(self) -> Iterator[Mapping[Site, Tensor]]:
+        return self._harvest(self._calibration)
+
+    def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
+        return self._harvest(self._evaluation)
+
+    def _harvest(self, windows: Sequence[Window]) -> Iterator[Mapping[Site, Tensor]]:
+        return harvest(self.model, self.sites, windows, lm_batch_size=self.args.lm_batch_size, pad_id=self.pad_id)
+
+    def token_batches(self) -> Iterator[Mapping[str, Tensor | None]]:
+        device = next(self.model.get_input_embeddings().parameters()).device
+        tokens = 0
+        for start in range(0, len(self._evaluation), self.args.lm_batch_size):
+            if tokens >= self.args.ce_tokens:
+                return
+            batch = collate(self._evaluation[start : start + self.args.lm_batch_size], self.pad_id)
+            tokens += int(batch["keep"].sum())
+            mask = batch["attention_mask"]
+            yield {
+                "input_ids": batch["input_ids"].to(device),
+                "attention_mask": None if mask is None else mask.to(device),
+                "keep": batch["keep"].to(device),
+            }
+
+
+class HeldOutCache(HeldOut):
+    """The first rows of an activation cache. They come from the same documents as the rows after them, in part."""
+
+    def __init__(self, cache: CachedActivations, args: SAETrainingArguments) -> None:
+        self.args = args
+        self.num_rows = args.eval_tokens + args.calibration_tokens
+        self._rows = cache.first_rows(self.num_rows)
+
+    def calibration(self) -> Iterator[Mapping[Site, Tensor]]:
+        return self._slices(self.args.eval_tokens, self.num_rows)
+
+    def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
+        return self._slices(0, self.args.eval_tokens)
+
+    def token_batches(self) -> Iterator[Mapping[str, Tensor | None]]:
+        return iter(())
+
+    def _slices(self, start: int, stop: int) -> Iterator[Mapping[Site, Tensor]]:
+        size = self.args.per_device_train_batch_size
+        for low in range(start, stop, size):
+            yield {site: rows[low : min(stop, low + size)] for site, rows in self._rows.items()}
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill short windows with; it is masked, so that any will do where the tokenizer names none."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)

@@ -1,0 +1,234 @@
+"""One SAE being trained: its optimizer, its counters, its step.
+
+A run has as many learners as SAEs and feeds them all from one pass of the language model. A learner touches no data
+source and no file. What it accumulates between two log lines stays on the device, so that the training loop never
+waits for it.
+
+Losses are divided by the variance of the activations, and the biases, which alone live in activation units, get a
+learning rate in those units (Adam makes a step of fixed size, so this equals training on activations scaled to unit
+variance and folding the scale into the biases afterwards). That is why one set of defaults serves every model and
+site.
+"""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import Site
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.schedules import annealed_k, default_learning_rate, learning_rate_factor, sample_prefix_sizes
+
+# How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
+CONTROLLER_RATE = 0.03
+THRESHOLD_MOMENTUM = 0.99
+
+
+class Learner:
+    """Trains one SAE on batches of activations.
+
+    Args:
+        name: what logs and folders call it.
+        sae: the model, on the device where it is trained; its weights are overwritten by `start`.
+        site: where its activations come from.
+        args: the run's arguments.
+        max_steps: length of the run, for the schedules.
+        accelerator: the process group.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sae: MatryoshkaSAE,
+        site: Site,
+        args: SAETrainingArguments,
+        max_steps: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.name, self.sae, self.site, self.args, self.accelerator = name, sae.train(), site, args, accelerator
+        self.max_steps = max_steps
+        config, device = sae.config, accelerator.device
+        self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents)
+        self.dead_after = args.dead_after_tokens or self._default_dead_after()
+        double = {"dtype": torch.float64, "device": device}
+        # Everything below is what a checkpoint must hold besides the weights.
+        self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
+        self.moments["sum"] = torch.zeros(config.hidden_size, **double)
+        self.silent_tokens = torch.zeros(config.num_latents, dtype=torch.int64, device=device)
+        self.running_threshold = torch.full((), float("nan"), device=device)
+        self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.optimizer: torch.optim.Adam | None = None
+        self._reset_log()
+
+    def _default_dead_after(self) -> int:
+        """10M tokens, as in sparsify and dictionary_learning, but no more than a twentieth of a short run."""
+        per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return max(per_step, min(10_000_000, self.max_steps * per_step // 20))
+
+    # Beginning
+
+    @torch.no_grad()
+    def start(self, activations: Tensor) -> None:
+        """Initialise from the first activations (n, hidden_size): the decoder bias at their mean, the variance, the
+        step sizes.
+        """
+        self._update_moments(activations.to(self.accelerator.device))
+        self.sae.b_dec.copy_(self.moments["sum"] / self.moments["count"])
+        if self.sae.config.activation == "jumprelu":
+            # Without this the first steps are dense: a threshold learns only from pre-activations near it.
+            self.sae.threshold.fill_(1.0)
+            self.sae.calibrate_threshold([activations.to(self.accelerator.device)])
+        self._make_optimizer()
+
+    def _make_optimizer(self) -> None:
+        scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
+        in_activation_units = [self.sae.b_enc, self.sae.b_dec]
+        if self.sae.config.activation == "jumprelu":
+            in_activation_units.append(self.sae.threshold)
+        groups = [
+            {"params": [self.sae.W_enc, self.sae.W_dec], "peak_lr": self.learning_rate},
+            {"params": in_activation_units, "peak_lr": self.learning_rate * scale},
+        ]
+        args = self.args
+        self.optimizer = torch.optim.Adam(
+            groups, lr=self.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Running total variance of the activations, E‖x - E x‖², scalar float64."""
+        mean = self.moments["sum"] / self.moments["count"]
+        variance = self.moments["square"] / self.moments["count"] - mean.pow(2).sum()
+        return variance.clamp_min(1e-12)
+
+    def _update_moments(self, x: Tensor) -> None:
+        doubles = x.double()
+        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_tensor([x.shape[0]])])
+        parts = self.accelerator.reduce(parts, "sum")
+        self.moments["sum"] += parts[:-2]
+        self.moments["square"] += parts[-2]
+        self.moments["count"] += parts[-1]
+
+    # One step
+
+    def step(self, activations: Tensor, step: int) -> None:
+        """Take one optimizer step on activations (batch, hidden_size); `step` counts from 0."""
+        config, device = self.sae.config, self.accelerator.device
+        if self.optimizer is None:
+            raise RuntimeError("Learner.step was called before Learner.start.")
+        x = activations.to(device, torch.float32)
+        self._update_moments(x)
+        prefix_sizes = (
+            sample_prefix_sizes(step, config, self.args.seed) if config.prefix_sampling == "pareto" else None
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+            output = self.sae(
+                x,
+                dead_latents=self.silent_tokens > self.dead_after,
+                prefix_sizes=prefix_sizes,
+                variance=self.variance.float(),
+                k=annealed_k(step, self.max_steps, config, self.args),
+                sparsity_weight=self.sparsity_weight,
+            )
+        output.loss.backward()
+        factor = learning_rate_factor(step, self.max_steps, self.args)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self._reduce_gradients()
+        self._project_decoder_gradient()
+        if self.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._after_step(output, x.shape[0], step)
+
+    @torch.no_grad()
+    def _reduce_gradients(self) -> None:
+        if self.accelerator.num_processes > 1:
+            for parameter in self.sae.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    @torch.no_grad()
+    def _project_decoder_gradient(self) -> None:
+        """Take out what would only change decoder rows' norms, which are fixed at 1, so that Adam's averages do not
+        see it.
+        """
+        rows, gradient = self.sae.W_dec, self.sae.W_dec.grad
+        gradient.addcmul_((gradient * rows).sum(-1, keepdim=True), rows, value=-1)
+
+    @torch.no_grad()
+    def _after_step(self, output: Any, num_tokens: int, step: int) -> None:
+        self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True))
+        if self.sae.config.activation == "jumprelu":
+            self.sae.threshold.clamp_(min=0)
+        latents = output.latents
+        active = latents > 0
+        counts = self.accelerator.reduce(active.sum(0), "sum")
+        self.silent_tokens += num_tokens * self.accelerator.num_processes
+        self.silent_tokens[counts > 0] = 0
+        l0 = counts.sum() / (num_tokens * self.accelerator.num_processes)
+        if self.sae.config.activation == "relu":
+            self.sparsity_weight *= (l0 / self.sae.config.k).clamp(0.5, 2) ** CONTROLLER_RATE
+        smallest = torch.where(active, latents, torch.inf).min().float()
+        self.running_threshold = torch.where(
+            self.running_threshold.isnan(), smallest, self.running_threshold.lerp(smallest, 1 - THRESHOLD_MOMENTUM)
+        )
+        finite = output.loss.isfinite()
+        self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
+        self._log_sums += torch.stack([output.loss.detach().double(), output.aux_loss.double(), l0.double()])
+        self._log_levels += output.level_losses.double() if output.level_losses.shape == self._log_levels.shape else 0
+        self._log_steps += 1
+
+    # Logging
+
+    def _reset_log(self) -> None:
+        double = {"dtype": torch.float64, "device": self.accelerator.device}
+        self._log_sums = torch.zeros(3, **double)
+        self._log_levels = torch.zeros(self.sae.config.num_levels, **double)
+        self._log_steps = 0
+
+    def read_log(self) -> dict[str, Any]:
+        """Means since the last call: loss, auxiliary loss, L0, error of each level over the variance, dead latents
+        now.
+        """
+        loss, aux_loss, l0 = (self._log_sums / max(1, self._log_steps)).tolist()
+        levels = (self._log_levels / max(1, self._log_steps)).tolist()
+        dead = (self.silent_tokens > self.dead_after).double().mean().item()
+        values = {"loss": loss, "aux_loss": aux_loss, "l0": l0, "dead": dead}
+        if self.sae.config.prefix_sampling == "fixed":
+            values["level_losses"] = levels
+        self._reset_log()
+        return values
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides the SAE's weights that the next step depends on."""
+        if self.optimizer is None:
+            raise RuntimeError("Learner.state_dict was called before Learner.start.")
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "moments": self.moments,
+            "silent_tokens": self.silent_tokens,
+            "running_threshold": self.running_threshold,
+            "sparsity_weight": self.sparsity_weight,
+            "log": {"sums": self._log_sums, "levels": self._log_levels, "steps": self._log_steps},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint: `weights` are the SAE's own state, `state` the rest."""
+        device = self.accelerator.device
+        self.sae.load_state_dict(weights)
+        self.moments = {name: value.to(device) for name, value in state["moments"].items()}
+        self.silent_tokens = state["silent_tokens"].to(device)
+        self.running_threshold = state["running_threshold"].to(device)
+        self.sparsity_weight = state["sparsity_weight"].to(device)
+        self._make_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._log_sums = state["log"]["sums"].to(device)
+        self._log_levels = state["log"]["levels"].to(device)
+        self._log_steps = state["log"]["steps"]

@@ -1,0 +1,142 @@
+"""What a run leaves behind: the SAE, `metrics.json`, `training_log.jsonl`, the model card."""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers.utils import logging as transformers_logging
+
+from hf_msae.hub import write_model_card
+from hf_msae.metrics import Measurement
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.checkpoints import CheckpointError, list_checkpoints
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "training_log.jsonl"
+METRICS_NAME = "metrics.json"
+ARGUMENTS_NAME = "training_arguments.json"
+
+
+def prepare_output_dir(path: Path, args: SAETrainingArguments, accelerator: Accelerator) -> None:
+    """Make the output directory, or refuse one in which another run left its results."""
+    if accelerator.is_main_process:
+        traces = [name for name in (METRICS_NAME, LOG_NAME, "config.json") if (path / name).exists()]
+        traces += [checkpoint.name for checkpoint in list_checkpoints(path)]
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"The output directory {path} is a file; give a folder.")
+        if traces and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+            raise CheckpointError(
+                f"{path} holds another run ({', '.join(traces)}). Give --resume-from-checkpoint to go on with it, "
+                "--overwrite-output-dir to delete it, or another --output-dir."
+            )
+        if traces and args.overwrite_output_dir:
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+
+class RunLog:
+    """Appends to `training_log.jsonl` and to the trackers, on the main process."""
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, single: bool) -> None:
+        self.output_dir, self.accelerator, self.single = output_dir, accelerator, single
+        self._file: IO[str] | None = None
+
+    def open(self, args: SAETrainingArguments) -> None:
+        """Begin to log; nothing is written by processes other than the main one."""
+        if args.report_to:
+            flat = {name: value for name, value in args.to_dict().items() if isinstance(value, int | float | str)}
+            self.accelerator.init_trackers(args.run_name or self.output_dir.name, config=flat)
+        if self.accelerator.is_main_process:
+            self._file = (self.output_dir / LOG_NAME).open("a")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after the checkpoint from which the run goes on."""
+        if self._file is None:
+            return
+        self._file.close()
+        path = self.output_dir / LOG_NAME
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        draft = path.with_suffix(".part")
+        draft.write_text("".join(line + "\n" for line in lines))
+        os.replace(draft, path)
+        self._file = path.open("a")
+
+    def write(self, name: str, entry: dict[str, Any]) -> None:
+        """One line, and the same numbers to the trackers."""
+        if self._file is not None:
+            self._file.write(json.dumps(entry if self.single else {"sae": name, **entry}) + "\n")
+            self._file.flush()
+        prefix = "" if self.single else f"{name}/"
+        self.accelerator.log(dict(_numbers(entry, prefix)), step=entry["step"])
+
+    def write_index(self, measurements: dict[str, Any]) -> None:
+        """For a grid, all SAEs' numbers in one `metrics.json`."""
+        if not self.single:
+            _write_json(self.output_dir / METRICS_NAME, measurements)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.accelerator.end_training()
+
+
+def _numbers(entry: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """The entry's numbers under flat names; a list gives one per level."""
+    flat: list[tuple[str, float]] = []
+    for name, value in entry.items():
+        if isinstance(value, int | float):
+            flat.append((prefix + name, value))
+        elif name == "level_losses":
+            flat += [(f"{prefix}level_loss/{level}", loss) for level, loss in enumerate(value)]
+        elif name == "eval_levels":
+            for level in value:
+                label = level["prefix"]
+                flat += [(f"{prefix}eval/{key}/{label}", v) for key, v in level.items() if isinstance(v, int | float)]
+    return flat
+
+
+def write_results(
+    folder: Path, sae: MatryoshkaSAE, measurement: Measurement, args: SAETrainingArguments, extra: dict[str, Any]
+) -> None:
+    """Write one SAE's folder: every file is made beside its place and then moved there, the configuration last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".results.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    save_quietly(sae, draft)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    metrics = {**asdict(measurement), **extra, "versions": versions}
+    _write_json(draft / METRICS_NAME, metrics)
+    _write_json(draft / ARGUMENTS_NAME, args.to_dict())
+    write_model_card(draft / "README.md", sae.config, measurement, extra, versions)
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+    draft.rmdir()
+
+
+def save_quietly(sae: MatryoshkaSAE, folder: Path) -> None:
+    """`save_pretrained` without its progress bar, which would tear the training's apart."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        sae.save_pretrained(folder)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _write_json(path: Path, contents: Any) -> None:
+    path.write_text(json.dumps(contents, indent=2) + "\n")

@@ -1,0 +1,30 @@
+"""A world of small English stories with a known tree of concepts, and the small LM trained on it.
+
+world = StoryWorld(seed=0)
+story = world.story(3)               # text, spans, facts, log_prob
+model, tokenizer = load_story_lm()   # ships with the package
+token_concepts(story, tokenizer)     # [(), (), ("owl", "bird", "animal"), ...]
+"""
+
+from .concepts import CONCEPTS, Concept, ancestors, children, depth, edges, leaves, path, roots
+from .grammar import Choice, Story, StoryDocuments, StoryWorld, token_concepts
+from .lm import load_story_lm, story_lm_path
+
+__all__ = [
+    "CONCEPTS",
+    "Choice",
+    "Concept",
+    "Story",
+    "StoryDocuments",
+    "StoryWorld",
+    "ancestors",
+    "children",
+    "depth",
+    "edges",
+    "leaves",
+    "load_story_lm",
+    "path",
+    "roots",
+    "story_lm_path",
+    "token_concepts",
+]

@@ -1,0 +1,356 @@
+"""The story world: endless small English stories, each a pure function of (seed, index), each word with its concepts.
+
+Everything random about a story is a sequence of draws from finite tables, and the text can be read back into the
+draws (no two frames can be written the same way, and nothing is drawn that is not written). So the probability of the
+draws is the probability of the text, and its mean negative logarithm is the entropy that a language model of these
+stories can reach and not beat.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import overload
+
+from transformers import PreTrainedTokenizerBase
+
+from .adventures import ADVENTURES
+from .concepts import CONCEPT_OF_WORD, CONCEPTS, ancestors, path
+from .frames import COMMON_FRAMES
+from .gatherings import GATHERINGS
+from .plot import Plot
+from .slots import PREPOSITIONS, SLOTS, Table, boosts_at, leaf_table
+
+PLOTS: dict[str, Plot] = {**ADVENTURES, **GATHERINGS}
+
+Span = tuple[int, int, tuple[str, ...]]
+_Piece = tuple[str, tuple[str, ...]]  # text and the concepts it expresses
+
+_PRONOUNS = {"female": {"he": "she", "him": "her", "his": "her"}, "male": {"he": "he", "him": "him", "his": "his"}}
+_SLOT = re.compile(r"\{([a-zA-Z0-9_]+)(\.[a-z]+)?(!?)\}")
+_WORD = re.compile(r"[A-Za-z]+")
+_ARTICLE_AT_END = re.compile(r"\b[Aa] $")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of fixed text, its labelled words, and the slot after it (empty at the end of a frame)."""
+
+    text: str
+    spans: tuple[Span, ...]
+    takes_article: bool
+    slot: str
+    form: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A sentence with slots. `needs` are the slots that must be filled before it can be used."""
+
+    template: str
+    parts: tuple[_Part, ...]
+    needs: frozenset[str]
+
+
+def _concepts_of_text(text: str) -> tuple[Span, ...]:
+    found = []
+    for match in _WORD.finditer(text):
+        word = match.group()
+        name = CONCEPT_OF_WORD.get(word) or CONCEPT_OF_WORD.get(word.lower())
+        if name is not None:
+            found.append((match.start(), match.end(), path(name)))
+    return tuple(found)
+
+
+def _compile(template: str) -> Frame:
+    parts, needs, end = [], set(), 0
+    for match in _SLOT.finditer(template):
+        text = template[end : match.start()]
+        slot, form, must_be_known = match.group(1), (match.group(2) or "")[1:], match.group(3)
+        parts.append(_Part(text, _concepts_of_text(text), bool(_ARTICLE_AT_END.search(text)), slot, form))
+        if must_be_known or (slot == "helper" and not form):
+            needs.add(slot)
+        end = match.end()
+    tail = template[end:]
+    parts.append(_Part(tail, _concepts_of_text(tail), False, "", ""))
+    if any(part.slot == "helper" and part.form for part in parts):
+        needs.discard("helper")
+    return Frame(template, tuple(parts), frozenset(needs))
+
+
+FRAMES: dict[str, tuple[Frame, ...]] = {
+    **{role: tuple(_compile(text) for text in texts) for role, texts in COMMON_FRAMES.items()},
+    **{
+        f"{plot_name}.{role}": tuple(_compile(text) for text in texts)
+        for plot_name, plot in PLOTS.items()
+        for role, texts in plot.frames.items()
+    },
+}
+"""Every frame by role; a plot's own roles begin with its name."""
+
+_PLOT_TABLE = Table.of({name: 1.0 / (rank + 4) for rank, name in enumerate(PLOTS)})
+_NAME_OR_PRONOUN = Table.of({"hero": 0.4, "he": 0.6})
+_ANY_HELPER = Table.of({"relative": 0.4, "expert": 0.35, "friend": 0.25})
+_ADULT_HELPER = _ANY_HELPER.without({"friend"})
+
+
+@cache
+def _yes_no(probability: float) -> Table:
+    return Table.of({"yes": probability, "no": 1.0 - probability})
+
+
+@cache
+def _frame_table(role: str, known: frozenset[str]) -> tuple[Table, tuple[Frame, ...]]:
+    """The frames of a role that can be used when the slots `known` are filled, the first the likeliest."""
+    usable = {frame: 1.0 / (rank + 4) for rank, frame in enumerate(FRAMES[role]) if frame.needs <= known}
+    return Table.of({frame.template: weight for frame, weight in usable.items()}), tuple(usable)
+
+
+_NEEDABLE = frozenset(slot for frames in FRAMES.values() for frame in frames for slot in frame.needs)
+
+
+@cache
+def _place_table(plot: str) -> Table:
+    return leaf_table(PLOTS[plot].places, {})
+
+
+@cache
+def _boosts(plot: str, place: str) -> dict[str, float]:
+    return boosts_at(place, PLOTS[plot].boosts)
+
+
+@cache
+def _slot_table(slot: str, plot: str, place: str, excluded: frozenset[str]) -> Table:
+    table = leaf_table(SLOTS[slot].nodes, _boosts(plot, place))
+    return table.without(excluded) if excluded & set(table.items) else table
+
+
+@cache
+def _kind_word(name: str) -> _Piece:
+    """The nearest concept above `name` that has a word: what an owl is called when it is called a bird."""
+    kind = next(above for above in ancestors(name) if CONCEPTS[above].words)
+    return CONCEPTS[kind].word, path(kind)
+
+
+@cache
+def _noun(name: str, form: str) -> tuple[_Piece, ...]:
+    """A slot's content in the form asked for."""
+    node = CONCEPTS[name]
+    if form == "s":
+        if node.plural is None:
+            raise ValueError(f"the concept {name!r} has no plural, so a frame cannot ask for '.s'")
+        return ((node.plural, path(name)),)
+    if form == "at":
+        return ((f"{PREPOSITIONS.get(name, 'in')} the ", ()), (node.word, path(name)))
+    if form == "kind":
+        return (_kind_word(name),)
+    if form:
+        raise ValueError(f"a frame asks for the unknown form {form!r} of {name!r}; use s, at or kind")
+    return ((node.word, path(name)),)
+
+
+def with_article(word: str) -> str:
+    """`a` or `an`, as the sound of `word` asks."""
+    return "an" if word[0] in "aeiouAEIOU" or word == "honest" else "a"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One draw: what was drawn (`point`), from which distribution, and which item of it came."""
+
+    point: str
+    table: Table
+    index: int
+
+    @property
+    def item(self) -> str:
+        """What was drawn."""
+        return self.table.items[self.index]
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story and the truth about it.
+
+    `spans` are (start, end, concepts) in characters for every word that expresses concepts, the most specific first
+    and the root last; they are in order and do not overlap. `facts` says what fills each slot that was used (`hero`,
+    `place`, `weather`, ...) and the `plot`. `choices` are all the draws that made the text.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    facts: dict[str, str]
+    choices: tuple[Choice, ...] = field(repr=False)
+
+    @property
+    def log_prob(self) -> float:
+        """The natural logarithm of the probability of this story among all stories."""
+        return sum(choice.table.log_probs[choice.index] for choice in self.choices)
+
+
+class _Teller:
+    """Tells one story: draws, remembers what fills which slot, and writes."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._uniform = rng.random
+        self.facts: dict[str, str] = {}
+        self.choices: list[Choice] = []
+        self.spans: list[Span] = []
+        self._text: list[str] = []
+        self._length = 0
+        self._plot = ""
+        self._place = ""
+        self._pronouns: dict[str, str] = {}
+
+    def _draw(self, point: str, table: Table) -> str:
+        index = table.index(self._uniform())
+        self.choices.append(Choice(point, table, index))
+        return table.items[index]
+
+    def tell(self) -> Story:
+        self._plot = self.facts["plot"] = self._draw("plot", _PLOT_TABLE)
+        self._place = self.facts["place"] = self._draw("place", _place_table(self._plot))
+        side = ".out" if "outdoor_place" in ancestors(self._place) else ".in"
+        plot = PLOTS[self._plot]
+        for act, probability in plot.acts:
+            if probability < 1.0 and self._draw(act, _yes_no(probability)) == "no":
+                continue
+            role = f"{self._plot}.{act}" if act in plot.frames else act.replace("@", side)
+            table, frames = _frame_table(role, _NEEDABLE.intersection(self.facts))
+            self._draw(role, table)
+            self._write_frame(frames[self.choices[-1].index])
+        return Story("".join(self._text), tuple(self.spans), self.facts, tuple(self.choices))
+
+    def _fill(self, slot: str) -> str:
+        """What fills the slot: drawn when it is first written, kept from then on."""
+        if slot not in self.facts:
+            taken = frozenset(self.facts[other] for other in SLOTS[slot].unlike if other in self.facts)
+            self.facts[slot] = self._draw(slot, _slot_table(slot, self._plot, self._place, taken))
+            if slot == "hero":
+                self._pronouns = _PRONOUNS[_gender(self.facts["hero"])]
+        return self.facts[slot]
+
+    def _hero_word(self, form: str) -> tuple[_Piece, ...]:
+        hero = self._fill("hero")
+        if form == "H":
+            form = self._draw("name or pronoun", _NAME_OR_PRONOUN)
+        if form == "hero":
+            return _noun(hero, "")
+        if form == "child":
+            return (_kind_word(hero),)
+        return ((self._pronouns[form], path(_gender(hero))),)
+
+    def _helper_words(self, form: str) -> tuple[_Piece, ...]:
+        if "helper" not in self.facts:
+            table = _ADULT_HELPER if form == "adult" or "friend" in self.facts else _ANY_HELPER
+            self.facts["helper"] = self._draw("helper", table)
+        kind = self.facts["helper"]
+        word = _noun(self._fill(kind), "")
+        if kind == "expert":
+            return (("a " if form else "the ", ()), *word)
+        if kind == "relative" or form:
+            role = () if kind == "relative" else (("friend ", ()),)
+            return (*self._hero_word("his"), (" ", ()), *role, *word)
+        return word
+
+    def _pieces(self, slot: str, form: str) -> tuple[_Piece, ...]:
+        if slot in ("hero", "H", "he", "him", "his", "child"):
+            return self._hero_word(slot)
+        if slot == "helper":
+            return self._helper_words(form)
+        if form == "his":
+            gender = _gender(self._fill(slot))
+            return ((_PRONOUNS[gender]["his"], path(gender)),)
+        return _noun(self._fill(slot), form)
+
+    def _write_frame(self, frame: Frame) -> None:
+        start = len(self._text)
+        if start:
+            self._write(" ", ())
+        for part in frame.parts:
+            pieces = self._pieces(part.slot, part.form) if part.slot else ()
+            for begin, end, concepts in part.spans:
+                self.spans.append((self._length + begin, self._length + end, concepts))
+            is_an = part.takes_article and with_article(pieces[0][0]) == "an"
+            self._write(part.text[:-1] + "n " if is_an else part.text, ())
+            for text, concepts in pieces:
+                self._write(text, concepts)
+        first = next(i for i in range(start, len(self._text)) if self._text[i] not in ("", " "))
+        self._text[first] = self._text[first][0].upper() + self._text[first][1:]
+
+    def _write(self, text: str, concepts: tuple[str, ...]) -> None:
+        if concepts:
+            self.spans.append((self._length, self._length + len(text), concepts))
+        self._text.append(text)
+        self._length += len(text)
+
+
+def _gender(name: str) -> str:
+    return "female" if "female" in ancestors(name) else "male"
+
+
+class StoryDocuments(Sequence[str]):
+    """The texts of consecutive stories, told when asked for: a training set that takes no space."""
+
+    def __init__(self, world: "StoryWorld", indices: range) -> None:
+        self._world = world
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "StoryDocuments": ...
+
+    def __getitem__(self, index: int | slice) -> "str | StoryDocuments":
+        if isinstance(index, slice):
+            return StoryDocuments(self._world, self._indices[index])
+        return self._world.story(self._indices[index]).text
+
+
+class StoryWorld:
+    """All the stories of one seed. Stories of different seeds are independent draws from the same distribution."""
+
+    def __init__(self, seed: int = 0) -> None:
+        if seed < 0:
+            raise ValueError(f"the seed of a StoryWorld must be 0 or more, got {seed}")
+        self.seed = seed
+
+    def story(self, index: int) -> Story:
+        """Story number `index` (0, 1, 2, ... without end): a pure function of (seed, index)."""
+        if index < 0:
+            raise ValueError(f"stories are numbered from 0, got {index}")
+        return _Teller(random.Random(f"hf_msae stories {self.seed} {index}")).tell()
+
+    def documents(self, num_documents: int, start: int = 0) -> StoryDocuments:
+        """The texts of the stories `start` to `start + num_documents - 1`, as a sequence."""
+        if num_documents < 0 or start < 0:
+            raise ValueError(f"num_documents and start must be 0 or more, got {num_documents} and {start}")
+        return StoryDocuments(self, range(start, start + num_documents))
+
+
+def token_concepts(story: Story, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...]]:
+    """The concepts that each token of `tokenizer(story.text)` expresses, special tokens included (they express none).
+
+    A token expresses what the words it overlaps express. Needs a fast tokenizer (one that knows character offsets).
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"token_concepts needs a fast tokenizer, which knows offsets; got {type(tokenizer).__name__}")
+    offsets = tokenizer(story.text, return_offsets_mapping=True)["offset_mapping"]
+    labels: list[tuple[str, ...]] = []
+    position = 0
+    for start, end in offsets:
+        while position < len(story.spans) and story.spans[position][1] <= start:
+            position += 1
+        found: list[str] = []
+        for span_start, span_end, concepts in story.spans[position:]:
+            if span_start >= end:
+                break
+            if span_end > start:
+                found.extend(name for name in concepts if name not in found)
+        labels.append(tuple(found) if end > start else ())
+    return labels

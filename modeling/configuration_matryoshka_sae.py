@@ -1,0 +1,275 @@
+# Copyright 2026 The hf_msae authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of a Matryoshka sparse autoencoder: its shape, its training loss, and where its activations come from.
+
+Nonsense is refused here, in words, because everything after (a day on eight GPUs, a push to the Hub) is more
+expensive. No `from __future__ import annotations` in this file: it would turn the types into strings and switch
+validation off.
+"""
+
+from itertools import pairwise
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
+LEVEL_WEIGHTS = ("uniform", "size")
+PREFIX_SAMPLING = ("fixed", "pareto")
+# The nested sizes used when none are given: every level doubles the dictionary.
+DEFAULT_PREFIX_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+# Keys that transformers itself puts into a configuration without declaring them as fields.
+TRANSFORMERS_KEYS = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "torch_dtype",
+    }
+)
+
+
+def default_prefix_sizes(num_latents: int) -> list[int]:
+    """Sizes 1/16, 1/8, 1/4, 1/2 and all of `num_latents`; sizes that coincide in a tiny dictionary are given once."""
+    return sorted({max(1, int(num_latents * fraction)) for fraction in DEFAULT_PREFIX_FRACTIONS})
+
+
+@strict
+class MatryoshkaSAEConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MatryoshkaSAE`].
+
+    > Shape
+
+    hidden_size (`int`, *optional*, defaults to 768):
+        Size of the activations (alias `d_in`).
+    num_latents (`int`, *optional*, defaults to 16384):
+        Size of the whole dictionary (alias `d_sae`).
+    prefix_sizes (`list[int]`, *optional*):
+        The nested dictionary sizes m_1 < ... < m_G, the last being `num_latents`. Each prefix reconstructs alone.
+        Defaults to 1/16, 1/8, 1/4, 1/2 and all of `num_latents`. One size makes a plain SAE.
+    k (`float`, *optional*, defaults to 32):
+        Mean number of active latents per token of the whole dictionary: exact for `batch_topk` and `topk`, the target
+        of the sparsity penalty for `jumprelu` and `relu`.
+    activation (`str`, *optional*, defaults to `"batch_topk"`):
+        `"batch_topk"` (the `k` × batch largest, one selection over the whole dictionary; arXiv:2412.06410), `"topk"`
+        (the `k` largest of each token; arXiv:2406.04093), `"jumprelu"` (a learnt threshold per latent;
+        arXiv:2407.14435) or `"relu"`. At inference the first three keep what exceeds the stored threshold, so that
+        what a prefix does never depends on later latents.
+    apply_b_dec_to_input (`bool`, *optional*, defaults to `True`):
+        Whether the decoder bias is subtracted before encoding.
+
+    > Training loss (arXiv:2503.17547 unless said)
+
+    level_weights (`str` or `list[float]`, *optional*, defaults to `"uniform"`):
+        Weight of each level's squared error, normalised to sum to 1: `"uniform"`, `"size"` (proportional to the size
+        of the group of latents that a level adds) or one number a level.
+    balance (`float`, *optional*):
+        Weight c^(levels inward) instead: the full dictionary weighs 1, the level inside it c, then c²
+        (arXiv:2505.11756; 0.75 is a good first try). Excludes `level_weights`.
+    detach_prefixes (`bool`, *optional*, defaults to `False`):
+        Stop each level's gradient from reaching the latents of the levels inside it.
+    log_loss (`bool`, *optional*, defaults to `False`):
+        Take the logarithm of each level's error before weighing.
+    prefix_sampling (`str`, *optional*, defaults to `"fixed"`):
+        `"fixed"` trains `prefix_sizes`; `"pareto"` draws new sizes every step, small ones more often, and always adds
+        the whole dictionary (Nabeshima's recipe). `prefix_sizes` are then the levels that are reported.
+    num_sampled_prefixes (`int`, *optional*, defaults to 10):
+        How many sizes a step draws with `prefix_sampling="pareto"`, the whole dictionary included.
+    pareto_alpha (`float`, *optional*, defaults to 0.5):
+        Exponent of that draw, in (0, 1]; 1 is uniform.
+    aux_loss_weight (`float`, *optional*, defaults to 1/32):
+        Weight of the auxiliary loss, by which latents that never fire learn to reconstruct what is left over.
+    num_aux_latents (`int`, *optional*):
+        How many dead latents a token uses in that loss; defaults to half of `hidden_size`.
+    sparsity_weight (`float`, *optional*, defaults to 0.01):
+        Weight of the sparsity penalty of `relu` (where a controller moves it until L0 is `k`) and `jumprelu`.
+    jumprelu_bandwidth (`float`, *optional*, defaults to 0.5):
+        Width of the kernel through which thresholds get their gradient, in units of the activations' standard
+        deviation per dimension.
+
+    > Where the activations come from
+
+    base_model (`str`, *optional*), base_model_revision (`str`, *optional*):
+        The language model, and its commit.
+    site (`str`, *optional*):
+        The place in it, as a module path and side: `model.layers.12:output`.
+    prepend_bos (`bool`, *optional*, defaults to `True`):
+        Whether each token window began with the tokenizer's BOS token. Special tokens never reach the SAE.
+    context_length (`int`, *optional*):
+        Tokens in a window.
+    measured (`dict`, *optional*):
+        What the training run measured on held-out tokens: `tokens`, and `l0` and `fve` per prefix.
+    """
+
+    model_type = "matryoshka_sae"
+    attribute_map = {"d_in": "hidden_size", "d_sae": "num_latents"}
+
+    hidden_size: int = 768
+    num_latents: int = 16384
+    prefix_sizes: list[int] | tuple[int, ...] | None = None
+    k: float | int = 32
+    activation: str = "batch_topk"
+    apply_b_dec_to_input: bool = True
+    level_weights: str | list[float | int] | tuple[float | int, ...] = "uniform"
+    balance: float | int | None = None
+    detach_prefixes: bool = False
+    log_loss: bool = False
+    prefix_sampling: str = "fixed"
+    num_sampled_prefixes: int = 10
+    pareto_alpha: float | int = 0.5
+    aux_loss_weight: float | int = 1 / 32
+    num_aux_latents: int | None = None
+    sparsity_weight: float | int = 0.01
+    jumprelu_bandwidth: float | int = 0.5
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    site: str | None = None
+    prepend_bos: bool = True
+    context_length: int | None = None
+    measured: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        self._refuse_unknown_keys(kwargs)
+        if self.prefix_sizes is None:
+            self.prefix_sizes = default_prefix_sizes(self.num_latents)
+        self.prefix_sizes = list(self.prefix_sizes)
+        if not isinstance(self.level_weights, str):
+            self.level_weights = list(self.level_weights)
+        if self.num_aux_latents is None:
+            self.num_aux_latents = max(1, self.hidden_size // 2)
+        super().__post_init__(**kwargs)
+
+    def _refuse_unknown_keys(self, kwargs: dict) -> None:
+        unknown = sorted(key for key in kwargs if key not in TRANSFORMERS_KEYS and not key.startswith("_"))
+        if unknown:
+            known = ", ".join(sorted(type(self).__annotations__))
+            raise ValueError(f"MatryoshkaSAEConfig got unknown key(s) {', '.join(unknown)}. Known keys: {known}.")
+
+    # Each method named validate_* runs after construction and again before saving.
+
+    def validate_sizes(self):
+        for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 < self.k <= self.num_latents:
+            raise ValueError(
+                f"k must be above 0 and at most num_latents={self.num_latents}, got {self.k}: it is the mean number "
+                f"of "
+                "latents active per token."
+            )
+
+    def validate_prefix_sizes(self):
+        sizes = self.prefix_sizes
+        if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
+            raise ValueError(
+                f"prefix_sizes must be positive and strictly increasing, got {sizes}. They are sizes of nested "
+                f"prefixes "
+                "(64, 128, 256), not increments (64, 64, 128)."
+            )
+        if sizes[-1] != self.num_latents:
+            raise ValueError(
+                f"The last of prefix_sizes must be num_latents={self.num_latents}, got {sizes}. Append "
+                f"{self.num_latents} "
+                f"or set num_latents={sizes[-1]}."
+            )
+
+    def validate_choices(self):
+        for name, choices in (("activation", ACTIVATIONS), ("prefix_sampling", PREFIX_SAMPLING)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def validate_level_weights(self):
+        weights = self.level_weights
+        if self.balance is not None:
+            if self.balance < 0:
+                raise ValueError(f"balance must not be negative, got {self.balance}; 0.75 is a good first try.")
+            if weights != "uniform":
+                raise ValueError(f"Give balance={self.balance} or level_weights={weights!r}, not both.")
+        if isinstance(weights, str):
+            if weights not in LEVEL_WEIGHTS:
+                raise ValueError(
+                    f"level_weights must be one of {', '.join(LEVEL_WEIGHTS)} or a list of numbers, got {weights!r}."
+                )
+        elif len(weights) != len(self.prefix_sizes) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"level_weights must be {len(self.prefix_sizes)} numbers, one per prefix of {self.prefix_sizes}, none "
+                f"negative and not all zero; got {weights}."
+            )
+        if self.prefix_sampling == "pareto" and (weights != "uniform" or self.balance is not None):
+            raise ValueError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
+
+    def validate_ranges(self):
+        for name in ("aux_loss_weight", "sparsity_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.jumprelu_bandwidth <= 0:
+            raise ValueError(f"jumprelu_bandwidth must be above 0, got {self.jumprelu_bandwidth}.")
+        if not 0 < self.pareto_alpha <= 1:
+            raise ValueError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
+
+    def validate_topk(self):
+        if self.activation == "topk" and int(self.k) != self.k:
+            raise ValueError(f"activation='topk' keeps k latents of each token, so k must be whole; got {self.k}.")
+
+    def truncated(self, prefix: int) -> "MatryoshkaSAEConfig":
+        """The configuration of the first `prefix` latents as a model of their own.
+
+        Levels inside the prefix stay; the prefix becomes the last level. `k` becomes the L0 measured for this prefix
+        where the training run measured it.
+        """
+        if not 1 <= prefix <= self.num_latents:
+            raise ValueError(f"prefix must be from 1 to num_latents={self.num_latents}, got {prefix}.")
+        values = self.to_dict()
+        inner = [size for size in self.prefix_sizes if size < prefix]
+        kept = [index for index, size in enumerate(self.prefix_sizes) if size <= prefix]
+        values.update(num_latents=prefix, prefix_sizes=[*inner, prefix], k=min(self.k, prefix))
+        if not isinstance(self.level_weights, str):
+            values["level_weights"] = self.level_weights[: len(inner) + 1]
+        if self.measured is not None:
+            per_level = {name: value for name, value in self.measured.items() if isinstance(value, list)}
+            values["measured"] = self.measured | {name: [v[i] for i in kept] for name, v in per_level.items()}
+            if prefix in self.prefix_sizes and prefix < self.num_latents and "l0" in per_level:
+                measured_l0 = per_level["l0"][self.prefix_sizes.index(prefix)]
+                values["k"] = max(1, round(measured_l0)) if self.activation == "topk" else measured_l0 or 1
+        return type(self)(**values)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.prefix_sizes)
+
+    @property
+    def normalized_level_weights(self) -> list[float]:
+        """The weight of each level's loss, summing to 1."""
+        if self.balance is not None:
+            weights = [float(self.balance) ** inward for inward in range(self.num_levels - 1, -1, -1)]
+        elif self.level_weights == "uniform":
+            weights = [1.0] * self.num_levels
+        elif self.level_weights == "size":
+            weights = [float(high - low) for low, high in pairwise([0, *self.prefix_sizes])]
+        else:
+            weights = [float(weight) for weight in self.level_weights]
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
+
+__all__ = ["MatryoshkaSAEConfig"]

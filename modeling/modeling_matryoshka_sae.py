@@ -1,0 +1,334 @@
+# Copyright 2026 The hf_msae authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Matryoshka sparse autoencoder: nested dictionaries of a language model's activations.
+
+One encoder and one decoder serve every level. The latents are selected once over the whole dictionary; the first m of
+them must then reconstruct the activation alone, for each m of `config.prefix_sizes` (Bussmann, Nabeshima, Karvonen,
+Nanda: "Learning Multi-Level Features with Matryoshka Sparse Autoencoders", arXiv:2503.17547). Early latents so come to
+hold general concepts and later ones refine them.
+
+`W_enc` and `W_dec` are both stored as (num_latents, hidden_size), so that a prefix is the first rows, contiguous on
+disk.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, cached_file, logging
+
+from .configuration_matryoshka_sae import MatryoshkaSAEConfig
+from .sparse_ops import (
+    JumpReLU,
+    activation_histogram,
+    decode,
+    decode_dead,
+    decode_levels,
+    histogram_bin,
+    histogram_threshold,
+    pre_activations,
+    select_above,
+    select_batch_topk,
+    select_topk,
+)
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_NAME = "model.safetensors"
+# Tensors with a row per latent; the only other one is b_dec.
+PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
+
+
+@dataclass
+class MatryoshkaSAEOutput(ModelOutput):
+    r"""
+    Output of [`MatryoshkaSAE`].
+
+    loss (`torch.Tensor`, scalar):
+        The levels' weighted squared errors over the variance of the activations, plus the auxiliary and sparsity
+        terms.
+    reconstruction (`torch.Tensor` of shape `(..., hidden_size)`):
+        Reconstruction by the whole dictionary.
+    latents (`torch.Tensor` of shape `(..., num_latents)`):
+        Latent activations, zero where inactive.
+    level_losses (`torch.Tensor` of shape `(num_levels,)`):
+        Squared error of each prefix over the variance of the activations, before weights.
+    aux_loss (`torch.Tensor`, scalar):
+        The dead latents' squared error over the variance, before its weight.
+    sparsity_loss (`torch.Tensor`, scalar):
+        The penalty of `relu` and `jumprelu`, before its weight.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    level_losses: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    sparsity_loss: torch.Tensor | None = None
+
+
+class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
+    config: MatryoshkaSAEConfig
+    base_model_prefix = "sae"
+    main_input_name = "hidden_states"
+    _keep_in_fp32_modules_strict = ["threshold", "max_activation", "firing_rate"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Random unit decoder rows, the encoder their transpose: what the trainer starts from before it sees data."""
+        super()._init_weights(module)
+        if isinstance(module, MatryoshkaSAE):
+            init.normal_(module.W_dec)
+            init.copy_(module.W_dec, nn.functional.normalize(module.W_dec, dim=-1))
+            init.copy_(module.W_enc, module.W_dec)
+            for tensor in (module.b_enc, module.b_dec, module.threshold, module.max_activation, module.firing_rate):
+                init.zeros_(tensor)
+
+
+class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
+    """A sparse autoencoder whose every prefix of latents is one too.
+
+    As in any module, `train()` and `eval()` choose the behaviour: in training mode `batch_topk` and `topk` select by
+    rank, and in evaluation mode all activations but `relu` keep what exceeds `threshold`, so that a token's latents
+    depend neither on its batch nor on later latents. `threshold` is zero until a training run, or
+    [`MatryoshkaSAE.calibrate_threshold`], has set it.
+
+    Besides the weights, a checkpoint holds `max_activation` and `firing_rate` per latent, (num_latents,): the units in
+    which people steer, and how rare a latent is.
+    """
+
+    def __init__(self, config: MatryoshkaSAEConfig):
+        super().__init__(config)
+        num_latents, hidden_size = config.num_latents, config.hidden_size
+        self.W_enc = nn.Parameter(torch.empty(num_latents, hidden_size))
+        self.b_enc = nn.Parameter(torch.empty(num_latents))
+        self.W_dec = nn.Parameter(torch.empty(num_latents, hidden_size))
+        self.b_dec = nn.Parameter(torch.empty(hidden_size))
+        threshold = torch.empty(num_latents, dtype=torch.float32)
+        self.threshold = nn.Parameter(threshold) if config.activation == "jumprelu" else nn.Buffer(threshold)
+        self.max_activation = nn.Buffer(torch.empty(num_latents, dtype=torch.float32))
+        self.firing_rate = nn.Buffer(torch.empty(num_latents, dtype=torch.float32))
+        self.post_init()
+
+    # Inference
+
+    def pre_activations(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
+        """Pre-activations (..., prefix) of activations (..., hidden_size)."""
+        x = self._flat(hidden_states)
+        m = self._checked_prefix(prefix)
+        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        pre = pre_activations(x, self.W_enc[:m], self.b_enc[:m], b_dec)
+        return pre.view(*hidden_states.shape[:-1], m)
+
+    def encode(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
+        """Latent activations (..., num_latents), or (..., prefix), of activations (..., hidden_size); zero where
+        inactive.
+
+        Raises `ValueError` for another width. In evaluation mode the first `prefix` latents cost only their own rows.
+        """
+        if self.training and self.config.activation in ("batch_topk", "topk"):
+            pre = self.pre_activations(hidden_states)
+            latents = self._select_by_rank(pre.flatten(0, -2), self.config.k).view_as(pre)
+            return latents[..., : self._checked_prefix(prefix)]
+        pre = self.pre_activations(hidden_states, prefix)
+        return select_above(pre, self.threshold[: pre.shape[-1]].to(pre.dtype))
+
+    def decode(self, latents: Tensor, prefix: int | None = None) -> Tensor:
+        """Reconstruction (..., hidden_size) from the first `prefix` latents.
+
+        `latents` is (..., m) for any m up to num_latents: what `encode` gave, or its first columns.
+        """
+        width = latents.shape[-1]
+        if width > self.config.num_latents:
+            raise ValueError(f"latents must have at most num_latents={self.config.num_latents} columns, got {width}.")
+        m = min(self._checked_prefix(prefix), width)
+        flat = latents[..., :m].reshape(-1, m)
+        return decode(flat, self.W_dec[:m], self.b_dec).view(*latents.shape[:-1], self.config.hidden_size)
+
+    def decode_levels(self, latents: Tensor) -> Tensor:
+        """Reconstructions by every prefix of `config.prefix_sizes`, (num_levels, ..., hidden_size)."""
+        flat = latents.reshape(-1, self.config.num_latents)
+        levels = list(decode_levels(flat, self.W_dec, self.b_dec, self.config.prefix_sizes))
+        return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
+
+    # Training
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        dead_latents: Tensor | None = None,
+        prefix_sizes: Sequence[int] | None = None,
+        variance: Tensor | float | None = None,
+        k: float | None = None,
+        sparsity_weight: Tensor | float | None = None,
+    ) -> MatryoshkaSAEOutput:
+        """Reconstruct activations (..., hidden_size) at every level and give the loss.
+
+        Args:
+            dead_latents: mask (num_latents,) of latents to revive through the auxiliary loss; none by default.
+            prefix_sizes: levels of this step in place of `config.prefix_sizes`, with equal weights (Pareto sampling).
+            variance: total variance of the activations, E‖x − E x‖², by which losses are divided; of this batch by
+                default.
+            k: active latents per token of this step in place of `config.k` (annealing).
+            sparsity_weight: weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
+        """
+        x = self._flat(hidden_states)
+        if variance is None:
+            variance = (x - x.mean(0)).pow(2).sum(-1).mean().clamp_min(torch.finfo(x.dtype).tiny)
+        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        pre = pre_activations(x, self.W_enc, self.b_enc, b_dec)
+        latents, sparsity_loss = self._select_for_loss(pre, variance, self.config.k if k is None else k)
+
+        sizes = self.config.prefix_sizes if prefix_sizes is None else list(prefix_sizes)
+        weights = self.config.normalized_level_weights if prefix_sizes is None else [1 / len(sizes)] * len(sizes)
+        errors, reconstruction = [], x
+        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes):
+            errors.append((x - reconstruction).pow(2).sum(-1).mean())
+        level_losses = torch.stack(errors) / variance
+        losses = level_losses.log() if self.config.log_loss else level_losses
+        sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
+        loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
+
+        aux_loss = loss.new_zeros(())
+        if dead_latents is not None and self.config.aux_loss_weight and dead_latents.any():
+            error = decode_dead(x - reconstruction, pre, self.W_dec, dead_latents, self.config.num_aux_latents)
+            aux_loss = error / variance
+            loss = loss + self.config.aux_loss_weight * aux_loss
+        return MatryoshkaSAEOutput(
+            loss=loss,
+            reconstruction=reconstruction.view_as(hidden_states),
+            latents=latents.view(*hidden_states.shape[:-1], -1),
+            level_losses=level_losses.detach(),
+            aux_loss=aux_loss.detach(),
+            sparsity_loss=sparsity_loss.detach(),
+        )
+
+    def _select_by_rank(self, pre: Tensor, k: float) -> Tensor:
+        if self.config.activation == "batch_topk":
+            return select_batch_topk(pre, k)
+        return select_topk(pre, round(k))
+
+    def _select_for_loss(self, pre: Tensor, variance: Tensor | float, k: float) -> tuple[Tensor, Tensor]:
+        """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
+        scale = (torch.as_tensor(variance, dtype=pre.dtype, device=pre.device) / self.config.hidden_size).sqrt()
+        if self.config.activation == "jumprelu":
+            bandwidth = self.config.jumprelu_bandwidth * scale
+            latents, active = JumpReLU.apply(pre, self.threshold.to(pre.dtype), bandwidth)
+            # A relative quadratic, so that its size does not depend on k (Gemma Scope 2 uses this form).
+            return latents, (active.sum(-1).mean() / k - 1).pow(2)
+        if self.config.activation == "relu":
+            latents = torch.relu(pre)
+            norms = self.W_dec.norm(dim=-1)
+            return latents, (latents @ norms).mean() / (scale * math.sqrt(self.config.hidden_size))
+        if self.training:
+            return self._select_by_rank(pre, k), pre.new_zeros(())
+        return select_above(pre, self.threshold.to(pre.dtype)), pre.new_zeros(())
+
+    @torch.no_grad()
+    def calibrate_threshold(self, batches: Iterable[Tensor]) -> float:
+        """Set the inference threshold so that on these activations, tensors (..., hidden_size), mean L0 is `config.k`.
+
+        `batch_topk` and `topk` get one threshold for the dictionary; `jumprelu` has its learnt thresholds scaled by
+        one factor; `relu` has none and stays as it is. Returns the L0 that results.
+        """
+        scaled = self.config.activation == "jumprelu"
+        histogram = torch.zeros((), dtype=torch.int64, device=self.device)
+        num_tokens = 0
+        for batch in batches:
+            pre = self.pre_activations(batch).flatten(0, -2)
+            num_tokens += pre.shape[0]
+            histogram = histogram + activation_histogram(pre / self.threshold.clamp_min(1e-20) if scaled else pre)
+        if num_tokens == 0:
+            raise ValueError("calibrate_threshold got no activations; give tensors of shape (..., hidden_size).")
+        if self.config.activation == "relu":
+            return int(histogram.sum()) / num_tokens
+        value = histogram_threshold(histogram, self.config.k * num_tokens)
+        self.threshold.copy_(self.threshold * value if scaled else value.expand_as(self.threshold))
+        return int(histogram[histogram_bin(value) :].sum()) / num_tokens
+
+    # Prefixes and files
+
+    def truncate(self, prefix: int) -> "MatryoshkaSAE":
+        """The first `prefix` latents as a model of their own; what it computes equals this model's prefix exactly."""
+        config = self.config.truncated(prefix)
+        state = {name: tensor[:prefix] if name in PER_LATENT else tensor for name, tensor in self.state_dict().items()}
+        model = type(self)(config).to(device=self.device, dtype=self.dtype)
+        for name in self._keep_in_fp32_modules_strict:
+            tensor = getattr(model, name)
+            tensor.data = tensor.data.float()
+        model.load_state_dict(state)
+        return model.train(self.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, prefix: int | None = None, output_loading_info=False, **kwargs
+    ):
+        """As in transformers, with two differences: missing or unexpected weights raise, and `prefix=m` reads only the
+        first m rows of the file and gives what `truncate(m)` of the whole model would."""
+        source = pretrained_model_name_or_path
+        if prefix is not None:
+            kwargs = cls._prefix_arguments(source, prefix, kwargs)
+        model, info = super().from_pretrained(
+            None if prefix is not None else source, *model_args, output_loading_info=True, **kwargs
+        )
+        model.config.name_or_path = str(source)
+        problems = [f"{kind}: {sorted(info[kind])}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
+        if problems:
+            raise ValueError(
+                f"The weights in {source} are not those of a MatryoshkaSAE ({'; '.join(problems)}). "
+                "Check that config.json and model.safetensors belong together."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _prefix_arguments(cls, name: str | Path, prefix: int, kwargs: dict) -> dict:
+        """Arguments for `from_pretrained` that hand over a truncated configuration and the first rows of the
+        weights.
+        """
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub = {key: kwargs.pop(key) for key in hub_names if key in kwargs}
+        config = kwargs.pop("config", None) or MatryoshkaSAEConfig.from_pretrained(name, **hub)
+        path = cached_file(name, WEIGHTS_NAME, **hub)
+        truncated = config.truncated(prefix)
+        with safe_open(path, framework="pt") as file:
+            state = {
+                key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118 (not a dict)
+            }
+        return {"dtype": config.dtype or state["W_dec"].dtype, **kwargs, "config": truncated, "state_dict": state}
+
+    def _flat(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"Expected activations of shape (..., {self.config.hidden_size}), got {tuple(hidden_states.shape)}. "
+                f"This SAE reads {self.config.site or 'a site of that width'} of "
+                f"{self.config.base_model or 'its model'}."
+            )
+        return hidden_states.reshape(-1, self.config.hidden_size).to(self.W_enc.dtype)
+
+    def _checked_prefix(self, prefix: int | None) -> int:
+        if prefix is None:
+            return self.config.num_latents
+        if not 1 <= prefix <= self.config.num_latents:
+            raise ValueError(f"prefix must be from 1 to num_latents={self.config.num_latents}, got {prefix}.")
+        return prefix
+
+
+__all__ = ["MatryoshkaSAE", "MatryoshkaSAEOutput", "MatryoshkaSAEPreTrainedModel"]

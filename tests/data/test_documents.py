@@ -1,0 +1,250 @@
+"""Documents: the same whatever they are stored in, dealt out without loss, and resumed at exactly the next one."""
+
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_msae.data import DatasetError, Documents, as_documents, load_documents
+
+TEXTS = [f"document {i}\nwith ünïcode and a second line" + " word" * (i % 5) for i in range(23)]
+CHATS = [[{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(5)]
+KINDS = ["list", "txt", "paragraphs", "txt folder", "jsonl", "json", "json lines", "parquet", "folder", "disk", "dict"]
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory) -> dict[str, Documents]:
+    """`TEXTS` in every form that can be read."""
+    root = tmp_path_factory.mktemp("stored")
+    rows = [{"label": i, "text": text} for i, text in enumerate(TEXTS)]
+    dataset = datasets.Dataset.from_list(rows)
+    (root / "a.txt").write_text("\n<|endoftext|>\n".join(TEXTS), encoding="utf-8")
+    (root / "b.txt").write_text("\n\n  \n".join(TEXTS) + "\n\n", encoding="utf-8")
+    (root / "texts").mkdir()
+    (root / "texts" / "1.txt").write_text("<|endoftext|>".join(TEXTS[:9]) + "<|endoftext|>", encoding="utf-8")
+    (root / "texts" / "2.txt").write_text("\n\n".join(TEXTS[9:]), encoding="utf-8")
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (root / "a.jsonl").write_text(lines + "\n", encoding="utf-8")
+    (root / "lines.json").write_text(lines, encoding="utf-8")
+    (root / "array.json").write_text(" " + json.dumps(rows), encoding="utf-8")
+    (root / "parquet").mkdir()
+    dataset.select(range(10)).to_parquet(root / "parquet" / "train-0.parquet")
+    dataset.select(range(10, 23)).to_parquet(root / "parquet" / "train-1.parquet")
+    dataset.select(range(2)).to_parquet(root / "parquet" / "test-0.parquet")
+    dataset.to_parquet(root / "one.parquet")
+    dataset.save_to_disk(root / "disk")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(root / "dict")
+    paths = [
+        "a.txt",
+        "b.txt",
+        "texts",
+        "a.jsonl",
+        "array.json",
+        "lines.json",
+        "one.parquet",
+        "parquet",
+        "disk",
+        "dict",
+    ]
+    return {"list": as_documents(TEXTS)} | {
+        kind: load_documents(root / path) for kind, path in zip(KINDS[1:], paths, strict=True)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_gives_the_same_documents_twice(stored, kind):
+    documents = stored[kind].view()
+    assert list(documents) == TEXTS
+    assert list(documents) == TEXTS
+    assert documents.num_documents == (23 if kind in ("list", "disk", "dict") else None)
+
+
+def test_python_objects_give_the_same_documents():
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    assert list(as_documents(dataset)) == TEXTS
+    assert list(as_documents(dataset.to_iterable_dataset(num_shards=3))) == TEXTS
+    assert list(as_documents([{"body": text} for text in TEXTS], text_column="body")) == TEXTS
+    documents = as_documents(TEXTS)
+    assert as_documents(documents) is documents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(stop=st.integers(0, 24), start=st.integers(0, 6), rank=st.integers(0, 2))
+def test_resumed_equals_uninterrupted(stored, kind, stop, start, rank):
+    def fresh() -> Documents:
+        return stored[kind].view().skip(start).shard(rank, 3)
+
+    expected = [TEXTS[i] for i in range(start, 23) if i % 3 == rank]
+    documents = fresh()
+    reader = iter(documents)
+    seen = [text for _, text in zip(range(stop), reader, strict=False)]
+    state = json.loads(json.dumps(documents.state_dict()))
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert seen + list(resumed) == expected
+    assert list(resumed) == expected  # only the first pass after loading is a resumed one
+
+
+@settings(max_examples=40, deadline=None)
+@given(total=st.integers(1, 30), start=st.integers(0, 35), world_size=st.integers(1, 5))
+def test_shards_are_a_partition_of_what_is_not_skipped(total, start, world_size):
+    texts = [str(i) for i in range(total)]
+    shards = [as_documents(texts).skip(start).shard(rank, world_size) for rank in range(world_size)]
+    given_out = [list(shard) for shard in shards]
+    assert [len(part) for part in given_out] == [shard.num_documents for shard in shards]
+    assert sorted(int(text) for part in given_out for text in part) == list(range(start, total))
+    assert all(int(text) % world_size == rank for rank, part in enumerate(given_out) for text in part)
+
+
+def test_two_passes_over_a_list_do_not_disturb_each_other():
+    documents = as_documents(TEXTS)
+    assert list(zip(documents, documents, strict=True)) == list(zip(TEXTS, TEXTS, strict=True))
+
+
+def test_an_overtaken_pass_over_a_stream_refuses_to_tell_a_wrong_place():
+    documents = as_documents(datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset())
+    next(iter(documents))
+    next(iter(documents.view()))
+    with pytest.raises(RuntimeError, match="a second pass over this streamed dataset has begun"):
+        documents.state_dict()
+
+
+def test_the_state_of_another_shard_is_refused():
+    state = as_documents(TEXTS).shard(0, 2).state_dict()
+    with pytest.raises(ValueError, match="same number of processes"):
+        as_documents(TEXTS).shard(0, 3).load_state_dict(state)
+
+
+def test_views_refuse_what_would_mean_something_else():
+    shard = as_documents(TEXTS).shard(0, 2)
+    with pytest.raises(ValueError, match=r"documents\.skip\(n\)\.shard"):
+        shard.skip(1)
+    with pytest.raises(ValueError, match="already shard 0 of 2"):
+        shard.shard(0, 2)
+    with pytest.raises(ValueError, match="got rank 2 of 2"):
+        as_documents(TEXTS).shard(2, 2)
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        as_documents(TEXTS).skip(-1)
+
+
+def test_a_separator_can_be_chosen(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo ### three###\n###")
+    assert list(load_documents(tmp_path / "a.txt", separator="###")) == ["one\r\n\r\ntwo", "three"]
+    assert list(load_documents(tmp_path / "a.txt")) == ["one", "two ### three###\n###"]
+
+
+def test_a_separator_across_the_border_of_two_reads_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_msae.data.sources.CHUNK_BYTES", 7)
+    (tmp_path / "a.txt").write_text("abcd<|sep|>efghijklmnop<|sep|>q", encoding="utf-8")
+    assert list(load_documents(tmp_path / "a.txt", separator="<|sep|>")) == ["abcd", "efghijklmnop", "q"]
+
+
+def test_chats_are_found_and_sharegpt_is_translated(tmp_path):
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": c, "id": 1}) for c in CHATS))
+    assert list(load_documents(tmp_path / "chat.jsonl")) == CHATS
+    assert list(as_documents(datasets.Dataset.from_dict({"chat": CHATS}), messages_column="chat")) == CHATS
+    assert list(as_documents(CHATS)) == CHATS
+    sharegpt = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}]
+    assert list(as_documents(sharegpt)) == [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    ]
+    both = [{"text": "plain", "messages": CHATS[0]}]
+    assert list(as_documents(both)) == ["plain"]
+    assert list(as_documents(both, messages_column="messages")) == [CHATS[0]]
+
+
+def test_file_names_tell_the_split(tmp_path):
+    for name in ("train-00.txt", "train-01.txt", "valid.txt"):
+        (tmp_path / name).write_text(name)
+    assert list(load_documents(tmp_path)) == ["train-00.txt", "train-01.txt"]
+    assert list(load_documents(tmp_path, split="validation")) == ["valid.txt"]
+    assert list(load_documents(tmp_path / "valid.txt")) == ["valid.txt"]
+    with pytest.raises(DatasetError, match=r"no split 'test'; its file names tell: train, validation"):
+        load_documents(tmp_path, split="test")
+
+
+def test_missing_data_says_what_was_tried(tmp_path, monkeypatch):
+    with pytest.raises(DatasetError, match=r"nothing.*\(nothing there\); the Hub was not asked"):
+        load_documents(tmp_path / "nothing.txt")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DatasetError, match=r"Tried the path .*no-owner/no-name \(nothing there\) and the Hub"
+    ) as caught:
+        load_documents("no-owner/no-name")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_missing_column_lists_the_columns_and_their_kinds():
+    rows = [{"body": "words", "n": 3, "talk": CHATS[0]}]
+    message = r"no column 'text'. Its columns: body, n, talk. With text .*: body. With chats .*: talk"
+    with pytest.raises(DatasetError, match=message):
+        as_documents(rows)
+    with pytest.raises(DatasetError, match="no column 'chat'"):
+        as_documents([{"text": "x", "messages": CHATS[0]}], messages_column="chat")
+
+
+def test_a_missing_split_lists_the_splits(stored, tmp_path):
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})
+    splits.save_to_disk(tmp_path / "dict")
+    with pytest.raises(DatasetError, match="no split 'test'; it has: train"):
+        load_documents(tmp_path / "dict", split="test")
+    with pytest.raises(DatasetError, match=r"several splits \(train\)"):
+        as_documents(splits)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        (b"", ".txt", "empty dataset"),
+        (b"\n \n", ".jsonl", "empty dataset"),
+        (b"[]", ".json", "empty dataset"),
+        (b"not json", ".jsonl", "the line at byte 0 is not JSON"),
+        (b"[1, 2", ".json", "begins like a JSON array but is not one"),
+        (b"3", ".jsonl", "holds a int at offset 0, expected an object"),
+        (b"caf\xe9", ".txt", "is not UTF-8 text in the document that begins at byte 0"),
+        (b"not parquet", ".parquet", "Parquet"),
+        (b"a,b", ".csv", r"expected one of \.txt, \.jsonl, \.json, \.parquet, got '\.csv'"),
+    ],
+)
+def test_unreadable_files_are_errors_at_once(tmp_path, content, suffix, message):
+    path: Path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        load_documents(path)
+
+
+def test_folders_that_cannot_be_read_are_errors(tmp_path):
+    with pytest.raises(DatasetError, match=r"holds no \.txt"):
+        load_documents(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DatasetError, match="revision='main' are for Hub datasets"):
+        load_documents(tmp_path, revision="main")
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(DatasetError, match="mixes parquet with text files"):
+        load_documents(tmp_path)
+
+
+def test_values_and_objects_that_are_no_documents_are_named():
+    with pytest.raises(DatasetError, match=r"document 1 of 2 documents in memory, column 'text', is missing or null"):
+        list(as_documents([{"text": "a"}, {"text": None}]))
+    with pytest.raises(DatasetError, match=r"document 1 of .* is a int, expected a string or a list of messages"):
+        list(as_documents(["a", 3]))
+    with pytest.raises(DatasetError, match="use load_documents"):
+        as_documents("stories.txt")
+    with pytest.raises(DatasetError, match="cannot read documents from a generator"):
+        as_documents(text for text in TEXTS)
+
+
+def test_real_stories_are_split_at_end_of_text(shared_data):
+    path = shared_data / "tinystories.txt"
+    stories = list(load_documents(path))
+    raw = path.read_text(encoding="utf-8")
+    assert stories == [story.strip() for story in raw.split("<|endoftext|>") if story.strip()]
+    assert len(stories) > 5000

@@ -1,0 +1,241 @@
+"""The stream: every token's activation exactly once, shuffled within blocks, resumed bit for bit."""
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_msae.data import ActivationError, ActivationStream, DatasetError, TokenWindows, harvest, stream, windows
+from hf_msae.sites import Site, resolve_site
+
+SITES = ["embeddings", "layers.0"]
+EMBEDDINGS, LAYER = Site("model.embed_tokens"), Site("model.layers.0")
+
+
+@pytest.fixture
+def make_stream(lm, tokenizer, texts):
+    """Streams over the first 60 documents in small blocks of 100 tokens."""
+
+    def make(model=lm, sites=SITES, *, documents=texts[:60], pack=True, **changes) -> ActivationStream:
+        options = {"batch_size": 32, "block_tokens": 100, "lm_batch_size": 3, "norm_outlier_multiple": None} | changes
+        return ActivationStream(
+            model, sites, TokenWindows(documents, tokenizer, context_length=16, pack=pack), **options
+        )
+
+    return make
+
+
+def direct(lm, tokenizer, documents: list[str], pack: bool = True) -> tuple[Tensor, Tensor]:
+    """Activations at the two sites from the model's own `output_hidden_states`, one window at a time."""
+    embedded, layer = [], []
+    for window in TokenWindows(documents, tokenizer, context_length=16, pack=pack):
+        with torch.no_grad():
+            hidden = lm(window.input_ids[None], output_hidden_states=True).hidden_states
+        embedded.append(hidden[0][0, window.keep])
+        layer.append(hidden[1][0, window.keep])
+    return torch.cat(embedded), torch.cat(layer)
+
+
+def in_order(rows: Tensor) -> Tensor:
+    """Rows sorted along a random direction: equal for equal multisets."""
+    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return rows[(rows.double() @ direction).argsort()]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_every_token_is_given_once_and_rows_agree_over_sites(make_stream, lm, tokenizer, texts, pack):
+    embedded, layer = direct(lm, tokenizer, texts[:60], pack)
+    batches = list(make_stream(batch_size=1, pack=pack))
+    pairs = torch.cat([torch.cat([batch[EMBEDDINGS], batch[LAYER]], dim=1) for batch in batches])
+    assert pairs.shape == (len(layer), 32)
+    torch.testing.assert_close(in_order(pairs), in_order(torch.cat([embedded, layer], dim=1)), rtol=0, atol=1e-6)
+
+
+def test_batches_have_the_size_asked_and_the_rest_is_counted(make_stream, texts):
+    total = sum(len(text.split()) for text in texts[:60])
+    made = make_stream(batch_size=37)
+    batches = list(made)
+    assert {batch[site].shape for batch in batches for site in batch} == {(37, 16)}
+    assert made.num_tokens == 37 * len(batches)
+    assert made.num_tokens + made.num_dropped == total
+    assert next(made, None) is None
+    assert made.num_tokens + made.num_dropped == total
+
+
+def test_batches_do_not_depend_on_how_they_are_cut(make_stream):
+    small = torch.cat([batch[LAYER] for batch in make_stream(batch_size=10)])
+    large = torch.cat([batch[LAYER] for batch in make_stream(batch_size=250)])
+    assert torch.equal(small[: len(large)], large)
+
+
+def test_a_block_is_shuffled_and_only_a_block(make_stream, lm, tokenizer, texts):
+    site = resolve_site(lm, "layers.0")
+    found = TokenWindows(texts[:60], tokenizer, context_length=16)
+    plain = torch.cat([rows[site] for rows in harvest(lm, [site], found, lm_batch_size=3)])
+    whole = next(make_stream(batch_size=len(plain), block_tokens=10**6))[LAYER]
+    place = torch.cdist(whole.double(), plain.double()).argmin(dim=1)
+    assert abs(float(torch.corrcoef(torch.stack([place, torch.arange(len(plain))]).double())[0, 1])) < 0.15
+    assert sum(b - a == 1 for a, b in pairwise(place.tolist())) < 5
+    first = next(make_stream(batch_size=90, block_tokens=100))[LAYER]
+    assert torch.cdist(first.double(), plain[: 100 + 16].double()).min(dim=1).values.max() < 1e-6
+
+
+def test_seed_shard_and_block_each_change_the_permutation():
+    orders = [
+        torch.randperm(50, generator=stream.seeded_generator(*numbers)).tolist()
+        for numbers in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+    ]
+    assert len({tuple(order) for order in orders}) == 5
+    again = torch.randperm(50, generator=stream.seeded_generator(0, 0, 0)).tolist()
+    assert again == orders[0]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"shard": 1}])
+def test_seed_and_shard_reach_the_batches(make_stream, changes):
+    assert not torch.equal(next(make_stream())[LAYER], next(make_stream(**changes))[LAYER])
+    assert torch.equal(next(make_stream(**changes))[LAYER], next(make_stream(**changes))[LAYER])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    stop=st.integers(0, 30),
+    batch_size=st.sampled_from([13, 25, 100, 140]),
+    block_tokens=st.sampled_from([20, 100, 500]),
+    multiple=st.sampled_from([None, 1.1]),
+)
+def test_resumed_equals_uninterrupted(lm, tokenizer, texts, stop, batch_size, block_tokens, multiple):
+    def fresh() -> ActivationStream:
+        found = TokenWindows(texts[:40], tokenizer, context_length=16)
+        options = {"batch_size": batch_size, "block_tokens": block_tokens, "norm_outlier_multiple": multiple}
+        return ActivationStream(lm, SITES, found, lm_batch_size=4, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "DOCUMENTS_PER_BATCH", 7)
+        whole = fresh()
+        expected = list(whole)
+        stopped = fresh()
+        seen = [batch for _, batch in zip(range(stop), stopped, strict=False)]
+        resumed = fresh()
+        resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+        found = seen + list(resumed)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[site], theirs[site]) for site in (EMBEDDINGS, LAYER))
+    assert (resumed.num_tokens, resumed.num_filtered) == (whole.num_tokens, whole.num_filtered)
+    assert resumed.num_dropped == whole.num_dropped
+
+
+def test_resuming_harvests_one_block_at_most(make_stream, monkeypatch):
+    made = make_stream(batch_size=25)
+    for _ in range(9):
+        next(made)
+    state = made.state_dict()
+    assert state["block"] >= 2
+    passes = []
+    monkeypatch.setattr(stream, "capture", lambda *a, **k: passes.append(1) or original(*a, **k))
+    resumed = make_stream(batch_size=25)
+    resumed.load_state_dict(state)
+    # A block of 100 tokens is at most 8 windows here, and a pass takes 3 of them.
+    assert 1 <= len(passes) <= 3
+
+
+original = stream.capture
+
+
+def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, monkeypatch):
+    expected = list(make_stream())
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stream, "capture", interrupted)
+    made, seen = make_stream(), []
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(made)  # extend keeps what came before the interrupt
+    resumed = make_stream()
+    resumed.load_state_dict(made.state_dict())
+    rest = list(resumed)
+    assert 0 < len(seen) < len(expected)
+    assert all(torch.equal(a[LAYER], b[LAYER]) for a, b in zip(seen + rest, expected, strict=True))
+
+
+def test_outliers_at_any_site_are_dropped_and_counted(make_stream, lm, texts):
+    model = copy.deepcopy(lm)
+    model.model.embed_tokens.weight.data[4 + 7] *= 1000
+    count = " ".join(texts[:60]).split().count("w7")
+    total = sum(len(text.split()) for text in texts[:60])
+    # The MLP reads a normalised input, so w7 is an outlier at the embeddings only.
+    made = make_stream(model, ["layers.0.mlp", "embeddings"], batch_size=1, norm_outlier_multiple=10.0)
+    norms = torch.cat([batch[EMBEDDINGS] for batch in made]).norm(dim=1)
+    assert count > 5
+    assert made.num_filtered == count
+    assert len(norms) == total - count
+    assert norms.max() < 10 * norms.median()
+    unfiltered = make_stream(model, batch_size=1)
+    assert len(list(unfiltered)) == total
+    assert unfiltered.num_filtered == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named(make_stream, lm, value):
+    model = copy.deepcopy(lm)
+    model.model.embed_tokens.weight.data[4 + 7] = value
+    message = r"activations at model\.embed_tokens:output in block 0 are NaN or infinite .*bfloat16 or float32"
+    with pytest.raises(ActivationError, match=message):
+        next(make_stream(model))
+
+
+def test_dtype_is_the_models_own(make_stream, lm):
+    batch = next(make_stream(copy.deepcopy(lm).to(torch.bfloat16)))
+    assert {rows.dtype for rows in batch.values()} == {torch.bfloat16}
+    assert not any(rows.requires_grad for rows in batch.values())
+
+
+def test_the_model_is_left_as_it_was(make_stream, lm):
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in lm.modules()]
+    list(make_stream())
+    assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in lm.modules()] == hooks
+    assert all(torch.equal(before[name], value) for name, value in lm.state_dict().items())
+
+
+def test_bad_arguments_name_what_was_given(make_stream, lm):
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        make_stream(copy.deepcopy(lm).train())
+    with pytest.raises(ValueError, match="training mode"):
+        next(harvest(copy.deepcopy(lm).train(), [LAYER], [], lm_batch_size=1))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        make_stream(batch_size=0)
+    with pytest.raises(ValueError, match="norm_outlier_multiple must be above 1"):
+        make_stream(norm_outlier_multiple=0.5)
+    with pytest.raises(ValueError, match="name at least one site"):
+        make_stream(sites=[])
+    with pytest.raises(DatasetError, match=r"the data ends after 2 activations, fewer than one batch of 32"):
+        list(make_stream(documents=["w1 w2"]))
+    with pytest.raises(ValueError, match="'seed': 1"):
+        make_stream(seed=1).load_state_dict(make_stream().state_dict())
+
+
+def test_a_real_model_gives_each_word_of_the_stories(stories260k, shared_data):
+    lm, tokenizer = stories260k
+    lm = copy.deepcopy(lm).double()  # so that rounding cannot change the order in which rows are compared
+    stories = (shared_data / "tinystories.txt").read_text(encoding="utf-8")[:8_000].split("<|endoftext|>")
+    found = TokenWindows(stories, tokenizer, context_length=128)
+    made = ActivationStream(lm, ["layers.2"], found, batch_size=1, block_tokens=2000, norm_outlier_multiple=None)
+    given_out = torch.cat([batch[made.sites[0]] for batch in made])
+    kept = []
+    for window in TokenWindows(stories, tokenizer, context_length=128):
+        with torch.no_grad():
+            hidden = lm(window.input_ids[None], output_hidden_states=True).hidden_states[3]
+        kept.append(hidden[0, window.keep])
+    torch.testing.assert_close(in_order(given_out), in_order(torch.cat(kept)), rtol=0, atol=1e-6)
+    assert len(given_out) > 3000
