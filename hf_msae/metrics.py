@@ -6,14 +6,24 @@ with reconstructions in place of activations. Special positions (`keep` false) t
 in the second pass and counted in no number. Sums are accumulated in float64.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, replace
+
+
+class TokenBatch(TypedDict):
+    """Collated token windows, each (batch, sequence); no mask where nothing is padded."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    keep: Tensor
 
 
 @dataclass
@@ -56,13 +66,13 @@ class ReconstructionMeter:
 
     def __post_init__(self) -> None:
         device, config = self.sae.device, self.sae.config
-        double = {"dtype": torch.float64, "device": device}
-        self.sums = {
-            "x": torch.zeros(config.hidden_size, **double),
-            "x_squared": torch.zeros((), **double),
-            "errors": torch.zeros(config.num_levels, **double),
-            "fired": torch.zeros(config.num_latents, **double),
+        shapes = {
+            "x": (config.hidden_size,),
+            "x_squared": (),
+            "errors": (config.num_levels,),
+            "fired": (config.num_latents,),
         }
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         self.max_activation = torch.zeros(config.num_latents, device=device)
 
     @torch.no_grad()
@@ -122,7 +132,7 @@ def measure_reconstruction(
 class _Splice:
     """The model with one site under control: reads the activations once, then runs with others in their place."""
 
-    def __init__(self, model: nn.Module, site: Site, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, site: Site, inputs: dict[str, Tensor]) -> None:
         self.model, self.site, self.inputs = model, site, inputs
 
     def clean(self) -> tuple[Tensor, Tensor]:
@@ -152,7 +162,7 @@ def _cross_entropy(logits: Tensor, input_ids: Tensor, counted: Tensor) -> Tensor
 
 @torch.inference_mode()
 def measure_cross_entropy(
-    model: nn.Module, site: Site, sae: MatryoshkaSAE, mean: Tensor, batches: Iterable[Mapping[str, Tensor | None]]
+    model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, mean: Tensor, batches: Iterable[TokenBatch]
 ) -> Measurement:
     """Cross-entropy of the language model with the site replaced by each prefix's reconstruction, by zero, and by the
     mean.
@@ -164,12 +174,13 @@ def measure_cross_entropy(
     Returns a [`Measurement`] whose levels hold only the numbers measured here.
     """
     prefixes = sae.config.prefix_sizes
-    names = ["clean", "zero", "mean", *prefixes]
-    sums = dict.fromkeys(names, 0.0)
+    sums: dict[str | int, float] = dict.fromkeys(["clean", "zero", "mean", *prefixes], 0.0)
     count = 0
     for batch in batches:
         keep = batch["keep"]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch[name] is not None}
+        inputs = {"input_ids": batch["input_ids"]}
+        if batch["attention_mask"] is not None:
+            inputs["attention_mask"] = batch["attention_mask"]
         counted = keep[:, :-1] & keep[:, 1:]
         splice = _Splice(model, site, inputs)
         clean_logits, hidden = splice.clean()
@@ -225,10 +236,10 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
     )
 
 
-def table_rows(measurement: Measurement) -> tuple[Sequence[str], list[Sequence[str]]]:
+def table_rows(measurement: Measurement) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the table by level, as text, for the terminal and for the model card."""
     header = ("prefix", "L0", "FVE", "CE recovered", "dead %")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{level.prefix:,}",
             f"{level.l0:.2f}",

@@ -122,7 +122,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
 
     hidden_size: int = 768
     num_latents: int = 16384
-    prefix_sizes: list[int] | tuple[int, ...] | None = None
+    prefix_sizes: list[int] | tuple[int, ...] = ()
     k: float | int = 32
     activation: str = "batch_topk"
     apply_b_dec_to_input: bool = True
@@ -149,9 +149,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         self._refuse_unknown_keys(kwargs)
-        if self.prefix_sizes is None:
-            self.prefix_sizes = default_prefix_sizes(self.num_latents)
-        self.prefix_sizes = list(self.prefix_sizes)
+        self.prefix_sizes = list(self.prefix_sizes) or default_prefix_sizes(self.num_latents)
         if not isinstance(self.level_weights, str):
             self.level_weights = list(self.level_weights)
         if self.num_aux_latents is None:

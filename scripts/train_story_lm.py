@@ -133,10 +133,10 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, number: 
     """Stories told by the model itself, at temperature 0.9."""
     model.eval()
     start = torch.full((number, 1), BOS)
-    out = model.generate(
+    ids = model.generate(  # type: ignore[misc]
         start, attention_mask=torch.ones_like(start), do_sample=True, temperature=0.9, top_k=0, max_length=CONTEXT
     )
-    return tokenizer.batch_decode(out, skip_special_tokens=True)
+    return tokenizer.batch_decode(torch.as_tensor(ids), skip_special_tokens=True)
 
 
 def train(args: argparse.Namespace) -> None:

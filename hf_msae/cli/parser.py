@@ -63,7 +63,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def build_parser(command: str, description: str, dataclasses: Sequence[type]) -> HfArgumentParser:
+def build_parser(command: str, description: str, dataclasses: Sequence[Any]) -> HfArgumentParser:
     """A parser for `hf-msae COMMAND` with a group of flags per dataclass."""
     parser = HfArgumentParser(
         list(dataclasses), prog=f"hf-msae {command}", description=description, formatter_class=HelpFormatter
@@ -85,7 +85,7 @@ def parse(parser: HfArgumentParser, arguments: list[str]) -> tuple[Any, ...]:
     config, _ = finder.parse_known_args(arguments)
     if config.config is not None:
         parser.set_defaults(**_read_yaml(parser, Path(config.config)))
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(parser.dataclass_types)]
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(list(parser.dataclass_types))]
 
 
 def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any) -> list[
     for name in names:
         site = resolve_site(model, name)
         width = site_width(model, site)
-        for num_latents, k in itertools.product(args.num_latents or [16 * width], args.k or [None]):
+        default_k: list[float | None] = [None]
+        for num_latents, k in itertools.product(args.num_latents or [16 * width], args.k or default_k):
             config = MatryoshkaSAEConfig(
                 hidden_size=width,
                 num_latents=num_latents,
@@ -137,10 +138,8 @@ def _default_sites(model: PreTrainedModel, dataset: Any) -> list[str]:
     return [f"layers.{(layers - 1) // 2}"]
 
 
-def parse_prefix_sizes(values: list[str], num_latents: int) -> list[int] | None:
-    """Sizes from numbers and shares of `num_latents`; None where none are given."""
-    if not values:
-        return None
+def parse_prefix_sizes(values: list[str], num_latents: int) -> list[int]:
+    """Sizes from numbers and shares of `num_latents`; empty where none are given."""
     sizes = []
     for text in values:
         try:

@@ -225,7 +225,6 @@ class CachedActivations(BatchIterator):
                 f"the state was taken of a cache read with {state['settings']}, this one: {self.settings}"
             )
         self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
-        self._ended = False
         self._number = state["shard"] - 1
         self._order = self._order[:0]
         self._position = 0
@@ -261,7 +260,7 @@ class CachedActivations(BatchIterator):
         self._number += 1
         epoch, place = divmod(self._number, len(shards))
         order = torch.randperm(len(shards), generator=seeded_generator(self.seed, self.rank, epoch))
-        shard = int(place)
+        shard = int(order[place])
         rows = self._share(shards[shard])
         # Let go of the last shard before the next is read, so that only one is in memory.
         self._block = {}

@@ -18,7 +18,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,7 +53,6 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         self._block: dict[Site, Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)
         self._position = 0
-        self._ended = False
         self._state: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,9 +76,8 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
                 parts.append({site: block[rows.to(block.device)] for site, block in self._block.items()})
                 self._position += len(rows)
                 missing -= len(rows)
-            elif self._ended or not self._next_block():
+            elif not self._next_block():
                 self._end(dropped=self.batch_size - missing)
-                raise StopIteration
         self.num_tokens += self.batch_size
         self._state = self._place()
         if len(parts) == 1:
@@ -91,15 +89,14 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         self._order = self._order[:0]
         return self._advance()
 
-    def _end(self, dropped: int) -> None:
-        if not self._ended:
-            self.num_dropped += dropped
-        self._ended = True
+    def _end(self, dropped: int) -> NoReturn:
+        self.num_dropped += dropped
         if self.num_tokens == 0:
             raise DatasetError(
                 f"the data ends after {dropped:,} activations, fewer than one batch of {self.batch_size:,}; "
                 "use more data or a smaller batch"
             )
+        raise StopIteration
 
 
 class ActivationStream(BatchIterator):
@@ -183,7 +180,6 @@ class ActivationStream(BatchIterator):
             raise ValueError(f"the state was taken of a stream with {state['settings']}, this one has {self.settings}")
         self.windows.load_state_dict(state["windows"])
         self._reader = None
-        self._ended = False
         self._number = state["block"] - 1
         self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
         self.num_filtered = state["num_filtered"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import CachedActivations, Documents, Window, collate, harvest, hold_out
+from hf_msae.metrics import TokenBatch
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 
@@ -26,7 +27,7 @@ class HeldOut(ABC):
         """Activations for measuring."""
 
     @abstractmethod
-    def token_batches(self) -> Iterator[Mapping[str, Tensor | None]]:
+    def token_batches(self) -> Iterator[TokenBatch]:
         """Token batches for measuring cross-entropy, `args.ce_tokens` in all; none where there is no text."""
 
 
@@ -61,7 +62,7 @@ class HeldOutText(HeldOut):
     def _harvest(self, windows: Sequence[Window]) -> Iterator[Mapping[Site, Tensor]]:
         return harvest(self.model, self.sites, windows, lm_batch_size=self.args.lm_batch_size, pad_id=self.pad_id)
 
-    def token_batches(self) -> Iterator[Mapping[str, Tensor | None]]:
+    def token_batches(self) -> Iterator[TokenBatch]:
         device = next(self.model.get_input_embeddings().parameters()).device
         tokens = 0
         for start in range(0, len(self._evaluation), self.args.lm_batch_size):
@@ -91,7 +92,7 @@ class HeldOutCache(HeldOut):
     def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
         return self._slices(0, self.args.eval_tokens)
 
-    def token_batches(self) -> Iterator[Mapping[str, Tensor | None]]:
+    def token_batches(self) -> Iterator[TokenBatch]:
         return iter(())
 
     def _slices(self, start: int, stop: int) -> Iterator[Mapping[Site, Tensor]]:

@@ -118,6 +118,7 @@ class SAETrainer:
         self.log = RunLog(self.output_dir, self.accelerator, single=len(self.saes) == 1)
         self.learners: list[Learner] = []
         self._training_seconds = 0.0
+        self._first_step = 0
 
     # Set-up
 
@@ -274,20 +275,21 @@ class SAETrainer:
         for learner in self.learners:
             values = learner.read_log()
             values["learning_rate"] = learner.optimizer.param_groups[0]["lr"] if learner.optimizer else 0.0
-            entry = {"step": self.state.global_step, "tokens": self.state.num_input_tokens_seen, **values}
+            entry = self._entry(values)
             self.log.write(learner.name, {**entry, "tokens_per_second": speed})
-            self.state.log_history.append({**entry, "name": learner.name})
+            self.state.log_history.append({"name": learner.name, **entry})
             if learner is self.learners[0]:
                 shown = {"loss": f"{values['loss']:.4f}", "L0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
                 progress.set_postfix({"tokens/s": f"{speed:,.0f}", **shown})
         self._call("on_log", logs=self.state.log_history[-1])
 
+    def _entry(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {"step": self.state.global_step, "tokens": self.state.num_input_tokens_seen, **values}
+
     def _tokens_per_second(self) -> float:
         steps = self.state.global_step - self._first_step
         tokens = steps * self.args.per_device_train_batch_size * self.accelerator.num_processes
         return tokens / max(self._training_seconds, 1e-9)
-
-    _first_step = 0
 
     def _check_finite(self) -> None:
         for learner in self.learners:
@@ -449,13 +451,9 @@ class SAETrainer:
         if self.accelerator.is_main_process:
             for name, measurement in self.evaluate().items():
                 levels = [asdict(level) for level in measurement.levels]
-                entry = {
-                    "step": self.state.global_step,
-                    "tokens": self.state.num_input_tokens_seen,
-                    "eval_levels": levels,
-                }
+                entry = self._entry({"eval_levels": levels})
                 self.log.write(name, entry)
-                self.state.log_history.append({**entry, "name": name})
+                self.state.log_history.append({"name": name, **entry})
         self.accelerator.wait_for_everyone()
         self._call("on_evaluate", metrics={})
 

@@ -87,6 +87,24 @@ def test_reading_gives_every_row_once_in_another_order_each_epoch(cached):
     assert not torch.equal(first, rows(CachedActivations(cached, batch_size=52, seed=1)))
 
 
+def test_rows_of_a_shard_are_shuffled_anew_in_each_epoch(make_stream, tmp_path):
+    one_shard = cache_activations(make_stream(), tmp_path / "one", max_tokens=64)
+    first, second = CachedActivations(one_shard, batch_size=64, epochs=2)
+    assert not torch.equal(first[LAYER], second[LAYER])
+    assert as_multiset(first[LAYER]) == as_multiset(second[LAYER])
+
+
+def test_shards_are_read_in_an_order_that_the_seed_fixes(cached):
+    def first_shard(seed: int) -> int:
+        row = tuple(next(CachedActivations(cached, batch_size=1, seed=seed))[MLP][0].tolist())
+        paths = sorted(cached.glob("*.safetensors"))
+        return next(i for i, path in enumerate(paths) if row in as_multiset(load_file(path)[str(MLP)]))
+
+    firsts = [first_shard(seed) for seed in range(8)]
+    assert len(set(firsts)) > 2
+    assert firsts == [first_shard(seed) for seed in range(8)]
+
+
 def test_sites_stay_together(cached):
     together = {tuple(a): b for a, b in zip(*(rows_of(cached, site) for site in (LAYER, MLP)), strict=True)}
     batch = next(CachedActivations(cached, batch_size=100))

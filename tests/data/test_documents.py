@@ -1,6 +1,7 @@
 """Documents: the same whatever they are stored in, dealt out without loss, and resumed at exactly the next one."""
 
 import json
+import sys
 from pathlib import Path
 
 import datasets
@@ -100,6 +101,18 @@ def test_shards_are_a_partition_of_what_is_not_skipped(total, start, world_size)
     assert [len(part) for part in given_out] == [shard.num_documents for shard in shards]
     assert sorted(int(text) for part in given_out for text in part) == list(range(start, total))
     assert all(int(text) % world_size == rank for rank, part in enumerate(given_out) for text in part)
+
+
+def test_text_needs_no_datasets(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    monkeypatch.setitem(sys.modules, "datasets", None)  # makes `import datasets` an ImportError
+    for documents in (
+        load_documents(tmp_path / "a.txt"),
+        load_documents(tmp_path / "a.jsonl"),
+        as_documents(("one", "two")),
+    ):
+        assert list(documents) == ["one", "two"]
 
 
 def test_two_passes_over_a_list_do_not_disturb_each_other():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 from hf_msae.data import ActivationError, ActivationStream, DatasetError, TokenWindows, harvest, stream, windows
 from hf_msae.sites import Site, resolve_site
@@ -83,6 +84,27 @@ def test_a_block_is_shuffled_and_only_a_block(make_stream, lm, tokenizer, texts)
     assert sum(b - a == 1 for a, b in pairwise(place.tolist())) < 5
     first = next(make_stream(batch_size=90, block_tokens=100))[LAYER]
     assert torch.cdist(first.double(), plain[: 100 + 16].double()).min(dim=1).values.max() < 1e-6
+
+
+def test_blocks_with_the_same_tokens_are_shuffled_differently(make_stream, texts):
+    block = [text for text in texts if len(text.split()) == 10][:5]
+    assert len(block) == 5
+    first, second = make_stream(documents=block * 2, pack=False, batch_size=50, block_tokens=50, lm_batch_size=5)
+    assert not torch.equal(first[LAYER], second[LAYER])
+    assert torch.equal(in_order(first[LAYER]), in_order(second[LAYER]))
+
+
+def test_padding_does_not_reach_an_encoder(tokenizer, texts):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 80, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 64}
+    model = BertModel(BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)).eval()
+    site = resolve_site(model, "layers.1")
+    found = list(TokenWindows(texts[:20], tokenizer, context_length=16, pack=False))
+    assert len({len(window.input_ids) for window in found}) > 3
+    together, alone = (
+        torch.cat([rows[site] for rows in harvest(model, [site], found, lm_batch_size=size)]) for size in (20, 1)
+    )
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_seed_shard_and_block_each_change_the_permutation():
@@ -168,13 +190,14 @@ def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, 
     assert all(torch.equal(a[LAYER], b[LAYER]) for a, b in zip(seen + rest, expected, strict=True))
 
 
-def test_outliers_at_any_site_are_dropped_and_counted(make_stream, lm, texts):
+@pytest.mark.parametrize("sites", [["layers.0.mlp", "embeddings"], ["embeddings", "layers.0.mlp"]])
+def test_outliers_at_any_site_are_dropped_and_counted(make_stream, lm, texts, sites):
     model = copy.deepcopy(lm)
     model.model.embed_tokens.weight.data[4 + 7] *= 1000
     count = " ".join(texts[:60]).split().count("w7")
     total = sum(len(text.split()) for text in texts[:60])
     # The MLP reads a normalised input, so w7 is an outlier at the embeddings only.
-    made = make_stream(model, ["layers.0.mlp", "embeddings"], batch_size=1, norm_outlier_multiple=10.0)
+    made = make_stream(model, sites, batch_size=1, norm_outlier_multiple=10.0)
     norms = torch.cat([batch[EMBEDDINGS] for batch in made]).norm(dim=1)
     assert count > 5
     assert made.num_filtered == count

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from hf_msae.data import DatasetError, TokenWindows, Window, as_documents, collate, count_tokens, hold_out, windows
 from hf_msae.data.windows import DocumentEncoder
@@ -107,6 +108,8 @@ def test_resumed_equals_uninterrupted(tokenizer, documents, context_length, stop
 
     whole = fresh()
     expected = [ids(window) for window in whole]
+    cut_off = 0 if pack else sum(max(0, len(words) + 1 - context_length) for words in documents if words)
+    assert (whole.num_documents, whole.num_windows, whole.num_truncated) == (len(documents), len(expected), cut_off)
     stopped = fresh()
     seen = [ids(window) for _, window in zip(range(stop), stopped, strict=False)]
     state = json.loads(json.dumps(stopped.state_dict()))
@@ -126,6 +129,25 @@ def test_batches_of_documents_do_not_show(tokenizer, texts, monkeypatch):
     whole = [ids(window) for window in TokenWindows(texts, tokenizer, context_length=16)]
     monkeypatch.setattr(windows, "DOCUMENTS_PER_BATCH", 7)
     assert [ids(window) for window in TokenWindows(texts, tokenizer, context_length=16)] == whole
+
+
+def test_other_readers_of_the_documents_move_nothing(tokenizer):
+    documents = as_documents(["w0", "w1", "w2"])
+    next(iter(documents))
+    packed = TokenWindows(documents, tokenizer, context_length=2)
+    resumed = TokenWindows(documents, tokenizer, context_length=2)
+    resumed.load_state_dict(packed.state_dict())
+    next(iter(documents))
+    assert [ids(window) for window in resumed] == [ids(window) for window in packed] == [[1, 4], [1, 5], [1, 6]]
+
+
+def test_a_special_token_without_a_role_does_not_count(build_tokenizer):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|extra|>", special=True), AddedToken("ordinary", special=False)])
+    extra, ordinary = tokenizer.convert_tokens_to_ids(["<|extra|>", "ordinary"])
+    assert extra not in tokenizer.all_special_ids
+    (window,) = TokenWindows(["w0 <|extra|> ordinary"], tokenizer, context_length=9)
+    assert window.input_ids[window.keep].tolist() == [4, ordinary]
 
 
 def test_hold_out_takes_whole_documents_from_the_front(tokenizer, texts):

@@ -157,7 +157,10 @@ def with_article(word: str) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """One draw: what was drawn (`point`), from which distribution, and which item of it came."""
+    """One draw: what it decided (`point`), from which distribution, and which item of it came.
+
+    The point is a role of `FRAMES`, a slot, or one of `plot`, `place`, `helper kind`, `name or pronoun` and `<act>?`.
+    """
 
     point: str
     table: Table
@@ -214,7 +217,7 @@ class _Teller:
         side = ".out" if "outdoor_place" in ancestors(self._place) else ".in"
         plot = PLOTS[self._plot]
         for act, probability in plot.acts:
-            if probability < 1.0 and self._draw(act, _yes_no(probability)) == "no":
+            if probability < 1.0 and self._draw(f"{act}?", _yes_no(probability)) == "no":
                 continue
             role = f"{self._plot}.{act}" if act in plot.frames else act.replace("@", side)
             table, frames = _frame_table(role, _NEEDABLE.intersection(self.facts))
@@ -244,7 +247,7 @@ class _Teller:
     def _helper_words(self, form: str) -> tuple[_Piece, ...]:
         if "helper" not in self.facts:
             table = _ADULT_HELPER if form == "adult" or "friend" in self.facts else _ANY_HELPER
-            self.facts["helper"] = self._draw("helper", table)
+            self.facts["helper"] = self._draw("helper kind", table)
         kind = self.facts["helper"]
         word = _noun(self._fill(kind), "")
         if kind == "expert":

@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Slot:
-    """The nodes whose leaves may fill a slot, and the slots it must differ from."""
+    """The nodes whose leaves may fill a slot, and the slots that it must differ from where they are filled first."""
 
     nodes: tuple[str, ...]
     unlike: tuple[str, ...] = ()

@@ -1,0 +1,39 @@
+# The commands of this project. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test quality format clean
+
+help:  ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Make .venv and install the package with what tests and checks need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	touch $(INSTALLED)
+
+quickstart: $(INSTALLED)  ## Train a Matryoshka SAE on the story model that ships with the package (2 minutes, offline)
+	$(BIN)/hf-msae train --output-dir runs/quickstart --overwrite-output-dir
+
+test: $(INSTALLED)  ## Run all tests
+	$(BIN)/python -m pytest
+
+quality: $(INSTALLED)  ## Lint, formatting, types, and transformers' rules for Hub code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy cannot see through an editable install's import hook, so it reads an ordinary one.
+	rm -rf build/installed && $(BIN)/python -m pip install --quiet --no-deps --target build/installed .
+	MYPYPATH=build/installed $(BIN)/mypy -p hf_msae
+	$(BIN)/mlinter modeling/
+
+format: $(INSTALLED)  ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment, runs and caches
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,81 @@
+"""Schedules are pure functions of the step."""
+
+import pytest
+import torch
+
+from hf_msae.modeling import MatryoshkaSAEConfig
+from hf_msae.training import SAETrainingArguments
+from hf_msae.training.schedules import (
+    annealed_k,
+    default_learning_rate,
+    learning_rate_factor,
+    sample_prefix_sizes,
+)
+
+
+def arguments(**changes) -> SAETrainingArguments:
+    return SAETrainingArguments(**{"warmup_steps": 10, "decay_steps": 20, **changes})
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    factors = [learning_rate_factor(step, 100, arguments()) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:80] == [1.0] * 71
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(1 / 20)
+    assert learning_rate_factor(100, 100, arguments()) == 0
+
+
+def test_cosine_decay_meets_linear_at_its_ends_and_middle():
+    linear = [learning_rate_factor(step, 100, arguments()) for step in (80, 90, 100)]
+    cosine = [learning_rate_factor(step, 100, arguments(lr_scheduler_type="cosine")) for step in (80, 90, 100)]
+    assert cosine == pytest.approx(linear)
+    assert learning_rate_factor(85, 100, arguments(lr_scheduler_type="cosine")) > 0.75
+
+
+def test_constant_never_decays():
+    assert learning_rate_factor(99, 100, arguments(lr_scheduler_type="constant")) == 1
+
+
+def test_steps_may_be_shares():
+    shares = arguments(warmup_steps=0.1, decay_steps=0.2)
+    assert [learning_rate_factor(s, 100, shares) for s in range(100)] == pytest.approx(
+        [learning_rate_factor(s, 100, arguments()) for s in range(100)]
+    )
+
+
+def test_default_learning_rate_halves_when_the_width_quadruples():
+    assert default_learning_rate(4096) == pytest.approx(default_learning_rate(1024) / 2)
+
+
+def test_k_anneals_linearly_from_its_start_to_k():
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, k=4)
+    args = arguments(k_anneal_steps=10, k_initial=14)
+    values = [annealed_k(step, 100, config, args) for step in range(12)]
+    assert values[0] == 14
+    assert values[5] == 9
+    assert values[10:] == [4, 4]
+    assert annealed_k(0, 100, config, arguments()) == 4
+
+
+def test_pareto_prefixes_are_distinct_increasing_and_end_with_the_dictionary():
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, k=4, num_sampled_prefixes=5)
+    for step in range(50):
+        sizes = sample_prefix_sizes(step, config, seed=0)
+        assert len(sizes) == 5
+        assert sizes == sorted(set(sizes))
+        assert sizes[0] >= 1
+        assert sizes[-1] == 64
+        assert sizes == sample_prefix_sizes(step, config, seed=0)
+    assert sample_prefix_sizes(0, config, seed=0) != sample_prefix_sizes(0, config, seed=1)
+
+
+def test_pareto_draws_follow_the_law():
+    """With one free size drawn, P(l) = (l/L)^α - ((l-1)/L)^α exactly."""
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=20, k=4, num_sampled_prefixes=2, pareto_alpha=0.5)
+    draws = torch.tensor([sample_prefix_sizes(step, config, seed=3)[0] for step in range(4000)])
+    for size in (1, 2, 10, 19):
+        expected = (size / 19) ** 0.5 - ((size - 1) / 19) ** 0.5
+        assert (draws == size).double().mean() == pytest.approx(expected, abs=4 * (expected / 4000) ** 0.5)
+    # The notes' own value for 20 latents: the first has probability 0.229.
+    assert (1 / 19) ** 0.5 == pytest.approx(0.229, abs=5e-4)
