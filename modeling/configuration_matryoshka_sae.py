@@ -18,6 +18,7 @@ expensive. No `from __future__ import annotations` in this file: it would turn t
 validation off.
 """
 
+import math
 from itertools import pairwise
 
 from huggingface_hub.dataclasses import strict
@@ -49,6 +50,7 @@ def default_prefix_sizes(num_latents: int) -> list[int]:
     return sorted({max(1, int(num_latents * fraction)) for fraction in DEFAULT_PREFIX_FRACTIONS})
 
 
+# trf-ignore: TRF057 (the docstring is written by hand: it must read the same where the file is remote code)
 @strict
 class MatryoshkaSAEConfig(PreTrainedConfig):
     r"""
@@ -96,7 +98,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     aux_loss_weight (`float`, *optional*, defaults to 1/32):
         Weight of the auxiliary loss, by which latents that never fire learn to reconstruct what is left over.
     num_aux_latents (`int`, *optional*):
-        How many dead latents a token uses in that loss; defaults to half of `hidden_size`.
+        How many dead latents a token uses in that loss; half of `hidden_size` if not given.
     sparsity_weight (`float`, *optional*, defaults to 0.01):
         Weight of the sparsity penalty of `relu` (where a controller moves it until L0 is `k`) and `jumprelu`.
     jumprelu_bandwidth (`float`, *optional*, defaults to 0.5):
@@ -152,8 +154,6 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         self.prefix_sizes = list(self.prefix_sizes) or default_prefix_sizes(self.num_latents)
         if not isinstance(self.level_weights, str):
             self.level_weights = list(self.level_weights)
-        if self.num_aux_latents is None:
-            self.num_aux_latents = max(1, self.hidden_size // 2)
         super().__post_init__(**kwargs)
 
     def _refuse_unknown_keys(self, kwargs: dict) -> None:
@@ -167,13 +167,12 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     def validate_sizes(self):
         for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 < self.k <= self.num_latents:
             raise ValueError(
                 f"k must be above 0 and at most num_latents={self.num_latents}, got {self.k}: it is the mean number "
-                f"of "
-                "latents active per token."
+                "of latents active per token."
             )
 
     def validate_prefix_sizes(self):
@@ -181,14 +180,12 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
             raise ValueError(
                 f"prefix_sizes must be positive and strictly increasing, got {sizes}. They are sizes of nested "
-                f"prefixes "
-                "(64, 128, 256), not increments (64, 64, 128)."
+                "prefixes (64, 128, 256), not increments (64, 64, 128)."
             )
         if sizes[-1] != self.num_latents:
             raise ValueError(
                 f"The last of prefix_sizes must be num_latents={self.num_latents}, got {sizes}. Append "
-                f"{self.num_latents} "
-                f"or set num_latents={sizes[-1]}."
+                f"{self.num_latents} or set num_latents={sizes[-1]}."
             )
 
     def validate_choices(self):
@@ -199,8 +196,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     def validate_level_weights(self):
         weights = self.level_weights
         if self.balance is not None:
-            if self.balance < 0:
-                raise ValueError(f"balance must not be negative, got {self.balance}; 0.75 is a good first try.")
+            if not 0 <= self.balance < math.inf:
+                raise ValueError(f"balance must be finite and not negative, got {self.balance}; 0.75 is a good start.")
             if weights != "uniform":
                 raise ValueError(f"Give balance={self.balance} or level_weights={weights!r}, not both.")
         if isinstance(weights, str):
@@ -208,20 +205,20 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
                 raise ValueError(
                     f"level_weights must be one of {', '.join(LEVEL_WEIGHTS)} or a list of numbers, got {weights!r}."
                 )
-        elif len(weights) != len(self.prefix_sizes) or min(weights) < 0 or sum(weights) <= 0:
+        elif len(weights) != len(self.prefix_sizes) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(
                 f"level_weights must be {len(self.prefix_sizes)} numbers, one per prefix of {self.prefix_sizes}, none "
-                f"negative and not all zero; got {weights}."
+                f"negative, all finite and not all zero; got {weights}."
             )
         if self.prefix_sampling == "pareto" and (weights != "uniform" or self.balance is not None):
             raise ValueError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
 
     def validate_ranges(self):
         for name in ("aux_loss_weight", "sparsity_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.jumprelu_bandwidth <= 0:
-            raise ValueError(f"jumprelu_bandwidth must be above 0, got {self.jumprelu_bandwidth}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
+        if not 0 < self.jumprelu_bandwidth < math.inf:
+            raise ValueError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
         if not 0 < self.pareto_alpha <= 1:
             raise ValueError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
 
@@ -242,7 +239,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         kept = [index for index, size in enumerate(self.prefix_sizes) if size <= prefix]
         values.update(num_latents=prefix, prefix_sizes=[*inner, prefix], k=min(self.k, prefix))
         if not isinstance(self.level_weights, str):
-            values["level_weights"] = self.level_weights[: len(inner) + 1]
+            kept_weights = list(self.level_weights[: len(inner) + 1])
+            # Only the levels outside this prefix may have been trained: then no weights are left to keep.
+            values["level_weights"] = kept_weights if any(kept_weights) else "uniform"
         if self.measured is not None:
             per_level = {name: value for name, value in self.measured.items() if isinstance(value, list)}
             values["measured"] = self.measured | {name: [v[i] for i in kept] for name, v in per_level.items()}

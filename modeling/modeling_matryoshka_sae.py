@@ -22,10 +22,14 @@ hold general concepts and later ones refine them.
 disk.
 """
 
+# The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
+# trf-ignore: TRF041 activation, apply_b_dec_to_input, log_loss, aux_loss_weight
+
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,10 +42,10 @@ from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .sparse_ops import (
     JumpReLU,
     activation_histogram,
+    count_above,
     decode,
     decode_dead,
     decode_levels,
-    histogram_bin,
     histogram_threshold,
     pre_activations,
     select_above,
@@ -54,8 +58,10 @@ logger = logging.get_logger(__name__)
 WEIGHTS_NAME = "model.safetensors"
 # Tensors with a row per latent; the only other one is b_dec.
 PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
+MIN_THRESHOLD = 1e-20
 
 
+# trf-ignore: TRF057 (these docstrings are written by hand: they must read the same where the file is remote code)
 @dataclass
 class MatryoshkaSAEOutput(ModelOutput):
     r"""
@@ -84,6 +90,7 @@ class MatryoshkaSAEOutput(ModelOutput):
     sparsity_loss: torch.Tensor | None = None
 
 
+# trf-ignore: TRF057 (as above)
 class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
     config: MatryoshkaSAEConfig
     base_model_prefix = "sae"
@@ -145,10 +152,10 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         """
         if self.training and self.config.activation in ("batch_topk", "topk"):
             pre = self.pre_activations(hidden_states)
-            latents = self._select_by_rank(pre.flatten(0, -2), self.config.k).view_as(pre)
+            latents = self._select_by_rank(pre.reshape(-1, pre.shape[-1]), self.config.k).view_as(pre)
             return latents[..., : self._checked_prefix(prefix)]
         pre = self.pre_activations(hidden_states, prefix)
-        return select_above(pre, self.threshold[: pre.shape[-1]].to(pre.dtype))
+        return select_above(pre, self.threshold[: pre.shape[-1]])
 
     def decode(self, latents: Tensor, prefix: int | None = None) -> Tensor:
         """Reconstruction (..., hidden_size) from the first `prefix` latents.
@@ -164,12 +171,16 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
 
     def decode_levels(self, latents: Tensor) -> Tensor:
         """Reconstructions by every prefix of `config.prefix_sizes`, (num_levels, ..., hidden_size)."""
-        flat = latents.reshape(-1, self.config.num_latents)
+        num_latents = self.config.num_latents
+        if latents.shape[-1] != num_latents:
+            raise ValueError(f"Every level needs all latents, (..., {num_latents}), got {tuple(latents.shape)}.")
+        flat = latents.reshape(-1, num_latents)
         levels = list(decode_levels(flat, self.W_dec, self.b_dec, self.config.prefix_sizes))
         return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
 
     # Training
 
+    # trf-ignore: TRF057 (as above)
     def forward(
         self,
         hidden_states: Tensor,
@@ -196,8 +207,7 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         pre = pre_activations(x, self.W_enc, self.b_enc, b_dec)
         latents, sparsity_loss = self._select_for_loss(pre, variance, self.config.k if k is None else k)
 
-        sizes = self.config.prefix_sizes if prefix_sizes is None else list(prefix_sizes)
-        weights = self.config.normalized_level_weights if prefix_sizes is None else [1 / len(sizes)] * len(sizes)
+        sizes, weights = self._levels_of_step(prefix_sizes)
         errors, reconstruction = [], x
         for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes):
             errors.append((x - reconstruction).pow(2).sum(-1).mean())
@@ -208,7 +218,8 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
 
         aux_loss = loss.new_zeros(())
         if dead_latents is not None and self.config.aux_loss_weight and dead_latents.any():
-            error = decode_dead(x - reconstruction, pre, self.W_dec, dead_latents, self.config.num_aux_latents)
+            num_aux_latents = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
+            error = decode_dead(x - reconstruction, pre, self.W_dec, dead_latents, num_aux_latents)
             aux_loss = error / variance
             loss = loss + self.config.aux_loss_weight * aux_loss
         return MatryoshkaSAEOutput(
@@ -219,6 +230,17 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
             aux_loss=aux_loss.detach(),
             sparsity_loss=sparsity_loss.detach(),
         )
+
+    def _levels_of_step(self, prefix_sizes: Sequence[int] | None) -> tuple[Sequence[int], list[float]]:
+        if prefix_sizes is None:
+            return self.config.prefix_sizes, self.config.normalized_level_weights
+        sizes = list(prefix_sizes)
+        if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)) or sizes[-1] != self.config.num_latents:
+            raise ValueError(
+                "prefix_sizes must be positive, strictly increasing and end in "
+                f"num_latents={self.config.num_latents}, got {sizes}."
+            )
+        return sizes, [1 / len(sizes)] * len(sizes)
 
     def _select_by_rank(self, pre: Tensor, k: float) -> Tensor:
         if self.config.activation == "batch_topk":
@@ -239,7 +261,7 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
             return latents, (latents @ norms).mean() / (scale * math.sqrt(self.config.hidden_size))
         if self.training:
             return self._select_by_rank(pre, k), pre.new_zeros(())
-        return select_above(pre, self.threshold.to(pre.dtype)), pre.new_zeros(())
+        return select_above(pre, self.threshold), pre.new_zeros(())
 
     @torch.no_grad()
     def calibrate_threshold(self, batches: Iterable[Tensor]) -> float:
@@ -249,31 +271,31 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         one factor; `relu` has none and stays as it is. Returns the L0 that results.
         """
         scaled = self.config.activation == "jumprelu"
+        # A threshold that is still zero could not be scaled.
+        units = self.threshold.clamp_min(MIN_THRESHOLD)
         histogram = torch.zeros((), dtype=torch.int64, device=self.device)
         num_tokens = 0
         for batch in batches:
-            pre = self.pre_activations(batch).flatten(0, -2)
-            num_tokens += pre.shape[0]
-            histogram = histogram + activation_histogram(pre / self.threshold.clamp_min(1e-20) if scaled else pre)
+            pre = self.pre_activations(batch)
+            num_tokens += pre.shape[:-1].numel()
+            histogram = histogram + activation_histogram(pre / units if scaled else pre)
         if num_tokens == 0:
             raise ValueError("calibrate_threshold got no activations; give tensors of shape (..., hidden_size).")
         if self.config.activation == "relu":
             return int(histogram.sum()) / num_tokens
         value = histogram_threshold(histogram, self.config.k * num_tokens)
-        self.threshold.copy_(self.threshold * value if scaled else value.expand_as(self.threshold))
-        return int(histogram[histogram_bin(value) :].sum()) / num_tokens
+        self.threshold.copy_(units * value if scaled else value)
+        return int(count_above(histogram, value)) / num_tokens
 
     # Prefixes and files
 
     def truncate(self, prefix: int) -> "MatryoshkaSAE":
         """The first `prefix` latents as a model of their own; what it computes equals this model's prefix exactly."""
-        config = self.config.truncated(prefix)
         state = {name: tensor[:prefix] if name in PER_LATENT else tensor for name, tensor in self.state_dict().items()}
-        model = type(self)(config).to(device=self.device, dtype=self.dtype)
-        for name in self._keep_in_fp32_modules_strict:
-            tensor = getattr(model, name)
-            tensor.data = tensor.data.float()
-        model.load_state_dict(state)
+        with torch.device("meta"):
+            model = type(self)(self.config.truncated(prefix))
+        # Assigned rather than copied, so that each tensor keeps its own precision and device.
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         return model.train(self.training)
 
     @classmethod
@@ -285,9 +307,10 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         source = pretrained_model_name_or_path
         if prefix is not None:
             kwargs = cls._prefix_arguments(source, prefix, kwargs)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             None if prefix is not None else source, *model_args, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         model.config.name_or_path = str(source)
         problems = [f"{kind}: {sorted(info[kind])}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
         if problems:
@@ -308,10 +331,8 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         path = cached_file(name, WEIGHTS_NAME, **hub)
         truncated = config.truncated(prefix)
         with safe_open(path, framework="pt") as file:
-            state = {
-                key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118 (not a dict)
-            }
+            keys = file.keys()
+            state = {key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key) for key in keys}
         return {"dtype": config.dtype or state["W_dec"].dtype, **kwargs, "config": truncated, "state_dict": state}
 
     def _flat(self, hidden_states: Tensor) -> Tensor:

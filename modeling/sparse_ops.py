@@ -57,7 +57,11 @@ def select_topk(pre: Tensor, k: int) -> Tensor:
 
 
 def select_above(pre: Tensor, threshold: Tensor) -> Tensor:
-    """Latent activations (B, F): pre-activations above the threshold (F,), which is never negative."""
+    """Latent activations (B, F): pre-activations above the threshold (F,), which is never negative.
+
+    The threshold stays float32 beside pre-activations of lower precision: rounded to bfloat16 it would coincide with
+    a whole step of values, some percent of all active latents.
+    """
     return torch.where(pre > threshold, torch.relu(pre), torch.zeros_like(pre))
 
 
@@ -124,7 +128,16 @@ def histogram_bin(values: Tensor) -> Tensor:
 
 
 def histogram_threshold(histogram: Tensor, count: float) -> Tensor:
-    """The float32 value (scalar) that is exceeded by as near as may be to `count` of the values in the histogram."""
+    """The float32 value (scalar) that is exceeded by as near as may be to `count` of the values in the histogram.
+
+    It lies one step of float32 below a bin's lower edge, because values of lower precision sit on the edges.
+    """
     exceeding = histogram.flip(0).cumsum(0).flip(0)
     best = (exceeding - count).abs().argmin()
-    return (best << HISTOGRAM_SHIFT).to(torch.int32).view(torch.float32)
+    return ((best << HISTOGRAM_SHIFT) - 1).clamp_min(0).to(torch.int32).view(torch.float32)
+
+
+def count_above(histogram: Tensor, threshold: Tensor) -> Tensor:
+    """How many of the values (scalar int64) exceed a threshold that `histogram_threshold` gave."""
+    first = torch.where(threshold > 0, histogram_bin(threshold) + 1, 0)
+    return histogram[first:].sum()

@@ -15,13 +15,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from hf_msae.data import CachedActivations, is_activation_cache, load_documents
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
 
 # What `--model` and `--dataset` are when not given: the story world, for which nothing is downloaded.
 STORIES = "stories"
-STORY_DOCUMENTS = 1_000_000
+STORY_DOCUMENTS = 20_000
 
 
 @dataclass
@@ -89,6 +91,14 @@ def load_language_model(args: SourceArguments) -> tuple[PreTrainedModel, PreTrai
     if args.model == STORIES:
         model.config.name_or_path = STORIES
     return model.eval(), tokenizer
+
+
+def model_commit(args: SourceArguments) -> str | None:
+    """The commit of a model that came from the Hub, read from where its configuration lies in the local cache."""
+    if args.model == STORIES or Path(args.model).is_dir():
+        return None
+    path = cached_file(args.model, "config.json", revision=args.model_revision)
+    return extract_commit_hash(path, None)
 
 
 def _is_encoder(architectures: list[str] | None) -> bool:

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
+from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data, model_commit
 from hf_msae.data import CachedActivations
 from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -94,14 +94,14 @@ def run(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     dataset, eval_dataset = load_training_data(sources)
     model, tokenizer = load_language_model(sources)
-    saes = make_saes(model, sae_args, dataset)
+    saes = make_saes(model, sae_args, dataset, model_commit(sources))
     trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
     measurements = trainer.train()
     if PartialState().is_main_process:
         report(trainer, measurements, sources.model)
 
 
-def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any) -> list[MatryoshkaSAE]:
+def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any, revision: str | None) -> list[MatryoshkaSAE]:
     """An SAE for every combination of sites, sizes and k."""
     names = args.site or _default_sites(model, dataset)
     saes = []
@@ -125,6 +125,7 @@ def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any) -> list[
                 aux_loss_weight=args.aux_loss_weight,
                 sparsity_weight=args.sparsity_weight,
                 site=str(site),
+                base_model_revision=revision,
             )
             saes.append(MatryoshkaSAE(config))
     return saes

@@ -177,6 +177,7 @@ class CachedActivations(BatchIterator):
         sites: the sites to read; None reads all.
         rank, world_size: this process among those that share the cache.
         epochs: how many times to go through it.
+        skip_rows: leave out this many rows, from the first shard on: those that `first_rows` gives.
 
     Attributes:
         index: the contents of index.json.
@@ -198,6 +199,7 @@ class CachedActivations(BatchIterator):
         rank: int = 0,
         world_size: int = 1,
         epochs: int = 1,
+        skip_rows: int = 0,
     ) -> None:
         super().__init__(batch_size)
         if not 0 <= rank < world_size or epochs < 1:
@@ -211,7 +213,8 @@ class CachedActivations(BatchIterator):
         self.rank = rank
         self.world_size = world_size
         self.epochs = epochs
-        self.num_available = epochs * sum(self._share(shard) for shard in self.index["shards"])
+        self._skipped = self._skip(skip_rows)
+        self.num_available = epochs * sum(map(self._share, range(len(self.index["shards"]))))
         self._number = -1  # Shards begun, over all epochs.
         self._state = self._place()
 
@@ -237,7 +240,34 @@ class CachedActivations(BatchIterator):
     def settings(self) -> dict[str, Any]:
         """What decides which token comes when."""
         tokens = [shard["num_tokens"] for shard in self.index["shards"]]
-        return {"seed": self.seed, "rank": self.rank, "world_size": self.world_size, "shard_tokens": tokens}
+        order = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size, "skipped": self._skipped}
+        return order | {"shard_tokens": tokens}
+
+    def first_rows(self, num_rows: int) -> dict[Site, Tensor]:
+        """The first rows of the cache, `{site: (num_rows, hidden_size)}`: the same whatever the seed and rank.
+
+        Raises CacheError where the cache has fewer.
+        """
+        taken = zip(self.index["shards"], self._skip(num_rows), strict=True)
+        parts = [self._read(shard, 0, rows) for shard, rows in taken if rows]
+        return {site: torch.cat([part[site] for part in parts]) for site in self.sites}
+
+    def _skip(self, num_rows: int) -> list[int]:
+        """How many of each shard's rows are among the first `num_rows` of all."""
+        skipped, left = [], num_rows
+        for shard in self.index["shards"]:
+            skipped.append(min(left, shard["num_tokens"]))
+            left -= skipped[-1]
+        if left:
+            raise CacheError(
+                f"the activation cache {self.directory} holds {num_rows - left:,} tokens, fewer than the {num_rows:,} "
+                "that are to be kept apart; write a larger cache, or hold out fewer"
+            )
+        return skipped
+
+    def _read(self, shard: Mapping[str, Any], start: int, stop: int) -> dict[Site, Tensor]:
+        with safe_open(self.directory / shard["file"], framework="pt") as file:
+            return {site: file.get_slice(str(site))[start:stop] for site in self.sites}
 
     def _place(self) -> dict[str, Any]:
         used_up = self._position == len(self._order)
@@ -249,9 +279,9 @@ class CachedActivations(BatchIterator):
             "position": 0 if used_up else self._position,
         }
 
-    def _share(self, shard: Mapping[str, Any]) -> int:
+    def _share(self, shard: int) -> int:
         """Rows of one shard that belong to each rank."""
-        return shard["num_tokens"] // self.world_size
+        return (self.index["shards"][shard]["num_tokens"] - self._skipped[shard]) // self.world_size
 
     def _advance(self) -> bool:
         shards = self.index["shards"]
@@ -261,12 +291,11 @@ class CachedActivations(BatchIterator):
         epoch, place = divmod(self._number, len(shards))
         order = torch.randperm(len(shards), generator=seeded_generator(self.seed, self.rank, epoch))
         shard = int(order[place])
-        rows = self._share(shards[shard])
+        rows = self._share(shard)
+        begin = self._skipped[shard] + self.rank * rows
         # Let go of the last shard before the next is read, so that only one is in memory.
         self._block = {}
-        with safe_open(self.directory / shards[shard]["file"], framework="pt") as file:
-            for site in self.sites:
-                self._block[site] = file.get_slice(str(site))[self.rank * rows : (self.rank + 1) * rows]
+        self._block = self._read(shards[shard], begin, begin + rows)
         self._order = torch.randperm(rows, generator=seeded_generator(self.seed, self.rank, epoch, shard))
         return True
 

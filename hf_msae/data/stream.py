@@ -60,6 +60,10 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         return copy.deepcopy(self._state)
 
     @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch after which `state` was taken."""
+
+    @abstractmethod
     def _advance(self) -> bool:
         """Puts the next block into `_block` and the order of its rows into `_order`; False at the end of the data."""
 

@@ -138,9 +138,16 @@ class SAETrainer:
                     f"The activations at {sites[name]} have {width} dimensions, but the SAE {name!r} was made for "
                     f"hidden_size={sae.config.hidden_size}. Make it with hidden_size={width}."
                 )
+            if sae.config.k > sae.config.prefix_sizes[0] / 2:
+                logger.warning(
+                    "%s: k=%g is more than half of the first prefix of %d latents, which leaves that level hardly "
+                    "sparse; make it larger, or k smaller.",
+                    name,
+                    sae.config.k,
+                    sae.config.prefix_sizes[0],
+                )
             sae.config.site = str(sites[name])
             sae.config.base_model = self.model.config.name_or_path or None
-            sae.config.base_model_revision = self.model.config._commit_hash
         return sites
 
     def _open_data(self, train_dataset: Any, eval_dataset: Any) -> tuple[HeldOut, Feed]:

@@ -240,3 +240,19 @@ def test_other_folders_are_no_caches(tmp_path):
     (tmp_path / "index.json").write_text('{"format": "hf_msae.activations", "version": 99}')
     with pytest.raises(CacheError, match="has version 99, this hf_msae reads 1"):
         CachedActivations(tmp_path, batch_size=1)
+
+
+def test_first_rows_are_kept_apart(cached):
+    """What `first_rows` gives is what a reader with `skip_rows` never sees, and together they are the cache."""
+    whole = CachedActivations(cached, batch_size=1)
+    num_held = whole.index["shards"][0]["num_tokens"] + 3  # beyond the first shard
+    held = whole.first_rows(num_held)[LAYER]
+    rest = CachedActivations(cached, batch_size=1, skip_rows=num_held)
+    assert held.shape[0] == num_held
+    assert rest.num_available == whole.num_available - num_held
+    assert as_multiset(torch.cat([held, rows(rest)])) == as_multiset(rows(whole))
+
+
+def test_more_first_rows_than_there_are(cached):
+    with pytest.raises(CacheError, match="fewer than the 1,000,000,000"):
+        CachedActivations(cached, batch_size=1).first_rows(10**9)

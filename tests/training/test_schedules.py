@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from hf_msae.modeling import MatryoshkaSAEConfig
+
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.schedules import (
     annealed_k,
@@ -78,4 +78,4 @@ def test_pareto_draws_follow_the_law():
         expected = (size / 19) ** 0.5 - ((size - 1) / 19) ** 0.5
         assert (draws == size).double().mean() == pytest.approx(expected, abs=4 * (expected / 4000) ** 0.5)
     # The notes' own value for 20 latents: the first has probability 0.229.
-    assert (1 / 19) ** 0.5 == pytest.approx(0.229, abs=5e-4)
+    assert pytest.approx(0.229, abs=5e-4) == (1 / 19) ** 0.5
