@@ -162,9 +162,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             known = ", ".join(sorted(type(self).__annotations__))
             raise ValueError(f"MatryoshkaSAEConfig got unknown key(s) {', '.join(unknown)}. Known keys: {known}.")
 
-    # Each method named validate_* runs after construction and again before saving.
+    # Each method named validate_* runs after construction and again before saving, in alphabetical order.
 
-    def validate_sizes(self):
+    def validate_counts(self):
         for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -302,17 +302,20 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, prefix: int | None = None, output_loading_info=False, **kwargs
     ):
-        """As in transformers, with two differences: missing or unexpected weights raise, and `prefix=m` reads only the
-        first m rows of the file and gives what `truncate(m)` of the whole model would."""
+        """As in transformers, with two differences: weights that are missing, unexpected or of another shape raise
+        `ValueError`, and `prefix=m` reads only the first m rows of the file and gives what `truncate(m)` of the whole
+        model would.
+        """
         source = pretrained_model_name_or_path
         if prefix is not None:
             kwargs = cls._prefix_arguments(source, prefix, kwargs)
-        loaded: Any = super().from_pretrained(
-            None if prefix is not None else source, *model_args, output_loading_info=True, **kwargs
-        )
+        # Weights of another shape are let through only to be named in the error below.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = super().from_pretrained(None if prefix is not None else source, *model_args, **kwargs)
         model, info = loaded
         model.config.name_or_path = str(source)
-        problems = [f"{kind}: {sorted(info[kind])}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        problems = [f"{kind}: {sorted(info[kind])}" for kind in kinds if info[kind]]
         if problems:
             raise ValueError(
                 f"The weights in {source} are not those of a MatryoshkaSAE ({'; '.join(problems)}). "

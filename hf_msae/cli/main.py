@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, arguments: list[str], debug: bool) -> int:
+    from huggingface_hub.errors import StrictDataclassError
+
     from hf_msae.training import TrainingDiverged, TrainingInterrupted
 
     try:
@@ -61,10 +63,12 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print("hf-msae: interrupted", file=sys.stderr)
         return 130
-    except (TrainingInterrupted, TrainingDiverged, ValueError, OSError) as error:
+    except (TrainingInterrupted, TrainingDiverged, StrictDataclassError, ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
+        # A configuration's own words are in the cause; around them stands which validator raised them.
+        words = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         hint = "" if debug else "\n(--debug shows where this came from)"
-        print(f"hf-msae {command}: {error}{hint}", file=sys.stderr)
+        print(f"hf-msae {command}: {words}{hint}", file=sys.stderr)
         return 130 if isinstance(error, TrainingInterrupted) else 1 if isinstance(error, TrainingDiverged) else 2
     return 0

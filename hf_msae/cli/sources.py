@@ -132,6 +132,11 @@ def _eval_data(args: SourceArguments) -> Any:
     if source is None:
         raise ValueError("--eval-split needs a --dataset or an --eval-dataset that has that split.")
     same = args.eval_dataset is None
+    if same and Path(source).is_file():
+        raise ValueError(
+            f"--eval-split {args.eval_split}: {source} is a single file without splits. Give --eval-dataset, or nothing: "
+            "the first documents are then held out."
+        )
     return load_documents(
         source,
         name=args.dataset_name if same else None,

@@ -92,6 +92,7 @@ def run(arguments: list[str]) -> None:
     parser = build_parser("train", DESCRIPTION, (SourceArguments, SAEArguments, SAETrainingArguments))
     sources, sae_args, training_args = parse(parser, arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    PartialState(cpu=training_args.on_cpu)  # the process group: everything after it knows its device and rank
     dataset, eval_dataset = load_training_data(sources)
     model, tokenizer = load_language_model(sources)
     saes = make_saes(model, sae_args, dataset, model_commit(sources))

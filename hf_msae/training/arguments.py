@@ -7,6 +7,8 @@ activation, its loss) is in `MatryoshkaSAEConfig`; what it is trained on is give
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+
 
 @dataclass
 class SAETrainingArguments:
@@ -146,6 +148,11 @@ class SAETrainingArguments:
             raise ValueError(
                 "overwrite_output_dir deletes what resume_from_checkpoint would resume; give one of them."
             )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether to train on the CPU; accelerate must be told, or it sees one process where torchrun made several."""
+        return self.use_cpu or not torch.accelerator.is_available()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able."""

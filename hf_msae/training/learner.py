@@ -81,6 +81,11 @@ class Learner:
         """
         self._update_moments(activations.to(self.accelerator.device))
         self.sae.b_dec.copy_(self.moments["sum"] / self.moments["count"])
+        self.sae.b_enc.zero_()
+        # Drawn on the CPU, so that a seed means the same on every device and in every process.
+        generator = torch.Generator().manual_seed(self.args.seed)
+        rows = torch.randn(self.sae.W_dec.shape, generator=generator)
+        self.sae.W_dec.copy_(torch.nn.functional.normalize(rows, dim=-1))
         self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * self.sae.W_dec)
         if self.sae.config.activation == "jumprelu":
             # Without this the first steps are dense: a threshold learns only from pre-activations near it.

@@ -103,7 +103,7 @@ class SAETrainer:
         self.model, self.args, self.tokenizer = model, args, processing_class
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
-            cpu=args.use_cpu, log_with=args.report_to or None, project_dir=str(self.output_dir / "trackers")
+            cpu=args.on_cpu, log_with=args.report_to or None, project_dir=str(self.output_dir / "trackers")
         )
         self.saes = _named(sae)
         prepare_output_dir(self.output_dir, args, self.accelerator)

@@ -1,0 +1,204 @@
+"""The commands as a user types them, in processes of their own where that matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_msae import MatryoshkaSAE
+from hf_msae.cli.main import main
+from hf_msae.cli.train import parse_prefix_sizes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, lm, tokenizer, texts) -> Path:
+    """A model and a text file on disk."""
+    folder = tmp_path_factory.mktemp("cli")
+    lm.save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(folder / "lm")
+    (folder / "texts.txt").write_text("\n\n".join(texts))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model", str(folder / "lm"), "--dataset", str(folder / "texts.txt"), "--site", "layers.0",
+        "--num-latents", "64", "--prefix-sizes", "8", "1/2", "1", "--k", "4", "--batch-size", "64",
+        "--max-tokens", "1_280", "--block-tokens", "300", "--eval-tokens", "400", "--calibration-tokens", "200",
+        "--ce-tokens", "200", "--context-length", "32", "--logging-steps", "5", "--use-cpu", "--disable-tqdm",
+        "--output-dir", str(output), *more,
+    ]  # fmt: skip
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return int(caught.value.code or 0)
+
+
+def test_train_prints_a_table_and_what_to_do_next(folder, tmp_path, capsys):
+    assert run(*command(folder, tmp_path / "out")) == 0
+    text = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["steps"] == 20
+    for level in metrics["levels"]:
+        assert f"{level['fve']:.3f}" in text
+    assert f"Saved to {tmp_path / 'out'}" in text
+    assert text.split("Next:")[1].strip().count("\n") == 2
+    assert MatryoshkaSAE.from_pretrained(tmp_path / "out").config.prefix_sizes == [8, 32, 64]
+
+
+def test_the_first_next_command_works(folder, tmp_path, capsys):
+    run(*command(folder, tmp_path / "out"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("python -c"))
+    code = line.strip().split('"')[1].replace("prefix=64", "prefix=8")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "MatryoshkaSAE" in done.stdout
+
+
+def test_repeated_flags_train_a_grid(folder, tmp_path):
+    arguments = command(folder, tmp_path / "grid", "--site", "layers.1", "--k", "2", "--save-steps", "0")
+    assert run(*arguments) == 0
+    names = {path.parent.name for path in (tmp_path / "grid").glob("*/model.safetensors")}
+    assert len(names) == 4
+    assert {name.split("-")[-1] for name in names} == {"k2", "k4"}
+
+
+def test_a_config_file_and_jsonl_give_the_same_run(folder, tmp_path):
+    flags = command(folder, tmp_path / "flags", "--save-steps", "0")
+    assert run(*flags) == 0
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"dataset: {folder / 'texts.jsonl'}\nsite: layers.0\nnum_latents: 64\nprefix_sizes: [8, 1/2, 1]\nk: [4]\n"
+        "per-device-train-batch-size: 64\nmax_tokens: 1_280\nblock_tokens: 300\neval_tokens: 400\nsave_steps: 0\n"
+        "calibration_tokens: 200\nce_tokens: 200\ncontext_length: 32\nuse_cpu: true\ndisable_tqdm: true\n"
+    )
+    yaml = ["--config", str(config), "--model", str(folder / "lm"), "--output-dir", str(tmp_path / "yaml")]
+    assert run("train", *yaml) == 0
+    ours, theirs = load_file(tmp_path / "flags/model.safetensors"), load_file(tmp_path / "yaml/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_activations_are_cached_and_trained_on(folder, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    arguments = ["--model", str(folder / "lm"), "--dataset", str(folder / "texts.txt"), "--site", "layers.0"]
+    more = ["--max-tokens", "4k", "--batch-size", "100", "--context-length", "32", "--output-dir", str(cache)]
+    assert run("cache-activations", *arguments, *more) == 0
+    assert "Wrote 4,000 tokens" in capsys.readouterr().out
+    trained = command(folder, tmp_path / "out", "--dataset", str(cache))
+    assert run(*trained) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["tokens"] == 400
+    assert metrics["ce_tokens"] == 0
+    # With text to measure on, cross-entropy is measured too.
+    with_text = ["--dataset", str(cache), "--eval-dataset", str(folder / "texts.txt")]
+    assert run(*command(folder, tmp_path / "ce", *with_text)) == 0
+    assert json.loads((tmp_path / "ce" / "metrics.json").read_text())["ce_tokens"] > 0
+
+
+def process(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "hf_msae.cli", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_between_checkpoints_it_resumes_to_the_same_bits(folder, tmp_path):
+    """SIGKILL to a real process as soon as it has taken steps after its second checkpoint."""
+    arguments = ["--save-steps", "40", "--logging-steps", "1", "--max-tokens", "12_800"]
+    whole = process(command(folder, tmp_path / "whole", *arguments))
+    victim = process(command(folder, tmp_path / "killed", *arguments))
+    log = tmp_path / "killed" / "training_log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"step": 90,' in log.read_text()) and victim.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint-80").is_dir()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    resumed = process(command(folder, tmp_path / "killed", *arguments, "--resume-from-checkpoint"))
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert whole.wait() == 0, whole.stderr.read()
+    ours = load_file(tmp_path / "whole" / "model.safetensors")
+    theirs = load_file(tmp_path / "killed" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_processes_train_and_save_once(folder, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531")
+    trained = process(command(folder, tmp_path / "two", "--save-steps", "5"), launcher)
+    output, errors = trained.communicate(timeout=180)
+    assert trained.returncode == 0, errors
+    assert output.count("Saved to") == 1
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["steps"] == 10  # 1,280 tokens in steps of 2 x 64
+    state = json.loads((tmp_path / "two" / "checkpoint-10" / "trainer_state.json").read_text())
+    assert [feed["batches"]["settings"]["shard"] for feed in state["feeds"]] == [0, 1]
+    assert MatryoshkaSAE.from_pretrained(tmp_path / "two").config.num_latents == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model", "./nowhere"], "There is no model at ./nowhere"),
+        (["--dataset", "/nowhere/texts.txt"], "/nowhere/texts.txt"),
+        (["--text-column", "body", "--dataset", "JSONL"], "body"),
+        (["--site", "layers.9"], "layers.9"),
+        (["--site", "layrs.0"], "layers.0"),
+        (["--context-length", "4096"], "context_length=4096 is more than the 64 positions"),
+        (["--prefix-sizes", "64", "8"], "strictly increasing"),
+        (["--k", "0"], "k must be above 0"),
+        (["--prefix-sizes", "half"], "'half' is neither"),
+        (["--max-tokens", "10"], "less than one batch"),
+        (["--eval-split", "test"], "single file without splits"),
+    ],
+)
+def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, change, message):
+    change = [str(folder / "texts.jsonl") if value == "JSONL" else value for value in change]
+    base = command(folder, tmp_path / "out")
+    if change[0] in ("--prefix-sizes", "--k", "--site"):  # these add to what was given: leave that out
+        start = base.index(change[0])
+        stop = next(i for i in range(start + 1, len(base)) if base[i].startswith("--"))
+        base = base[:start] + base[stop:]
+    assert run(*base, *change) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_model_without_a_dataset_is_refused(folder, capsys):
+    assert run("train", "--model", str(folder / "lm")) == 2
+    assert "needs a --dataset" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert "cache-activations" in text
+    assert "accelerate launch" in text
+    assert run("trian") == 2
+    assert run("--version") == 0
+    assert run("train", "--help") == 0
+    text = capsys.readouterr().out
+    assert "--prefix-sizes" in text
+    assert "--prefix_sizes" not in text
+
+
+def test_prefix_sizes_as_numbers_and_shares():
+    assert parse_prefix_sizes(["1/16", "0.5", "1"], 64) == [4, 32, 64]
+    assert parse_prefix_sizes(["2_048", "8192"], 8192) == [2048, 8192]
+    assert parse_prefix_sizes([], 64) == []
