@@ -1,4 +1,4 @@
-"""Train the language model of the story world, and say how close it comes to the entropy of the stories.
+r"""Train the language model of the story world, and say how close it comes to the entropy of the stories.
 
     OMP_NUM_THREADS=1 python scripts/train_story_lm.py --output_dir first
     OMP_NUM_THREADS=1 python scripts/train_story_lm.py --output_dir hf_msae/worlds/stories/lm \

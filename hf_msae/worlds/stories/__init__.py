@@ -2,12 +2,13 @@
 
 world = StoryWorld(seed=0)
 story = world.story(3)               # text, spans, facts, log_prob
-model, tokenizer = load_story_lm()   # ships with the package
-token_concepts(story, tokenizer)     # [(), (), ("owl", "bird", "animal"), ...]
+model, tokenizer = load_story_lm()     # ships with the package
+token_concepts(story.text, tokenizer)   # [(), (), ("owl", "bird", "animal"), ...]
 """
 
 from .concepts import CONCEPTS, Concept, ancestors, children, depth, edges, leaves, path, roots
-from .grammar import Choice, Story, StoryDocuments, StoryWorld, token_concepts
+from .grammar import Choice, Story, StoryDocuments, StoryWorld
+from .labels import concept_spans, token_concepts, word_concepts
 from .lm import load_story_lm, story_lm_path
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "StoryWorld",
     "ancestors",
     "children",
+    "concept_spans",
     "depth",
     "edges",
     "leaves",
@@ -27,4 +29,5 @@ __all__ = [
     "roots",
     "story_lm_path",
     "token_concepts",
+    "word_concepts",
 ]

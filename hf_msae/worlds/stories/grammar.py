@@ -13,32 +13,25 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import overload
 
-from transformers import PreTrainedTokenizerBase
-
 from .adventures import ADVENTURES
-from .concepts import CONCEPT_OF_WORD, CONCEPTS, ancestors, path
+from .concepts import CONCEPTS, ancestors
 from .frames import COMMON_FRAMES
 from .gatherings import GATHERINGS
+from .labels import PRONOUNS, Span, concept_spans
 from .plot import Plot
 from .slots import PREPOSITIONS, SLOTS, Table, boosts_at, leaf_table
 
 PLOTS: dict[str, Plot] = {**ADVENTURES, **GATHERINGS}
 
-Span = tuple[int, int, tuple[str, ...]]
-_Piece = tuple[str, tuple[str, ...]]  # text and the concepts it expresses
-
-_PRONOUNS = {"female": {"he": "she", "him": "her", "his": "her"}, "male": {"he": "he", "him": "him", "his": "his"}}
 _SLOT = re.compile(r"\{([a-zA-Z0-9_]+)(\.[a-z]+)?(!?)\}")
-_WORD = re.compile(r"[A-Za-z]+")
 _ARTICLE_AT_END = re.compile(r"\b[Aa] $")
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A stretch of fixed text, its labelled words, and the slot after it (empty at the end of a frame)."""
+    """A stretch of fixed text and the slot after it (empty at the end of a frame)."""
 
     text: str
-    spans: tuple[Span, ...]
     takes_article: bool
     slot: str
     form: str
@@ -53,27 +46,16 @@ class Frame:
     needs: frozenset[str]
 
 
-def _concepts_of_text(text: str) -> tuple[Span, ...]:
-    found = []
-    for match in _WORD.finditer(text):
-        word = match.group()
-        name = CONCEPT_OF_WORD.get(word) or CONCEPT_OF_WORD.get(word.lower())
-        if name is not None:
-            found.append((match.start(), match.end(), path(name)))
-    return tuple(found)
-
-
 def _compile(template: str) -> Frame:
     parts, needs, end = [], set(), 0
     for match in _SLOT.finditer(template):
         text = template[end : match.start()]
         slot, form, must_be_known = match.group(1), (match.group(2) or "")[1:], match.group(3)
-        parts.append(_Part(text, _concepts_of_text(text), bool(_ARTICLE_AT_END.search(text)), slot, form))
+        parts.append(_Part(text, bool(_ARTICLE_AT_END.search(text)), slot, form))
         if must_be_known or (slot == "helper" and not form):
             needs.add(slot)
         end = match.end()
-    tail = template[end:]
-    parts.append(_Part(tail, _concepts_of_text(tail), False, "", ""))
+    parts.append(_Part(template[end:], False, "", ""))
     if any(part.slot == "helper" and part.form for part in parts):
         needs.discard("helper")
     return Frame(template, tuple(parts), frozenset(needs))
@@ -88,6 +70,9 @@ FRAMES: dict[str, tuple[Frame, ...]] = {
     },
 }
 """Every frame by role; a plot's own roles begin with its name."""
+
+# Of the slots filled so far, only these decide which frames can be used: so there are few tables of frames to keep.
+_NEEDABLE = frozenset(slot for frames in FRAMES.values() for frame in frames for slot in frame.needs)
 
 _PLOT_TABLE = Table.of({name: 1.0 / (rank + 4) for rank, name in enumerate(PLOTS)})
 _NAME_OR_PRONOUN = Table.of({"hero": 0.4, "he": 0.6})
@@ -107,9 +92,6 @@ def _frame_table(role: str, known: frozenset[str]) -> tuple[Table, tuple[Frame, 
     return Table.of({frame.template: weight for frame, weight in usable.items()}), tuple(usable)
 
 
-_NEEDABLE = frozenset(slot for frames in FRAMES.values() for frame in frames for slot in frame.needs)
-
-
 @cache
 def _place_table(plot: str) -> Table:
     return leaf_table(PLOTS[plot].places, {})
@@ -127,27 +109,26 @@ def _slot_table(slot: str, plot: str, place: str, excluded: frozenset[str]) -> T
 
 
 @cache
-def _kind_word(name: str) -> _Piece:
+def _kind_word(name: str) -> str:
     """The nearest concept above `name` that has a word: what an owl is called when it is called a bird."""
-    kind = next(above for above in ancestors(name) if CONCEPTS[above].words)
-    return CONCEPTS[kind].word, path(kind)
+    return next(CONCEPTS[above].word for above in ancestors(name) if CONCEPTS[above].words)
 
 
 @cache
-def _noun(name: str, form: str) -> tuple[_Piece, ...]:
+def _noun(name: str, form: str) -> str:
     """A slot's content in the form asked for."""
     node = CONCEPTS[name]
     if form == "s":
         if node.plural is None:
             raise ValueError(f"the concept {name!r} has no plural, so a frame cannot ask for '.s'")
-        return ((node.plural, path(name)),)
+        return node.plural
     if form == "at":
-        return ((f"{PREPOSITIONS.get(name, 'in')} the ", ()), (node.word, path(name)))
+        return f"{PREPOSITIONS.get(name, 'in')} the {node.word}"
     if form == "kind":
-        return (_kind_word(name),)
+        return _kind_word(name)
     if form:
         raise ValueError(f"a frame asks for the unknown form {form!r} of {name!r}; use s, at or kind")
-    return ((node.word, path(name)),)
+    return node.word
 
 
 def with_article(word: str) -> str:
@@ -176,15 +157,18 @@ class Choice:
 class Story:
     """A story and the truth about it.
 
-    `spans` are (start, end, concepts) in characters for every word that expresses concepts, the most specific first
-    and the root last; they are in order and do not overlap. `facts` says what fills each slot that was used (`hero`,
-    `place`, `weather`, ...) and the `plot`. `choices` are all the draws that made the text.
+    `facts` says what fills each slot that was used (`hero`, `place`, `weather`, ...) and the `plot`. `choices` are all
+    the draws that made the text.
     """
 
     text: str
-    spans: tuple[Span, ...]
     facts: dict[str, str]
     choices: tuple[Choice, ...] = field(repr=False)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """(start, end, concepts) in characters for every word that expresses concepts; see `concept_spans`."""
+        return concept_spans(self.text)
 
     @property
     def log_prob(self) -> float:
@@ -199,9 +183,7 @@ class _Teller:
         self._uniform = rng.random
         self.facts: dict[str, str] = {}
         self.choices: list[Choice] = []
-        self.spans: list[Span] = []
         self._text: list[str] = []
-        self._length = 0
         self._plot = ""
         self._place = ""
         self._pronouns: dict[str, str] = {}
@@ -222,8 +204,8 @@ class _Teller:
             role = f"{self._plot}.{act}" if act in plot.frames else act.replace("@", side)
             table, frames = _frame_table(role, _NEEDABLE.intersection(self.facts))
             self._draw(role, table)
-            self._write_frame(frames[self.choices[-1].index])
-        return Story("".join(self._text), tuple(self.spans), self.facts, tuple(self.choices))
+            self._text.append(self._sentence(frames[self.choices[-1].index]))
+        return Story(" ".join(self._text), self.facts, tuple(self.choices))
 
     def _fill(self, slot: str) -> str:
         """What fills the slot: drawn when it is first written, kept from then on."""
@@ -231,62 +213,47 @@ class _Teller:
             taken = frozenset(self.facts[other] for other in SLOTS[slot].unlike if other in self.facts)
             self.facts[slot] = self._draw(slot, _slot_table(slot, self._plot, self._place, taken))
             if slot == "hero":
-                self._pronouns = _PRONOUNS[_gender(self.facts["hero"])]
+                self._pronouns = PRONOUNS[_gender(self.facts["hero"])]
         return self.facts[slot]
 
-    def _hero_word(self, form: str) -> tuple[_Piece, ...]:
+    def _hero_word(self, form: str) -> str:
         hero = self._fill("hero")
         if form == "H":
             form = self._draw("name or pronoun", _NAME_OR_PRONOUN)
         if form == "hero":
             return _noun(hero, "")
-        if form == "child":
-            return (_kind_word(hero),)
-        return ((self._pronouns[form], path(_gender(hero))),)
+        return _kind_word(hero) if form == "child" else self._pronouns[form]
 
-    def _helper_words(self, form: str) -> tuple[_Piece, ...]:
+    def _helper_words(self, form: str) -> str:
         if "helper" not in self.facts:
             table = _ADULT_HELPER if form == "adult" or "friend" in self.facts else _ANY_HELPER
             self.facts["helper"] = self._draw("helper kind", table)
         kind = self.facts["helper"]
         word = _noun(self._fill(kind), "")
         if kind == "expert":
-            return (("a " if form else "the ", ()), *word)
-        if kind == "relative" or form:
-            role = () if kind == "relative" else (("friend ", ()),)
-            return (*self._hero_word("his"), (" ", ()), *role, *word)
-        return word
+            return f"a {word}" if form else f"the {word}"
+        if kind == "relative":
+            return f"{self._hero_word('his')} {word}"
+        return f"{self._hero_word('his')} friend {word}" if form else word
 
-    def _pieces(self, slot: str, form: str) -> tuple[_Piece, ...]:
+    def _words(self, slot: str, form: str) -> str:
         if slot in ("hero", "H", "he", "him", "his", "child"):
             return self._hero_word(slot)
         if slot == "helper":
             return self._helper_words(form)
         if form == "his":
-            gender = _gender(self._fill(slot))
-            return ((_PRONOUNS[gender]["his"], path(gender)),)
+            return PRONOUNS[_gender(self._fill(slot))]["his"]
         return _noun(self._fill(slot), form)
 
-    def _write_frame(self, frame: Frame) -> None:
-        start = len(self._text)
-        if start:
-            self._write(" ", ())
+    def _sentence(self, frame: Frame) -> str:
+        written = []
         for part in frame.parts:
-            pieces = self._pieces(part.slot, part.form) if part.slot else ()
-            for begin, end, concepts in part.spans:
-                self.spans.append((self._length + begin, self._length + end, concepts))
-            is_an = part.takes_article and with_article(pieces[0][0]) == "an"
-            self._write(part.text[:-1] + "n " if is_an else part.text, ())
-            for text, concepts in pieces:
-                self._write(text, concepts)
-        first = next(i for i in range(start, len(self._text)) if self._text[i] not in ("", " "))
-        self._text[first] = self._text[first][0].upper() + self._text[first][1:]
-
-    def _write(self, text: str, concepts: tuple[str, ...]) -> None:
-        if concepts:
-            self.spans.append((self._length, self._length + len(text), concepts))
-        self._text.append(text)
-        self._length += len(text)
+            words = self._words(part.slot, part.form) if part.slot else ""
+            is_an = part.takes_article and with_article(words) == "an"
+            written.append(part.text[:-1] + "n " if is_an else part.text)
+            written.append(words)
+        text = "".join(written)
+        return text[0].upper() + text[1:]
 
 
 def _gender(name: str) -> str:
@@ -334,26 +301,3 @@ class StoryWorld:
         if num_documents < 0 or start < 0:
             raise ValueError(f"num_documents and start must be 0 or more, got {num_documents} and {start}")
         return StoryDocuments(self, range(start, start + num_documents))
-
-
-def token_concepts(story: Story, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...]]:
-    """The concepts that each token of `tokenizer(story.text)` expresses, special tokens included (they express none).
-
-    A token expresses what the words it overlaps express. Needs a fast tokenizer (one that knows character offsets).
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"token_concepts needs a fast tokenizer, which knows offsets; got {type(tokenizer).__name__}")
-    offsets = tokenizer(story.text, return_offsets_mapping=True)["offset_mapping"]
-    labels: list[tuple[str, ...]] = []
-    position = 0
-    for start, end in offsets:
-        while position < len(story.spans) and story.spans[position][1] <= start:
-            position += 1
-        found: list[str] = []
-        for span_start, span_end, concepts in story.spans[position:]:
-            if span_start >= end:
-                break
-            if span_end > start:
-                found.extend(name for name in concepts if name not in found)
-        labels.append(tuple(found) if end > start else ())
-    return labels
