@@ -321,9 +321,9 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
                 f"The weights in {source} are not those of a MatryoshkaSAE ({'; '.join(problems)}). "
                 "Check that config.json and model.safetensors belong together."
             )
-        # transformers leaves weights on the CPU inside the mapped file, where they begin anywhere, and a matrix product
-        # sums in an order that depends on where a tensor begins. Copies begin where all new tensors do: so a prefix
-        # equals the whole, and a loaded model the saved one, to the last bit, whatever becomes of the file.
+        # transformers leaves weights on the CPU inside the mapped file, where they begin anywhere, and a product of
+        # matrices sums in an order that depends on where they begin. Copies begin where all new tensors do: so a
+        # prefix equals the whole, and a loaded model the saved one, to the last bit, whatever becomes of the file.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()

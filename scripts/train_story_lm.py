@@ -145,11 +145,10 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, number: 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
     if args.continue_from is None:
-        tokenizer = build_tokenizer()
         model = build_model(args, len(tokenizer))
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.continue_from)
         model = LlamaForCausalLM.from_pretrained(args.continue_from)
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"vocabulary {len(tokenizer)}, parameters {num_parameters:,}", flush=True)

@@ -48,7 +48,7 @@ class SAETrainingArguments:
         default=0.02, metadata={"help": "Steps of linear warm-up; below 1: as a share of all steps."}
     )
     decay_steps: float = field(
-        default=0.3, metadata={"help": "Steps of decay at the end; 1 or below: as a share of all steps."}
+        default=0.6, metadata={"help": "Steps of decay at the end; 1 or below: as a share of all steps."}
     )
     k_anneal_steps: float = field(
         default=0.0,
@@ -59,7 +59,7 @@ class SAETrainingArguments:
         metadata={"help": "Where k-annealing starts. Default: 8 times k, at most a quarter of the latents."},
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "Adam's second beta."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Adam's second beta."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm to this; 0 does not clip."})
     dead_after_tokens: int | None = field(

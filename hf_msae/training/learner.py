@@ -54,7 +54,7 @@ class Learner:
         self.name, self.sae, self.site, self.args, self.accelerator = name, sae.train(), site, args, accelerator
         self.max_steps = max_steps
         config, device = sae.config, accelerator.device
-        self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents)
+        self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
         self.dead_after = args.dead_after_tokens or self._default_dead_after()
         double = {"dtype": torch.float64, "device": device}
         # Everything below is what a checkpoint must hold besides the weights.

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hf_msae import MatryoshkaSAEConfig
 
 # What transformers raises where a check of a configuration fails, and what a constructor raises by itself.
 REFUSAL = (StrictDataclassError, ValueError)
-SMALL = {"hidden_size": 8, "num_latents": 16, "prefix_sizes": [4, 8, 16], "k": 2}
+SMALL: dict[str, Any] = {"hidden_size": 8, "num_latents": 16, "prefix_sizes": [4, 8, 16], "k": 2}
 
 REFUSED = {
     "unsorted prefixes": ({"prefix_sizes": [8, 4, 16]}, r"strictly increasing, got \[8, 4, 16\].*not increments"),
@@ -67,7 +68,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_nonsense_is_refused(change: dict, message: str) -> None:
+def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(REFUSAL, match=f"(?s){message}"):
         MatryoshkaSAEConfig(**{**SMALL, **change})
 
@@ -103,7 +104,8 @@ def test_default_prefixes_suit_every_dictionary(num_latents: int) -> None:
 
 
 def test_aliases_work_both_ways() -> None:
-    config = MatryoshkaSAEConfig(d_in=8, d_sae=16, k=2)
+    aliases: dict[str, Any] = {"d_in": 8, "d_sae": 16}
+    config = MatryoshkaSAEConfig(**aliases, k=2)
     assert (config.hidden_size, config.num_latents) == (8, 16)
     assert (config.d_in, config.d_sae) == (8, 16)
     assert config.prefix_sizes == [1, 2, 4, 8, 16]
@@ -116,15 +118,15 @@ level_sizes = st.lists(st.integers(1, 500), min_size=1, max_size=6, unique=True)
 @given(sizes=level_sizes, data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_level_weights_sum_to_one_and_keep_their_ratios(sizes: list[int], data: st.DataObject) -> None:
-    def weights_of(**change) -> list[float]:
+    def weights_of(**change: Any) -> list[float]:
         config = MatryoshkaSAEConfig(num_latents=sizes[-1], prefix_sizes=sizes, k=1, **change)
         return config.normalized_level_weights
 
-    groups = [high - low for low, high in zip([0, *sizes], sizes, strict=False)]
+    groups = [float(high - low) for low, high in zip([0, *sizes], sizes, strict=False)]
     custom = data.draw(st.lists(st.floats(0.01, 100), min_size=len(sizes), max_size=len(sizes)))
     balance = data.draw(st.floats(0, 2))
     powers = [balance ** (len(sizes) - 1 - level) for level in range(len(sizes))]
-    cases = [
+    cases: list[tuple[list[float], list[float]]] = [
         (weights_of(), [1.0] * len(sizes)),
         (weights_of(level_weights="size"), groups),
         (weights_of(level_weights=custom), custom),
@@ -141,7 +143,7 @@ def test_balance_weighs_the_whole_dictionary_most() -> None:
     assert MatryoshkaSAEConfig(**SMALL, balance=0).normalized_level_weights == [0, 0, 1]
 
 
-RICH = {
+RICH: dict[str, dict[str, Any]] = {
     "plain": {},
     "weights": {"level_weights": (1, 2.5, 0)},
     "balance": {"balance": 0.75, "log_loss": True, "detach_prefixes": True},
@@ -159,7 +161,7 @@ RICH = {
 
 
 @pytest.mark.parametrize("change", RICH.values(), ids=RICH.keys())
-def test_save_and_load_give_an_equal_configuration(change: dict, tmp_path: Path) -> None:
+def test_save_and_load_give_an_equal_configuration(change: dict[str, Any], tmp_path: Path) -> None:
     config = MatryoshkaSAEConfig(**{**SMALL, "prefix_sizes": (4, 8, 16), **change})
     config.save_pretrained(tmp_path)
     for loaded in (MatryoshkaSAEConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

@@ -47,6 +47,11 @@ def make_x(*shape: int, seed: int = 1) -> Tensor:
     return random(*(shape or (64, WIDTH)), seed=seed) * 2 + random(WIDTH, seed=100)
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 # The reference: definitions written out, sharing no code with the model.
 
 
@@ -152,8 +157,8 @@ def test_detached_prefixes_leave_the_loss_and_change_the_gradient() -> None:
     for loss in losses:
         loss.backward()
     # The last group appears in the last level alone, with or without detaching.
-    torch.testing.assert_close(joint.W_dec.grad[16:], detached.W_dec.grad[16:])
-    assert (joint.W_dec.grad[:8] - detached.W_dec.grad[:8]).abs().max() > 1e-3
+    torch.testing.assert_close(gradient(joint.W_dec)[16:], gradient(detached.W_dec)[16:])
+    assert (gradient(joint.W_dec)[:8] - gradient(detached.W_dec)[:8]).abs().max() > 1e-3
 
 
 def test_sampled_prefixes_replace_the_levels_of_one_step() -> None:
@@ -202,8 +207,8 @@ def test_jumprelu_does_not_depend_on_scale_either_thresholds_and_their_gradient_
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
     for loss in losses:
         loss.backward()
-    torch.testing.assert_close(scaled.threshold.grad * 10, sae.threshold.grad, rtol=1e-3, atol=1e-5)
-    assert sae.threshold.grad.abs().max() > 0
+    torch.testing.assert_close(gradient(scaled.threshold) * 10, gradient(sae.threshold), rtol=1e-3, atol=1e-5)
+    assert gradient(sae.threshold).abs().max() > 0
 
 
 def test_a_fresh_model_at_the_mean_does_not_depend_on_scale() -> None:
@@ -353,7 +358,7 @@ def test_calibration_starts_a_jumprelu_whose_thresholds_are_zero() -> None:
 
 
 def test_calibration_in_bfloat16_reports_the_l0_that_results() -> None:
-    sae, x = make_sae(k=4).to(torch.bfloat16), make_x(20_000, WIDTH)
+    sae, x = make_sae(k=4).bfloat16(), make_x(20_000, WIDTH)
     sae.threshold.data = sae.threshold.float()
     l0 = sae.calibrate_threshold([x])
     assert int((sae.eval().encode(x) > 0).sum()) / 20_000 == l0
@@ -638,9 +643,19 @@ def test_training_under_bfloat16_autocast_is_near_float32(activation: str) -> No
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.03)
     for name, parameter in sae.named_parameters():
-        assert parameter.grad.dtype == torch.float32, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
+        assert gradient(parameter).dtype == torch.float32, name
+        assert gradient(parameter).isfinite().all(), name
+        assert gradient(parameter).abs().max() > 0, name
+
+
+def test_a_bfloat16_model_compares_with_its_float32_threshold() -> None:
+    sae, x = make_sae().bfloat16().eval(), make_x(9, WIDTH)
+    pre = sae.pre_activations(x)
+    # Just below the first token's values, by less than a step of bfloat16.
+    sae.threshold.data = pre[0].float().relu() * (1 - 2**-12)
+    assert torch.equal(sae.encode(x)[0], pre[0].relu())
+    assert torch.equal(sae(x).latents[0], pre[0].relu())
+    assert int((pre[0] > 0).sum()) > 3
 
 
 def test_activations_of_another_precision_are_read() -> None:

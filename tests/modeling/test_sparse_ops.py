@@ -121,14 +121,11 @@ def test_select_above_compares_bfloat16_with_the_float32_threshold() -> None:
 nested = st.lists(st.integers(1, 24), min_size=1, max_size=5, unique=True).map(sorted)
 
 
-def sae_tensors(sizes: list[int], tokens: int, hidden_size: int, seed: int, dtype=torch.float64) -> tuple[Tensor, ...]:
+def sae_tensors(sizes: list[int], tokens: int, hidden_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Latent activations with zeros, decoder rows, decoder bias."""
-    latents = random(tokens, sizes[-1], seed=seed, dtype=dtype).relu()
-    return (
-        latents,
-        random(sizes[-1], hidden_size, seed=seed + 1, dtype=dtype),
-        random(hidden_size, seed=seed + 2, dtype=dtype),
-    )
+    latents = random(tokens, sizes[-1], seed=seed, dtype=torch.float64).relu()
+    W_dec = random(sizes[-1], hidden_size, seed=seed + 1, dtype=torch.float64)
+    return latents, W_dec, random(hidden_size, seed=seed + 2, dtype=torch.float64)
 
 
 @given(sizes=nested, tokens=st.integers(1, 6), hidden_size=st.integers(1, 9), detach=st.booleans(), seed=seeds)
@@ -147,11 +144,14 @@ def test_a_level_is_the_decoding_of_its_prefix(
         torch.testing.assert_close(decode(prefix, W_dec, b_dec), expected, rtol=1e-12, atol=1e-12)
 
 
-def gradients_of_level(level: int, detach: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_of_level(level: int, detach: bool) -> tuple[Tensor, ...]:
+    """Gradients of one level's squared error with respect to latent activations, decoder rows and bias."""
     sizes = [4, 10, 16]
-    tensors = tuple(tensor.requires_grad_() for tensor in sae_tensors(sizes, 5, 6, seed=0))
+    latents, W_dec, b_dec = tensors = sae_tensors(sizes, 5, 6, seed=0)
+    for tensor in tensors:
+        tensor.requires_grad_()
     x = random(5, 6, seed=9, dtype=torch.float64)
-    reconstruction = list(decode_levels(*tensors, sizes, detach))[level]
+    reconstruction = list(decode_levels(latents, W_dec, b_dec, sizes, detach))[level]
     return torch.autograd.grad((x - reconstruction).pow(2).sum(), tensors, materialize_grads=True)
 
 
@@ -203,10 +203,12 @@ def test_gradients_of_the_nested_loss_are_its_derivatives(activation: str) -> No
     def loss(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Tensor:
         latents = SELECTIONS[activation](pre_activations(x, W_enc, b_enc, b_dec))
         levels = decode_levels(latents, W_dec, b_dec, sizes)
-        return sum(w * (x - level).pow(2).sum(-1).mean() for w, level in zip(weights, levels, strict=True))
+        errors = [(x - level).pow(2).sum(-1).mean() for level in levels]
+        return (torch.stack(errors) * torch.tensor(weights, dtype=torch.float64)).sum()
 
     # The selection is constant within gradcheck's steps of 1e-6 only if no two candidates are that close.
-    values = pre_activations(parameters[4], *parameters[:2], parameters[3]).detach().flatten().sort().values
+    W_enc, b_enc, _, b_dec, x = parameters
+    values = pre_activations(x, W_enc, b_enc, b_dec).detach().flatten().sort().values
     assert values.diff().min() > 1e-4
     assert values.abs().min() > 1e-4
     assert torch.autograd.gradcheck(loss, parameters, eps=1e-6, atol=1e-6)
@@ -260,7 +262,7 @@ def test_decode_dead_is_the_error_of_the_strongest_dead_latents(tokens: int, k: 
     dead[order[:num_dead]] = True
     error = 0.0
     for b in range(tokens):
-        candidates = sorted(order[:num_dead], key=lambda f, b=b: -pre[b, f].item())[:k]
+        candidates = sorted(order[:num_dead], key=(-pre[b]).tolist().__getitem__)[:k]
         approximation = sum(max(pre[b, f].item(), 0.0) * W_dec[f] for f in candidates)
         error += (residual[b] - approximation).pow(2).sum().item()
     assert decode_dead(residual, pre, W_dec, dead, k).item() == pytest.approx(error / tokens, rel=1e-12)

@@ -44,8 +44,11 @@ def test_steps_may_be_shares():
     )
 
 
-def test_default_learning_rate_halves_when_the_width_quadruples():
-    assert default_learning_rate(4096) == pytest.approx(default_learning_rate(1024) / 2)
+def test_default_learning_rate_passes_through_its_two_anchors():
+    assert default_learning_rate(1024, 730) == pytest.approx(1e-2)
+    assert default_learning_rate(1024, 10) == pytest.approx(1e-2)  # a short run is no reason for larger steps
+    assert default_learning_rate(65_536, 244_000) == pytest.approx(3e-4, rel=0.05)
+    assert default_learning_rate(4096, 730) == pytest.approx(default_learning_rate(1024, 730) / 2)
 
 
 def test_k_anneals_linearly_from_its_start_to_k():
