@@ -39,7 +39,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
-from .sparse_ops import (
+from .dense_ops import (
     JumpReLU,
     activation_histogram,
     count_above,
@@ -52,6 +52,7 @@ from .sparse_ops import (
     select_batch_topk,
     select_topk,
 )
+from .sparse_ops import ActiveLatents, LevelErrors, Levels
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +81,9 @@ class MatryoshkaSAEOutput(ModelOutput):
         The dead latents' squared error over the variance, before its weight.
     sparsity_loss (`torch.Tensor`, scalar):
         The penalty of `relu` and `jumprelu`, before its weight.
+    active (`ActiveLatents`):
+        The same latents as places and values, from a training step of `batch_topk` or `topk`. There, neither latents
+        nor reconstruction carry a gradient; use `encode` and `decode` for a loss of your own.
     """
 
     loss: torch.Tensor | None = None
@@ -88,6 +92,7 @@ class MatryoshkaSAEOutput(ModelOutput):
     level_losses: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     sparsity_loss: torch.Tensor | None = None
+    active: ActiveLatents | None = None
 
 
 # trf-ignore: TRF057 (as above)
@@ -189,6 +194,7 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         variance: Tensor | float | None = None,
         k: float | None = None,
         sparsity_weight: Tensor | float | None = None,
+        return_latents: bool = True,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations (..., hidden_size) at every level and give the loss.
 
@@ -199,37 +205,72 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
                 default.
             k: active latents per token of this step in place of `config.k` (annealing).
             sparsity_weight: weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
+            return_latents: whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
         """
         x = self._flat(hidden_states)
         if variance is None:
-            variance = (x - x.mean(0)).pow(2).sum(-1).mean().clamp_min(torch.finfo(x.dtype).tiny)
-        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        pre = pre_activations(x, self.W_enc, self.b_enc, b_dec)
-        latents, sparsity_loss = self._select_for_loss(pre, variance, self.config.k if k is None else k)
-
+            variance = self._batch_variance(x)
+        k = self.config.k if k is None else k
         sizes, weights = self._levels_of_step(prefix_sizes)
-        errors, reconstruction = [], x
-        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes):
-            errors.append((x - reconstruction).pow(2).sum(-1).mean())
-        level_losses = torch.stack(errors) / variance
+        if self.training and self.config.activation in ("batch_topk", "topk"):
+            errors, reconstruction, active = self._sparse_errors(x, k, sizes)
+            latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
+            sparsity_loss = errors.new_zeros(())
+        else:
+            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance)
+            active = None
+        level_losses = errors / variance
         losses = level_losses.log() if self.config.log_loss else level_losses
         sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
         loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
 
         aux_loss = loss.new_zeros(())
         if dead_latents is not None and self.config.aux_loss_weight and dead_latents.any():
-            num_aux_latents = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
-            error = decode_dead(x - reconstruction, pre, self.W_dec, dead_latents, num_aux_latents)
-            aux_loss = error / variance
+            aux_loss = self._dead_error(x, x - reconstruction, dead_latents) / variance
             loss = loss + self.config.aux_loss_weight * aux_loss
         return MatryoshkaSAEOutput(
             loss=loss,
             reconstruction=reconstruction.view_as(hidden_states),
-            latents=latents.view(*hidden_states.shape[:-1], -1),
+            latents=None if latents is None else latents.view(*hidden_states.shape[:-1], -1),
             level_losses=level_losses.detach(),
             aux_loss=aux_loss.detach(),
             sparsity_loss=sparsity_loss.detach(),
+            active=active,
         )
+
+    @staticmethod
+    def _batch_variance(x: Tensor) -> Tensor:
+        """Total variance of activations (B, d), or their mean square where there is only one to tell from."""
+        centre = x.mean(0) if x.shape[0] > 1 else torch.zeros_like(x[0])
+        return (x - centre).pow(2).sum(-1).mean().clamp_min(torch.finfo(x.dtype).tiny)
+
+    def _sparse_errors(self, x: Tensor, k: float, sizes: Sequence[int]) -> tuple[Tensor, Tensor, ActiveLatents]:
+        """Mean squared error of every level (G,), the whole reconstruction (B, d), and the active latents."""
+        levels = Levels(k, self.config.activation == "topk", tuple(sizes), self.config.detach_prefixes)
+        errors, reconstruction, *active = LevelErrors.apply(
+            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.config.apply_b_dec_to_input, levels
+        )
+        return errors, reconstruction, ActiveLatents(*active)
+
+    def _dense_errors(
+        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, latent activations (B, F), and the sparsity penalty."""
+        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        pre = pre_activations(x, self.W_enc, self.b_enc, b_dec)
+        latents, sparsity_loss = self._select_for_loss(pre, variance, k)
+        errors, reconstruction = [], x
+        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes):
+            errors.append((x - reconstruction).pow(2).sum(-1).mean())
+        return torch.stack(errors), reconstruction, latents, sparsity_loss
+
+    def _dead_error(self, x: Tensor, residual: Tensor, dead_latents: Tensor) -> Tensor:
+        """Mean squared error (scalar) of the residual decoded from dead latents; only their rows are multiplied."""
+        dead = dead_latents.nonzero().squeeze(-1)
+        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        pre = pre_activations(x, self.W_enc[dead], self.b_enc[dead], b_dec)
+        num_aux_latents = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
+        return decode_dead(residual, pre, self.W_dec[dead], num_aux_latents)
 
     def _levels_of_step(self, prefix_sizes: Sequence[int] | None) -> tuple[Sequence[int], list[float]]:
         if prefix_sizes is None:
@@ -259,8 +300,6 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
             latents = torch.relu(pre)
             norms = self.W_dec.norm(dim=-1)
             return latents, (latents @ norms).mean() / (scale * math.sqrt(self.config.hidden_size))
-        if self.training:
-            return self._select_by_rank(pre, k), pre.new_zeros(())
         return select_above(pre, self.threshold), pre.new_zeros(())
 
     @torch.no_grad()

@@ -11,133 +11,206 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The arithmetic of a Matryoshka SAE: select the active latents, decode every prefix.
+"""A Matryoshka step at about the price of one matrix product.
 
-Everything that multiplies by the dictionary goes through these functions, so that a faster path replaces them in one
-place. The forms here are dense and short: they are the definition that any faster path is tested against.
+With k of F latents active, only the encoder's product is dense. Everything else here touches active latents: they are
+found without sorting, decoded once for all levels, and their gradients are gathered, not multiplied.
 
-Shapes: B tokens, d = hidden_size, F = num_latents, G levels. Latent activations f are (B, F) with zeros where
-inactive.
+1. Encode some tokens at a time and keep candidates above a threshold that a sample of the pre-activations suggests;
+the
+   exact selection is made among the candidates. The (tokens, num_latents) matrix never exists as a whole.
+2. A segmented weighted sum of decoder rows gives each group's part of the reconstruction, (tokens, levels,
+hidden_size);
+   a running sum over the groups gives every level's error.
+3. Backward, a running sum from the last level to the first gives the gradient that each group's latents see. All
+levels
+   together so cost one sparse decode and one sparse backward.
+
+The segmented sums are torch's `embedding_bag`, and gradients of latent activations its gradient for per-sample
+weights. Shapes: B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-# Latent activations are binned by the upper bits of their float32 pattern: for positive numbers the pattern grows with
-# the value, so 20 of the 31 bits make a histogram with a relative resolution of 1/4096 over all magnitudes.
-HISTOGRAM_SHIFT = 11
-HISTOGRAM_BINS = 1 << (31 - HISTOGRAM_SHIFT)
+# Pre-activations that exist at once, in numbers: on the CPU what stays near the caches, on a GPU what fills it.
+CPU_CHUNK = 1 << 22
+GPU_CHUNK = 1 << 29
+# How many of a chunk's pre-activations are looked at to guess the threshold.
+SAMPLES = 1 << 18
 
 
-def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
-    """W_enc (x - b_dec) + b_enc, (B, F). `b_dec=None` where the decoder bias is not subtracted.
+class ActiveLatents(NamedTuple):
+    """The active latents of some tokens, ordered by token and then by latent: three tensors (n,)."""
 
-    The bias is moved behind the product (W_enc b_dec is one vector), so no copy of x is made.
+    tokens: Tensor
+    latents: Tensor
+    values: Tensor
+
+    def to_dense(self, num_tokens: int, num_latents: int) -> Tensor:
+        """Latent activations (num_tokens, num_latents)."""
+        dense = self.values.new_zeros(num_tokens, num_latents)
+        return dense.index_put((self.tokens, self.latents), self.values)
+
+
+class Levels(NamedTuple):
+    """What a step asks for: `k` active latents per token on average, or of every token; the nested sizes."""
+
+    k: float
+    per_token: bool
+    prefix_sizes: tuple[int, ...]
+    detach: bool
+
+
+def select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: float, per_token: bool) -> ActiveLatents:
+    """The active latents of activations x (B, d), from which b_dec is subtracted already where it should be.
+
+    `per_token`: the k largest positive pre-activations of each token; otherwise the round(k·B) largest of the batch.
+    Equal to `torch.topk` of the whole matrix where no two pre-activations are equal.
     """
-    bias = b_enc if b_dec is None else b_enc - W_enc @ b_dec
-    return torch.nn.functional.linear(x, W_enc, bias)
+    count = max(1, round(k * x.shape[0]))
+    chunk = GPU_CHUNK if x.is_cuda else CPU_CHUNK
+    chunks = range(0, x.shape[0], max(1, chunk // W_enc.shape[0]))
+    found, threshold = [], None
+    for start in chunks:
+        pre = torch.nn.functional.linear(x[start : start + chunks.step], W_enc, b_enc)
+        if per_token:
+            places = _places_per_token(pre, round(k))
+        else:
+            if threshold is None:
+                threshold = _sampled_threshold(pre, count / (x.shape[0] * W_enc.shape[0]))
+            places = (pre > threshold).flatten().nonzero().squeeze(-1)
+        found.append((places + start * W_enc.shape[0], pre.flatten()[places].to(x.dtype)))
+    places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not per_token:
+        if places.numel() < count and threshold is not None and threshold > 0:
+            places, values = _largest_by_chunks(x, W_enc, b_enc, count, chunks)
+        if places.numel() > count:
+            kept = values.topk(count, sorted=False).indices.sort().values
+            places, values = places[kept], values[kept]
+    tokens = places.div(W_enc.shape[0], rounding_mode="floor")
+    return ActiveLatents(tokens, places - tokens * W_enc.shape[0], values)
 
 
-def select_batch_topk(pre: Tensor, k: float) -> Tensor:
-    """Latent activations (B, F): the round(k·B) largest positive pre-activations of the whole batch
-    (arXiv:2412.06410).
+def _sampled_threshold(pre: Tensor, share: float) -> Tensor:
+    """A number, not below zero, that rather more than `share` of the pre-activations exceed, judged by a sample."""
+    flat = pre.flatten()
+    # An odd stride visits every latent, also where their number is a power of two.
+    sample = flat[:: max(1, flat.numel() // SAMPLES) | 1]
+    expected = sample.numel() * share
+    # Five standard deviations of the sampling, and a tenth for chunks that differ.
+    rank = min(sample.numel(), int(1.1 * expected + 5 * expected**0.5) + 8)
+    return sample.topk(rank, sorted=True).values[-1].clamp_min(0)
+
+
+def _places_per_token(pre: Tensor, k: int) -> Tensor:
+    values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
+    latents, order = latents.sort(dim=-1)
+    starts = torch.arange(pre.shape[0], device=pre.device).unsqueeze(-1) * pre.shape[-1]
+    return (latents + starts)[values.gather(-1, order) > 0]
+
+
+def _largest_by_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, chunks: range) -> tuple[Tensor, Tensor]:
+    """Places and values of at least the `count` largest, without a threshold: what happens when the guess was too
+    high.
     """
-    count = min(max(1, round(k * pre.shape[0])), pre.numel())
-    values, indices = torch.relu(pre).flatten().topk(count, sorted=False)
-    return torch.zeros_like(pre).flatten().scatter(0, indices, values).view_as(pre)
+    found = []
+    for start in chunks:
+        pre = torch.nn.functional.linear(x[start : start + chunks.step], W_enc, b_enc).flatten()
+        places = pre.topk(min(count, pre.numel()), sorted=False).indices.sort().values
+        places = places[pre[places] > 0]
+        found.append((places + start * W_enc.shape[0], pre[places].to(x.dtype)))
+    places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return places, values
 
 
-def select_topk(pre: Tensor, k: int) -> Tensor:
-    """Latent activations (B, F): the k largest positive pre-activations of each token (arXiv:2406.04093)."""
-    values, indices = torch.relu(pre).topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
-    return torch.zeros_like(pre).scatter(-1, indices, values)
-
-
-def select_above(pre: Tensor, threshold: Tensor) -> Tensor:
-    """Latent activations (B, F): pre-activations above the threshold (F,), which is never negative.
-
-    The threshold stays float32 beside pre-activations of lower precision: rounded to bfloat16 it would coincide with
-    a whole step of values, some percent of all active latents.
-    """
-    return torch.where(pre > threshold, torch.relu(pre), torch.zeros_like(pre))
-
-
-class JumpReLU(torch.autograd.Function):
-    """pre · 1[pre > θ] and 1[pre > θ], with a straight-through gradient for θ (arXiv:2407.14435, section 4).
-
-    The step's derivative is replaced by a rectangle of width `bandwidth` around the threshold.
-    """
+class LevelErrors(torch.autograd.Function):
+    """Mean squared error of every level, (G,), with gradients for the activations and all weights."""
 
     @staticmethod
-    def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(pre, threshold, bandwidth)
-        active = (pre > threshold).to(pre.dtype)
-        return pre * active, active
+    def forward(
+        ctx,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        apply_b_dec: bool,
+        levels: Levels,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        centred = x - b_dec
+        encoded = centred if apply_b_dec else x
+        active = select(encoded, W_enc, b_enc, levels.k, levels.per_token)
+        sizes, num_groups = levels.prefix_sizes, len(levels.prefix_sizes)
+        bags, offsets = _bags(active, sizes, x.shape[0])
+        excess = embedding_bag(active.latents, W_dec, offsets, mode="sum", per_sample_weights=active.values)
+        excess = excess.view(x.shape[0], num_groups, x.shape[1])
+        # From here on `excess` is what each level's reconstruction has too much of, in place.
+        excess[:, 0] -= centred
+        for group in range(1, num_groups):
+            excess[:, group] += excess[:, group - 1]
+        errors = torch.stack([excess[:, group].pow(2).sum() for group in range(num_groups)]) / x.shape[0]
+        ctx.save_for_backward(encoded, W_enc, W_dec, excess, bags, offsets, *active)
+        ctx.apply_b_dec, ctx.detach = apply_b_dec, levels.detach
+        reconstruction = x + excess[:, -1]
+        ctx.mark_non_differentiable(reconstruction, *active)
+        return errors, reconstruction, *active
 
     @staticmethod
-    def backward(ctx, grad_latents: Tensor, grad_active: Tensor) -> tuple[Tensor, Tensor, None]:
-        pre, threshold, bandwidth = ctx.saved_tensors
-        near = ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth
-        grad_threshold = -(near * (threshold * grad_latents + grad_active)).sum(0)
-        return grad_latents * (pre > threshold), grad_threshold, None
+    def backward(ctx, grad_errors: Tensor, *_):
+        encoded, W_enc, W_dec, excess, bags, offsets, tokens, latents, values = ctx.saved_tensors
+        num_tokens, num_groups, hidden_size = excess.shape
+        # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.
+        grads = excess * (2 / num_tokens * grad_errors).view(1, -1, 1)
+        grad_target = grads.sum(1).neg_() if ctx.needs_input_grad[0] else None
+        if not ctx.detach:
+            for group in range(num_groups - 2, -1, -1):
+                grads[:, group] += grads[:, group + 1]
+        grad_b_dec = grads[:, 0].sum(0)
+        grads = grads.view(-1, hidden_size)
+        # The gradient of each active latent's value: its decoder row times its group's gradient.
+        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grads, W_dec, latents, offsets, bags, 0
+        )
+        grad_W_enc, grad_W_dec, grad_b_enc = _weight_gradients(
+            encoded, grads, tokens, latents, values, bags, grad_values, W_enc.shape[0]
+        )
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            first = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
+            through = embedding_bag(latents, W_enc, first, mode="sum", per_sample_weights=grad_values)
+            grad_x = grad_target + through
+        if ctx.apply_b_dec:
+            grad_b_dec = grad_b_dec - grad_b_enc @ W_enc
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None
 
 
-def decode(latents: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec + f W_dec, (B, d)."""
-    return torch.addmm(b_dec, latents, W_dec)
+def _bags(active: ActiveLatents, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The bag, token x groups + group, of each active latent, (n,), and where each bag begins, (B·G,)."""
+    boundaries = torch.tensor(sizes[:-1], device=active.latents.device)
+    groups = torch.bucketize(active.latents, boundaries, right=True)
+    bags = active.tokens * len(sizes) + groups
+    return bags, torch.searchsorted(bags, torch.arange(num_tokens * len(sizes), device=bags.device))
 
 
-def decode_levels(
-    latents: Tensor, W_dec: Tensor, b_dec: Tensor, prefix_sizes: Sequence[int], detach: bool = False
-) -> Iterator[Tensor]:
-    """Each prefix's reconstruction, (B, d), from the smallest to the whole dictionary.
-
-    Every group of latents is decoded once and added to the sum of the groups before it, so all levels together cost
-    one decode. With `detach`, a level's gradient reaches only the latents that the level adds.
-    """
-    reconstruction = b_dec.expand(latents.shape[0], -1)
-    for low, high in pairwise([0, *prefix_sizes]):
-        before = reconstruction.detach() if detach and low else reconstruction
-        reconstruction = torch.addmm(before, latents[:, low:high], W_dec[low:high])
-        yield reconstruction
-
-
-def decode_dead(residual: Tensor, pre: Tensor, W_dec: Tensor, dead: Tensor, k: int) -> Tensor:
-    """Mean squared error (scalar) of the residual (B, d) decoded from each token's k strongest dead latents.
-
-    `dead` is a boolean mask (F,) with at least one entry set. The residual takes no gradient (arXiv:2406.04093, A.2).
-    """
-    indices = dead.nonzero().squeeze(-1)
-    values, order = pre[:, indices].topk(min(k, indices.numel()), dim=-1, sorted=False)
-    latents = torch.zeros_like(pre[:, indices]).scatter(-1, order, torch.relu(values))
-    return (residual.detach() - latents @ W_dec[indices]).pow(2).sum(-1).mean()
-
-
-def activation_histogram(values: Tensor) -> Tensor:
-    """How many of the values fall into each bin, (HISTOGRAM_BINS,) int64; those not above zero are not counted."""
-    positive = values[values > 0].float()
-    return torch.bincount(histogram_bin(positive), minlength=HISTOGRAM_BINS)
-
-
-def histogram_bin(values: Tensor) -> Tensor:
-    """The bin of each positive float32 value, int32 of the same shape."""
-    return values.view(torch.int32) >> HISTOGRAM_SHIFT
-
-
-def histogram_threshold(histogram: Tensor, count: float) -> Tensor:
-    """The float32 value (scalar) that is exceeded by as near as may be to `count` of the values in the histogram.
-
-    It lies one step of float32 below a bin's lower edge, because values of lower precision sit on the edges.
-    """
-    exceeding = histogram.flip(0).cumsum(0).flip(0)
-    best = (exceeding - count).abs().argmin()
-    return ((best << HISTOGRAM_SHIFT) - 1).clamp_min(0).to(torch.int32).view(torch.float32)
-
-
-def count_above(histogram: Tensor, threshold: Tensor) -> Tensor:
-    """How many of the values (scalar int64) exceed a threshold that `histogram_threshold` gave."""
-    first = torch.where(threshold > 0, histogram_bin(threshold) + 1, 0)
-    return histogram[first:].sum()
+def _weight_gradients(
+    encoded: Tensor,
+    grads: Tensor,
+    tokens: Tensor,
+    latents: Tensor,
+    values: Tensor,
+    bags: Tensor,
+    grad_values: Tensor,
+    num_latents: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of W_enc and W_dec (F, d) and b_enc (F,): sums over each latent's active places."""
+    order = latents.argsort(stable=True)
+    first = torch.searchsorted(latents[order], torch.arange(num_latents, device=latents.device))
+    grad_W_dec = embedding_bag(bags[order], grads, first, mode="sum", per_sample_weights=values[order])
+    grad_W_enc = embedding_bag(tokens[order], encoded, first, mode="sum", per_sample_weights=grad_values[order])
+    grad_b_enc = torch.zeros(num_latents, dtype=values.dtype, device=values.device)
+    return grad_W_enc, grad_W_dec, grad_b_enc.index_add(0, latents, grad_values)

@@ -177,7 +177,9 @@ def check_installed(target: Path, tmp_path: Path) -> None:
 
 
 def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path, tree: Path) -> None:
-    sources = [path.relative_to(tree).as_posix() for top in ("hf_msae", "modeling") for path in (tree / top).rglob("*")]
+    sources = [
+        path.relative_to(tree).as_posix() for top in ("hf_msae", "modeling") for path in (tree / top).rglob("*")
+    ]
     files = [name for name in sources if (tree / name).is_file()]
     expected = {f"hf_msae/{name}" if name.startswith("modeling/") else name for name in files}
     shipped = {name for name in contents(wheel) if ".dist-info/" not in name}
@@ -301,7 +303,9 @@ def third_party_imports() -> Iterator[tuple[str, str, bool]]:
 
 
 def test_imports_are_read_as_python_reads_them() -> None:
-    source = "import a.b as c\nfrom . import d\nfrom ..e import f\nclass X:\n  def g(self):\n    from datasets import h\n"
+    source = (
+        "import a.b as c\nfrom . import d\nfrom ..e import f\nclass X:\n  def g(self):\n    from datasets import h\n"
+    )
     assert list(read_imports(source, "hf_msae.worlds.stories")) == [
         Import("a.b", False),
         Import("hf_msae.worlds.stories.d", False),

@@ -134,7 +134,8 @@ def _eval_data(args: SourceArguments) -> Any:
     same = args.eval_dataset is None
     if same and Path(source).is_file():
         raise ValueError(
-            f"--eval-split {args.eval_split}: {source} is a single file without splits. Give --eval-dataset, or nothing: "
+            f"--eval-split {args.eval_split}: {source} is a single file without splits. Give --eval-dataset, or "
+            f"nothing: "
             "the first documents are then held out."
         )
     return load_documents(

@@ -24,7 +24,6 @@ from hf_msae.training.schedules import annealed_k, default_learning_rate, learni
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
 CONTROLLER_RATE = 0.03
-THRESHOLD_MOMENTUM = 0.99
 # Encoder rows start as this times the decoder rows. k unit rows together would reconstruct an activation several times
 # over; starting low costs nothing and gave 0.015 more FVE at the last level after 730 steps (docs/training.md).
 INITIAL_ENCODER_SCALE = 0.3
@@ -61,7 +60,6 @@ class Learner:
         self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
         self.moments["sum"] = torch.zeros(config.hidden_size, **double)
         self.silent_tokens = torch.zeros(config.num_latents, dtype=torch.int64, device=device)
-        self.running_threshold = torch.full((), float("nan"), device=device)
         self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer: torch.optim.Adam | None = None
@@ -142,6 +140,7 @@ class Learner:
                 variance=self.variance.float(),
                 k=annealed_k(step, self.max_steps, config, self.args),
                 sparsity_weight=self.sparsity_weight,
+                return_latents=False,
             )
         output.loss.backward()
         factor = learning_rate_factor(step, self.max_steps, self.args)
@@ -174,18 +173,16 @@ class Learner:
         self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True))
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)
-        latents = output.latents
-        active = latents > 0
-        counts = self.accelerator.reduce(active.sum(0), "sum")
+        if output.active is not None:
+            counts = torch.bincount(output.active.latents, minlength=self.sae.config.num_latents)
+        else:
+            counts = (output.latents > 0).sum(0)
+        counts = self.accelerator.reduce(counts, "sum")
         self.silent_tokens += num_tokens * self.accelerator.num_processes
         self.silent_tokens[counts > 0] = 0
         l0 = counts.sum() / (num_tokens * self.accelerator.num_processes)
         if self.sae.config.activation == "relu":
             self.sparsity_weight *= (l0 / self.sae.config.k).clamp(0.5, 2) ** CONTROLLER_RATE
-        smallest = torch.where(active, latents, torch.inf).min().float()
-        self.running_threshold = torch.where(
-            self.running_threshold.isnan(), smallest, self.running_threshold.lerp(smallest, 1 - THRESHOLD_MOMENTUM)
-        )
         finite = output.loss.isfinite()
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
         self._log_sums += torch.stack([output.loss.detach().double(), output.aux_loss.double(), l0.double()])
@@ -223,7 +220,6 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "moments": self.moments,
             "silent_tokens": self.silent_tokens,
-            "running_threshold": self.running_threshold,
             "sparsity_weight": self.sparsity_weight,
             "log": {"sums": self._log_sums, "levels": self._log_levels, "steps": self._log_steps},
         }
@@ -234,7 +230,6 @@ class Learner:
         self.sae.load_state_dict(weights)
         self.moments = {name: value.to(device) for name, value in state["moments"].items()}
         self.silent_tokens = state["silent_tokens"].to(device)
-        self.running_threshold = state["running_threshold"].to(device)
         self.sparsity_weight = state["sparsity_weight"].to(device)
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])

@@ -18,8 +18,9 @@ def _steps(value: float, max_steps: int, share_up_to: float) -> float:
 def default_learning_rate(num_latents: int, max_steps: int) -> float:
     """The peak learning rate when none is given: 0.01 for 1,024 latents and 730 steps, where it was found by a sweep.
 
-    It falls with the square root of the width (arXiv:2406.04093 finds about that power) and with the fourth root of the
-    length of the run, which leads from that sweep to the 3e-4 that 2503.17547 uses for 65,536 latents and 244,000 steps.
+    It falls with the square root of the width (arXiv:2406.04093 finds about that power) and with the fourth root of
+    the length of the run, which leads from that sweep to the 3e-4 that 2503.17547 uses for 65,536 latents and 244,000
+    steps.
     """
     return 1e-2 * math.sqrt(1024 / num_latents) * (730 / max(730, max_steps)) ** 0.25
 

@@ -141,7 +141,7 @@ def results(read_elsewhere: Path) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_takes_its_code_along(checkpoint: Path) -> None:
     files = {path.name for path in checkpoint.iterdir()}
     code = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py"}
-    assert {"configuration_matryoshka_sae.py", "modeling_matryoshka_sae.py", "sparse_ops.py"} <= code
+    assert {"configuration_matryoshka_sae.py", "modeling_matryoshka_sae.py", "dense_ops.py", "sparse_ops.py"} <= code
     assert files == code | {"config.json", "model.safetensors"}
     for name in code:
         assert (checkpoint / name).read_text() == (SOURCE / name).read_text()

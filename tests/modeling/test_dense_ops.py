@@ -1,11 +1,11 @@
-"""The sparse operations against their definitions: selection, nested decoding, gradients, calibrated thresholds."""
+"""The dense operations against their definitions: selection, nested decoding, gradients, calibrated thresholds."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from hf_msae.modeling.sparse_ops import (
+from hf_msae.modeling.dense_ops import (
     JumpReLU,
     activation_histogram,
     count_above,
@@ -265,7 +265,7 @@ def test_decode_dead_is_the_error_of_the_strongest_dead_latents(tokens: int, k: 
         candidates = sorted(order[:num_dead], key=(-pre[b]).tolist().__getitem__)[:k]
         approximation = sum(max(pre[b, f].item(), 0.0) * W_dec[f] for f in candidates)
         error += (residual[b] - approximation).pow(2).sum().item()
-    assert decode_dead(residual, pre, W_dec, dead, k).item() == pytest.approx(error / tokens, rel=1e-12)
+    assert decode_dead(residual, pre[:, dead], W_dec[dead], k).item() == pytest.approx(error / tokens, rel=1e-12)
 
 
 def test_decode_dead_trains_dead_latents_only_and_never_the_residual() -> None:
@@ -274,7 +274,7 @@ def test_decode_dead_trains_dead_latents_only_and_never_the_residual() -> None:
     dead[[1, 4, 5, 8]] = True
     for tensor in (pre, W_dec, residual):
         tensor.requires_grad_()
-    error = decode_dead(residual, pre, W_dec, dead, 2)
+    error = decode_dead(residual, pre[:, dead], W_dec[dead], 2)
     of_pre, of_decoder, of_residual = torch.autograd.grad(error, (pre, W_dec, residual), allow_unused=True)
     assert of_residual is None
     assert of_decoder[~dead].abs().max() == 0
@@ -290,7 +290,7 @@ def test_gradients_of_the_auxiliary_loss_are_its_derivatives() -> None:
     dead = torch.tensor([True, False, True, True, False, True, True])
     assert pre.detach().flatten().sort().values.diff().min() > 1e-4
     assert pre.detach().abs().min() > 1e-4
-    assert torch.autograd.gradcheck(lambda p, w: decode_dead(residual, p, w, dead, 3), (pre, W_dec))
+    assert torch.autograd.gradcheck(lambda p, w: decode_dead(residual, p[:, dead], w[dead], 3), (pre, W_dec))
 
 
 # Thresholds from histograms
