@@ -1,10 +1,14 @@
 r"""Train the language model of the story world, and say how close it comes to the entropy of the stories.
 
-    OMP_NUM_THREADS=1 python scripts/train_story_lm.py --output_dir first
-    OMP_NUM_THREADS=1 python scripts/train_story_lm.py --output_dir hf_msae/worlds/stories/lm \
-        --continue_from first --max_steps 3500 --learning_rate 2e-3 --first_story 200000
+    export OMP_NUM_THREADS=1
+    python scripts/train_story_lm.py --output_dir first
+    python scripts/train_story_lm.py --output_dir second --continue_from first \
+        --max_steps 3500 --learning_rate 2e-3 --first_story 200000
+    python scripts/train_story_lm.py --output_dir hf_msae/worlds/stories/lm --continue_from second \
+        --max_steps 1800 --batch_size 16 --learning_rate 1e-3 --first_story 300000
 
-These two runs made the model that ships. The second only goes on, on stories that the first did not see.
+These three runs made the model that ships, in 54 minutes on one busy core: 0.537, 0.531 and 0.526 nats per token on
+unseen stories whose entropy is 0.494. Each goes on with stories that the one before did not see.
 
 A story's choices can be read back from its text, so -log p(choices) is exactly -log p(text): its mean is the loss of
 a perfect model. The gap between the model's loss and it, on the same unseen stories, estimates the KL divergence from

@@ -1,6 +1,5 @@
 """The model card: its metadata, its tables, and that its snippet runs."""
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -27,6 +26,7 @@ EXTRA = {
 VERSIONS = {"torch": "2.13.0+cpu", "transformers": "5.23.0"}
 SHAPE: dict[str, Any] = {"hidden_size": 128, "num_latents": 1024, "prefix_sizes": [64, 256, 1024], "k": 16}
 SITE = "model.layers.2:output"
+ORIGIN: dict[str, Any] = {"site": SITE, "base_model": "owner/language-model", "context_length": 256}
 LEVELS = [
     LevelMetrics(64, 3.14159, 0.51234, 0.0, 0.61111, 0.51, 1.5),
     LevelMetrics(256, 7.5, 0.7, 0.015625, 0.72222, 0.62, 1.0),
@@ -36,7 +36,7 @@ MEASUREMENT = Measurement(LEVELS, 100_000, 25_000, 2.34567, 8.76543, 5.5)
 
 
 def make_config(**changes: Any) -> MatryoshkaSAEConfig:
-    return MatryoshkaSAEConfig(**({**SHAPE, "site": SITE, "base_model": "owner/language-model"} | changes))
+    return MatryoshkaSAEConfig(**(SHAPE | ORIGIN | changes))
 
 
 def render(measurement: Measurement = MEASUREMENT, **changes: Any) -> ModelCard:
@@ -102,15 +102,10 @@ def test_a_path_is_not_given_to_the_hub_as_a_name(path: str) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="any text with one slash in it is taken for a Hub id")
-@pytest.mark.parametrize("path", ["models/lm", "~/lm"])
-def test_a_relative_path_is_not_given_to_the_hub_as_a_name(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_is_not_given_to_the_hub_as_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models/lm").mkdir(parents=True)
-    (tmp_path / "lm").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert "base_model" not in render(base_model=path).data.to_dict()
+    assert "base_model" not in render(base_model="models/lm").data.to_dict()
 
 
 def test_without_a_base_model_the_card_leaves_places_for_it() -> None:
@@ -142,7 +137,9 @@ measured_levels = st.lists(st.tuples(st.floats(0, 500), st.floats(-5, 1), shares
 
 @settings(max_examples=25, deadline=None)
 @given(measured_levels)
-def test_any_measurement_can_be_read_back_from_the_table(numbers: list[tuple[float, float, float, float]]) -> None:
+def test_any_measurement_can_be_read_back_from_the_table(
+    numbers: list[tuple[float, float, float, float | None]],
+) -> None:
     sizes = [1000 * 2**level for level in range(len(numbers))]
     levels = [LevelMetrics(size, *given) for size, given in zip(sizes, numbers, strict=True)]
     table = read_tables(render(Measurement(levels, 5_000), prefix_sizes=sizes, num_latents=sizes[-1]).text)[0]
@@ -152,7 +149,7 @@ def test_any_measurement_can_be_read_back_from_the_table(numbers: list[tuple[flo
         assert math.isclose(float(row[1]), l0, abs_tol=0.00501)
         assert math.isclose(float(row[2]), fve, abs_tol=0.000501)
         assert math.isclose(float(row[4]), 100 * dead, abs_tol=0.0501)
-        assert row[3] == "–" if ce is None else math.isclose(float(row[3]), ce, abs_tol=0.000501)
+        assert (row[3] == "–") if ce is None else math.isclose(float(row[3]), ce, abs_tol=0.000501)
 
 
 def test_the_numbers_come_with_what_they_were_measured_on() -> None:
@@ -170,9 +167,9 @@ def test_without_cross_entropy_the_card_says_nothing_of_it() -> None:
 
 
 def test_the_facts_of_the_run_are_in_the_card() -> None:
-    facts = {name: value for name, value in read_tables(render(context_length=256, level_weights=[1, 1, 2]).text)[1]}
-    assert facts.pop("") == ""
+    facts = dict(read_tables(render(level_weights=[1, 1, 2]).text)[1])
     assert facts == {
+        "": "",
         "dataset": "tiny/stories train",
         "tokens": "1,234,567 in 4,321 steps",
         "context length": "256",
@@ -195,13 +192,6 @@ def test_the_facts_of_the_run_are_in_the_card() -> None:
 )
 def test_the_loss_is_described(options: dict[str, Any], said: str) -> None:
     assert dict(read_tables(render(**options).text)[1])["level weights"] == said
-
-
-@pytest.mark.parametrize("fact", [field for field in EXTRA])
-def test_a_fact_that_is_missing_is_not_passed_over(fact: str) -> None:
-    extra = {name: value for name, value in EXTRA.items() if name != fact}
-    with pytest.raises(Exception, match=fact):
-        render_model_card(make_config(), MEASUREMENT, extra, VERSIONS)
 
 
 # The snippet
@@ -247,7 +237,5 @@ def test_the_snippet_runs_and_computes_what_it_says(
 def test_the_snippet_of_a_story_sae_runs(sae: MatryoshkaSAE, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `hf-msae train` writes when no model is named."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    values = {field.name: getattr(sae.config, field.name) for field in dataclasses.fields(sae.config)}
-    config = MatryoshkaSAEConfig(**{name: values[name] for name in [*SHAPE, "site"]}, base_model="stories")
-    names = run_snippet(render_model_card(config, MEASUREMENT, EXTRA, VERSIONS), folder)
+    names = run_snippet(render(base_model="stories"), folder)
     assert names["latents"].shape[-1] == 1024

@@ -1,9 +1,10 @@
 """A world of small English stories with a known tree of concepts, and the small LM trained on it.
 
-world = StoryWorld(seed=0)
-story = world.story(3)               # text, spans, facts, log_prob
+```python
+story = StoryWorld(seed=0).story(3)    # text, spans, facts, log_prob
 model, tokenizer = load_story_lm()     # ships with the package
-token_concepts(story.text, tokenizer)   # [(), (), ("owl", "bird", "animal"), ...]
+token_concepts(story.text, tokenizer)  # [(), (), ("owl", "bird", "animal"), ...]
+```
 """
 
 from .concepts import CONCEPTS, Concept, ancestors, children, depth, edges, leaves, path, roots

@@ -1,0 +1,398 @@
+"""The documents tell the truth: their Python runs, their commands parse, their flags exist.
+
+- A ```python block after a line `<!-- runs -->` is executed: all of a document, in order, as one program in an empty
+  folder. Another one must compile, and what it imports from hf_msae must exist.
+- A line of a ```bash block is never executed. `hf-msae ...` (also under `accelerate launch` and `torchrun`) goes
+  through the real parser, and the SAEs that it asks for must be possible; targets of `make`, modules and scripts of
+  `python`, extras and files of `pip` must exist. A program that is not known here fails, so that nothing goes unread.
+- A ```yaml block that begins with `# name.yaml` is that file for `--config name.yaml`; any other file is empty.
+- `--flags` in the text must be flags of some command.
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch.distributed.run
+from accelerate.commands.launch import launch_command_parser
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+
+from hf_msae.cli.main import COMMANDS, overview
+from hf_msae.cli.parser import parse
+from hf_msae.cli.train import SAEArguments, make_saes, next_steps
+from hf_msae.sites import Site
+from hf_msae.worlds.stories import load_story_lm
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+MARK = "<!-- runs -->"
+# Languages of blocks that show output or layout, in which there is nothing to check.
+SHOWN = {"", "text", "json", "bibtex", "yaml"}
+# Programs of which a reader's machine, not this repository, decides whether they work.
+OTHERS = {"git", "cd", ".", "source"}
+
+# Executes [[line, code], ...] as one program; tracebacks name the lines of the document.
+RUNNER = """
+import json, sys
+document, blocks = sys.argv[1], json.loads(sys.argv[2])
+names = {"__name__": "__main__"}
+for line, code in blocks:
+    exec(compile("\\n" * (line - 1) + code, document, "exec"), names)
+"""
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the line where its code begins (from 1), its code, whether it is marked."""
+
+    language: str
+    line: int
+    code: str
+    runs: bool
+
+
+def read_blocks(text: str) -> list[Block]:
+    blocks, lines = [], [*text.splitlines(), ""]
+    number = 0
+    while number < len(lines):
+        marked = number > 0 and lines[number - 1].strip() == MARK
+        fence = re.fullmatch(r"(`{3,})\s*(\w*)", lines[number])
+        if marked and (fence is None or fence[2] != "python"):
+            raise ValueError(f"line {number}: {MARK} must stand right above a ```python block")
+        if fence is None and re.match(r"\s*(```|~~~)", lines[number]):
+            raise ValueError(f"line {number + 1}: a fence must be ``` and a language, and nothing around them")
+        number += 1
+        if fence is not None:
+            if fence[1] not in lines[number:]:
+                raise ValueError(f"line {number}: a block that never ends")
+            end = lines.index(fence[1], number)
+            blocks.append(Block(fence[2], number + 1, "\n".join(lines[number:end]) + "\n", marked))
+            number = end + 1
+    return blocks
+
+
+def read_commands(code: str) -> Iterator[list[str]]:
+    """The words of each command of a shell block; comments and `NAME=value` in front are left out."""
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, "&&"]:
+            if word in ("&&", ";", "|", "||"):
+                if words:
+                    yield words
+                words = []
+            elif words or not re.match(r"\w+=", word):
+                words.append(word)
+
+
+# Commands
+
+
+class _ReachedError(Exception):
+    """Carries the parser out of a command that is about to use it."""
+
+    def __init__(self, parser: HfArgumentParser) -> None:
+        self.parser = parser
+
+
+def parser_of(command: str) -> HfArgumentParser:
+    """The parser that `hf-msae COMMAND` makes: the command runs up to the place where it parses."""
+
+    def stop(parser: HfArgumentParser, arguments: list[str]) -> None:
+        raise _ReachedError(parser)
+
+    module = importlib.import_module(COMMANDS[command][0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "parse", stop)
+        with pytest.raises(_ReachedError) as reached:
+            module.run([])
+    return reached.value.parser
+
+
+@cache
+def all_flags() -> set[str]:
+    parsers = map(parser_of, COMMANDS)
+    return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+
+
+def check_hf_msae(arguments: list[str], folder: Path) -> None:
+    if arguments in ([], ["--help"], ["--version"]):
+        return
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"hf-msae has no command {arguments[0]!r}")
+    if arguments[1:] == ["--help"]:
+        return
+    if "--config" in arguments:
+        place = arguments.index("--config") + 1
+        file = folder / arguments[place]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        arguments = [*arguments[:place], str(file), *arguments[place + 1 :]]
+    for values in parse(parser_of(arguments[0]), arguments[1:]):
+        if isinstance(values, SAEArguments):
+            make_saes(load_story_lm()[0], dataclasses.replace(values, site=[]), None, None)
+
+
+def check_launcher(parser: Any, arguments: list[str], folder: Path) -> None:
+    args = parser.parse_args(arguments)
+    as_module = ["-m"] if args.module else []
+    check_python([*as_module, args.training_script, *args.training_script_args], folder)
+
+
+def check_accelerate(arguments: list[str], folder: Path) -> None:
+    if arguments[:1] == ["launch"]:
+        check_launcher(launch_command_parser(), arguments[1:], folder)
+    elif arguments != ["config"]:
+        raise ValueError(f"no check for `accelerate {shlex.join(arguments)}`")
+
+
+def check_torchrun(arguments: list[str], folder: Path) -> None:
+    check_launcher(torch.distributed.run.get_args_parser(), arguments, folder)
+
+
+def check_python(arguments: list[str], folder: Path) -> None:
+    if arguments[0] == "-m" and arguments[1] == "hf_msae.cli":
+        check_hf_msae(arguments[2:], folder)
+    elif arguments[0] == "-m":
+        if importlib.util.find_spec(arguments[1]) is None:
+            raise ValueError(f"there is no module {arguments[1]}")
+    elif arguments[0] == "-c":
+        check_imports(arguments[1], "-c")
+    elif not (ROOT / arguments[0]).is_file():
+        raise ValueError(f"there is no script {arguments[0]}")
+
+
+def check_make(arguments: list[str], folder: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    missing = [word for word in arguments if "=" not in word and not word.startswith("-") and word not in targets]
+    if missing:
+        raise ValueError(f"the Makefile has no target {', '.join(missing)}")
+
+
+def check_pip(arguments: list[str], folder: Path) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for word in arguments:
+        for extra in re.findall(r"[\w-]+", "".join(re.findall(r"^(?:\.|hf-msae)\[(.*)\]", word))):
+            if re.search(rf"^{extra} = \[", project, flags=re.MULTILINE) is None:
+                raise ValueError(f"pyproject.toml has no extra {extra!r}")
+        if word.endswith(".txt") and not (ROOT / word).is_file():
+            raise ValueError(f"there is no file {word}")
+
+
+CHECKS: dict[str, Callable[[list[str], Path], None]] = {
+    "hf-msae": check_hf_msae,
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
+    "python": check_python,
+    "python3": check_python,
+    "make": check_make,
+    "pip": check_pip,
+}
+
+
+def check_shell(code: str, folder: Path) -> None:
+    """Raises an error, or SystemExit as parsers do, for a command that cannot work; files are made in `folder`."""
+    for program, *arguments in read_commands(code):
+        if program in CHECKS:
+            CHECKS[program](arguments, folder)
+        elif program not in OTHERS:
+            raise ValueError(f"no check is known for {program!r}: add one, or add it to OTHERS")
+
+
+def check_imports(code: str, name: str) -> None:
+    """Compile the code and execute its imports from hf_msae."""
+    tree = ast.parse(code, name)
+    for node in ast.walk(tree):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if any(module.split(".")[0] == "hf_msae" for module in modules):
+            exec(compile(ast.Module([node], type_ignores=[]), name, "exec"), {})  # type: ignore[list-item]
+
+
+def run_python(document: str, blocks: list[Block], folder: Path) -> subprocess.CompletedProcess:
+    """The marked blocks as one program, in a folder of its own and without the network."""
+    code = json.dumps([[block.line, block.code] for block in blocks if block.runs])
+    command = [sys.executable, "-c", RUNNER, document, code]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# The checks themselves, on documents that are known to be right or wrong
+
+SAMPLE = """\
+Train with `--k 16`.
+
+<!-- runs -->
+```python
+text = '''
+``` '''
+count = 3
+```
+
+```bash
+SEED=1 hf-msae train \\
+    --k 4 8  # twice
+make quickstart && make test
+```
+"""
+
+
+def test_blocks_are_found() -> None:
+    first, second = read_blocks(SAMPLE)
+    assert first == Block("python", 5, "text = '''\n``` '''\ncount = 3\n", True)
+    assert second[:2] == ("bash", 11)
+    assert not second.runs
+    assert list(read_commands(second.code)) == [
+        ["hf-msae", "train", "--k", "4", "8"],
+        ["make", "quickstart"],
+        ["make", "test"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- runs -->\n\n```python\n```\n", "line 1: .* right above"),
+        ("<!-- runs -->\n```bash\nls\n```\n", "line 1: .* right above"),
+        ("text\n<!-- runs -->", "line 2: .* right above"),
+        ("a\n```bash\nls\n", "line 2: a block that never ends"),
+        ("- a\n  ```bash\n  ls\n  ```\n", "line 2: a fence must be"),
+        ("```python title=a\n```\n", "line 1: a fence must be"),
+    ],
+)
+def test_a_document_that_would_go_unread_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_blocks(text)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "hf-msae train --num-latents 2k --k 16 --k 32 --prefix-sizes 1/8 1 --report-to tensorboard",
+        "hf-msae cache-activations --site layers.1 --max-tokens 5M --output-dir cache",
+        "accelerate launch --num_processes 2 -m hf_msae.cli train --batch-size 128",
+        "torchrun --nproc-per-node 2 -m hf_msae.cli train --config run.yaml",
+        "python scripts/train_story_lm.py",
+        "pip install --constraint constraints.txt '.[test,quality]'",
+        "make quickstart PYTHON=python3.12",
+    ],
+)
+def test_right_commands_pass(code: str, tmp_path: Path) -> None:
+    check_shell(code, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("hf-msae trian", "no command 'trian'"),
+        ("hf-msae train --num-latent-counts 5", "--num-latent-counts"),
+        ("accelerate launch -m hf_msae.cli train --num-latent-counts 5", "--num-latent-counts"),
+        ("torchrun -m hf_msae.cli train --num-latent-counts 5", "--num-latent-counts"),
+        ("true=1 hf-msae train --num-latents 64 --k 100", "k must be above 0 and at most num_latents=64"),
+        ("hf-msae train --max-tokens 1k", "less than one batch"),
+        ("hf-msae train --config run.yaml", "unknown key 'site_name'"),
+        ("make quickstart && make unicorns", "no target unicorns"),
+        ("python -m hf_msae.unicorns", "no module hf_msae.unicorns"),
+        ("python scripts/unicorns.py", "no script scripts/unicorns.py"),
+        ("pip install 'hf-msae[unicorns]'", "no extra 'unicorns'"),
+        ("pip install -r unicorns.txt", "no file unicorns.txt"),
+        ("echo hello", "no check is known for 'echo'"),
+    ],
+)
+def test_wrong_commands_fail(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("site_name: layers.1\n")
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        check_shell(code, tmp_path)
+
+
+@pytest.mark.parametrize("code", ["hf-msae train --k many", "accelerate launch --unicorns 2 -m hf_msae.cli train"])
+def test_wrong_values_fail(code: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        check_shell(code, tmp_path)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_wrong_imports_fail() -> None:
+    check_imports("import nothing\nfrom hf_msae.sites import capture\n", "README.md")
+    with pytest.raises(ImportError, match="unicorns"):
+        check_imports("def f():\n    from hf_msae.sites import unicorns\n", "README.md")
+    with pytest.raises(SyntaxError):
+        check_imports("a b\n", "README.md")
+
+
+def test_marked_blocks_share_names_and_fail_by_line(tmp_path: Path) -> None:
+    after = "\n<!-- runs -->\n```python\nopen('count', 'w').write(str(count))\ncount / 0\n```\n"
+    done = run_python("README.md", read_blocks(SAMPLE + after), tmp_path)
+    assert (tmp_path / "count").read_text() == "3"
+    assert 'File "README.md", line 19' in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    assert done.returncode == 1
+
+
+# The documents
+
+
+def blocks_of(*languages: str) -> list[Any]:
+    found = [(document, block) for document in DOCUMENTS for block in read_blocks((ROOT / document).read_text())]
+    return [
+        pytest.param(document, block, id=f"{document}:{block.line}")
+        for document, block in found
+        if block.language in languages
+    ]
+
+
+def test_every_block_is_of_a_known_language() -> None:
+    languages = {block.language for document in DOCUMENTS for block in read_blocks((ROOT / document).read_text())}
+    assert {"bash", "python"} <= languages
+    assert languages <= {"bash", "python"} | SHOWN
+
+
+@pytest.mark.parametrize(("document", "block"), blocks_of("bash"))
+def test_the_commands_are_right(document: str, block: Block, tmp_path: Path) -> None:
+    for other in read_blocks((ROOT / document).read_text()):
+        name = re.match(r"# ([\w./-]+\.ya?ml)\n", other.code)
+        if other.language == "yaml" and name is not None:
+            (tmp_path / name[1]).write_text(other.code)
+    check_shell(block.code, tmp_path)
+
+
+@pytest.mark.parametrize(("document", "block"), blocks_of("python"))
+def test_the_python_compiles_and_its_imports_exist(document: str, block: Block) -> None:
+    check_imports(block.code, document)
+
+
+def test_the_marked_python_of_the_readme_runs(tmp_path: Path) -> None:
+    blocks = read_blocks((ROOT / "README.md").read_text())
+    assert any(block.runs for block in blocks)
+    done = run_python("README.md", blocks, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_flags_in_the_text_exist(document: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+    flags = {
+        flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+    }
+    assert flags <= all_flags() | {"--help", "--version"}
+
+
+@pytest.mark.parametrize("model", ["stories", "owner/model"])
+def test_the_commands_that_the_program_proposes_are_right(model: str, tmp_path: Path) -> None:
+    steps = next_steps(Path("runs/first"), Site.parse("model.layers.2:output"), model)
+    assert len(list(read_commands(steps.split("Next:")[1]))) == 3
+    check_shell(steps.split("Next:")[1], tmp_path)
+    check_shell(overview().split("examples:")[1], tmp_path)
