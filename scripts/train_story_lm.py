@@ -4,7 +4,7 @@ r"""Train the language model of the story world, and say how close it comes to t
     python scripts/train_story_lm.py --output_dir first
     python scripts/train_story_lm.py --output_dir second --continue_from first \
         --max_steps 3500 --learning_rate 2e-3 --first_story 200000
-    python scripts/train_story_lm.py --output_dir hf_msae/worlds/stories/lm --continue_from second \
+    python scripts/train_story_lm.py --output_dir hf_msae/worlds/stories/story-lm --continue_from second \
         --max_steps 1800 --batch_size 16 --learning_rate 1e-3 --first_story 300000
 
 These three runs made the model that ships, in 54 minutes on one busy core: 0.537, 0.531 and 0.526 nats per token on

@@ -185,7 +185,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path, tree: P
     shipped = {name for name in contents(wheel) if ".dist-info/" not in name}
     assert shipped == expected
     needed = {"py.typed", "hub/model_card.md", "modeling/modeling_matryoshka_sae.py"}
-    lm = {f"worlds/stories/lm/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    lm = {f"worlds/stories/story-lm/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
     assert {f"hf_msae/{name}" for name in needed | lm} <= shipped
 
 

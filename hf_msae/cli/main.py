@@ -6,8 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-# Name, module that has a `run(argv)`, and what it is for. Modules are imported when called: help must not wait for
-# torch.
+# Name, module that has a `run(argv)`, and what it is for. A module is imported when it is called.
 COMMANDS = {
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
     "cache-activations": ("hf_msae.cli.cache_activations", "write activations to disk, to train on many times"),

@@ -1,5 +1,6 @@
 """The model card: what an SAE is, how well it does at each level, how to use it, what it cannot do."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAEConfig
 
+# The story model that ships with the package goes by this name wherever a model is named.
+STORIES = "stories"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -19,8 +23,7 @@ def render_model_card(
     `extra` holds facts of the run: `dataset`, `training_tokens`, `steps`, `learning_rate`, `tokens_per_second`.
     """
     base_model = config.base_model
-    # A path of somebody's disk is no name for others, and the Hub's metadata takes only repo ids.
-    on_hub = base_model is not None and base_model.count("/") == 1 and not base_model.startswith((".", "/"))
+    on_hub = base_model is not None and is_hub_id(base_model)
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="feature-extraction",
@@ -41,6 +44,11 @@ def render_model_card(
         versions=versions,
         weights=[round(weight, 3) for weight in config.normalized_level_weights],
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is a repo of the Hub: a path of somebody's disk is no name for others."""
+    return name != STORIES and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def write_model_card(

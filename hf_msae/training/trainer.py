@@ -284,7 +284,7 @@ class SAETrainer:
             values["learning_rate"] = learner.optimizer.param_groups[0]["lr"] if learner.optimizer else 0.0
             entry = self._entry(values)
             self.log.write(learner.name, {**entry, "tokens_per_second": speed})
-            self.state.log_history.append({"name": learner.name, **entry})
+            self.state.log_history.append(dict(entry, name=learner.name))
             if learner is self.learners[0]:
                 shown = {"loss": f"{values['loss']:.4f}", "L0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
                 progress.set_postfix({"tokens/s": f"{speed:,.0f}", **shown})
@@ -460,7 +460,7 @@ class SAETrainer:
                 levels = [asdict(level) for level in measurement.levels]
                 entry = self._entry({"eval_levels": levels})
                 self.log.write(name, entry)
-                self.state.log_history.append({"name": name, **entry})
+                self.state.log_history.append(dict(entry, name=name))
         self.accelerator.wait_for_everyone()
         self._call("on_evaluate", metrics={})
 

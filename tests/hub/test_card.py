@@ -101,7 +101,6 @@ def test_a_path_is_not_given_to_the_hub_as_a_name(path: str) -> None:
     assert f"# Matryoshka SAE of lm at `{SITE}`\n" in card.text
 
 
-@pytest.mark.xfail(strict=True, reason="any text with one slash in it is taken for a Hub id")
 def test_a_relative_path_is_not_given_to_the_hub_as_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models/lm").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -233,7 +232,6 @@ def test_the_snippet_runs_and_computes_what_it_says(
     torch.testing.assert_close(names["coarse"], coarse)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="'stories' is a name of the command line, not of a model")
 def test_the_snippet_of_a_story_sae_runs(sae: MatryoshkaSAE, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `hf-msae train` writes when no model is named."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 def story_lm_path() -> Path:
     """The folder of the shipped model and tokenizer, as `from_pretrained` takes it."""
-    return Path(__file__).resolve().parent / "lm"
+    return Path(__file__).resolve().parent / "story-lm"
 
 
 def load_story_lm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
