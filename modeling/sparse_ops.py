@@ -166,7 +166,7 @@ class LevelErrors(torch.autograd.Function):
         num_tokens, num_groups, hidden_size = excess.shape
         # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.
         grads = excess * (2 / num_tokens * grad_errors).view(1, -1, 1)
-        grad_target = grads.sum(1).neg_() if ctx.needs_input_grad[0] else None
+        grad_x = grads.sum(1).neg_() if ctx.needs_input_grad[0] else None
         if not ctx.detach:
             for group in range(num_groups - 2, -1, -1):
                 grads[:, group] += grads[:, group + 1]
@@ -179,11 +179,9 @@ class LevelErrors(torch.autograd.Function):
         grad_W_enc, grad_W_dec, grad_b_enc = _weight_gradients(
             encoded, grads, tokens, latents, values, bags, grad_values, W_enc.shape[0]
         )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        if grad_x is not None:
             first = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
-            through = embedding_bag(latents, W_enc, first, mode="sum", per_sample_weights=grad_values)
-            grad_x = grad_target + through
+            grad_x += embedding_bag(latents, W_enc, first, mode="sum", per_sample_weights=grad_values)
         if ctx.apply_b_dec:
             grad_b_dec = grad_b_dec - grad_b_enc @ W_enc
         return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None

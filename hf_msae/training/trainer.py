@@ -284,7 +284,7 @@ class SAETrainer:
             values["learning_rate"] = learner.optimizer.param_groups[0]["lr"] if learner.optimizer else 0.0
             entry = self._entry(values)
             self.log.write(learner.name, {**entry, "tokens_per_second": speed})
-            self.state.log_history.append(dict(entry, name=learner.name))
+            self._remember(learner.name, entry)
             if learner is self.learners[0]:
                 shown = {"loss": f"{values['loss']:.4f}", "L0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
                 progress.set_postfix({"tokens/s": f"{speed:,.0f}", **shown})
@@ -292,6 +292,10 @@ class SAETrainer:
 
     def _entry(self, values: dict[str, Any]) -> dict[str, Any]:
         return {"step": self.state.global_step, "tokens": self.state.num_input_tokens_seen, **values}
+
+    def _remember(self, name: str, entry: dict[str, Any]) -> None:
+        history: list[Any] = self.state.log_history  # typed in transformers as if it held numbers only
+        history.append({"name": name, **entry})
 
     def _tokens_per_second(self) -> float:
         steps = self.state.global_step - self._first_step
@@ -460,7 +464,7 @@ class SAETrainer:
                 levels = [asdict(level) for level in measurement.levels]
                 entry = self._entry({"eval_levels": levels})
                 self.log.write(name, entry)
-                self.state.log_history.append(dict(entry, name=name))
+                self._remember(name, entry)
         self.accelerator.wait_for_everyone()
         self._call("on_evaluate", metrics={})
 

@@ -94,7 +94,7 @@ def test_the_written_file_reads_as_the_card(tmp_path: Path) -> None:
     assert read.text.strip() == render().text.strip()
 
 
-@pytest.mark.parametrize("path", ["/home/someone/lm", "./lm", "../lm", "/home/someone/models/lm", "lm"])
+@pytest.mark.parametrize("path", ["/home/someone/lm", "./lm", "../lm", "/home/someone/models/lm"])
 def test_a_path_is_not_given_to_the_hub_as_a_name(path: str) -> None:
     card = render(base_model=path)
     assert "base_model" not in card.data.to_dict()
@@ -237,3 +237,7 @@ def test_the_snippet_of_a_story_sae_runs(sae: MatryoshkaSAE, folder: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     names = run_snippet(render(base_model="stories"), folder)
     assert names["latents"].shape[-1] == 1024
+
+
+def test_a_repo_without_a_namespace_is_one() -> None:
+    assert render(base_model="gpt2").data.to_dict()["base_model"] == "gpt2"

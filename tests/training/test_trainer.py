@@ -100,7 +100,8 @@ def test_a_run_leaves_what_it_promises(train, tmp_path, lm):
     names = {path.name for path in folder.iterdir()}
     assert {
         "config.json", "model.safetensors", "metrics.json", "training_log.jsonl", "README.md",
-        "training_arguments.json", "configuration_matryoshka_sae.py", "modeling_matryoshka_sae.py", "dense_ops.py", "sparse_ops.py",
+        "training_arguments.json", "configuration_matryoshka_sae.py", "modeling_matryoshka_sae.py",
+        "dense_ops.py", "sparse_ops.py",
     } <= names  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["tokens"] >= 400
