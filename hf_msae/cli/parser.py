@@ -41,6 +41,9 @@ def parse_int(text: str) -> int:
     return int(number)
 
 
+METAVARS: dict[Any, str] = {parse_int: "N", parse_float: "X"}
+
+
 class Collect(argparse.Action):
     """A list that grows with every repetition of its flag; the first one replaces the default."""
 
@@ -66,13 +69,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser(command: str, description: str, dataclasses: Sequence[Any]) -> HfArgumentParser:
     """A parser for `hf-msae COMMAND` with a group of flags per dataclass."""
     parser = HfArgumentParser(
-        list(dataclasses), prog=f"hf-msae {command}", description=description, formatter_class=HelpFormatter
+        list(dataclasses),
+        prog=f"hf-msae {command}",
+        usage=f"hf-msae {command} [options]",
+        description=description,
+        formatter_class=HelpFormatter,
     )
     converters = {int: parse_int, float: parse_float}
     for action in parser._actions:
         action.type = converters.get(action.type, action.type)  # type: ignore[arg-type, call-overload]
         # Flags may be written with either sign; showing both would double the help.
         action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
+        if action.choices is None and action.nargs != 0:
+            action.metavar = METAVARS.get(action.type, "BOOL" if action.const is True else "TEXT")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; flags override it.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     return parser

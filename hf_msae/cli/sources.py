@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from hf_msae.data import CachedActivations, is_activation_cache, load_documents
+from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
 from hf_msae.hub import STORIES
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
 
@@ -110,7 +110,9 @@ def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
     if args.dataset is None:
         if args.model != STORIES:
             raise ValueError(f"--model {args.model} needs a --dataset. (Only the story model has one by default.)")
-        return StoryWorld(seed=0).documents(STORY_DOCUMENTS), _eval_data(args)
+        stories = as_documents(StoryWorld(seed=0).documents(STORY_DOCUMENTS))
+        stories.description = f"{STORY_DOCUMENTS:,} stories of hf_msae.worlds.stories"
+        return stories, _eval_data(args)
     if is_activation_cache(args.dataset):
         return CachedActivations(args.dataset, batch_size=1), _eval_data(args)
     documents = load_documents(

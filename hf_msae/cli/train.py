@@ -171,7 +171,8 @@ def report(trainer: SAETrainer, measurements: dict[str, Measurement], model_name
         counted = f"{measurement.tokens:,} held-out tokens"
         if measurement.ce_tokens:
             counted += f", cross-entropy on {measurement.ce_tokens:,}"
-        table = Table(title=f"{name}  ({counted})", title_justify="left", title_style="bold")
+        console.print(f"\n[bold]{name}[/bold], measured on {counted}", soft_wrap=True)
+        table = Table()
         for column in header:
             table.add_column(column, justify="right")
         for row in rows:

@@ -36,7 +36,7 @@ def render_model_card(
         card_data,
         template_path=str(TEMPLATE),
         config=config,
-        base_model_name=base_model if on_hub else (Path(base_model).name if base_model else "a language model"),
+        base_model_name=_reader_name(base_model, on_hub),
         header=header,
         rows=rows,
         measurement=measurement,
@@ -44,6 +44,15 @@ def render_model_card(
         versions=versions,
         weights=[round(weight, 3) for weight in config.normalized_level_weights],
     )
+
+
+def _reader_name(base_model: str | None, on_hub: bool) -> str:
+    """What a reader calls the language model."""
+    if base_model is None:
+        return "a language model"
+    if base_model == STORIES:
+        return "the story model of hf_msae"
+    return base_model if on_hub else Path(base_model).name
 
 
 def is_hub_id(name: str) -> bool:

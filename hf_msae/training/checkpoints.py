@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,30 +57,37 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     draft = output_dir / f".checkpoint-{step}.part"
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir(parents=True)
-        write(draft)
-        (draft / STATE_NAME).write_text(json.dumps(state, indent=2))
-        _flush(draft)
-    except BaseException as error:
+        with explain_full_disk(output_dir, f"the checkpoint of step {step}"):
+            draft.mkdir(parents=True)
+            write(draft)
+            (draft / STATE_NAME).write_text(json.dumps(state, indent=2))
+            _flush(draft)
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
-        raise _explained(error, output_dir, step) from error
+        raise
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
     return final
 
 
-def _explained(error: BaseException, output_dir: Path, step: int) -> BaseException:
-    """The same error, or one that says what to do where the disk is full (safetensors reports that in words)."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and "No space left on device" not in str(error):
-        return error
-    checkpoints = list_checkpoints(output_dir)
-    last = f"The last complete checkpoint is {checkpoints[-1]}" if checkpoints else "There is no earlier checkpoint"
-    return CheckpointError(
-        f"The disk of {output_dir} is full; the checkpoint of step {step} was not written. {last}. Free some space "
-        f"(or set "
-        "save_total_limit), then resume with --resume-from-checkpoint."
-    )
+@contextmanager
+def explain_full_disk(output_dir: Path, what: str) -> Iterator[None]:
+    """Turn the errors of a full disk into a `CheckpointError` that says what to do; others pass."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch report the system's error in words, not as an OSError.
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        checkpoints = list_checkpoints(output_dir)
+        last = (
+            f"The last complete checkpoint is {checkpoints[-1]}" if checkpoints else "There is no earlier checkpoint"
+        )
+        raise CheckpointError(
+            f"The disk of {output_dir} is full; {what} was not written. {last}. Free some space (or set "
+            "save_total_limit), then resume with --resume-from-checkpoint."
+        ) from error
 
 
 def _flush(folder: Path) -> None:

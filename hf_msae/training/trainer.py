@@ -28,6 +28,7 @@ from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import (
     CheckpointError,
+    explain_full_disk,
     find_checkpoint,
     list_checkpoints,
     read_state,
@@ -485,7 +486,8 @@ class SAETrainer:
                         "learning_rate": learner.learning_rate,
                     }
                     folder = self.folder(self.output_dir, learner.name)
-                    write_results(folder, learner.sae.eval(), measurements[learner.name], self.args, extra)
+                    with explain_full_disk(self.output_dir, "the result"):
+                        write_results(folder, learner.sae.eval(), measurements[learner.name], self.args, extra)
             self.log.write_index({name: asdict(measurement) for name, measurement in measurements.items()})
         self.accelerator.wait_for_everyone()
         self._call("on_train_end")
