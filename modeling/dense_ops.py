@@ -85,7 +85,7 @@ class JumpReLU(torch.autograd.Function):
     def backward(ctx, grad_latents: Tensor, grad_active: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, threshold, bandwidth = ctx.saved_tensors
         near = ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth
-        grad_threshold = -(near * (threshold * grad_latents + grad_active)).sum(0)
+        grad_threshold = -(near * (threshold * grad_latents + grad_active)).sum_to_size(threshold.shape)
         return grad_latents * (pre > threshold), grad_threshold, None
 
 

@@ -52,7 +52,16 @@ from .dense_ops import (
     select_batch_topk,
     select_topk,
 )
-from .sparse_ops import ActiveLatents, LevelErrors, Levels
+from .sparse_ops import (
+    ActiveLatents,
+    LevelErrors,
+    Places,
+    PreActivations,
+    make_places,
+    select_exceeding,
+    select_largest,
+    select_largest_per_token,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -212,13 +221,13 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
             variance = self._batch_variance(x)
         k = self.config.k if k is None else k
         sizes, weights = self._levels_of_step(prefix_sizes)
-        if self.training and self.config.activation in ("batch_topk", "topk"):
-            errors, reconstruction, active = self._sparse_errors(x, k, sizes)
-            latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
-            sparsity_loss = errors.new_zeros(())
-        else:
+        # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
+        active = self._select(x, k, variance) if self.training or not torch.is_grad_enabled() else None
+        if active is None:
             errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance)
-            active = None
+        else:
+            errors, reconstruction, active, sparsity_loss = self._sparse_errors(x, active, k, sizes, variance)
+            latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
         level_losses = errors / variance
         losses = level_losses.log() if self.config.log_loss else level_losses
         sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
@@ -244,13 +253,64 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         centre = x.mean(0) if x.shape[0] > 1 else torch.zeros_like(x[0])
         return (x - centre).pow(2).sum(-1).mean().clamp_min(torch.finfo(x.dtype).tiny)
 
-    def _sparse_errors(self, x: Tensor, k: float, sizes: Sequence[int]) -> tuple[Tensor, Tensor, ActiveLatents]:
-        """Mean squared error of every level (G,), the whole reconstruction (B, d), and the active latents."""
-        levels = Levels(k, self.config.activation == "topk", tuple(sizes), self.config.detach_prefixes)
-        errors, reconstruction, *active = LevelErrors.apply(
-            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.config.apply_b_dec_to_input, levels
+    def _select(self, x: Tensor, k: float, variance: Tensor | float) -> ActiveLatents | None:
+        """The places where latents of x (B, d) are active, or so nearly that their thresholds have a gradient, and the
+        pre-activations there; None where these are too many for the sparse path.
+        """
+        encoded = (x - self.b_dec).detach() if self.config.apply_b_dec_to_input else x
+        activation = self.config.activation
+        if self.training and activation == "batch_topk":
+            return select_largest(encoded, self.W_enc, self.b_enc, max(1, round(k * x.shape[0])))
+        if self.training and activation == "topk":
+            return select_largest_per_token(encoded, self.W_enc, self.b_enc, round(k))
+        threshold = self.threshold.detach()
+        if activation == "jumprelu":
+            threshold = threshold - self._bandwidth(variance, x) / 2
+        elif activation == "relu":
+            threshold = torch.zeros_like(threshold)
+        return select_exceeding(encoded, self.W_enc, self.b_enc, threshold)
+
+    def _sparse_errors(
+        self, x: Tensor, active: ActiveLatents, k: float, sizes: Sequence[int], variance: Tensor | float
+    ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
+        """Mean squared error of every level (G,), the whole reconstruction (B, d), what is active, and the sparsity
+        penalty.
+        """
+        places = make_places(active, self.config.num_latents)
+        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
+        pre = PreActivations.apply(x, self.W_enc, self.b_enc, b_dec, active.values, *places)
+        values, sparsity_loss = self._activate(pre, places, x, k, variance)
+        errors, reconstruction = LevelErrors.apply(
+            x, values, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes, *places
         )
-        return errors, reconstruction, ActiveLatents(*active)
+        values = values.detach()
+        active = ActiveLatents(places.tokens, places.latents, values)
+        if self.config.activation == "jumprelu":
+            # Among the places are some just below their thresholds.
+            active = ActiveLatents(*(part[values > 0] for part in active))
+        return errors, reconstruction, active, sparsity_loss
+
+    def _activate(
+        self, pre: Tensor, places: Places, x: Tensor, k: float, variance: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Latent activations (n,) of pre-activations at some places, and the sparsity penalty, as
+        `_select_for_loss`.
+        """
+        if self.config.activation == "jumprelu":
+            threshold = self.threshold.to(pre.dtype)[places.latents]
+            values, active = JumpReLU.apply(pre, threshold, self._bandwidth(variance, x))
+            return values, (active.sum() / (x.shape[0] * k) - 1).pow(2)
+        if self.config.activation == "relu":
+            norms = self.W_dec.norm(dim=-1)[places.latents]
+            return pre, (pre * norms).sum() / (x.shape[0] * self._scale(variance, x) * math.sqrt(x.shape[1]))
+        return pre, pre.new_zeros(())
+
+    def _scale(self, variance: Tensor | float, like: Tensor) -> Tensor:
+        """Standard deviation of the activations per dimension."""
+        return (torch.as_tensor(variance, dtype=like.dtype, device=like.device) / self.config.hidden_size).sqrt()
+
+    def _bandwidth(self, variance: Tensor | float, like: Tensor) -> Tensor:
+        return self.config.jumprelu_bandwidth * self._scale(variance, like)
 
     def _dense_errors(
         self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float
@@ -290,15 +350,15 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
 
     def _select_for_loss(self, pre: Tensor, variance: Tensor | float, k: float) -> tuple[Tensor, Tensor]:
         """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
-        scale = (torch.as_tensor(variance, dtype=pre.dtype, device=pre.device) / self.config.hidden_size).sqrt()
         if self.config.activation == "jumprelu":
-            bandwidth = self.config.jumprelu_bandwidth * scale
+            bandwidth = self._bandwidth(variance, pre)
             latents, active = JumpReLU.apply(pre, self.threshold.to(pre.dtype), bandwidth)
             # A relative quadratic, so that its size does not depend on k (Gemma Scope 2 uses this form).
             return latents, (active.sum(-1).mean() / k - 1).pow(2)
         if self.config.activation == "relu":
             latents = torch.relu(pre)
             norms = self.W_dec.norm(dim=-1)
+            scale = self._scale(variance, pre)
             return latents, (latents @ norms).mean() / (scale * math.sqrt(self.config.hidden_size))
         return select_above(pre, self.threshold), pre.new_zeros(())
 

@@ -30,7 +30,7 @@ The segmented sums are torch's `embedding_bag`, and gradients of latent activati
 weights. Shapes: B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,10 +38,12 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 # Pre-activations that exist at once, in numbers: on the CPU what stays near the caches, on a GPU what fills it.
-CPU_CHUNK = 1 << 22
+CPU_CHUNK = 1 << 23
 GPU_CHUNK = 1 << 29
 # How many of a chunk's pre-activations are looked at to guess the threshold.
 SAMPLES = 1 << 18
+# With a larger share of latents active, dense products are faster (measured: about equal at 1/16 on two CPU cores).
+DENSE_SHARE = 1 / 20
 
 
 class ActiveLatents(NamedTuple):
@@ -57,43 +59,94 @@ class ActiveLatents(NamedTuple):
         return dense.index_put((self.tokens, self.latents), self.values)
 
 
-class Levels(NamedTuple):
-    """What a step asks for: `k` active latents per token on average, or of every token; the nested sizes."""
-
-    k: float
-    per_token: bool
-    prefix_sizes: tuple[int, ...]
-    detach: bool
+# Selection
 
 
-def select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: float, per_token: bool) -> ActiveLatents:
-    """The active latents of activations x (B, d), from which b_dec is subtracted already where it should be.
+@torch.no_grad()
+def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> ActiveLatents:
+    """The `count` largest positive pre-activations of activations x (B, d), from which b_dec is subtracted already.
 
-    `per_token`: the k largest positive pre-activations of each token; otherwise the round(k·B) largest of the batch.
-    Equal to `torch.topk` of the whole matrix where no two pre-activations are equal.
+    Equal to `torch.topk` of all pre-activations where no two are equal.
     """
-    count = max(1, round(k * x.shape[0]))
-    chunk = GPU_CHUNK if x.is_cuda else CPU_CHUNK
-    chunks = range(0, x.shape[0], max(1, chunk // W_enc.shape[0]))
-    found, threshold = [], None
-    for start in chunks:
-        pre = torch.nn.functional.linear(x[start : start + chunks.step], W_enc, b_enc)
-        if per_token:
-            places = _places_per_token(pre, round(k))
-        else:
-            if threshold is None:
-                threshold = _sampled_threshold(pre, count / (x.shape[0] * W_enc.shape[0]))
-            places = (pre > threshold).flatten().nonzero().squeeze(-1)
+    threshold: Tensor | None = None
+
+    def candidates(pre: Tensor) -> Tensor:
+        nonlocal threshold
+        if threshold is None:
+            threshold = _sampled_threshold(pre, count / (x.shape[0] * W_enc.shape[0]))
+        return (pre > threshold).flatten().nonzero().squeeze(-1)
+
+    def largest(pre: Tensor) -> Tensor:
+        flat = pre.flatten()
+        places = flat.topk(min(count, flat.numel()), sorted=False).indices.sort().values
+        return places[flat[places] > 0]
+
+    places, values = _encode_in_chunks(x, W_enc, b_enc, candidates)
+    if places.numel() < count and threshold is not None and threshold > 0:
+        # The sample misled: look again, without a threshold.
+        places, values = _encode_in_chunks(x, W_enc, b_enc, largest)
+    if places.numel() > count:
+        kept = values.topk(count, sorted=False).indices.sort().values
+        places, values = places[kept], values[kept]
+    return _at(places, values, W_enc.shape[0])
+
+
+@torch.no_grad()
+def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> ActiveLatents:
+    """The k largest positive pre-activations of each token of x (B, d)."""
+
+    def largest(pre: Tensor) -> Tensor:
+        values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
+        latents, order = latents.sort(dim=-1)
+        starts = torch.arange(pre.shape[0], device=pre.device).unsqueeze(-1) * pre.shape[-1]
+        return (latents + starts)[values.gather(-1, order) > 0]
+
+    return _at(*_encode_in_chunks(x, W_enc, b_enc, largest), W_enc.shape[0])
+
+
+@torch.no_grad()
+def select_exceeding(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> ActiveLatents | None:
+    """The pre-activations of x (B, d) above the threshold (F,); None where they are too many to be worth it."""
+    limit = DENSE_SHARE * x.shape[0] * W_enc.shape[0]
+    found = 0
+
+    def exceeding(pre: Tensor) -> Tensor:
+        nonlocal found
+        places = (pre > threshold).flatten().nonzero().squeeze(-1)
+        found += places.numel()
+        if found > limit:
+            raise _TooDense
+        return places
+
+    try:
+        return _at(*_encode_in_chunks(x, W_enc, b_enc, exceeding), W_enc.shape[0])
+    except _TooDense:
+        return None
+
+
+class _TooDense(Exception):
+    """Ends the search for latents that turn out to be too many."""
+
+
+def _encode_in_chunks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, choose: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Places in the flattened pre-activations (B, F), and values there, that `choose` picks from some tokens at a
+    time.
+    """
+    size = max(1, (GPU_CHUNK if x.is_cuda else CPU_CHUNK) // W_enc.shape[0])
+    found = []
+    for start in range(0, x.shape[0], size):
+        pre = torch.nn.functional.linear(x[start : start + size], W_enc, b_enc)
+        places = choose(pre)
         found.append((places + start * W_enc.shape[0], pre.flatten()[places].to(x.dtype)))
     places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if not per_token:
-        if places.numel() < count and threshold is not None and threshold > 0:
-            places, values = _largest_by_chunks(x, W_enc, b_enc, count, chunks)
-        if places.numel() > count:
-            kept = values.topk(count, sorted=False).indices.sort().values
-            places, values = places[kept], values[kept]
-    tokens = places.div(W_enc.shape[0], rounding_mode="floor")
-    return ActiveLatents(tokens, places - tokens * W_enc.shape[0], values)
+    return places, values
+
+
+def _at(places: Tensor, values: Tensor, num_latents: int) -> ActiveLatents:
+    tokens = places.div(num_latents, rounding_mode="floor")
+    return ActiveLatents(tokens, places - tokens * num_latents, values)
 
 
 def _sampled_threshold(pre: Tensor, share: float) -> Tensor:
@@ -107,62 +160,92 @@ def _sampled_threshold(pre: Tensor, share: float) -> Tensor:
     return sample.topk(rank, sorted=True).values[-1].clamp_min(0)
 
 
-def _places_per_token(pre: Tensor, k: int) -> Tensor:
-    values, latents = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
-    latents, order = latents.sort(dim=-1)
-    starts = torch.arange(pre.shape[0], device=pre.device).unsqueeze(-1) * pre.shape[-1]
-    return (latents + starts)[values.gather(-1, order) > 0]
+# Decoding all levels, and back
 
 
-def _largest_by_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, chunks: range) -> tuple[Tensor, Tensor]:
-    """Places and values of at least the `count` largest, without a threshold: what happens when the guess was too
-    high.
+class Places(NamedTuple):
+    """Where latents are active: `tokens` and `latents` (n,), ordered by token and then by latent; and for sums over
+    each latent, `order` (n,), which sorts the places by latent, and `first` (F,), where each latent begins in that
+    order.
     """
-    found = []
-    for start in chunks:
-        pre = torch.nn.functional.linear(x[start : start + chunks.step], W_enc, b_enc).flatten()
-        places = pre.topk(min(count, pre.numel()), sorted=False).indices.sort().values
-        places = places[pre[places] > 0]
-        found.append((places + start * W_enc.shape[0], pre[places].to(x.dtype)))
-    places, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return places, values
+
+    tokens: Tensor
+    latents: Tensor
+    order: Tensor
+    first: Tensor
+
+
+def make_places(active: ActiveLatents, num_latents: int) -> Places:
+    """The places of active latents, with what sums over latents need."""
+    order = active.latents.argsort(stable=True)
+    every = torch.arange(num_latents, device=order.device)
+    return Places(active.tokens, active.latents, order, torch.searchsorted(active.latents[order], every))
+
+
+class PreActivations(torch.autograd.Function):
+    """The pre-activations (n,) at some places, given their values, with the gradients of the dense encoder.
+
+    forward takes x (B, d), W_enc, b_enc, b_dec (None where it is not subtracted), the values, and the `Places`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, values: Tensor, *places: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, W_enc, b_dec, *places)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, W_enc, b_dec, tokens, latents, order, first = ctx.saved_tensors
+        encoded = x if b_dec is None else x - b_dec
+        grad_W_enc = embedding_bag(tokens[order], encoded, first, mode="sum", per_sample_weights=grad[order])
+        grad_b_enc = grad.new_zeros(W_enc.shape[0]).index_add_(0, latents, grad)
+        grad_b_dec = None if b_dec is None else -(grad_b_enc @ W_enc)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            begins = torch.searchsorted(tokens, torch.arange(x.shape[0], device=tokens.device))
+            grad_x = embedding_bag(latents, W_enc, begins, mode="sum", per_sample_weights=grad)
+        return grad_x, grad_W_enc, grad_b_enc, grad_b_dec, None, None, None, None, None
 
 
 class LevelErrors(torch.autograd.Function):
-    """Mean squared error of every level, (G,), with gradients for the activations and all weights."""
+    """Mean squared error of every level, (G,), from latent activations (n,) at some places.
+
+    forward takes x (B, d), the latent activations, W_dec, b_dec, the nested sizes, whether a level's gradient stays in
+    the group that it adds, and the `Places`; it gives the errors, and the whole reconstruction (B, d), which takes no
+    gradient.
+    """
 
     @staticmethod
     def forward(
         ctx,
         x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
+        values: Tensor,
         W_dec: Tensor,
         b_dec: Tensor,
-        apply_b_dec: bool,
-        levels: Levels,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        centred = x - b_dec
-        encoded = centred if apply_b_dec else x
-        active = select(encoded, W_enc, b_enc, levels.k, levels.per_token)
-        sizes, num_groups = levels.prefix_sizes, len(levels.prefix_sizes)
-        bags, offsets = _bags(active, sizes, x.shape[0])
-        excess = embedding_bag(active.latents, W_dec, offsets, mode="sum", per_sample_weights=active.values)
-        excess = excess.view(x.shape[0], num_groups, x.shape[1])
+        sizes: Sequence[int],
+        detach: bool,
+        *places: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, latents, order, first = places
+        bags, begins = _bags(tokens, latents, sizes, x.shape[0])
+        excess = embedding_bag(latents, W_dec, begins, mode="sum", per_sample_weights=values)
+        excess = excess.view(x.shape[0], len(sizes), x.shape[1])
         # From here on `excess` is what each level's reconstruction has too much of, in place.
-        excess[:, 0] -= centred
-        for group in range(1, num_groups):
+        excess[:, 0] -= x - b_dec
+        for group in range(1, len(sizes)):
             excess[:, group] += excess[:, group - 1]
-        errors = torch.stack([excess[:, group].pow(2).sum() for group in range(num_groups)]) / x.shape[0]
-        ctx.save_for_backward(encoded, W_enc, W_dec, excess, bags, offsets, *active)
-        ctx.apply_b_dec, ctx.detach = apply_b_dec, levels.detach
+        errors = torch.stack([excess[:, group].square().sum() for group in range(len(sizes))]) / x.shape[0]
         reconstruction = x + excess[:, -1]
-        ctx.mark_non_differentiable(reconstruction, *active)
-        return errors, reconstruction, *active
+        ctx.save_for_backward(W_dec, excess, bags, begins, values, latents, order, first)
+        ctx.detach = detach
+        ctx.mark_non_differentiable(reconstruction)
+        return errors, reconstruction
 
     @staticmethod
-    def backward(ctx, grad_errors: Tensor, *_):
-        encoded, W_enc, W_dec, excess, bags, offsets, tokens, latents, values = ctx.saved_tensors
+    def backward(ctx, grad_errors: Tensor, _):
+        W_dec, excess, bags, begins, values, latents, order, first = ctx.saved_tensors
         num_tokens, num_groups, hidden_size = excess.shape
         # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.
         grads = excess * (2 / num_tokens * grad_errors).view(1, -1, 1)
@@ -172,43 +255,14 @@ class LevelErrors(torch.autograd.Function):
                 grads[:, group] += grads[:, group + 1]
         grad_b_dec = grads[:, 0].sum(0)
         grads = grads.view(-1, hidden_size)
-        # The gradient of each active latent's value: its decoder row times its group's gradient.
-        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grads, W_dec, latents, offsets, bags, 0
-        )
-        grad_W_enc, grad_W_dec, grad_b_enc = _weight_gradients(
-            encoded, grads, tokens, latents, values, bags, grad_values, W_enc.shape[0]
-        )
-        if grad_x is not None:
-            first = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
-            grad_x += embedding_bag(latents, W_enc, first, mode="sum", per_sample_weights=grad_values)
-        if ctx.apply_b_dec:
-            grad_b_dec = grad_b_dec - grad_b_enc @ W_enc
-        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None
+        # The gradient of a latent activation: its decoder row times its group's gradient.
+        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, W_dec, latents, begins, bags, 0)
+        grad_W_dec = embedding_bag(bags[order], grads, first, mode="sum", per_sample_weights=values[order])
+        return grad_x, grad_values, grad_W_dec, grad_b_dec, None, None, None, None, None, None
 
 
-def _bags(active: ActiveLatents, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+def _bags(tokens: Tensor, latents: Tensor, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
     """The bag, token x groups + group, of each active latent, (n,), and where each bag begins, (B·G,)."""
-    boundaries = torch.tensor(sizes[:-1], device=active.latents.device)
-    groups = torch.bucketize(active.latents, boundaries, right=True)
-    bags = active.tokens * len(sizes) + groups
+    boundaries = torch.tensor(list(sizes[:-1]), dtype=latents.dtype, device=latents.device)
+    bags = tokens * len(sizes) + torch.bucketize(latents, boundaries, right=True)
     return bags, torch.searchsorted(bags, torch.arange(num_tokens * len(sizes), device=bags.device))
-
-
-def _weight_gradients(
-    encoded: Tensor,
-    grads: Tensor,
-    tokens: Tensor,
-    latents: Tensor,
-    values: Tensor,
-    bags: Tensor,
-    grad_values: Tensor,
-    num_latents: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of W_enc and W_dec (F, d) and b_enc (F,): sums over each latent's active places."""
-    order = latents.argsort(stable=True)
-    first = torch.searchsorted(latents[order], torch.arange(num_latents, device=latents.device))
-    grad_W_dec = embedding_bag(bags[order], grads, first, mode="sum", per_sample_weights=values[order])
-    grad_W_enc = embedding_bag(tokens[order], encoded, first, mode="sum", per_sample_weights=grad_values[order])
-    grad_b_enc = torch.zeros(num_latents, dtype=values.dtype, device=values.device)
-    return grad_W_enc, grad_W_dec, grad_b_enc.index_add(0, latents, grad_values)

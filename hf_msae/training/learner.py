@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.optimizer import DictionaryAdam
 from hf_msae.training.schedules import annealed_k, default_learning_rate, learning_rate_factor, sample_prefix_sizes
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
@@ -62,7 +63,7 @@ class Learner:
         self.silent_tokens = torch.zeros(config.num_latents, dtype=torch.int64, device=device)
         self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.optimizer: torch.optim.Adam | None = None
+        self.optimizer: DictionaryAdam | None = None
         self._reset_log()
 
     def _default_dead_after(self) -> int:
@@ -91,7 +92,7 @@ class Learner:
             self.sae.calibrate_threshold([activations.to(self.accelerator.device)])
         self.optimizer = self._make_optimizer()
 
-    def _make_optimizer(self) -> torch.optim.Adam:
+    def _make_optimizer(self) -> DictionaryAdam:
         scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
         in_activation_units = [self.sae.b_enc, self.sae.b_dec]
         if self.sae.config.activation == "jumprelu":
@@ -101,8 +102,13 @@ class Learner:
             {"params": in_activation_units, "peak_lr": self.learning_rate * scale},
         ]
         args = self.args
-        return torch.optim.Adam(
-            groups, lr=self.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True
+        return DictionaryAdam(
+            groups,
+            self.sae.W_dec,
+            args.max_grad_norm,
+            lr=self.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
         )
 
     @property
@@ -147,9 +153,6 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self._reduce_gradients()
-        self._project_decoder_gradient()
-        if self.args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._after_step(output, x.shape[0], step)
@@ -161,16 +164,7 @@ class Learner:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     @torch.no_grad()
-    def _project_decoder_gradient(self) -> None:
-        """Take out what would only change decoder rows' norms, which are fixed at 1, so that Adam's averages do not
-        see it.
-        """
-        rows, gradient = self.sae.W_dec, self.sae.W_dec.grad
-        gradient.addcmul_((gradient * rows).sum(-1, keepdim=True), rows, value=-1)
-
-    @torch.no_grad()
     def _after_step(self, output: Any, num_tokens: int, step: int) -> None:
-        self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True))
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)
         if output.active is not None:
