@@ -42,8 +42,9 @@ CPU_CHUNK = 1 << 23
 GPU_CHUNK = 1 << 29
 # How many of a chunk's pre-activations are looked at to guess the threshold.
 SAMPLES = 1 << 18
-# With a larger share of latents active, dense products are faster (measured: about equal at 1/16 on two CPU cores).
-DENSE_SHARE = 1 / 20
+# With a larger share of latents active the dense products are used. Measured on two CPU cores: at 1/8 the sparse path takes
+# half the time of the dense one, at 1/4 nine tenths.
+DENSE_SHARE = 1 / 8
 
 
 class ActiveLatents(NamedTuple):

@@ -196,8 +196,9 @@ def test_gradcheck(activation, monkeypatch):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_inference_is_the_dense_one(activation):
+def test_inference_is_the_dense_one(activation, monkeypatch):
     """Evaluation without gradients takes the sparse path, with gradients the dense one; they agree."""
+    monkeypatch.setattr(sparse_ops, "DENSE_SHARE", 1.0)
     sae = make(activation, [8, 300, 900], 6, seed=1).eval()
     with torch.no_grad():
         sae.b_enc.sub_(6.0)
