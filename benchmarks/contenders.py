@@ -38,11 +38,12 @@ class Setting:
     bf16: bool
 
     def __post_init__(self) -> None:
-        smallest = 2 ** (self.levels - 1)
-        if self.levels < 1 or self.num_latents < smallest:
+        if self.levels < 1:
+            raise ValueError(f"levels must be at least 1, got {self.levels}.")
+        if self.num_latents < 2 ** (self.levels - 1):
             raise ValueError(
-                f"Each level halves the dictionary, so {self.levels} levels need at least 1 level and {smallest:g} "
-                f"latents, got {self.num_latents}; take fewer levels or more latents."
+                f"Each level has half the latents of the next, so {self.levels} levels need at least "
+                f"{2 ** (self.levels - 1):,} latents, got {self.num_latents:,}; take fewer levels or more latents."
             )
 
     @property
@@ -110,16 +111,15 @@ def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int]) -> Conten
     config = MatryoshkaSAEConfig(
         hidden_size=setting.hidden_size, num_latents=setting.num_latents, prefix_sizes=prefix_sizes, k=setting.k
     )
-    on_cpu = torch.device(setting.device).type == "cpu"
     args = SAETrainingArguments(
         per_device_train_batch_size=setting.batch_size,
         max_steps=MAX_STEPS,
         bf16=setting.bf16,
-        use_cpu=on_cpu,
+        use_cpu=setting.device == "cpu",
         dead_after_tokens=10_000_000,
     )
-    accelerator = Accelerator(cpu=on_cpu)
-    sae = MatryoshkaSAE(config).to(setting.device)
+    accelerator = Accelerator(cpu=setting.device == "cpu")
+    sae = MatryoshkaSAE(config).to(accelerator.device)
     learner = Learner("sae", sae, Site("layers.0"), args, MAX_STEPS, accelerator)
     learner.start(first)
     assert learner.optimizer is not None
@@ -229,7 +229,7 @@ def sparsify(setting: Setting, first: Tensor) -> Contender:
 
 
 def autocast(setting: Setting) -> torch.autocast:
-    return torch.autocast(torch.device(setting.device).type, torch.bfloat16, enabled=setting.bf16)
+    return torch.autocast(setting.device, torch.bfloat16, enabled=setting.bf16)
 
 
 CONTENDERS = {

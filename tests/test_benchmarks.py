@@ -1,0 +1,125 @@
+"""The benchmarks run, at a tiny size and in processes of their own, as a user starts them: what they measure is real,
+what they write has its keys, and peers that are absent are skipped with a reason.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+TINY = ["--batch-size", "64", "--hidden-size", "16", "--num-latents", "512", "--k", "4", "--threads", "1"]
+PEERS = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}
+OURS = ["gemm", "ours-plain", "ours"]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def numbers(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    """The JSON that a benchmark writes, and what it prints."""
+    file = tmp_path / "numbers.json"
+    done = run(script, *arguments, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def test_train_step_measures_all_that_are_installed(tmp_path):
+    result, printed = numbers(tmp_path, "train_step.py", *TINY, "--repeats", "3", "--warmup", "2")
+    absent = {name for name, package in PEERS.items() if not list(metadata.distributions(name=package))}
+    assert set(result["skipped"]) == absent
+    for name in absent:
+        assert f"skipped {name}: {PEERS[name]} is not installed" in printed
+    present = [name for name in PEERS if name not in absent]
+    assert list(result["seconds"]) == OURS + present
+    for name, median in result["seconds"].items():
+        times = result["all_seconds"][name]
+        assert len(times) == 3
+        assert sorted(times)[1] == median > 0
+    pairs = ["ours/gemm", "ours/ours-plain", *(f"{name}/ours" for name in present)]
+    assert list(result["ratios"]["time"]) == pairs
+    assert result["ratios"]["time"]["ours/gemm"] == result["seconds"]["ours"] / result["seconds"]["gemm"]
+    assert result["setting"]["num_latents"] == 512
+    assert result["memory"] == {}
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="memory on the CPU is read from /proc")
+def test_memory_of_the_product_is_its_output(tmp_path):
+    """512 × 8,192 numbers of 4 bytes are 16.8 MB, which the system counts, too, give or take what it counts late."""
+    sizes = ["--batch-size", "512", "--hidden-size", "16", "--num-latents", "8192", "--levels", "1", "--k", "4"]
+    only = ["--only", "gemm", "ours", "--repeats", "1", "--threads", "1", "--memory"]
+    result, _ = numbers(tmp_path, "train_step.py", *sizes, *only)
+    product = result["memory"]["gemm"]
+    assert product["step"] == pytest.approx(16.8, abs=2)
+    assert product["above_state"] >= product["step"]
+    assert product["state"] == pytest.approx(16 * 8192 * 4 / 1e6)
+    # W_enc, W_dec, b_enc, b_dec, each with Adam's two averages; counts of steps are less than the tolerance.
+    weights = 2 * 16 * 8192 + 8192 + 16
+    assert result["memory"]["ours"]["state"] == pytest.approx(3 * weights * 4 / 1e6, abs=1e-3)
+    assert result["ratios"]["memory"]["ours/gemm"] == result["memory"]["ours"]["step"] / product["step"]
+
+
+def test_scaling_changes_one_size_at_a_time(tmp_path):
+    picture = tmp_path / "scaling.png"
+    result, printed = numbers(tmp_path, "scaling.py", *TINY, "--repeats", "1", "--plot", str(picture))
+    values = {name: [point["value"] for point in points] for name, points in result["series"].items()}
+    assert values == {
+        "num_latents": [128, 256, 512, 1024, 2048],
+        "k": [1, 2, 4, 8, 16],
+        "levels": [1, 2, 3, 5, 8],
+        "hidden_size": [8, 16, 32],
+    }
+    assert all(
+        point["seconds"] > 0 and point["gemm_seconds"] > 0 for points in result["series"].values() for point in points
+    )
+    if importlib.util.find_spec("matplotlib"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "no plot: matplotlib is not installed" in printed
+
+
+@pytest.fixture
+def train_step(monkeypatch):
+    """The benchmark as a module, as its own folder sees it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("train_step")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-latents", "8", "--levels", "5"], "5 levels need at least 16 latents, got 8"),
+        (["--levels", "0"], "levels must be at least 1, got 0"),
+        (["--warmup", "0"], "--repeats and --warmup must be at least 1, got 5 and 0"),
+        (["--only", "ours", "theirs"], "invalid choice: 'theirs'"),
+    ],
+)
+def test_impossible_settings_are_refused(train_step, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--threads", "1", *arguments])
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        train_step.main()
+    assert message in str(refusal.value) + capsys.readouterr().err
+
+
+def test_only_absent_peers_leave_nothing_to_measure(train_step, monkeypatch, capsys):
+    if list(metadata.distributions(name="sae-lens")):
+        pytest.skip("sae-lens is installed, so there is something to measure")
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--threads", "1", "--only", "saelens"])
+    with pytest.raises(SystemExit, match=r"pip install hf-msae\[benchmarks\]"):
+        train_step.main()
+    assert "skipped saelens: sae-lens is not installed" in capsys.readouterr().out
