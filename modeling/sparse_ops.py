@@ -27,7 +27,8 @@ levels
    together so cost one sparse decode and one sparse backward.
 
 The segmented sums are torch's `embedding_bag`, and gradients of latent activations its gradient for per-sample
-weights. Shapes: B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
+weights; on CUDA, where Triton is present, both and the search for candidates are the kernels of `triton_ops`. Shapes:
+B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+from transformers.utils import is_triton_available
 
 # Pre-activations that exist at once, in numbers: on the CPU what stays near the caches, on a GPU what fills it.
 CPU_CHUNK = 1 << 23
@@ -73,14 +75,14 @@ def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> Activ
     share = count / (x.shape[0] * W_enc.shape[0])
     threshold: Tensor | None = None
 
-    def candidates(product: Tensor) -> Tensor:
+    def candidates(product: Tensor, bias: Tensor | None) -> Tensor:
         nonlocal threshold
         if threshold is None:
-            threshold = _sampled_threshold(product, b_enc, share)
-        return (product > threshold - b_enc).flatten().nonzero().squeeze(-1)
+            threshold = _sampled_threshold(product, bias, share)
+        return _places_above(product, bias, threshold)
 
-    def largest(product: Tensor) -> Tensor:
-        flat = (product + b_enc).flatten()
+    def largest(product: Tensor, bias: Tensor | None) -> Tensor:
+        flat = (product if bias is None else product + bias).flatten()
         places = flat.topk(min(count, flat.numel()), sorted=False).indices.sort().values
         return places[flat[places] > 0]
 
@@ -98,8 +100,9 @@ def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> Activ
 def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> ActiveLatents:
     """The k largest positive pre-activations of each token of x (B, d)."""
 
-    def largest(product: Tensor) -> Tensor:
-        values, latents = (product + b_enc).topk(min(k, product.shape[-1]), dim=-1, sorted=False)
+    def largest(product: Tensor, bias: Tensor | None) -> Tensor:
+        pre = product if bias is None else product + bias
+        values, latents = pre.topk(min(k, product.shape[-1]), dim=-1, sorted=False)
         latents, order = latents.sort(dim=-1)
         starts = torch.arange(product.shape[0], device=product.device).unsqueeze(-1) * product.shape[-1]
         return (latents + starts)[values.gather(-1, order) > 0]
@@ -113,9 +116,9 @@ def select_exceeding(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor)
     limit = DENSE_SHARE * x.shape[0] * W_enc.shape[0]
     found = 0
 
-    def exceeding(product: Tensor) -> Tensor:
+    def exceeding(product: Tensor, bias: Tensor | None) -> Tensor:
         nonlocal found
-        places = (product > threshold - b_enc).flatten().nonzero().squeeze(-1)
+        places = _places_above(product, bias, threshold)
         found += places.numel()
         if found > limit:
             raise _TooDense
@@ -131,36 +134,83 @@ class _TooDense(Exception):
     """Ends the search for latents that turn out to be too many."""
 
 
-def _encode_in_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, choose: Callable[[Tensor], Tensor]) -> ActiveLatents:
+def _encode_in_chunks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, choose: Callable[[Tensor, Tensor | None], Tensor]
+) -> ActiveLatents:
     """What `choose` picks from the products x W_enc of some tokens at a time: places in the flattened products.
 
-    The bias is added where something was picked, and the products of all chunks share one buffer: adding it
-    everywhere, and fresh memory for each chunk, would cost a tenth of the product each.
+    `choose` is given the products, and the bias where they do not hold it already; then it is added where something
+    was picked. On the CPU, adding it everywhere would cost a tenth of the product, and so would fresh memory for each
+    chunk; so all share one buffer.
     """
     device, num_latents = x.device.type, W_enc.shape[0]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     inputs, weights = x.to(dtype), W_enc.to(dtype).T
     size = min(x.shape[0], max(1, (GPU_CHUNK if x.is_cuda else CPU_CHUNK) // num_latents))
     buffer = torch.empty(size, num_latents, dtype=dtype, device=x.device)
+    bias = None if _product_takes_bias(x) else b_enc
     found = []
     with torch.autocast(device, enabled=False):
         for part in inputs.split(size):
-            product = torch.mm(part, weights, out=buffer[: part.shape[0]])
-            places = choose(product)
+            product = buffer[: part.shape[0]]
+            if bias is None:
+                torch.addmm(b_enc.to(dtype), part, weights, out=product)
+            else:
+                torch.mm(part, weights, out=product)
+            places = choose(product, bias)
             found.append((places + len(found) * size * num_latents, product.flatten()[places].to(x.dtype)))
     places, products = (torch.cat(parts) for parts in zip(*found, strict=True))
     tokens = places.div(num_latents, rounding_mode="floor")
     latents = places - tokens * num_latents
-    return ActiveLatents(tokens, latents, products + b_enc[latents])
+    return ActiveLatents(tokens, latents, products if bias is None else products + bias[latents])
 
 
-def _sampled_threshold(product: Tensor, b_enc: Tensor, share: float) -> Tensor:
+def _places_above(product: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+    """Places in the flattened product, plus bias, of what exceeds a threshold (scalar or (F,)), in order."""
+    if bias is not None:
+        threshold = threshold - bias
+    if threshold.dim() == 0 and _has_kernels(product):
+        from .triton_ops import compact_above
+
+        return compact_above(product, threshold).places
+    return (product > threshold).flatten().nonzero().squeeze(-1)
+
+
+def _product_takes_bias(x: Tensor) -> bool:
+    """Whether adding the bias is part of the matrix product: for a GPU it is, a CPU copies it to the result first."""
+    return x.is_cuda
+
+
+def _has_kernels(table: Tensor) -> bool:
+    return table.is_cuda and table.dtype != torch.float64 and is_triton_available()
+
+
+def _segment_sum(table: Tensor, rows: Tensor, weights: Tensor, begins: Tensor) -> Tensor:
+    """Sums of weights[i] · table[rows[i]] over each segment, (S, d); segments begin at `begins` (S,)."""
+    if _has_kernels(table):
+        from .triton_ops import segment_sum
+
+        return segment_sum(table, rows, weights, begins)
+    return embedding_bag(rows, table, begins, mode="sum", per_sample_weights=weights)
+
+
+def _segment_dot(grads: Tensor, table: Tensor, rows: Tensor, begins: Tensor, bags: Tensor) -> Tensor:
+    """⟨grads[bags[i]], table[rows[i]]⟩ for every place, (n,)."""
+    if _has_kernels(table):
+        from .triton_ops import segment_dot
+
+        return segment_dot(grads, table, rows, bags)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, table, rows, begins, bags, 0)
+
+
+def _sampled_threshold(product: Tensor, bias: Tensor | None, share: float) -> Tensor:
     """A number, not below zero, that rather more than `share` of the pre-activations exceed, judged by a sample."""
     flat = product.flatten()
     # An odd stride visits every latent, also where their number is a power of two.
     stride = max(1, flat.numel() // SAMPLES) | 1
-    latents = torch.arange(0, flat.numel(), stride, device=flat.device) % b_enc.shape[0]
-    sample = flat[::stride] + b_enc[latents]
+    sample = flat[::stride]
+    if bias is not None:
+        sample = sample + bias[torch.arange(0, flat.numel(), stride, device=flat.device) % bias.shape[0]]
     expected = sample.numel() * share
     # Five standard deviations of the sampling, and a tenth for chunks that differ.
     rank = min(sample.numel(), int(1.1 * expected + 5 * expected**0.5) + 8)
@@ -206,13 +256,13 @@ class PreActivations(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, W_enc, b_dec, tokens, latents, order, first = ctx.saved_tensors
         encoded = x if b_dec is None else x - b_dec
-        grad_W_enc = embedding_bag(tokens[order], encoded, first, mode="sum", per_sample_weights=grad[order])
+        grad_W_enc = _segment_sum(encoded, tokens[order], grad[order], first).to(W_enc.dtype)
         grad_b_enc = grad.new_zeros(W_enc.shape[0]).index_add_(0, latents, grad)
         grad_b_dec = None if b_dec is None else -(grad_b_enc @ W_enc)
         grad_x = None
         if ctx.needs_input_grad[0]:
             begins = torch.searchsorted(tokens, torch.arange(x.shape[0], device=tokens.device))
-            grad_x = embedding_bag(latents, W_enc, begins, mode="sum", per_sample_weights=grad)
+            grad_x = _segment_sum(W_enc, latents, grad, begins).to(x.dtype)
         return grad_x, grad_W_enc, grad_b_enc, grad_b_dec, None, None, None, None, None
 
 
@@ -237,7 +287,7 @@ class LevelErrors(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens, latents, order, first = places
         bags, begins = _bags(tokens, latents, sizes, x.shape[0])
-        excess = embedding_bag(latents, W_dec, begins, mode="sum", per_sample_weights=values)
+        excess = _segment_sum(W_dec, latents, values, begins).to(x.dtype)
         excess = excess.view(x.shape[0], len(sizes), x.shape[1])
         # From here on `excess` is what each level's reconstruction has too much of, in place.
         excess[:, 0] -= x - b_dec
@@ -263,8 +313,8 @@ class LevelErrors(torch.autograd.Function):
         grad_b_dec = grads[:, 0].sum(0)
         grads = grads.view(-1, hidden_size)
         # The gradient of a latent activation: its decoder row times its group's gradient.
-        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, W_dec, latents, begins, bags, 0)
-        grad_W_dec = embedding_bag(bags[order], grads, first, mode="sum", per_sample_weights=values[order])
+        grad_values = _segment_dot(grads, W_dec, latents, begins, bags).to(values.dtype)
+        grad_W_dec = _segment_sum(grads, bags[order], values[order], first).to(W_dec.dtype)
         return grad_x, grad_values, grad_W_dec, grad_b_dec, None, None, None, None, None, None
 
 

@@ -32,10 +32,13 @@ def dense_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> set[tu
     shift=st.sampled_from([-3.0, 0.0, 3.0]),
     chunk=st.sampled_from([1, 64, 1 << 20]),
     samples=st.sampled_from([2, 16, 1 << 18]),
+    bias_inside=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @properties
-def test_selection_is_topks_whatever_the_chunks_and_samples(tokens, num_latents, k, shift, chunk, samples, seed):
+def test_selection_is_topks_whatever_the_chunks_and_samples(
+    tokens, num_latents, k, shift, chunk, samples, bias_inside, seed
+):
     """Also where the guessed threshold is far off: two samples say little, chunks of one token less."""
     x, W_enc = draw(tokens, 5, seed=seed), draw(num_latents, 5, seed=seed + 1)
     b_enc = draw(num_latents, seed=seed + 2) + shift
@@ -43,6 +46,7 @@ def test_selection_is_topks_whatever_the_chunks_and_samples(tokens, num_latents,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_ops, "CPU_CHUNK", chunk)
         patch.setattr(sparse_ops, "SAMPLES", samples)
+        patch.setattr(sparse_ops, "_product_takes_bias", lambda x: bias_inside)
         active = select_largest(x, W_enc, b_enc, count)
     assert set(zip(active.tokens.tolist(), active.latents.tolist(), strict=True)) == dense_largest(
         x, W_enc, b_enc, count
