@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOP := $(VENV)/.installed-develop
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test quality format clean
@@ -10,20 +11,24 @@ INSTALLED := $(VENV)/.installed
 help:  ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## Make .venv and install the package with what tests and checks need
+install: $(DEVELOP)  ## Make .venv and install the package with what tests and checks need
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $(INSTALLED)
+
+$(DEVELOP): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,interpreter]"
+	touch $(DEVELOP)
 
 quickstart: $(INSTALLED)  ## Train a Matryoshka SAE on the story model that ships with the package (2 minutes, offline)
 	$(BIN)/hf-msae train --output-dir runs/quickstart --overwrite-output-dir
 
-test: $(INSTALLED)  ## Run all tests
+test: $(DEVELOP)  ## Run all tests
 	$(BIN)/python -m pytest
 
-quality: $(INSTALLED)  ## Lint, formatting, types, and transformers' rules for Hub code
+quality: $(DEVELOP)  ## Lint, formatting, types, and transformers' rules for Hub code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# mypy cannot see through an editable install's import hook, so it reads an ordinary one.
@@ -31,7 +36,7 @@ quality: $(INSTALLED)  ## Lint, formatting, types, and transformers' rules for H
 	MYPYPATH=build/installed $(BIN)/mypy -p hf_msae
 	$(BIN)/mlinter modeling/
 
-format: $(INSTALLED)  ## Format the code and fix what can be fixed
+format: $(DEVELOP)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
