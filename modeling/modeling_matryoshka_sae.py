@@ -223,6 +223,7 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         sizes, weights = self._levels_of_step(prefix_sizes)
         # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
         active = self._select(x, k, variance) if self.training or not torch.is_grad_enabled() else None
+        latents: Tensor | None
         if active is None:
             errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance)
         else:

@@ -149,7 +149,7 @@ def _encode_in_chunks(
     size = min(x.shape[0], max(1, (GPU_CHUNK if x.is_cuda else CPU_CHUNK) // num_latents))
     buffer = torch.empty(size, num_latents, dtype=dtype, device=x.device)
     bias = None if _product_takes_bias(x) else b_enc
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     with torch.autocast(device, enabled=False):
         for part in inputs.split(size):
             product = buffer[: part.shape[0]]

@@ -44,7 +44,7 @@ class DictionaryAdam(torch.optim.Adam):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_parameter(parameter, group, radial, clipping)
+                    self._step_parameter(parameter, parameter.grad, group, radial, clipping)
 
     def _clipping(self, radial: Tensor) -> Tensor | None:
         """What gradients are to be divided by, a scalar of at least 1."""
@@ -56,14 +56,14 @@ class DictionaryAdam(torch.optim.Adam):
         return (norm / self._max_grad_norm).clamp_min(1)
 
     def _step_parameter(
-        self, parameter: Tensor, group: dict[str, Any], radial: Tensor, clipping: Tensor | None
+        self, parameter: Tensor, grad: Tensor, group: dict[str, Any], radial: Tensor, clipping: Tensor | None
     ) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        whole = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
         size = parameter.shape[0]
         if parameter.device.type == "cpu":
             size = max(1, CPU_CHUNK * parameter.shape[0] // max(1, parameter.numel()))
