@@ -6,6 +6,7 @@ code.
 
 from transformers import AutoConfig, AutoModel
 
+from hf_msae.hub import exchange
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 
 __version__ = "0.1.0"
@@ -15,5 +16,6 @@ AutoModel.register(MatryoshkaSAEConfig, MatryoshkaSAE, exist_ok=True)
 # Every checkpoint takes these files along and names them in its `auto_map`, for readers who lack hf_msae.
 MatryoshkaSAEConfig.register_for_auto_class()
 MatryoshkaSAE.register_for_auto_class("AutoModel")
+MatryoshkaSAE.exchange = exchange
 
 __all__ = ["MatryoshkaSAE", "MatryoshkaSAEConfig", "__version__"]

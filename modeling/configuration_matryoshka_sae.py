@@ -25,6 +25,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
+INFERENCE = ("threshold", "topk")
 LEVEL_WEIGHTS = ("uniform", "size")
 PREFIX_SAMPLING = ("fixed", "pareto")
 # The nested sizes used when none are given: every level doubles the dictionary.
@@ -71,8 +72,11 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     activation (`str`, *optional*, defaults to `"batch_topk"`):
         `"batch_topk"` (the `k` × batch largest, one selection over the whole dictionary; arXiv:2412.06410), `"topk"`
         (the `k` largest of each token; arXiv:2406.04093), `"jumprelu"` (a learnt threshold per latent;
-        arXiv:2407.14435) or `"relu"`. At inference the first three keep what exceeds the stored threshold, so that
-        what a prefix does never depends on later latents.
+        arXiv:2407.14435) or `"relu"`.
+    inference (`str`, *optional*, defaults to `"threshold"`):
+        What stays active in evaluation mode: `"threshold"` keeps what exceeds the stored threshold, so that what a
+        prefix does never depends on later latents; `"topk"` the `k` largest of each token among the latents asked
+        for, as plain TopK SAEs of other libraries do, which have no threshold.
     apply_b_dec_to_input (`bool`, *optional*, defaults to `True`):
         Whether the decoder bias is subtracted before encoding.
 
@@ -115,6 +119,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         Whether each token window began with the tokenizer's BOS token. Special tokens never reach the SAE.
     context_length (`int`, *optional*):
         Tokens in a window.
+    converted_from (`str`, *optional*):
+        The library whose checkpoint this was.
     measured (`dict`, *optional*):
         What the training run measured on held-out tokens: `tokens`, and `l0` and `fve` per prefix.
     """
@@ -127,6 +133,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     prefix_sizes: list[int] | tuple[int, ...] = ()
     k: float | int = 32
     activation: str = "batch_topk"
+    inference: str = "threshold"
     apply_b_dec_to_input: bool = True
     level_weights: str | list[float | int] | tuple[float | int, ...] = "uniform"
     balance: float | int | None = None
@@ -144,6 +151,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     site: str | None = None
     prepend_bos: bool = True
     context_length: int | None = None
+    converted_from: str | None = None
     measured: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -189,7 +197,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             )
 
     def validate_choices(self):
-        for name, choices in (("activation", ACTIVATIONS), ("prefix_sampling", PREFIX_SAMPLING)):
+        options = (("activation", ACTIVATIONS), ("inference", INFERENCE), ("prefix_sampling", PREFIX_SAMPLING))
+        for name, choices in options:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
@@ -223,8 +232,13 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             raise ValueError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
 
     def validate_topk(self):
-        if self.activation == "topk" and int(self.k) != self.k:
-            raise ValueError(f"activation='topk' keeps k latents of each token, so k must be whole; got {self.k}.")
+        if "topk" in (self.activation, self.inference) and int(self.k) != self.k:
+            raise ValueError(
+                f"activation='topk' and inference='topk' keep k latents of each token, so k must be whole; got "
+                f"{self.k}."
+            )
+        if self.inference == "topk" and self.activation != "topk":
+            raise ValueError(f"inference='topk' goes with activation='topk' only, got {self.activation!r}.")
 
     def truncated(self, prefix: int) -> "MatryoshkaSAEConfig":
         """The configuration of the first `prefix` latents as a model of their own.
@@ -245,7 +259,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         if self.measured is not None:
             per_level = {name: value for name, value in self.measured.items() if isinstance(value, list)}
             values["measured"] = self.measured | {name: [v[i] for i in kept] for name, v in per_level.items()}
-            if prefix in self.prefix_sizes and prefix < self.num_latents and "l0" in per_level:
+            ranked = self.inference == "topk"  # then k says what a prefix computes, too
+            if prefix in self.prefix_sizes and prefix < self.num_latents and "l0" in per_level and not ranked:
                 measured_l0 = per_level["l0"][self.prefix_sizes.index(prefix)]
                 values["k"] = max(1, round(measured_l0)) if self.activation == "topk" else measured_l0 or 1
         return type(self)(**values)

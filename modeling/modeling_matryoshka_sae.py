@@ -32,11 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .dense_ops import (
@@ -52,6 +51,8 @@ from .dense_ops import (
     select_batch_topk,
     select_topk,
 )
+from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
+from .sharing import SharingMixin
 from .sparse_ops import (
     ActiveLatents,
     LevelErrors,
@@ -63,11 +64,6 @@ from .sparse_ops import (
     select_largest_per_token,
 )
 
-logger = logging.get_logger(__name__)
-
-WEIGHTS_NAME = "model.safetensors"
-# Tensors with a row per latent; the only other one is b_dec.
-PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
 MIN_THRESHOLD = 1e-20
 
 
@@ -123,13 +119,13 @@ class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
                 init.zeros_(tensor)
 
 
-class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
+class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):
     """A sparse autoencoder whose every prefix of latents is one too.
 
     As in any module, `train()` and `eval()` choose the behaviour: in training mode `batch_topk` and `topk` select by
     rank, and in evaluation mode all activations but `relu` keep what exceeds `threshold`, so that a token's latents
     depend neither on its batch nor on later latents. `threshold` is zero until a training run, or
-    [`MatryoshkaSAE.calibrate_threshold`], has set it.
+    [`MatryoshkaSAE.calibrate_threshold`], has set it. (`config.inference="topk"` ranks in evaluation mode too.)
 
     Besides the weights, a checkpoint holds `max_activation` and `firing_rate` per latent, (num_latents,): the units in
     which people steer, and how rare a latent is.
@@ -169,6 +165,8 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
             latents = self._select_by_rank(pre.reshape(-1, pre.shape[-1]), self.config.k).view_as(pre)
             return latents[..., : self._checked_prefix(prefix)]
         pre = self.pre_activations(hidden_states, prefix)
+        if self.config.inference == "topk":
+            return select_topk(pre.reshape(-1, pre.shape[-1]), round(self.config.k)).view_as(pre)
         return select_above(pre, self.threshold[: pre.shape[-1]])
 
     def decode(self, latents: Tensor, prefix: int | None = None) -> Tensor:
@@ -262,7 +260,7 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         activation = self.config.activation
         if self.training and activation == "batch_topk":
             return select_largest(encoded, self.W_enc, self.b_enc, max(1, round(k * x.shape[0])))
-        if self.training and activation == "topk":
+        if activation == "topk" and (self.training or self.config.inference == "topk"):
             return select_largest_per_token(encoded, self.W_enc, self.b_enc, round(k))
         threshold = self.threshold.detach()
         if activation == "jumprelu":
@@ -361,6 +359,8 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
             norms = self.W_dec.norm(dim=-1)
             scale = self._scale(variance, pre)
             return latents, (latents @ norms).mean() / (scale * math.sqrt(self.config.hidden_size))
+        if self.config.inference == "topk":
+            return select_topk(pre, round(k)), pre.new_zeros(())
         return select_above(pre, self.threshold), pre.new_zeros(())
 
     @torch.no_grad()
@@ -391,7 +391,7 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
 
     def truncate(self, prefix: int) -> "MatryoshkaSAE":
         """The first `prefix` latents as a model of their own; what it computes equals this model's prefix exactly."""
-        state = {name: tensor[:prefix] if name in PER_LATENT else tensor for name, tensor in self.state_dict().items()}
+        state = truncate_state(self.state_dict(), prefix)
         with torch.device("meta"):
             model = type(self)(self.config.truncated(prefix))
         # Assigned rather than copied, so that each tensor keeps its own precision and device.
@@ -402,16 +402,19 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, prefix: int | None = None, output_loading_info=False, **kwargs
     ):
-        """As in transformers, with two differences: weights that are missing, unexpected or of another shape raise
-        `ValueError`, and `prefix=m` reads only the first m rows of the file and gives what `truncate(m)` of the whole
-        model would.
+        """As in transformers, with three differences: weights that are missing, unexpected or of another shape raise
+        `ValueError`; `prefix=m` reads only the first m rows of the file, from disk or over the network, and gives what
+        `truncate(m)` of the whole model would; and where hf_msae is installed, checkpoints of other libraries are
+        recognised and converted, for which `prefix_sizes` may say what their files do not.
         """
         source = pretrained_model_name_or_path
-        if prefix is not None:
-            kwargs = cls._prefix_arguments(source, prefix, kwargs)
+        read = cls._read_apart(source, prefix, kwargs)
+        if read is not None:
+            config, state = read
+            kwargs = {"dtype": config.dtype or state["W_dec"].dtype, **kwargs, "config": config, "state_dict": state}
         # Weights of another shape are let through only to be named in the error below.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = super().from_pretrained(None if prefix is not None else source, *model_args, **kwargs)
+        loaded: Any = super().from_pretrained(source if read is None else None, *model_args, **kwargs)
         model, info = loaded
         model.config.name_or_path = str(source)
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -430,19 +433,28 @@ class MatryoshkaSAE(MatryoshkaSAEPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _prefix_arguments(cls, name: str | Path, prefix: int, kwargs: dict) -> dict:
-        """Arguments for `from_pretrained` that hand over a truncated configuration and the first rows of the
-        weights.
+    def _read_apart(
+        cls, source: str | Path, prefix: int | None, kwargs: dict
+    ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]] | None:
+        """Configuration and weights of what transformers cannot read by itself: a prefix, another library's
+        checkpoint. None for anything else. Takes the arguments that it used out of `kwargs`.
         """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub = {key: kwargs.pop(key) for key in hub_names if key in kwargs}
-        config = kwargs.pop("config", None) or MatryoshkaSAEConfig.from_pretrained(name, **hub)
-        path = cached_file(name, WEIGHTS_NAME, **hub)
-        truncated = config.truncated(prefix)
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            state = {key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key) for key in keys}
-        return {"dtype": config.dtype or state["W_dec"].dtype, **kwargs, "config": truncated, "state_dict": state}
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        foreign = None
+        if cls.exchange is not None and source is not None and "config" not in kwargs:
+            foreign = cls.exchange.read_if_foreign(source, kwargs.get("prefix_sizes"), **hub)
+        if foreign is None and prefix is None:
+            return None
+        for key in hub:
+            kwargs.pop(key)
+        if foreign is not None:
+            kwargs.pop("prefix_sizes", None)
+            config, state = foreign
+            if prefix is None:
+                return config, state
+            return config.truncated(prefix), truncate_state(state, prefix)
+        config = kwargs.pop("config", None) or MatryoshkaSAEConfig.from_pretrained(source, **hub)
+        return config.truncated(prefix), read_prefix(source, prefix, **hub)
 
     def _flat(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.shape[-1] != self.config.hidden_size:

@@ -1,0 +1,1 @@
+"""Other libraries' checkpoints: reading them into a `MatryoshkaSAE`, and writing what their own loaders read."""

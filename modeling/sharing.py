@@ -1,0 +1,104 @@
+# Copyright 2026 The hf_msae authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Publishing, and other libraries' formats: what the model offers, and `hf_msae.hub` does.
+
+These files also lie beside every checkpoint, where hf_msae may not be installed, so the model cannot import the
+package around it. The methods are declared here; importing hf_msae hands in who does the work.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+class SharingMixin:
+    """Methods of [`MatryoshkaSAE`] that need hf_msae to be installed; `ImportError` says so where it is not."""
+
+    # hf_msae.hub.exchange, once hf_msae was imported.
+    exchange: ClassVar[Any] = None
+
+    @classmethod
+    def _exchange(cls) -> Any:
+        if cls.exchange is None:
+            raise ImportError(
+                "Publishing and other libraries' formats need hf_msae itself, not only the files beside a checkpoint: "
+                "pip install hf-msae, then import hf_msae."
+            )
+        return cls.exchange
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Publish the SAE with its code and a model card, and return the address of the commit.
+
+        Several SAEs may share a repo, each in a `subfolder`; an index at the root lists them. What people wrote into an
+        existing card stays. A branch `revision` that does not exist is made.
+        """
+        return self._exchange().push(
+            self,
+            repo_id,
+            subfolder=subfolder,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+        )
+
+    @classmethod
+    def from_saelens(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+        """A SAELens checkpoint (`cfg.json`, `sae_weights.safetensors`; training and inference forms), from a folder or
+        a Hub repo.
+
+        `prefix_sizes` only where the files do not record the nesting. `hub` takes `subfolder`, `revision`, `token`,
+        `cache_dir`, `local_files_only`. Raises `ValueError` for what has no equal here (gated, layer-normed, ...).
+        """
+        return cls._exchange().load_foreign(cls, source, "saelens", prefix_sizes, **hub)
+
+    @classmethod
+    def from_dictionary_learning(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+        """A dictionary_learning trainer folder (`ae.pt`, `config.json`); arguments as in `from_saelens`."""
+        return cls._exchange().load_foreign(cls, source, "dictionary_learning", prefix_sizes, **hub)
+
+    @classmethod
+    def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+        """A sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`); arguments as in `from_saelens`."""
+        return cls._exchange().load_foreign(cls, source, "sparsify", prefix_sizes, **hub)
+
+    @classmethod
+    def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+        """A Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2); arguments as in
+        `from_saelens`.
+        """
+        return cls._exchange().load_foreign(cls, source, "gemma_scope", prefix_sizes, **hub)
+
+    def to_saelens(self, folder: str | Path) -> None:
+        """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads."""
+        self._exchange().write_foreign(self, folder, "saelens")
+
+    def to_sparsify(self, folder: str | Path) -> None:
+        """Write sparsify's form, which `sparsify.SparseCoder.load_from_disk` reads."""
+        self._exchange().write_foreign(self, folder, "sparsify")
+
+    def to_saebench(self, prefix: int | None = None) -> Any:
+        """An object that SAEBench's evaluations take, of the first `prefix` latents."""
+        return self._exchange().to_saebench(self, prefix)
