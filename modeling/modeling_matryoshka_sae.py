@@ -55,6 +55,7 @@ from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
 from .sharing import SharingMixin
 from .sparse_ops import (
     ActiveLatents,
+    GradientMemory,
     LevelErrors,
     Places,
     PreActivations,
@@ -130,6 +131,9 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):
     Besides the weights, a checkpoint holds `max_activation` and `firing_rate` per latent, (num_latents,): the units in
     which people steer, and how rare a latent is.
     """
+
+    # Set by a trainer on the CPU, where fresh memory for gradients costs as much as the gradients.
+    gradient_memory: GradientMemory | None = None
 
     def __init__(self, config: MatryoshkaSAEConfig):
         super().__init__(config)
@@ -277,10 +281,10 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):
         """
         places = make_places(active, self.config.num_latents)
         b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        pre = PreActivations.apply(x, self.W_enc, self.b_enc, b_dec, active.values, *places)
+        pre = PreActivations.apply(x, self.W_enc, self.b_enc, b_dec, active.values, self.gradient_memory, *places)
         values, sparsity_loss = self._activate(pre, places, x, k, variance)
         errors, reconstruction = LevelErrors.apply(
-            x, values, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes, *places
+            x, values, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes, self.gradient_memory, *places
         )
         values = values.detach()
         active = ActiveLatents(places.tokens, places.latents, values)

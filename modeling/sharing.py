@@ -50,8 +50,8 @@ class SharingMixin:
     ) -> str:
         """Publish the SAE with its code and a model card, and return the address of the commit.
 
-        Several SAEs may share a repo, each in a `subfolder`; an index at the root lists them. What people wrote into an
-        existing card stays. A branch `revision` that does not exist is made.
+        Several SAEs may share a repo, each in a `subfolder`; an index at the root lists them. What people wrote into
+        an existing card stays. A branch `revision` that does not exist is made.
         """
         return self._exchange().push(
             self,
@@ -75,7 +75,9 @@ class SharingMixin:
         return cls._exchange().load_foreign(cls, source, "saelens", prefix_sizes, **hub)
 
     @classmethod
-    def from_dictionary_learning(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+    def from_dictionary_learning(
+        cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
+    ) -> Any:
         """A dictionary_learning trainer folder (`ae.pt`, `config.json`); arguments as in `from_saelens`."""
         return cls._exchange().load_foreign(cls, source, "dictionary_learning", prefix_sizes, **hub)
 

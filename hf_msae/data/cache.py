@@ -11,7 +11,6 @@ whole shards but rows of every shard, so all have exactly the same number of bat
 end.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -227,14 +226,8 @@ class CachedActivations(BatchIterator):
             raise ValueError(
                 f"the state was taken of a cache read with {state['settings']}, this one: {self.settings}"
             )
-        self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
         self._number = state["shard"] - 1
-        self._order = self._order[:0]
-        self._position = 0
-        if state["position"]:
-            self._advance()
-            self._position = state["position"]
-        self._state = copy.deepcopy(dict(state))
+        self._restore(state)
 
     @property
     def settings(self) -> dict[str, Any]:

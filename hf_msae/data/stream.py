@@ -10,14 +10,17 @@ The permutation depends on (seed, shard, block number) alone, and a batch on not
 So the state of a stream is small (where the block began in the text, and how much of it was handed out), and a resumed
 run repeats at most one block of forward passes before it continues bit for bit.
 
-The LM's forward order and the order of batches touch only in `_advance`, which fills the next block; harvesting ahead
-on another CUDA stream would change that method and nothing else.
+On CUDA the next block is harvested while this one is used: between two batches a few forward passes are launched on a
+CUDA stream of their own, so that the device always has work and never waits for the next block. (No thread: hooks on
+the model would otherwise meet whatever else runs it.) That takes the memory of two blocks, and changes no batch.
 """
 
 import copy
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -77,7 +80,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         while missing:
             rows = self._order[self._position : self._position + missing]
             if len(rows):
-                parts.append({site: block[rows.to(block.device)] for site, block in self._block.items()})
+                parts.append({site: block[_sent(rows, block.device)] for site, block in self._block.items()})
                 self._position += len(rows)
                 missing -= len(rows)
             elif not self._next_block():
@@ -87,6 +90,16 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         if len(parts) == 1:
             return parts[0]
         return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Come to the place of `state` once a subclass is set to read that block next."""
+        self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
+        self._order = self._order[:0]
+        self._position = 0
+        if state["position"]:
+            self._advance()
+            self._position = state["position"]
+        self._state = copy.deepcopy(dict(state))
 
     def _next_block(self) -> bool:
         self._position = 0
@@ -103,6 +116,21 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         raise StopIteration
 
 
+@dataclass
+class _Block:
+    """Windows on their way through the model: which, how far, and what came out."""
+
+    number: int
+    begins: dict[str, Any]
+    ends: dict[str, Any]
+    passes: list[list[Window]]
+    done: int = 0
+    rows: int = 0
+    buffers: dict[Site, Tensor] = field(default_factory=dict)
+    norms: dict[Site, list[Tensor]] = field(default_factory=dict)
+    num_filtered: int = 0
+
+
 class ActivationStream(BatchIterator):
     """Shuffled batches of a language model's activations, made while they are used.
 
@@ -117,11 +145,11 @@ class ActivationStream(BatchIterator):
         norm_outlier_multiple: drop tokens whose activation at any site has a norm above this multiple of the block's
             median at that site (attention sinks reach 100 times); None keeps all.
         pad_id: the token that fills short windows; never attended to.
+        ahead: whether to harvest a block while the one before it is used; None where the model is on CUDA.
 
     Yields:
-        `{site: (batch_size, hidden_size)}`, in the dtype and on the device on which the model gives them. Row i
-            belongs to
-        the same token at every site.
+        `{site: (batch_size, hidden_size)}`, in the dtype and on the device on which the model gives them. Row i is the
+        same token at every site.
 
     Attributes:
         num_tokens, num_dropped: as in `BatchIterator`.
@@ -146,6 +174,7 @@ class ActivationStream(BatchIterator):
         shard: int = 0,
         norm_outlier_multiple: float | None = 10.0,
         pad_id: int = 0,
+        ahead: bool | None = None,
     ) -> None:
         super().__init__(batch_size)
         if not sites:
@@ -167,12 +196,14 @@ class ActivationStream(BatchIterator):
         self.norm_outlier_multiple = norm_outlier_multiple
         self.pad_id = pad_id
         self.num_filtered = 0
-        self._buffers: dict[Site, Tensor] = {}
+        self.ahead = model.device.type == "cuda" if ahead is None else ahead
+        self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" and self.ahead else None
+        # Buffers of blocks that are used up, to be filled again.
+        self._buffers: list[dict[Site, Tensor]] = []
         self._reader: Iterator[Window] | None = None
-        # Of the current block: its number, where its windows begin, and what was filtered before it.
-        self._number = -1
-        self._begins: dict[str, Any] = {}
-        self._filtered_before = 0
+        self._current: _Block | None = None
+        self._next: _Block | None = None
+        self._next_number = 0
         self._state = self._place()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,16 +214,10 @@ class ActivationStream(BatchIterator):
         if state["settings"] != self.settings:
             raise ValueError(f"the state was taken of a stream with {state['settings']}, this one has {self.settings}")
         self.windows.load_state_dict(state["windows"])
-        self._reader = None
-        self._number = state["block"] - 1
-        self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
+        self._reader = self._current = self._next = None
+        self._next_number = state["block"]
         self.num_filtered = state["num_filtered"]
-        self._order = self._order[:0]
-        self._position = 0
-        if state["position"]:
-            self._advance()
-            self._position = state["position"]
-        self._state = copy.deepcopy(dict(state))
+        self._restore(state)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -207,27 +232,70 @@ class ActivationStream(BatchIterator):
 
     def _place(self) -> dict[str, Any]:
         place = {"num_tokens": self.num_tokens, "num_dropped": self.num_dropped, "settings": self.settings}
+        block = self._current
+        if block is None:
+            return (
+                place
+                | {"windows": self.windows.state_dict(), "block": self._next_number, "position": 0}
+                | {"num_filtered": self.num_filtered}
+            )
         if self._position == len(self._order):
             # The block is used up: the next one begins where its windows end, and need not be harvested to know that.
-            after = {"windows": self.windows.state_dict(), "block": self._number + 1, "position": 0}
+            after = {"windows": block.ends, "block": block.number + 1, "position": 0}
             return place | after | {"num_filtered": self.num_filtered}
-        inside = {"windows": self._begins, "block": self._number, "position": self._position}
-        return place | inside | {"num_filtered": self._filtered_before}
+        inside = {"windows": block.begins, "block": block.number, "position": self._position}
+        return place | inside | {"num_filtered": self.num_filtered - block.num_filtered}
+
+    def __next__(self) -> dict[Site, Tensor]:
+        if self.ahead:
+            self._harvest_ahead()  # first, so that an error in it does not lose a batch
+        return super().__next__()
 
     def _advance(self) -> bool:
+        block = self._next or self._begin_block()
+        self._next = None
+        if block is None:
+            return False
+        self._harvest(block, passes=len(block.passes))
+        if self._current is not None:
+            self._buffers.append(self._current.buffers)
+        self._current = block
+        inlying = self._inliers(block)
+        kept = inlying.nonzero().flatten()
+        block.num_filtered = len(inlying) - len(kept)
+        self.num_filtered += block.num_filtered
+        order = kept[torch.randperm(len(kept), generator=seeded_generator(self.seed, self.shard, block.number))]
+        self._block = {site: buffer[: block.rows] for site, buffer in block.buffers.items()}
+        self._order = order if self._side is None else order.pin_memory()
+        return True
+
+    def _harvest_ahead(self) -> None:
+        """Bring the next block as far as this one is used up."""
+        if self._current is None:
+            return
+        if self._next is None:
+            self._next = self._begin_block()
+        if self._next is not None:
+            used = self._position / max(1, len(self._order))
+            self._harvest(self._next, passes=math.ceil(used * len(self._next.passes)))
+
+    def _begin_block(self) -> "_Block | None":
+        """Read the windows of a block, none of which went through the model yet; None at the end of the data."""
         if self._reader is None:
             self._reader = iter(self.windows)
-        begins, filtered = self.windows.state_dict(), self.num_filtered
+        begins = self.windows.state_dict()
         windows = self._take_windows(self._reader)
         if not windows:
-            return False
-        self._number += 1
-        self._begins, self._filtered_before = begins, filtered
-        inlying = self._inliers(self._fill(windows))
-        kept = inlying.nonzero().flatten()
-        self.num_filtered += len(inlying) - len(kept)
-        self._order = kept[torch.randperm(len(kept), generator=seeded_generator(self.seed, self.shard, self._number))]
-        return True
+            return None
+        passes = list(_groups(windows, self.lm_batch_size))
+        block = _Block(self._next_number, begins, self.windows.state_dict(), passes)
+        self._next_number += 1
+        if self._buffers:
+            block.buffers = self._buffers.pop()
+        if self._side is not None:
+            # What is still queued may read the buffers that are about to be filled again.
+            self._side.wait_stream(torch.cuda.current_stream(self.model.device))
+        return block
 
     def _take_windows(self, reader: Iterator[Window]) -> list[Window]:
         """Windows with about `block_tokens` tokens that count, long ones first so that passes have little padding."""
@@ -238,40 +306,52 @@ class ActivationStream(BatchIterator):
             tokens += int(window.keep.sum())
         return sorted(windows, key=lambda window: -len(window.input_ids))
 
-    def _fill(self, windows: Sequence[Window]) -> dict[Site, Tensor]:
-        """Puts the windows' activations into the buffers and returns their norms (tokens,) per site."""
-        rows = 0
-        norms: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        for captured in harvest(self.model, self.sites, windows, lm_batch_size=self.lm_batch_size, pad_id=self.pad_id):
-            rows_before, rows = rows, rows + len(captured[self.sites[0]])
+    def _harvest(self, block: "_Block", passes: int) -> None:
+        """Fill a block's buffers by forward passes, until so many of its passes are done."""
+        if self._side is None:
+            self._fill(block, passes)
+            return
+        with torch.cuda.stream(self._side):
+            self._fill(block, passes)
+        if block.done == len(block.passes):
+            torch.cuda.current_stream(self.model.device).wait_stream(self._side)
+
+    def _fill(self, block: "_Block", passes: int) -> None:
+        while block.done < passes:
+            windows = block.passes[block.done]
+            captured = capture_counted(self.model, self.sites, windows, self.pad_id)
+            block.done += 1
+            if captured is None:
+                continue
+            before, block.rows = block.rows, block.rows + len(captured[self.sites[0]])
             for site, activations in captured.items():
-                if site not in self._buffers:
+                if site not in block.buffers:
                     # A block ends with the window that completes it, so it is at most one window longer than asked.
                     size = (self.block_tokens + self.windows.context_length, activations.shape[-1])
-                    self._buffers[site] = activations.new_empty(size)
-                self._buffers[site][rows_before:rows] = activations
+                    block.buffers[site] = activations.new_empty(size)
+                block.buffers[site][before : block.rows] = activations
                 # In float32 at least, where squares of float16 values do not overflow; pass by pass, because on the
                 # CPU this makes a float32 copy.
                 wide = torch.promote_types(activations.dtype, torch.float32)
-                norms[site].append(torch.linalg.vector_norm(activations, dim=-1, dtype=wide))
-        self._block = {site: self._buffers[site][:rows] for site in self.sites if rows}
-        return {site: torch.cat(norms[site]) for site in self.sites if rows}
+                norms = torch.linalg.vector_norm(activations, dim=-1, dtype=wide)
+                block.norms.setdefault(site, []).append(norms)
 
-    def _inliers(self, norms: Mapping[Site, Tensor]) -> Tensor:
+    def _inliers(self, block: "_Block") -> Tensor:
         """Bool (tokens,) on the CPU: tokens that no site finds outlying."""
-        inlying = torch.ones(max(map(len, norms.values()), default=0), dtype=torch.bool)
-        for site, of_site in norms.items():
-            self._check_finite(site, of_site)
+        inlying = torch.ones(block.rows, dtype=torch.bool)
+        for site, parts in block.norms.items():
+            norms = torch.cat(parts)
+            self._check_finite(site, norms, block)
             if self.norm_outlier_multiple is not None:
-                inlying &= (of_site <= self.norm_outlier_multiple * of_site.median()).cpu()
+                inlying &= (norms <= self.norm_outlier_multiple * norms.median()).cpu()
         return inlying
 
-    def _check_finite(self, site: Site, norms: Tensor) -> None:
+    def _check_finite(self, site: Site, norms: Tensor, block: "_Block") -> None:
         bad = int((~norms.isfinite()).sum())
         if bad:
             raise ActivationError(
-                f"{bad:,} of {len(norms):,} activations at {site} in block {self._number} are NaN or infinite "
-                f"(model {self.model.name_or_path!r}, {self._buffers[site].dtype}). A float16 model often overflows: "
+                f"{bad:,} of {len(norms):,} activations at {site} in block {block.number} are NaN or infinite "
+                f"(model {self.model.name_or_path!r}, {block.buffers[site].dtype}). A float16 model often overflows: "
                 "load it in bfloat16 or float32. Else check its weights, and the documents that end at window "
                 f"{self.windows.num_windows} of {self.windows.documents.description}."
             )
@@ -284,25 +364,40 @@ def harvest(
 
     Yields:
         `{site: (tokens that count in the pass, hidden_size)}`, on the device where the model gives them. Passes over
-            windows
-        without any such token are left out.
+        windows without any such token are left out.
 
     Raises:
         ValueError: the model is in training mode, where dropout would change its activations.
     """
     _check_eval(model)
+    for group in _groups(windows, lm_batch_size):
+        captured = capture_counted(model, sites, group, pad_id)
+        if captured is not None:
+            yield captured
+
+
+def capture_counted(
+    model: PreTrainedModel, sites: Sequence[Site], windows: Sequence[Window], pad_id: int
+) -> dict[Site, Tensor] | None:
+    """`{site: (tokens that count, hidden_size)}` of one forward pass; None where no token counts."""
+    _check_eval(model)
     weight = next(model.get_input_embeddings().parameters())
     # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
     device = torch.device("cpu") if weight.is_meta else weight.device
-    for group in _groups(windows, lm_batch_size):
-        batch = collate(group, pad_id)
-        rows = batch["keep"].flatten().nonzero().flatten()
-        if len(rows):
-            inputs = {"input_ids": batch["input_ids"].to(device)}
-            if batch["attention_mask"] is not None:
-                inputs["attention_mask"] = batch["attention_mask"].to(device)
-            captured = capture(model, sites, **inputs)
-            yield {site: captured[site].flatten(0, 1)[rows.to(captured[site].device)] for site in sites}
+    batch = collate(windows, pad_id)
+    rows = batch["keep"].flatten().nonzero().flatten()
+    if not len(rows):
+        return None
+    inputs = {"input_ids": _sent(batch["input_ids"], device)}
+    if batch["attention_mask"] is not None:
+        inputs["attention_mask"] = _sent(batch["attention_mask"], device)
+    captured = capture(model, sites, **inputs)
+    return {site: captured[site].flatten(0, 1)[_sent(rows, captured[site].device)] for site in sites}
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on another device; to a GPU from pinned memory, which does not wait for the queue before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.optimizer import DictionaryAdam
@@ -53,6 +54,8 @@ class Learner:
     ) -> None:
         self.name, self.sae, self.site, self.args, self.accelerator = name, sae.train(), site, args, accelerator
         self.max_steps = max_steps
+        if accelerator.device.type == "cpu":
+            sae.gradient_memory = GradientMemory()
         config, device = sae.config, accelerator.device
         self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
         self.dead_after = args.dead_after_tokens or self._default_dead_after()
@@ -91,6 +94,8 @@ class Learner:
             self.sae.threshold.fill_(1.0)
             self.sae.calibrate_threshold([activations.to(self.accelerator.device)])
         self.optimizer = self._make_optimizer()
+        for moment in self.moments.values():
+            moment.zero_()  # the first step counts these activations again
 
     def _make_optimizer(self) -> DictionaryAdam:
         scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
@@ -128,6 +133,11 @@ class Learner:
 
     # One step
 
+    def finish(self) -> None:
+        """Give back what only training needs."""
+        self.sae.gradient_memory = None
+        self.sae.eval()
+
     def step(self, activations: Tensor, step: int) -> None:
         """Take one optimizer step on activations (batch, hidden_size); `step` counts from 0."""
         config, device = self.sae.config, self.accelerator.device
@@ -154,8 +164,14 @@ class Learner:
             group["lr"] = group["peak_lr"] * factor
         self._reduce_gradients()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self._after_step(output, x.shape[0], step)
+
+    def _drop_gradients(self) -> None:
+        if self.sae.gradient_memory is not None:
+            self.sae.gradient_memory.keep(self.sae.parameters())
+        elif self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _reduce_gradients(self) -> None:

@@ -129,20 +129,24 @@ def test_seed_and_shard_reach_the_batches(make_stream, changes):
     batch_size=st.sampled_from([13, 25, 100, 140]),
     block_tokens=st.sampled_from([20, 100, 500]),
     multiple=st.sampled_from([None, 1.1]),
+    ahead=st.booleans(),
+    ahead_after=st.booleans(),
 )
-def test_resumed_equals_uninterrupted(lm, tokenizer, texts, stop, batch_size, block_tokens, multiple):
-    def fresh() -> ActivationStream:
+def test_resumed_equals_uninterrupted(
+    lm, tokenizer, texts, stop, batch_size, block_tokens, multiple, ahead, ahead_after
+):
+    def fresh(ahead: bool = False) -> ActivationStream:
         found = TokenWindows(texts[:40], tokenizer, context_length=16)
         options = {"batch_size": batch_size, "block_tokens": block_tokens, "norm_outlier_multiple": multiple}
-        return ActivationStream(lm, SITES, found, lm_batch_size=4, **options)
+        return ActivationStream(lm, SITES, found, lm_batch_size=4, ahead=ahead, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "DOCUMENTS_PER_BATCH", 7)
         whole = fresh()
         expected = list(whole)
-        stopped = fresh()
+        stopped = fresh(ahead)
         seen = [batch for _, batch in zip(range(stop), stopped, strict=False)]
-        resumed = fresh()
+        resumed = fresh(ahead_after)
         resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
         found = seen + list(resumed)
     assert len(found) == len(expected)
@@ -169,7 +173,25 @@ def test_resuming_harvests_one_block_at_most(make_stream, monkeypatch):
 original = stream.capture
 
 
-def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, monkeypatch):
+def test_harvesting_ahead_spreads_a_block_over_the_batches_of_the_one_before(make_stream, monkeypatch):
+    passes = []
+    monkeypatch.setattr(stream, "capture", lambda *a, **k: passes.append(1) or original(*a, **k))
+    counts = {}
+    for ahead in (False, True):
+        made = make_stream(batch_size=10, block_tokens=100, lm_batch_size=1, ahead=ahead)
+        counts[ahead] = []
+        for _ in range(40):
+            passes.clear()
+            next(made)
+            counts[ahead].append(len(passes))
+    # A block of 100 tokens is seven or eight windows: read at once, or one or two for each of its ten batches.
+    assert max(counts[False][1:]) >= 7
+    assert max(counts[True][1:]) <= 2
+    assert sum(counts[True]) >= sum(counts[False])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, monkeypatch, ahead):
     expected = list(make_stream())
     calls = []
 
@@ -180,7 +202,7 @@ def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, 
         return original(*args, **kwargs)
 
     monkeypatch.setattr(stream, "capture", interrupted)
-    made, seen = make_stream(), []
+    made, seen = make_stream(ahead=ahead), []
     with pytest.raises(KeyboardInterrupt):
         seen.extend(made)  # extend keeps what came before the interrupt
     resumed = make_stream()
