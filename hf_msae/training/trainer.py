@@ -1,15 +1,12 @@
 """The training loop: one pass of a language model feeds one or many SAEs.
 
 The loop is plain: take a batch of activations, give it to every learner, now and then log, measure and save. What is
-hard lives elsewhere: resumable data in `feeds`, one SAE's step in `learner`, whole-or-absent folders in `checkpoints`,
-what the run leaves behind in `results`.
+hard lives elsewhere: checks before the run in `preparation`, resumable data in `feeds`, one SAE's step in `learner`,
+held-out numbers in `measuring`, whole-or-absent folders in `checkpoints`, what the run leaves behind in `results`.
 """
 
-import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from hf_msae.data import ActivationError, CachedActivations, as_documents
-from hf_msae.metrics import Measurement, measure_cross_entropy, measure_reconstruction, merge
+from hf_msae.data import ActivationError
+from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import (
     CheckpointError,
@@ -36,15 +32,12 @@ from hf_msae.training.checkpoints import (
     remove_old_checkpoints,
     write_checkpoint,
 )
-from hf_msae.training.feeds import CacheFeed, Feed, TextFeed
-from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
 from hf_msae.training.interrupts import InterruptFlag
 from hf_msae.training.learner import Learner
+from hf_msae.training.measuring import Examiner
+from hf_msae.training.preparation import count_steps, named_saes, open_data, resolve_sites
 from hf_msae.training.results import RunLog, prepare_output_dir, save_quietly, write_results
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_CONTEXT_LENGTH = 512
 # Arguments that may differ between a checkpoint's run and the run that resumes it: none of them changes a weight.
 FREE_ARGUMENTS = frozenset(
     {
@@ -106,10 +99,21 @@ class SAETrainer:
         self.accelerator = Accelerator(
             cpu=args.on_cpu, log_with=args.report_to or None, project_dir=str(self.output_dir / "trackers")
         )
-        self.saes = _named(sae)
+        self.saes = named_saes(sae)
         prepare_output_dir(self.output_dir, args, self.accelerator)
-        self.sites = self._resolve_sites()
-        self.held_out, self.feed = self._open_data(train_dataset, eval_dataset)
+        self.sites = resolve_sites(model, self.saes)
+        held_out, self.feed = open_data(
+            model,
+            processing_class,
+            self.saes,
+            list(dict.fromkeys(self.sites.values())),
+            args,
+            train_dataset,
+            eval_dataset,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.examiner = Examiner(model, held_out, args)
         self.state = TrainerState(
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.accelerator.is_main_process,
@@ -121,90 +125,8 @@ class SAETrainer:
         self._training_seconds = 0.0
         self._first_step = 0
 
-    # Set-up
-
-    def _resolve_sites(self) -> dict[str, Site]:
-        """Each SAE's site, checked against the model's width there and written into its configuration."""
-        sites = {}
-        for name, sae in self.saes.items():
-            if sae.config.site is None:
-                raise ValueError(f"The SAE {name!r} has no site. Set config.site, for example to 'layers.12'.")
-            if self.model is None:
-                sites[name] = Site.parse(sae.config.site)
-                continue
-            sites[name] = resolve_site(self.model, sae.config.site)
-            width = site_width(self.model.eval(), sites[name])
-            if width != sae.config.hidden_size:
-                raise ValueError(
-                    f"The activations at {sites[name]} have {width} dimensions, but the SAE {name!r} was made for "
-                    f"hidden_size={sae.config.hidden_size}. Make it with hidden_size={width}."
-                )
-            if sae.config.k > sae.config.prefix_sizes[0] / 2:
-                logger.warning(
-                    "%s: k=%g is more than half of the first prefix of %d latents, which leaves that level hardly "
-                    "sparse; make it larger, or k smaller.",
-                    name,
-                    sae.config.k,
-                    sae.config.prefix_sizes[0],
-                )
-            sae.config.site = str(sites[name])
-            sae.config.base_model = self.model.config.name_or_path or None
-        return sites
-
-    def _open_data(self, train_dataset: Any, eval_dataset: Any) -> tuple[HeldOut, Feed]:
-        args, rank, world_size = self.args, self.accelerator.process_index, self.accelerator.num_processes
-        sites = list(dict.fromkeys(self.sites.values()))
-        held_out: HeldOut | None = None
-        if self.model is not None and self.tokenizer is not None:
-            context_length = self._context_length(self.model)
-            if eval_dataset is not None:
-                documents = as_documents(eval_dataset)
-                held_out = HeldOutText(self.model, self.tokenizer, sites, documents, args, context_length)
-        if isinstance(train_dataset, CachedActivations):
-            skip_rows = 0
-            if held_out is None:
-                held_out = HeldOutCache(train_dataset, args)
-                skip_rows = held_out.num_rows
-            return held_out, CacheFeed(train_dataset, sites, args, skip_rows, rank, world_size)
-        if self.model is None or self.tokenizer is None:
-            raise ValueError("Training on text needs the language model and its tokenizer (processing_class).")
-        documents = as_documents(train_dataset)
-        if held_out is None:
-            held_out = HeldOutText(self.model, self.tokenizer, sites, documents, args, context_length)
-            documents = documents.skip(held_out.num_documents)
-        for sae in self.saes.values():
-            sae.config.context_length = context_length
-            sae.config.prepend_bos = self.tokenizer.bos_token_id is not None
-        feed = TextFeed(self.model, self.tokenizer, sites, documents, args, context_length, rank, world_size)
-        return held_out, feed
-
-    def _context_length(self, model: PreTrainedModel) -> int:
-        """Tokens per window; refuses more than the model's positions."""
-        config = model.config.get_text_config().to_dict()
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-        limit = next((config[name] for name in names if config.get(name)), None)
-        wanted = self.args.context_length
-        if wanted is None:
-            return min(DEFAULT_CONTEXT_LENGTH, limit or DEFAULT_CONTEXT_LENGTH)
-        if limit is not None and wanted > limit:
-            raise ValueError(
-                f"context_length={wanted} is more than the {limit} positions of "
-                f"{model.config.name_or_path or 'the model'}."
-            )
-        return wanted
-
-    def _max_steps(self) -> int:
-        per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        tokens = self.args.max_tokens if self.args.max_tokens is not None else self.feed.tokens_per_pass()
-        if tokens < per_step:
-            raise ValueError(
-                f"There are {tokens:,} tokens to train on, fewer than one step of {per_step:,}. Use more data, a "
-                f"smaller "
-                "per_device_train_batch_size, or hold out fewer tokens (eval_tokens, calibration_tokens)."
-            )
-        return tokens // per_step
+    def _count_steps(self) -> int:
+        return count_steps(self.args, self.feed, self.accelerator.num_processes)
 
     def _make_learners(self, max_steps: int) -> list[Learner]:
         return [
@@ -223,7 +145,7 @@ class SAETrainer:
         checkpoint = None
         if self.args.resume_from_checkpoint:
             checkpoint = find_checkpoint(self.args.resume_from_checkpoint, self.output_dir)
-        max_steps = read_state(checkpoint)["max_steps"] if checkpoint else self._max_steps()
+        max_steps = read_state(checkpoint)["max_steps"] if checkpoint else self._count_steps()
         self.state.max_steps = max_steps
         self.learners = self._make_learners(max_steps)
         self.log.open(self.args)
@@ -372,25 +294,11 @@ class SAETrainer:
     def _write_learners(self, draft: Path) -> None:
         for learner in self.learners:
             folder = self.folder(draft, learner.name)
-            with self._calibrated(learner):
+            with self.examiner.calibrated(learner, self.state.global_step):
                 save_quietly(learner.sae, folder)
             torch.save(
                 {"learner": learner.state_dict(), "threshold": learner.sae.threshold.data}, folder / "learner.pt"
             )
-
-    @contextmanager
-    def _calibrated(self, learner: Learner) -> Iterator[None]:
-        """The learner's SAE as a reader gets it: in evaluation mode, its threshold set on held-out activations."""
-        sae = learner.sae
-        training_threshold = sae.threshold.detach().clone()
-        sae.eval()
-        sae.calibrate_threshold(batch[learner.site].to(sae.device) for batch in self.held_out.calibration())
-        try:
-            yield
-        finally:
-            sae.train()
-            with torch.no_grad():
-                sae.threshold.copy_(training_threshold)
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
@@ -434,30 +342,11 @@ class SAETrainer:
     def evaluate(self) -> dict[str, Measurement]:
         """Measure every SAE as it is now on the held-out tokens, with calibrated thresholds, and record what only
         measuring can tell in it: per-latent firing rates and maxima, L0 and FVE per prefix."""
-        return {learner.name: self._measure(learner) for learner in self.learners}
-
-    def _measure(self, learner: Learner) -> Measurement:
-        with self._calibrated(learner):
-            return self._measure_calibrated(learner)
-
-    def _measure_calibrated(self, learner: Learner) -> Measurement:
-        sae, name = learner.sae, learner.name
-        meter = measure_reconstruction({name: (learner.site, sae)}, self.held_out.evaluation())[name]
-        cross_entropy = None
-        if self.model is not None and self.model.get_output_embeddings() is not None and self.args.ce_tokens:
-            batches = list(self.held_out.token_batches())
-            if batches:
-                cross_entropy = measure_cross_entropy(self.model, learner.site, sae, meter.mean, batches)
-        with torch.no_grad():
-            sae.max_activation.copy_(meter.max_activation)
-            sae.firing_rate.copy_(meter.firing_rate)
-        measurement = merge(meter, cross_entropy)
-        sae.config.measured = {
-            "tokens": measurement.tokens,
-            "l0": [round(level.l0, 4) for level in measurement.levels],
-            "fve": [round(level.fve, 5) for level in measurement.levels],
-        }
-        return measurement
+        measurements = {}
+        for learner in self.learners:
+            with self.examiner.calibrated(learner, self.state.global_step):
+                measurements[learner.name] = self.examiner.measure(learner)
+        return measurements
 
     def _measure_in_passing(self) -> None:
         if self.accelerator.is_main_process:
@@ -475,8 +364,8 @@ class SAETrainer:
         measurements: dict[str, Measurement] = {}
         if self.accelerator.is_main_process:
             for learner in self.learners:
-                with self._calibrated(learner):
-                    measurements[learner.name] = self._measure_calibrated(learner)
+                with self.examiner.calibrated(learner, self.state.global_step):
+                    measurements[learner.name] = self.examiner.measure(learner)
                     extra = {
                         "steps": self.state.global_step,
                         "training_tokens": self.state.num_input_tokens_seen,
@@ -490,25 +379,8 @@ class SAETrainer:
                         write_results(folder, learner.sae.eval(), measurements[learner.name], self.args, extra)
             self.log.write_index({name: asdict(measurement) for name, measurement in measurements.items()})
         self.accelerator.wait_for_everyone()
+        for learner in self.learners:
+            learner.finish()
         self._call("on_train_end")
         self.log.close()
         return measurements
-
-
-def _named(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, MatryoshkaSAE]) -> dict[str, MatryoshkaSAE]:
-    """SAEs by name; a name says site, width and k, which is what a grid varies."""
-    if isinstance(sae, Mapping):
-        return dict(sae)
-    saes = [sae] if isinstance(sae, MatryoshkaSAE) else list(sae)
-    if not saes:
-        raise ValueError("There is no SAE to train: give one MatryoshkaSAE, a list or a mapping of them.")
-    named: dict[str, MatryoshkaSAE] = {}
-    for item in saes:
-        site = (item.config.site or "site").replace(":", ".").replace(os.sep, ".")
-        name = f"{site}-{item.config.num_latents}-k{item.config.k:g}"
-        if name in named:
-            raise ValueError(
-                f"Two SAEs would be called {name!r}; give a mapping from names to SAEs instead of a list."
-            )
-        named[name] = item
-    return named

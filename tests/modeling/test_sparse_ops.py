@@ -1,9 +1,11 @@
 """The sparse path against the dense reference, written out here: selection, losses, every gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hf_msae.modeling import sparse_ops
-from hf_msae.modeling.sparse_ops import select_exceeding, select_largest, select_largest_per_token
+from hf_msae.modeling.sparse_ops import GradientMemory, select_exceeding, select_largest, select_largest_per_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -182,6 +184,29 @@ def test_loss_and_gradients_are_the_dense_ones(activation, sizes, tokens, hidden
     for one, other in zip(ours, theirs, strict=True):
         assert one is not None
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_kept_memory_are_the_same_and_lie_where_the_last_ones_lay(monkeypatch, block, dtype):
+    """Also for latents that were active before and are not now, and for a gradient that is added to another."""
+    monkeypatch.setattr(sparse_ops, "GRADIENT_BLOCK", block)
+    plain = make("batch_topk", [8, 24, 64], 6, seed=2).to(dtype)
+    kept = make("batch_topk", [8, 24, 64], 6, seed=2).to(dtype)
+    kept.gradient_memory = GradientMemory()
+    batches = [draw(20, 6, seed=number, dtype=dtype) for number in range(5)]
+    places = set()
+    for first, second in pairwise(batches):
+        for sae in (plain, kept):
+            for x in (first, second):
+                sae(x).loss.backward()
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            assert torch.equal(getattr(plain, name).grad, getattr(kept, name).grad), name
+        places.add(kept.W_enc.grad.data_ptr())
+        plain.zero_grad()
+        kept.gradient_memory.keep(kept.parameters())
+        assert kept.W_enc.grad is None
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize("activation", ["batch_topk", "relu"])

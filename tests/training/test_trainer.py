@@ -277,7 +277,7 @@ def test_data_that_ends_early_begins_again(train, texts, caplog):
 
 def test_one_pass_is_the_default(train, texts, tokenizer):
     trainer, _ = train(max_steps=-1, save_steps=0)
-    used = trainer.held_out.num_documents
+    used = trainer.examiner.held_out.num_documents
     tokens = sum(len(text.split()) for text in texts[used:])
     assert trainer.state.max_steps == tokens // 64
     assert trainer.feed.epoch == 0

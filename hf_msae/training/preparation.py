@@ -1,0 +1,134 @@
+"""What a run checks and opens before it begins: names, sites, window length, data, number of steps.
+
+All that can be wrong with the arguments comes out here, before long work.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.data import CachedActivations, as_documents
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.feeds import CacheFeed, Feed, TextFeed
+from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT_LENGTH = 512
+
+
+def named_saes(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, MatryoshkaSAE]) -> dict[str, MatryoshkaSAE]:
+    """SAEs by name; a name says site, width and k, which is what a grid varies."""
+    if isinstance(sae, Mapping):
+        return dict(sae)
+    saes = [sae] if isinstance(sae, MatryoshkaSAE) else list(sae)
+    if not saes:
+        raise ValueError("There is no SAE to train: give one MatryoshkaSAE, a list or a mapping of them.")
+    named: dict[str, MatryoshkaSAE] = {}
+    for item in saes:
+        site = (item.config.site or "site").replace(":", ".").replace(os.sep, ".")
+        name = f"{site}-{item.config.num_latents}-k{item.config.k:g}"
+        if name in named:
+            raise ValueError(
+                f"Two SAEs would be called {name!r}; give a mapping from names to SAEs instead of a list."
+            )
+        named[name] = item
+    return named
+
+
+def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSAE]) -> dict[str, Site]:
+    """Each SAE's site, checked against the model's width there and written into its configuration."""
+    sites = {}
+    for name, sae in saes.items():
+        if sae.config.site is None:
+            raise ValueError(f"The SAE {name!r} has no site. Set config.site, for example to 'layers.12'.")
+        if model is None:
+            sites[name] = Site.parse(sae.config.site)
+            continue
+        sites[name] = resolve_site(model, sae.config.site)
+        width = site_width(model.eval(), sites[name])
+        if width != sae.config.hidden_size:
+            raise ValueError(
+                f"The activations at {sites[name]} have {width} dimensions, but the SAE {name!r} was made for "
+                f"hidden_size={sae.config.hidden_size}. Make it with hidden_size={width}."
+            )
+        if sae.config.k > sae.config.prefix_sizes[0] / 2:
+            logger.warning(
+                "%s: k=%g is more than half of the first prefix of %d latents, which leaves that level hardly "
+                "sparse; make it larger, or k smaller.",
+                name,
+                sae.config.k,
+                sae.config.prefix_sizes[0],
+            )
+        sae.config.site = str(sites[name])
+        sae.config.base_model = model.config.name_or_path or None
+    return sites
+
+
+def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:
+    """Tokens per window; refuses more than the model's positions."""
+    config = model.config.get_text_config().to_dict()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limit = next((config[name] for name in names if config.get(name)), None)
+    if args.context_length is None:
+        return min(DEFAULT_CONTEXT_LENGTH, limit or DEFAULT_CONTEXT_LENGTH)
+    if limit is not None and args.context_length > limit:
+        raise ValueError(
+            f"context_length={args.context_length} is more than the {limit} positions of "
+            f"{model.config.name_or_path or 'the model'}."
+        )
+    return args.context_length
+
+
+def open_data(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Sequence[Site],
+    args: SAETrainingArguments,
+    train_dataset: Any,
+    eval_dataset: Any,
+    rank: int,
+    world_size: int,
+) -> tuple[HeldOut, Feed]:
+    """What is held out and what is trained on; the windows' form is written into the SAEs' configurations."""
+    held_out: HeldOut | None = None
+    if model is not None and tokenizer is not None:
+        context_length = window_length(model, args)
+        if eval_dataset is not None:
+            held_out = HeldOutText(model, tokenizer, sites, as_documents(eval_dataset), args, context_length)
+    if isinstance(train_dataset, CachedActivations):
+        skip_rows = 0
+        if held_out is None:
+            held_out = HeldOutCache(train_dataset, args)
+            skip_rows = held_out.num_rows
+        return held_out, CacheFeed(train_dataset, sites, args, skip_rows, rank, world_size)
+    if model is None or tokenizer is None:
+        raise ValueError("Training on text needs the language model and its tokenizer (processing_class).")
+    documents = as_documents(train_dataset)
+    if held_out is None:
+        held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length)
+        documents = documents.skip(held_out.num_documents)
+    for sae in saes.values():
+        sae.config.context_length = context_length
+        sae.config.prepend_bos = tokenizer.bos_token_id is not None
+    return held_out, TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size)
+
+
+def count_steps(args: SAETrainingArguments, feed: Feed, num_processes: int) -> int:
+    """Steps of the run: as asked for, else what `max_tokens` or one pass over the data gives."""
+    if args.max_steps > 0:
+        return args.max_steps
+    per_step = args.per_device_train_batch_size * num_processes
+    tokens = args.max_tokens if args.max_tokens is not None else feed.tokens_per_pass()
+    if tokens < per_step:
+        raise ValueError(
+            f"There are {tokens:,} tokens to train on, fewer than one step of {per_step:,}. Use more data, a smaller "
+            "per_device_train_batch_size, or hold out fewer tokens (eval_tokens, calibration_tokens)."
+        )
+    return tokens // per_step
