@@ -23,7 +23,7 @@ disk.
 """
 
 # The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
-# trf-ignore: TRF041 activation, apply_b_dec_to_input, log_loss, aux_loss_weight
+# trf-ignore: TRF041 activation, inference, apply_b_dec_to_input, log_loss, aux_loss_weight
 
 import math
 from collections.abc import Iterable, Sequence
@@ -120,7 +120,8 @@ class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
                 init.zeros_(tensor)
 
 
-class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):
+# `push_to_hub` publishes one thing with a card, so it takes less than what it stands in for.
+class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore[misc]
     """A sparse autoencoder whose every prefix of latents is one too.
 
     As in any module, `train()` and `eval()` choose the behaviour: in training mode `batch_topk` and `topk` select by
@@ -453,9 +454,10 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):
             kwargs.pop(key)
         if foreign is not None:
             kwargs.pop("prefix_sizes", None)
+        if prefix is None:
+            return foreign
+        if foreign is not None:
             config, state = foreign
-            if prefix is None:
-                return config, state
             return config.truncated(prefix), truncate_state(state, prefix)
         config = kwargs.pop("config", None) or MatryoshkaSAEConfig.from_pretrained(source, **hub)
         return config.truncated(prefix), read_prefix(source, prefix, **hub)

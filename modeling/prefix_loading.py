@@ -11,17 +11,39 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading the first rows of a checkpoint: `from_pretrained(..., prefix=m)`."""
+"""Reading the first rows of a checkpoint: `from_pretrained(..., prefix=m)`.
 
+`W_enc` and `W_dec` are stored as (num_latents, hidden_size), so the first m latents are the first bytes of each tensor
+of a safetensors file. From a folder they are read as slices. From the Hub only those bytes are asked for, by HTTP
+range requests, and kept as a small safetensors file of their own beside the Hub's cache:
+
+    <Hub cache>/hf_msae--prefixes/<repo>/<etag>/first-<m>.safetensors
+    <Hub cache>/hf_msae--prefixes/<repo>/commits/<commit>/<file>.etag
+
+The etag is that of the whole file's content, so a commit that only edits the card finds what was read before; and the
+second kind of file tells it without asking. A larger prefix, or the whole file in the Hub's own cache, serves as well.
+"""
+
+import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import safe_open
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import build_hf_headers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
+
+from .ranged_files import Place, RemoteFile, damaged, read_places, written_whole
+
+logger = logging.get_logger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 # Tensors with a row per latent; the only other one is b_dec.
 PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
 # Arguments of `from_pretrained` that say where and how a file is found.
@@ -33,11 +55,221 @@ def truncate_state(state: Mapping[str, Tensor], prefix: int) -> dict[str, Tensor
     return {name: tensor[:prefix] if name in PER_LATENT else tensor for name, tensor in state.items()}
 
 
-def read_prefix(source: str | Path, prefix: int, **hub: Any) -> dict[str, Tensor]:
+def read_prefix(source: str | os.PathLike, prefix: int, **hub: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint, of those with a row per latent the first `prefix` rows.
 
-    `hub` are some of `HUB_ARGUMENTS`.
+    `source` is a folder or a repo of the Hub, `hub` are some of `HUB_ARGUMENTS`. What had to be downloaded is logged.
+    Raises `ValueError` for a damaged file or one with fewer rows, `FileNotFoundError` where there are no weights (or
+    not on this machine, with `local_files_only` or offline), and `OSError` for a repo that cannot be reached.
     """
-    with safe_open(cached_file(source, WEIGHTS_NAME, **hub), framework="pt") as file:
-        keys = file.keys()
-        return {key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key) for key in keys}
+    if os.path.isdir(source):
+        files = _local_files(Path(source) / (hub.get("subfolder") or ""))
+    else:
+        files = _hub_files(_Repo.find(str(source), **hub), prefix)
+    state: dict[str, Tensor] = {}
+    for path in files:
+        state |= _read_file(path, prefix)
+    return state
+
+
+def _first_rows(place: Place, prefix: int, where: str) -> Place:
+    """The part of a tensor that the first `prefix` latents need."""
+    if place.name not in PER_LATENT:
+        return place
+    if not place.shape or place.shape[0] < prefix:
+        raise ValueError(
+            f"{where} holds {place.name} of shape {place.shape}, but the first {prefix:,} latents were asked for. "
+            "Check that config.json and the weights belong together."
+        )
+    stop = place.start + place.size // place.shape[0] * prefix
+    return place._replace(shape=(prefix, *place.shape[1:]), stop=stop)
+
+
+def _read_file(path: Path, prefix: int) -> dict[str, Tensor]:
+    where = str(path)
+    with open(path, "rb") as content:
+
+        def read(start: int, stop: int) -> bytes:
+            content.seek(start)
+            return content.read(stop - start)
+
+        for place in read_places(read, path.stat().st_size, where):
+            _first_rows(place, prefix, where)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise damaged(where, str(error)) from error
+
+
+def _shards(index: Path, where: str) -> list[str]:
+    """The files that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        astray = [name for name in names if PurePosixPath(name).name != name]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"it cannot be read ({error})"
+        raise ValueError(f"{where} is no index of safetensors files: {problem}. Save or upload it again.") from error
+    if astray:
+        raise ValueError(f"{where} names files outside its folder ({', '.join(astray)}), so none of them is read.")
+    return names
+
+
+def _local_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: there are no weights to read."
+        )
+    files = [folder / name for name in _shards(index, str(index))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names files that are not in the folder: {', '.join(absent)}.")
+    return files
+
+
+# The Hub
+
+
+@dataclass(frozen=True)
+class _Repo:
+    """A folder of a repo at one commit, and how to reach it."""
+
+    id: str
+    commit: str
+    subfolder: str
+    token: str | bool | None
+    cache: Path
+    offline: bool
+    force: bool
+
+    @classmethod
+    def find(
+        cls,
+        repo_id: str,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "_Repo":
+        """Settle the commit, by the configuration: it was read just before, and the weights must be of its commit."""
+        where = {"subfolder": subfolder or "", "revision": revision, "cache_dir": cache_dir}
+        config = cached_file(repo_id, "config.json", token=token, local_files_only=local_files_only, **where)
+        if config is None:
+            raise FileNotFoundError(f"{repo_id} holds no {PurePosixPath(subfolder or '') / 'config.json'}.")
+        commit = Path(config).parents[len(PurePosixPath(subfolder or "").parts)].name
+        cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
+        offline = local_files_only or is_offline_mode()
+        return cls(repo_id, commit, subfolder or "", token, cache, offline, force_download)
+
+    def path_of(self, name: str) -> str:
+        """A file's path in the repo."""
+        return str(PurePosixPath(self.subfolder) / name)
+
+    def cached(self, name: str) -> Path | None:
+        """A whole file in the Hub's own cache."""
+        found = try_to_load_from_cache(self.id, self.path_of(name), cache_dir=self.cache, revision=self.commit)
+        return Path(found) if isinstance(found, str) and not self.force else None
+
+    def download(self, name: str) -> Path:
+        """A whole file, by way of the Hub's own cache."""
+        return Path(
+            hf_hub_download(
+                self.id,
+                self.path_of(name),
+                revision=self.commit,
+                token=self.token,
+                cache_dir=self.cache,
+                local_files_only=self.offline,
+                force_download=self.force,
+            )
+        )
+
+    def url_of(self, name: str) -> str:
+        return hf_hub_url(self.id, self.path_of(name), revision=self.commit)
+
+    @property
+    def prefixes(self) -> Path:
+        return self.cache / "hf_msae--prefixes" / self.id.replace("/", "--")
+
+
+def _hub_files(repo: _Repo, prefix: int) -> list[Path]:
+    """Files on this machine that together hold at least the first `prefix` rows."""
+    index = repo.cached(INDEX_NAME)
+    if index is None:
+        try:
+            return [_hub_file(repo, WEIGHTS_NAME, prefix)]
+        except EntryNotFoundError as error:
+            absent = error
+        try:
+            index = repo.download(INDEX_NAME)
+        except LocalEntryNotFoundError:
+            raise absent from None
+        except EntryNotFoundError:
+            where = f"{repo.path_of(WEIGHTS_NAME)} nor {repo.path_of(INDEX_NAME)}"
+            raise FileNotFoundError(f"{repo.id} holds neither {where} at {repo.commit}.") from None
+    return [_hub_file(repo, name, prefix) for name in _shards(index, f"{repo.path_of(INDEX_NAME)} of {repo.id}")]
+
+
+def _hub_file(repo: _Repo, name: str, prefix: int) -> Path:
+    """A file on this machine with at least the first `prefix` rows of one in the repo.
+
+    Raises `EntryNotFoundError` where the repo has no such file, or this machine none and may not ask.
+    """
+    whole = repo.cached(name)
+    if whole is not None:
+        return whole
+    note = repo.prefixes / "commits" / repo.commit / f"{repo.path_of(name)}.etag"
+    if not repo.force and note.is_file():
+        kept = _kept(repo.prefixes / note.read_text(encoding="utf-8"), prefix)
+        if kept is not None:
+            return kept
+    if repo.offline:
+        raise LocalEntryNotFoundError(
+            f"The first {prefix:,} latents of {repo.path_of(name)} of {repo.id} ({repo.commit}) are not on this "
+            "machine, and local_files_only or HF_HUB_OFFLINE forbids to ask the Hub. Load them once while online."
+        )
+    remote = RemoteFile.find(
+        repo.url_of(name), build_hf_headers(token=repo.token), f"{repo.path_of(name)} of {repo.id}"
+    )
+    if remote is None:
+        logger.warning("The server of %s sends whole files only: downloading %s.", repo.id, repo.path_of(name))
+        return repo.download(name)
+    kept = None if repo.force else _kept(repo.prefixes / remote.etag, prefix)
+    path = kept or _fetch_prefix(repo, remote, name, prefix)
+    if path.parent == repo.prefixes / remote.etag:
+        with written_whole(note) as partial:
+            partial.write_text(remote.etag, encoding="utf-8")
+    return path
+
+
+def _kept(folder: Path, prefix: int) -> Path | None:
+    """The smallest file in a folder of prefixes that holds the one asked for."""
+    sizes = [int(path.stem.removeprefix("first-")) for path in folder.glob("first-*.safetensors")]
+    enough = [size for size in sizes if size >= prefix]
+    return folder / f"first-{min(enough)}.safetensors" if enough else None
+
+
+def _fetch_prefix(repo: _Repo, remote: RemoteFile, name: str, prefix: int) -> Path:
+    """Download the first `prefix` rows to the cache, or the whole file where they are all of it."""
+    places = remote.read_places()
+    wanted = [_first_rows(place, prefix, remote.where) for place in places]
+    if wanted == places:
+        return repo.download(name)
+    path = repo.prefixes / remote.etag / f"first-{prefix}.safetensors"
+    remote.save(wanted, path)
+    num_latents = max(place.shape[0] for place in places if place.name in PER_LATENT)
+    logger.warning(
+        "Read %.1f MB of the %.1f MB of %s: the first %s of %s latents.",
+        sum(place.size for place in wanted) / 1e6,
+        remote.size / 1e6,
+        remote.where,
+        f"{prefix:,}",
+        f"{num_latents:,}",
+    )
+    return path

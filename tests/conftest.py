@@ -1,16 +1,44 @@
 """Fixtures shared by all tests.
 
 One thread, so that runs repeat bit for bit; a tokenizer of sixty words and a random LM of two layers, small enough to
-try every property many times; and a real LM and real text, where they lie beside the checkout.
+try every property many times; a real LM and real text, where they lie beside the checkout; and a Hub on this machine.
+
+The Hub's address and a cache of the tests' own are set before anything of Hugging Face is imported, because its
+libraries read them once. So no test reaches the real Hub, or the caches of whoever runs the tests.
 """
 
-from collections.abc import Callable
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
+
+sys.path.append(str(Path(__file__).parent))  # for local_hub: pytest's importlib mode adds nothing by itself
+
+from local_hub.server import LocalHub
+
+_HUB = LocalHub()
+_HF_HOME = tempfile.mkdtemp(prefix="hf-msae-tests-")
+atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
+for _name in (
+    "HF_TOKEN",
+    "HF_TOKEN_PATH",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_DATASETS_CACHE",
+):
+    os.environ.pop(_name, None)
+os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": _HF_HOME}
+
+from huggingface_hub import constants as hub_constants  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -80,6 +108,20 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the folder ../shared/data beside the checkout (real text and the LM stories260K)")
     return SHARED / "data"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """An empty Hub at `HF_ENDPOINT` and an empty cache, logged in as `hub.user`.
+
+    `token=False` asks without a token, `token=hub.read_token` or `hub.stranger_token` as others. Subprocesses find the
+    same Hub, cache and login through the environment.
+    """
+    shutil.rmtree(hub_constants.HF_HUB_CACHE, ignore_errors=True)
+    _HUB.reset()
+    monkeypatch.setenv("HF_TOKEN", _HUB.token)
+    yield _HUB
+    _HUB.reset()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 # Name, module that has a `run(argv)`, and what it is for. A module is imported when it is called.
 COMMANDS = {
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
+    "push": ("hf_msae.cli.push", "publish an SAE or a grid on the Hub, with a model card"),
+    "pull": ("hf_msae.cli.pull", "fetch SAEs from the Hub into a folder, whole or only their first latents"),
+    "convert": ("hf_msae.cli.convert", "read another library's checkpoint, or write one for it"),
     "cache-activations": ("hf_msae.cli.cache_activations", "write activations to disk, to train on many times"),
 }
 

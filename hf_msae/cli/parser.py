@@ -67,11 +67,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser(command: str, description: str, dataclasses: Sequence[Any]) -> HfArgumentParser:
-    """A parser for `hf-msae COMMAND` with a group of flags per dataclass."""
+    """A parser for `hf-msae COMMAND` with a group of flags per dataclass; the fields that a dataclass names in
+    `_positional` are given by their place, those with a default optionally.
+    """
+    positional = [name for dataclass in dataclasses for name in dataclass.__dict__.get("_positional", ())]
     parser = HfArgumentParser(
         list(dataclasses),
         prog=f"hf-msae {command}",
-        usage=f"hf-msae {command} [options]",
+        usage=" ".join([f"hf-msae {command}", *map(str.upper, positional), "[options]"]),
         description=description,
         formatter_class=HelpFormatter,
     )
@@ -82,6 +85,10 @@ def build_parser(command: str, description: str, dataclasses: Sequence[Any]) -> 
         action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
         if action.choices is None and action.nargs != 0:
             action.metavar = METAVARS.get(action.type, "BOOL" if action.const is True else "TEXT")
+        if action.dest in positional:
+            # Without flags, an argument is found by its place.
+            action.option_strings, action.metavar = [], action.dest.upper()
+            action.nargs = None if action.required else "?"
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; flags override it.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     return parser

@@ -4,14 +4,26 @@ A format's reader sees a `Files`, so that a folder and a repo of the Hub are one
 the values of a configuration, tensors in our orientation, and what a user should know about the conversion.
 """
 
-from collections.abc import Sequence
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+# How many folders an error names where a user must choose one.
+NAMED_FOLDERS = 12
+# The published default of most libraries; of an SAE with a learnt or no threshold, k is only the target of training.
+DEFAULT_K = 32
 
 
 class FormatError(ValueError):
@@ -20,7 +32,7 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one checkpoint: a folder, or a folder of a Hub repo whose files are fetched when they are asked for.
+    """The files of one checkpoint: a folder, or a folder of a Hub repo whose files are fetched when asked for.
 
     `source` is a local folder or a repo id.
     """
@@ -37,12 +49,21 @@ class Files:
         """Whether the source is a folder of this machine."""
         return Path(self.source).is_dir()
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether a repo is to be read from what was downloaded before."""
+        return not self.is_local and (self.local_files_only or constants.HF_HUB_OFFLINE)
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Paths of all files relative to the checkpoint's folder, those in folders below it included."""
         if self.is_local:
-            root = Path(self.source) / self.subfolder
-            return tuple(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()))
+            return _names_below(Path(self.source) / self.subfolder)
+        if self.is_offline:
+            snapshot = snapshot_download(
+                str(self.source), revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
+            )
+            return _names_below(Path(snapshot) / self.subfolder)
         paths = HfApi(token=self.token).list_repo_files(str(self.source), revision=self.revision)
         root_parts = PurePosixPath(self.subfolder).parts
         inside = (PurePosixPath(path) for path in paths)
@@ -72,13 +93,17 @@ class Files:
         return "/".join(part for part in (str(self.source), self.subfolder) if part)
 
 
+def _names_below(root: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()))
+
+
 @dataclass
 class Foreign:
     """A checkpoint of another library in our terms.
 
     `config` are arguments of `MatryoshkaSAEConfig`. `state` holds W_enc and W_dec (num_latents, hidden_size), b_enc
-    (num_latents,), b_dec (hidden_size,), and `threshold` (num_latents,) where the format has one. `notes` are sentences
-    for the user: what was folded, what was not recorded.
+    (num_latents,), b_dec (hidden_size,), and `threshold` (num_latents,) where the format has one. `notes` are
+    sentences for the user: what was folded, what was not recorded.
     """
 
     library: str
@@ -103,3 +128,137 @@ def chosen_prefix_sizes(
     if recorded is not None and given is not None and sizes != sorted({*map(int, given), num_latents}):
         raise FormatError(f"{files} records the prefix sizes {sizes}, but {list(given)} were given; leave them out.")
     return sizes
+
+
+def single_level(given: Sequence[int] | None, num_latents: int, notes: list[str]) -> list[int]:
+    """The prefix sizes of a checkpoint whose library does not train nested dictionaries: one level, or as given."""
+    if given is not None:
+        return sorted({*map(int, given), num_latents})
+    notes.append(
+        "Nesting is not recorded in this format, so this is a plain SAE of one level; give prefix_sizes if not."
+    )
+    return [num_latents]
+
+
+def target_k(reported: Any, num_latents: int, notes: list[str]) -> float:
+    """k of an SAE whose inference does not depend on it: the L0 that its files report, else `DEFAULT_K`."""
+    if isinstance(reported, (int, float)) and 0 < reported <= num_latents:
+        return reported
+    notes.append(f"No L0 is recorded. config.k={min(DEFAULT_K, num_latents)} is a placeholder, used only by training.")
+    return min(DEFAULT_K, num_latents)
+
+
+def peek_json(files: Files, name: str) -> dict[str, Any]:
+    """What a JSON file holds; empty where it is absent or no JSON object, and so is not what the caller looks for."""
+    if name not in files.names:
+        return {}
+    try:
+        content = json.loads(files.path(name).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_json(files: Files, name: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `FormatError` where it is none."""
+    try:
+        content = json.loads(files.path(name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{name} of {files} is not valid JSON ({error}); fetch it again.") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{name} of {files} should hold an object {{...}}, but holds a {type(content).__name__}.")
+    return content
+
+
+def read_safetensors(files: Files, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `FormatError` where it is truncated, corrupt, or something else."""
+    path = files.path(name)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise FormatError(
+            f"{name} of {files} ({size:,} bytes) is no whole safetensors file ({error}); fetch it again. (A file of "
+            "about 130 bytes is a git-lfs pointer: run `git lfs pull`.)"
+        ) from None
+
+
+def check_tensors(files: Files, name: str, given: Mapping[str, Tensor], needed: Sequence[str]) -> None:
+    """Raises `FormatError` that says what is there, where a needed tensor is missing."""
+    missing = [key for key in needed if key not in given]
+    if missing:
+        raise FormatError(
+            f"{name} of {files} lacks {', '.join(missing)}; it holds {', '.join(sorted(given)) or 'nothing'}."
+        )
+
+
+def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in our orientation: shapes that fit each other, a threshold for every latent, own contiguous memory.
+
+    tensors: W_enc and W_dec (num_latents, hidden_size), b_enc (num_latents,), b_dec (hidden_size,); a `threshold` may
+        be absent, one number, or (num_latents,). One below zero becomes zero: latent activations are never negative,
+        so both keep the same latents.
+    Raises `FormatError` for tensors that do not belong together.
+    """
+    W_enc = tensors["W_enc"]
+    if W_enc.ndim != 2 or not W_enc.is_floating_point():
+        raise FormatError(f"The encoder of {files} is {W_enc.dtype} of shape {tuple(W_enc.shape)}; expected a matrix.")
+    num_latents, hidden_size = W_enc.shape
+    state = dict(tensors)
+    if "threshold" in state:
+        threshold = state["threshold"].float().clamp_min(0)
+        state["threshold"] = threshold.expand(num_latents) if threshold.numel() == 1 else threshold
+    shapes = {"W_enc": (num_latents, hidden_size), "W_dec": (num_latents, hidden_size), "b_dec": (hidden_size,)}
+    for name, tensor in state.items():
+        expected = shapes.get(name, (num_latents,))
+        if tuple(tensor.shape) != expected:
+            raise FormatError(
+                f"The tensors of {files} do not belong together: beside an encoder of {num_latents} latents and "
+                f"hidden size {hidden_size}, {name} should be {expected}, but is {tuple(tensor.shape)}."
+            )
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+
+def refuse_disagreement(files: Files, name: str, recorded: Any, weights: str, found: Any) -> None:
+    """Raises `FormatError` where a configuration records for `name` what the weights do not say; None is silence."""
+    if recorded is not None and recorded != found:
+        raise FormatError(
+            f"{files}: the configuration says {name}={recorded}, but {weights} says {found}. They do not belong "
+            "together; fetch both again."
+        )
+
+
+def refuse_many(files: Files, marker: str, library: str) -> None:
+    """Raises `FormatError` that lists what to choose from, where `marker` lies only in folders below this one."""
+    if marker in files.names:
+        return
+    folders = [str(PurePosixPath(name).parent) for name in files.names if PurePosixPath(name).name == marker]
+    more = f" and {len(folders) - NAMED_FOLDERS} more" if len(folders) > NAMED_FOLDERS else ""
+    raise FormatError(
+        f"{files} holds {len(folders)} {library} checkpoint(s) in folders; choose one with subfolder=: "
+        f"{', '.join(folders[:NAMED_FOLDERS])}{more}."
+    )
+
+
+def holds(files: Files, marker: str) -> bool:
+    """Whether a file of that name is here or in a folder below."""
+    return any(PurePosixPath(name).name == marker for name in files.names)
+
+
+@contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A new folder to write into, which takes its place only when everything was written.
+
+    Raises `FileExistsError` where something is there already.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder; name another, or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Measuring an SAE: one module a question."""

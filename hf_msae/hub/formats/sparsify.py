@@ -1,0 +1,204 @@
+"""sparsify's `SparseCoder` folders, `cfg.json` and `sae.safetensors`, read and written.
+
+Its encoder keeps the k largest of each token and has no threshold, so such an SAE goes by rank at inference here, too.
+A run's root holds one folder for each hookpoint, which the folder is named after. sparsify ignores keys of `cfg.json`
+that it does not know; what we write names the prefix sizes there, so that they survive the way back.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_msae.hub.formats.common import (
+    Files,
+    Foreign,
+    FormatError,
+    check_tensors,
+    chosen_prefix_sizes,
+    complete_state,
+    holds,
+    read_json,
+    read_safetensors,
+    refuse_disagreement,
+    refuse_many,
+    single_level,
+    written_whole,
+)
+from hf_msae.modeling import MatryoshkaSAE
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = "sparsify"
+CONFIG = "cfg.json"
+WEIGHTS = "sae.safetensors"
+TENSORS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+# A module path that passes through a numbered layer, such as layers.10 or h.3.mlp.
+_HOOKPOINT = re.compile(r"[A-Za-z_]\w*(\.\w+)*\.\d+(\.\w+)*")
+_SEED = re.compile(r"seed\d+")
+
+
+def recognises(files: Files) -> bool:
+    """Whether this folder, or one below it, holds `cfg.json` and `sae.safetensors`."""
+    return holds(files, WEIGHTS) and holds(files, CONFIG)
+
+
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+    """Read the folder of one hookpoint.
+
+    Raises `FormatError` for transcoders, skip connections, GroupMax and signed SAEs, for a folder with many
+    hookpoints, and where configuration and tensors disagree.
+    """
+    refuse_many(files, WEIGHTS, LIBRARY)
+    if CONFIG not in files.names:
+        raise FormatError(f"{files} holds {WEIGHTS}, but no {CONFIG} beside it, which says k.")
+    cfg = read_json(files, CONFIG)
+    _refuse_kinds(files, cfg)
+    weights = read_safetensors(files, WEIGHTS)
+    check_tensors(files, WEIGHTS, weights, list(TENSORS.values()))
+    state = complete_state(files, {ours: weights[theirs] for ours, theirs in TENSORS.items()})
+    num_latents, hidden_size = state["W_enc"].shape
+    _check_sizes(files, cfg, num_latents, hidden_size)
+    notes: list[str] = []
+    recorded = cfg.get("prefix_sizes")
+    if recorded is None:
+        sizes = single_level(prefix_sizes, num_latents, notes)
+    else:
+        sizes = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files)
+    run = _run_config(files)
+    arguments = {
+        "hidden_size": hidden_size,
+        "num_latents": num_latents,
+        "prefix_sizes": sizes,
+        "k": cfg["k"],
+        "activation": "topk",
+        "inference": "topk",
+        "apply_b_dec_to_input": True,
+        "base_model": run.get("model"),
+        "context_length": run.get("ctx_len"),
+        "site": _site(files, notes),
+    }
+    return Foreign(LIBRARY, arguments, state, notes)
+
+
+def _refuse_kinds(files: Files, cfg: dict[str, Any]) -> None:
+    """Raises `FormatError` for what computes something that a MatryoshkaSAE does not."""
+    if cfg.get("activation", "topk") != "topk":
+        raise FormatError(
+            f"{files} has activation={cfg['activation']!r}; only 'topk' has an equal in MatryoshkaSAE "
+            "(GroupMax takes the largest of each group of latents)."
+        )
+    reasons = {
+        "transcode": "predicts another module's output (a transcoder)",
+        "skip_connection": "adds a linear map of its input to the reconstruction",
+        "signed": "ranks latents by magnitude and keeps negative ones",
+    }
+    for key, reason in reasons.items():
+        if cfg.get(key):
+            raise FormatError(f"{files} has {key}=true: it {reason}, which has no equal in MatryoshkaSAE.")
+    if not isinstance(cfg.get("k"), int) or cfg["k"] < 1:
+        raise FormatError(
+            f"{CONFIG} of {files} should say k, the latents active per token; it has k={cfg.get('k')!r}."
+        )
+
+
+def _check_sizes(files: Files, cfg: dict[str, Any], num_latents: int, hidden_size: int) -> None:
+    refuse_disagreement(files, "d_in", cfg.get("d_in"), WEIGHTS, hidden_size)
+    if cfg.get("num_latents"):
+        refuse_disagreement(files, "num_latents", cfg["num_latents"], WEIGHTS, num_latents)
+    elif cfg.get("expansion_factor"):
+        expanded = cfg["expansion_factor"] * hidden_size
+        refuse_disagreement(files, "expansion_factor x d_in", expanded, WEIGHTS, num_latents)
+
+
+def _folder(files: Files) -> PurePosixPath:
+    """The checkpoint's folder, absolute where it is on this machine, as the path in its repo elsewhere."""
+    if files.is_local:
+        return PurePosixPath((Path(files.source) / files.subfolder).resolve().as_posix())
+    return PurePosixPath(files.subfolder)
+
+
+def _site(files: Files, notes: list[str]) -> str | None:
+    """The hookpoint: sparsify names the folder after it, and a folder inside after the seed where there are many."""
+    folder = _folder(files)
+    name = folder.parent.name if _SEED.fullmatch(folder.name) else folder.name
+    if _HOOKPOINT.fullmatch(name):
+        return f"{name}:output"
+    notes.append(
+        f"The folder's name {name!r} is no hookpoint such as layers.10, so the site is unknown; set config.site."
+    )
+    return None
+
+
+def _run_config(files: Files) -> dict[str, Any]:
+    """What the run's root says, where it is within reach: the language model and the context length."""
+    folder = _folder(files)
+    up = 2 if _SEED.fullmatch(folder.name) else 1
+    if files.is_local:
+        root = folder.parents[up - 1] if len(folder.parents) >= up else folder
+        run_files = replace(files, source=str(root), subfolder="")
+        # The folder above may be anything, a home folder say: look for one file, do not list all.
+        present = (Path(root) / "config.json").is_file()
+    elif len(folder.parts) >= up:
+        run_files = replace(files, subfolder="/".join(folder.parts[:-up]))
+        present = "config.json" in run_files.names
+    else:
+        return {}
+    run = read_json(run_files, "config.json") if present else {}
+    return run if "sae" in run else {}
+
+
+def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
+    """Write what `sparsify.SparseCoder.load_from_disk` reads, into a new folder, whole or not at all.
+
+    sparsify can only rank, so only SAEs with `activation="topk"` can be written; one that goes by threshold at
+    inference here goes by rank there, and a warning says so. Raises `ValueError` for others, `FileExistsError` where
+    something is there.
+    """
+    config = sae.config
+    if config.activation != "topk":
+        raise ValueError(
+            f"sparsify has only TopK SAEs, which keep the k largest of each token, and this one has "
+            f"activation={config.activation!r}, which keeps what exceeds a threshold. Export it to SAELens "
+            "(to_saelens), whose JumpReLU form says the same."
+        )
+    tensors = {theirs: _tensor(sae, ours) for ours, theirs in TENSORS.items()}
+    if not config.apply_b_dec_to_input:
+        # sparsify always subtracts b_dec before encoding; its encoder bias then has to add it back.
+        shift = tensors["encoder.weight"].double() @ tensors["b_dec"].double()
+        tensors["encoder.bias"] = (tensors["encoder.bias"].double() + shift).to(tensors["encoder.bias"].dtype)
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, config.num_latents // config.hidden_size),
+        "normalize_decoder": False,
+        "num_latents": config.num_latents,
+        "k": round(config.k),
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": config.hidden_size,
+        "prefix_sizes": list(config.prefix_sizes),
+    }
+    if config.inference != "topk":
+        logger.warning(
+            "%s: this SAE keeps what exceeds its threshold; sparsify will keep the %d largest of each token instead, "
+            "so latents near the threshold differ.",
+            folder,
+            round(config.k),
+        )
+    with written_whole(folder) as beside:
+        save_file(tensors, beside / WEIGHTS)
+        (beside / CONFIG).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+
+
+def _tensor(sae: MatryoshkaSAE, name: str) -> Tensor:
+    with torch.no_grad():
+        return sae.get_parameter(name).detach().cpu().contiguous().clone()

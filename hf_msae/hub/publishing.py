@@ -1,0 +1,341 @@
+"""Pushing: one SAE or a run's folder goes to the Hub with its code, its numbers, a card and the index, in one commit.
+
+A commit is whole or absent, so a push that fails leaves the repo as it was. Card and index depend on what the repo
+holds; the commit therefore names the commit that they were made for as its parent, and is made again where somebody
+else's came first.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
+
+from hf_msae.hub.card import CardFacts, render_collection_card, render_collection_part, render_model_card
+from hf_msae.hub.card_parts import CardError, has_marks, merge_cards
+from hf_msae.hub.curves import NAME as CURVES_NAME
+from hf_msae.hub.index import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SAEEntry,
+    find_entries,
+    format_index,
+    make_entry,
+    model_type,
+)
+from hf_msae.hub.results import CARD_NAME, GENERATED, METRICS_NAME, Result, grid_folders, read_result, save_quietly
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 6
+# As long as huggingface_hub itself waits between its own attempts.
+MAX_WAIT_S = 8
+PASSING = (408, 429, 500, 502, 503, 504)
+CONFLICTS = (409, 412)
+
+
+class PublishError(ValueError):
+    """A push that the Hub, or what is to be pushed, does not allow."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a push goes."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    create_pr: bool
+
+
+def push(
+    sae: MatryoshkaSAE,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Publish an SAE, as `MatryoshkaSAE.push_to_hub` documents; returns the address of the commit, or of the pull
+    request.
+
+    Where the SAE was loaded from the folder of a training run, the run's numbers come along.
+
+    Raises `PublishError`, a `ValueError`, in words: no token or none that may write, a bad id, a repo that is public
+    although `private` was asked for or that holds something else, a Hub that cannot be reached.
+    """
+    api = _checked_api(repo_id, token)
+    with tempfile.TemporaryDirectory() as draft:
+        save_quietly(sae, Path(draft))
+        origin = Path(sae.config.name_or_path) if sae.config.name_or_path else None
+        result = read_result(Path(draft), beside=origin if origin is not None and origin.is_dir() else None)
+        if result.config.converted_from and origin is not None and not origin.exists():
+            result = replace(result, origin=str(origin))
+        results = {_clean(subfolder): result}
+        return _push(api, repo_id, results, {}, private, revision, create_pr, commit_message)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Publish what a training run or `save_pretrained` left in a folder: one SAE, or a grid with a folder for each,
+    whose names become subfolders of the repo. Checkpoints and trackers stay at home.
+
+    Raises `PublishError` as `push` does, and `NoSAEError` where the folder holds no SAE.
+    """
+    api = _checked_api(repo_id, token)
+    folder, at = Path(folder), _clean(subfolder)
+    if not folder.is_dir():
+        raise PublishError(f"There is no folder {folder} to push.")
+    found = {"/".join(filter(None, (at, name))): read_result(path) for name, path in grid_folders(folder).items()}
+    shared = {}
+    if found.keys() != {at} and (folder / METRICS_NAME).is_file():
+        shared["/".join(filter(None, (at, METRICS_NAME)))] = folder / METRICS_NAME
+    return _push(api, repo_id, found, shared, private, revision, create_pr, commit_message)
+
+
+# Checks
+
+
+def _checked_api(repo_id: str, token: str | bool | None) -> HfApi:
+    """Refuses what cannot work before anything is read or sent."""
+    if repo_id.startswith(("datasets/", "spaces/", "http://", "https://")):
+        raise PublishError(f"SAEs go to model repos; give owner/name rather than {repo_id!r}.")
+    if token is False or (not isinstance(token, str) and get_token() is None):
+        raise PublishError(
+            "A push needs a token that may write: run `hf auth login`, set HF_TOKEN, or give token=. Tokens are made "
+            "at https://huggingface.co/settings/tokens."
+        )
+    return HfApi(token=token, library_name="hf_msae")
+
+
+def _clean(subfolder: str | None) -> str:
+    parts = [part for part in (subfolder or "").split("/") if part]
+    if any(part.startswith(".") for part in parts):
+        raise PublishError(f"The subfolder {subfolder!r} must be a path below the repo's root, such as layers.12/16k.")
+    return "/".join(parts)
+
+
+# The push
+
+
+def _push(
+    api: HfApi,
+    repo_id: str,
+    results: Mapping[str, Result],
+    shared: Mapping[str, Path],
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+) -> str:
+    """Push the SAEs of some subfolders (`results`) and other files by their paths in the repo; what passes by itself
+    is tried again.
+    """
+    message = commit_message or f"Upload {'a Matryoshka SAE' if len(results) == 1 else f'{len(results)} SAEs'}"
+    weights = _additions(results, shared)
+    for attempt in range(ATTEMPTS):
+        try:
+            place = _prepared(api, repo_id, private, revision, create_pr)
+            return _commit(place, results, weights, message)
+        except HFValidationError as error:
+            raise PublishError(f"{repo_id!r} is not the id of a Hub repo (owner/name): {error}") from error
+        except CardError as error:
+            raise PublishError(f"{repo_id}: {error}") from error
+        except (HTTPError, RuntimeError) as failure:
+            cause = _http_error(failure)
+            status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+            passing = status is None or status in (*PASSING, *CONFLICTS)
+            if not passing or attempt == ATTEMPTS - 1:
+                raise PublishError(_in_words(cause, status, repo_id, revision, api.endpoint)) from failure
+            wait = 0 if status in CONFLICTS else min(2**attempt, MAX_WAIT_S)
+            logger.warning("%s: %s. Trying again in %d s.", repo_id, _last_line(cause), wait)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _prepared(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> Place:
+    """The repo, made if it is not there, and the branch."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise PublishError(
+            f"{repo_id} exists and is public, but private was asked for. Make it private in its settings on the Hub, "
+            "or push to another repo."
+        )
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return Place(api, repo_id, revision, create_pr)
+
+
+def _commit(place: Place, results: Mapping[str, Result], weights: Sequence[CommitOperationAdd], message: str) -> str:
+    """One commit on the repo as it is now."""
+    api, repo_id = place.api, place.repo_id
+    info = api.model_info(repo_id, revision=place.revision)
+    there = {file.rfilename for file in info.siblings or ()}
+    before = find_entries(repo_id, revision=info.sha, token=api.token) if _has_saes(there) else []
+    before = [entry for entry in before if _path(entry.subfolder, CONFIG_NAME) in there]
+    _refuse_mixture(place, results, before, there, info.sha)
+    entries = [entry for entry in before if entry.subfolder not in results]
+    entries += [make_entry(subfolder, result.config) for subfolder, result in results.items()]
+    texts = {
+        path: _merged(place, path, text, local, there, info.sha)
+        for path, (text, local) in _cards(place.repo_id, results, entries).items()
+    }
+    if any(entry.subfolder for entry in entries):
+        texts[INDEX_NAME] = format_index(entries)
+    generated = [CommitOperationAdd(path, text.encode()) for path, text in texts.items() if text is not None]
+    written = {operation.path_in_repo for operation in weights}
+    stale = sorted({_path(sub, name) for sub in results for name in GENERATED} & there - written)
+    commit = api.create_commit(
+        repo_id,
+        [*weights, *generated, *map(CommitOperationDelete, stale)],
+        commit_message=message,
+        revision=place.revision,
+        create_pr=place.create_pr,
+        parent_commit=info.sha,
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def _has_saes(there: set[str]) -> bool:
+    return any(path.split("/")[-1] in (CONFIG_NAME, INDEX_NAME) for path in there)
+
+
+def _path(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
+def _refuse_mixture(
+    place: Place, results: Mapping[str, Result], before: Sequence[SAEEntry], there: set[str], sha: str | None
+) -> None:
+    """Raises `PublishError` where a push would overwrite another kind of model, or mix up a collection's root."""
+    known = {entry.subfolder for entry in before}
+    for subfolder in results.keys() - known:
+        path = _path(subfolder, CONFIG_NAME)
+        if path in there:
+            found = model_type(Path(place.api.hf_hub_download(place.repo_id, path, revision=sha)))
+            if found != MatryoshkaSAEConfig.model_type:
+                raise PublishError(
+                    f"{path} in {place.repo_id} is that of another model (model_type {found!r}), which the push would "
+                    "overwrite. Give another repo, or a subfolder."
+                )
+    if "" in results and known - {""} and "" not in known:
+        raise PublishError(
+            f"{place.repo_id} holds SAEs in folders ({', '.join(sorted(known))}); give a subfolder for this one, too."
+        )
+
+
+def _additions(results: Mapping[str, Result], shared: Mapping[str, Path]) -> list[CommitOperationAdd]:
+    """The files that do not depend on what the repo holds. They are kept over all attempts, so that what was uploaded
+    once is not uploaded again.
+    """
+    files: dict[str, Path | bytes] = dict(shared)
+    for subfolder, result in results.items():
+        files |= {_path(subfolder, name): content for name, content in result.files.items()}
+        # transformers looks for code only at the root of a repo, and a downloaded folder has to load by itself.
+        files |= {name: content for name, content in result.files.items() if name.endswith(".py")}
+    return [CommitOperationAdd(path, content) for path, content in files.items()]
+
+
+# Cards
+
+
+def _cards(
+    repo_id: str, results: Mapping[str, Result], entries: Sequence[SAEEntry]
+) -> dict[str, tuple[str, str | None]]:
+    """Fresh cards by their paths, each with the one that lies beside the SAE on this machine."""
+    in_folders = sorted((entry for entry in entries if entry.subfolder), key=lambda entry: entry.subfolder)
+    cards: dict[str, tuple[str, str | None]] = {}
+    for subfolder, result in results.items():
+        facts = CardFacts(
+            result.config,
+            repo_id,
+            subfolder,
+            result.measurement,
+            result.training,
+            result.arguments,
+            result.versions,
+            result.latent,
+            CURVES_NAME in result.files,
+            result.origin,
+            () if subfolder else in_folders,
+        )
+        cards[_path(subfolder, CARD_NAME)] = (render_model_card(facts), result.card)
+    if CARD_NAME not in cards:
+        has_root = any(not entry.subfolder for entry in entries)
+        render = render_collection_part if has_root else render_collection_card
+        cards[CARD_NAME] = (render(in_folders, repo_id), None)
+    return cards
+
+
+def _merged(place: Place, path: str, fresh: str, local: str | None, there: set[str], sha: str | None) -> str | None:
+    """A card with what people wrote into the one on the Hub, or else into the one on this machine; None where the one
+    on the Hub needs no change.
+    """
+    if path not in there:
+        return fresh if local is None else merge_cards(local, fresh)
+    existing = Path(place.api.hf_hub_download(place.repo_id, path, revision=sha)).read_bytes().decode()
+    merged = merge_cards(existing, fresh)
+    if merged != existing:
+        return merged
+    if not has_marks(existing):
+        logger.warning("%s of %s was written by somebody and has no marks of ours, so it stays.", path, place.repo_id)
+    return None
+
+
+# Refusals
+
+
+def _http_error(error: Exception) -> HTTPError:
+    """What went wrong with the Hub; of a large file that was not uploaded, huggingface_hub tells it as the cause."""
+    cause = error if isinstance(error, HTTPError) else error.__cause__
+    if not isinstance(cause, HTTPError):
+        raise error
+    return cause
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _in_words(error: Exception, status: int | None, repo_id: str, revision: str | None, endpoint: str) -> str:
+    if status == 401:
+        return (
+            f"The Hub does not take this token, or it does not see {repo_id}: log in again (`hf auth login`), or give "
+            f"another token. ({_last_line(error)})"
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {repo_id}. Make one with the role `write` at "
+            "https://huggingface.co/settings/tokens, push under your own name, or give create_pr=True. "
+            f"({_last_line(error)})"
+        )
+    if isinstance(error, NoRevisionError):
+        return f"{repo_id} has no revision {revision!r}."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repo {repo_id} that this token sees. ({_last_line(error)})"
+    if status is None or status in PASSING:
+        return (
+            f"The push to {repo_id} did not get through to {endpoint} in {ATTEMPTS} attempts: {_last_line(error)}. A "
+            "commit is whole or absent; push again, and what was uploaded already is not sent twice."
+        )
+    if status in CONFLICTS:
+        return f"Others kept committing to {repo_id} during {ATTEMPTS} attempts; push again. ({_last_line(error)})"
+    return f"The Hub refused the push to {repo_id}: {error}"

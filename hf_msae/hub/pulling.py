@@ -1,0 +1,123 @@
+"""Fetching SAEs from the Hub into a folder from which they load like any other."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+
+from hf_msae.hub.card import write_model_card
+from hf_msae.hub.formats.common import written_whole
+from hf_msae.hub.index import INDEX_NAME, NoSAEError, SAEEntry, choose, find_entries, format_index, list_saes
+from hf_msae.hub.results import CARD_NAME, WEIGHTS_NAME, read_result, save_quietly
+from hf_msae.modeling import MatryoshkaSAE
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """One SAE that was fetched: where it lies, how many latents of how many, and bytes of its weights here and on the
+    Hub.
+    """
+
+    entry: SAEEntry
+    folder: Path
+    num_latents: int
+    num_bytes: int
+    num_bytes_on_hub: int
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path,
+    *,
+    subfolder: str | None = None,
+    sites: Sequence[str] | None = None,
+    prefix: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> list[Pulled]:
+    """Fetch a repo's SAEs, or some of them, into a new folder, which appears when everything is there.
+
+    An SAE chosen by `subfolder` becomes the folder itself; otherwise each keeps its folder. With `prefix`, only the
+    first latents of each are fetched, and a card is written for what then is a smaller SAE.
+
+    Raises `NoSAEError` for a repo, revision, subfolder or site that is not there, `ValueError` for a prefix that is no
+    prefix of one of them, and `FileExistsError` where the folder exists and is not empty.
+    """
+    target = Path(folder)
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    entries = _chosen(repo_id, subfolder, sites, hub)
+    too_small = [entry for entry in entries if prefix is not None and not 1 <= prefix <= entry.num_latents]
+    if too_small:
+        raise NoSAEError(
+            f"prefix must be from 1 to {too_small[0].num_latents}, the latents of the SAE in "
+            f"{too_small[0].subfolder or 'the root'} of {repo_id}; got {prefix}."
+        )
+    # An SAE asked for by its folder becomes the folder itself.
+    places = {entry.subfolder: "" if subfolder is not None else entry.subfolder for entry in entries}
+    with written_whole(target) as draft:
+        if prefix is None:
+            _fetch_files(repo_id, places, draft, hub)
+        else:
+            for entry in entries:
+                place = places[entry.subfolder]
+                _fetch_prefix(repo_id, entry.subfolder, prefix, draft / place, target / place, hub)
+        if any(places.values()):
+            (draft / INDEX_NAME).write_text(format_index(find_entries(draft)))
+    return [_pulled(repo_id, entry, target / places[entry.subfolder], prefix, hub) for entry in entries]
+
+
+def _chosen(repo_id: str, subfolder: str | None, sites: Sequence[str] | None, hub: dict[str, Any]) -> list[SAEEntry]:
+    entries = list_saes(repo_id, **hub)
+    if subfolder is not None:
+        there = ", ".join(entry.subfolder or "the root" for entry in entries)
+        entries = [entry for entry in entries if entry.subfolder == subfolder.strip("/")]
+        if not entries:
+            raise NoSAEError(f"{repo_id} has no SAE in {subfolder!r}; there are: {there}.")
+    return choose(entries, sites)
+
+
+def _fetch_files(repo_id: str, places: Mapping[str, str], draft: Path, hub: Mapping[str, Any]) -> None:
+    """All files of some SAEs, whose folders here are given by those in the repo; and the root's, where all keep
+    theirs.
+    """
+    revision = HfApi(token=hub["token"]).model_info(repo_id, revision=hub["revision"]).sha
+    names = HfApi(token=hub["token"]).list_repo_files(repo_id, revision=revision)
+    folders = {*places} | ({""} if all(place == sub for sub, place in places.items()) else set())
+    wanted = [name for name in names if _folder_of(name) in folders and name not in (".gitattributes", INDEX_NAME)]
+    snapshot = Path(snapshot_download(repo_id, revision=revision, token=hub["token"], allow_patterns=wanted))
+    for name in wanted:
+        here = draft / places.get(_folder_of(name), "") / PurePosixPath(name).name
+        here.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(snapshot / name, here)
+
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _fetch_prefix(
+    repo_id: str, subfolder: str, prefix: int, draft: Path, target: Path, hub: Mapping[str, Any]
+) -> None:
+    """The first latents of an SAE, saved as an SAE of its own with its card."""
+    sae = MatryoshkaSAE.from_pretrained(repo_id, subfolder=subfolder, prefix=prefix, **hub)
+    save_quietly(sae, draft)
+    result = read_result(draft)
+    write_model_card(
+        draft / CARD_NAME,
+        sae.config,
+        result.measurement,
+        {},
+        {},
+        source=str(target),
+        latent=result.latent,
+        prefix_of=f"{repo_id}/{subfolder}".rstrip("/"),
+    )
+
+
+def _pulled(repo_id: str, entry: SAEEntry, folder: Path, prefix: int | None, hub: Mapping[str, Any]) -> Pulled:
+    url = hf_hub_url(repo_id, WEIGHTS_NAME, subfolder=entry.subfolder or None, revision=hub["revision"])
+    on_hub = get_hf_file_metadata(url, token=hub["token"]).size or 0
+    return Pulled(entry, folder, prefix or entry.num_latents, (folder / WEIGHTS_NAME).stat().st_size, on_hub)

@@ -1,0 +1,1 @@
+"""Trees of ground-truth directions, sampled without a language model."""

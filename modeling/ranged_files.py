@@ -1,0 +1,190 @@
+# Copyright 2026 The hf_msae authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Parts of safetensors files, wherever they lie: what is where in one, and reading it over HTTP by ranges.
+
+All requests go through huggingface_hub's own session, so that proxies, certificates and offline mode hold here too.
+Its retries are used as they are, but for every kind of failure: which of them it tries again by itself differs between
+its versions, and the library below it, which names them, does so too.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import constants
+from huggingface_hub.utils import hf_raise_for_status, http_backoff, http_stream_backoff, tqdm
+from safetensors import SafetensorError, safe_open
+
+# A broken connection costs at most this many bytes twice; it is what huggingface_hub itself reads at a time.
+CHUNK = 10 * 1024 * 1024
+# Enough for the header of any checkpoint of ours, so that most are read by one request.
+FIRST_READ = 4096
+# What safetensors allows.
+MAX_HEADER = 100_000_000
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a safetensors file: its bytes are from `start` to `stop` of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def damaged(where: str, problem: str) -> ValueError:
+    """The error for a file that was cut short or is no safetensors file."""
+    return ValueError(
+        f"{where} is not a complete safetensors file: {problem}. Save or upload it again; if only the copy on this "
+        "machine is damaged, load with force_download=True."
+    )
+
+
+def read_places(read: Callable[[int, int], bytes], size: int, where: str) -> list[Place]:
+    """The tensors of a safetensors file of `size` bytes, in the order of the file; `read(start, stop)` gives bytes.
+
+    Raises `ValueError` where the header is damaged or describes a file of another size.
+    """
+    if size < 8:
+        raise damaged(where, f"it has {size} bytes, fewer than the 8 in which one begins")
+    end = 8 + int.from_bytes(read(0, 8), "little")
+    if end > min(size, MAX_HEADER):
+        raise damaged(where, f"its first 8 bytes announce a header up to byte {end:,}, and it has {size:,} bytes")
+    try:
+        header = json.loads(read(8, end))
+        places = [_place(name, entry, end) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged(where, f"its header cannot be read ({error})") from error
+    described = max((place.stop for place in places), default=end)
+    if described != size:
+        raise damaged(where, f"its header describes {described:,} bytes, and it has {size:,}")
+    return sorted(places, key=lambda place: place.start)
+
+
+def _place(name: str, entry: Any, data_start: int) -> Place:
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop:
+        raise ValueError(f"{name} lies from {start} to {stop}")
+    return Place(name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end and vanishes on failure: `path` is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.incomplete")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of `size` bytes at an address that honours ranges; `etag` names its content, and can name a folder."""
+
+    url: str
+    headers: dict[str, str]
+    etag: str
+    size: int
+    where: str
+
+    @classmethod
+    def find(cls, url: str, headers: dict[str, str], where: str) -> "RemoteFile | None":
+        """Ask for one byte, to learn the rest; None where the server ignores ranges.
+
+        Raises `EntryNotFoundError` and the other errors of huggingface_hub.
+        """
+        headers = {**headers, "Accept-Encoding": "identity"}
+        asking = {**headers, "Range": "bytes=0-0"}
+        # Streamed, so that a server that would send all of it is stopped in time.
+        with http_stream_backoff(
+            "GET", url, headers=asking, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=Exception
+        ) as response:
+            status = response.status_code
+        if status == 416:
+            raise damaged(where, "it is empty")
+        hf_raise_for_status(response)
+        total = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("Content-Range", ""))
+        # The Hub's name of the content is on its redirect; the storage behind has names of its own.
+        linked = [step.headers.get("X-Linked-Etag") for step in [*response.history, response]]
+        etag = next((name for name in linked if name), response.headers.get("ETag", ""))
+        etag = re.sub(r"[^\w-]", "", etag.removeprefix("W/"))
+        if status != 206 or total is None or not etag:
+            return None
+        return cls(url, headers, etag, int(total.group(1)), where)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Its bytes from `start` to `stop`; retried for half a minute.
+
+        Raises `OSError` where the server sends anything else.
+        """
+        asking = {**self.headers, "Range": f"bytes={start}-{stop - 1}"}
+        response = http_backoff(
+            "GET", self.url, headers=asking, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=Exception
+        )
+        hf_raise_for_status(response)
+        sent = (response.status_code, response.headers.get("Content-Range"), len(response.content))
+        right = (206, f"bytes {start}-{stop - 1}/{self.size}", stop - start)
+        if sent != right:
+            raise OSError(
+                f"Asked for {right[1]} of {self.where}, the server sent status {sent[0]}, Content-Range {sent[1]} and "
+                f"{sent[2]:,} bytes. Try again; if that does not help, load without prefix=."
+            )
+        return response.content
+
+    def read_places(self) -> list[Place]:
+        """As `read_places`, mostly by one request."""
+        head = self.read(0, min(FIRST_READ, self.size))
+
+        def read(start: int, stop: int) -> bytes:
+            return head[start:stop] if stop <= len(head) else self.read(start, stop)
+
+        return read_places(read, self.size, self.where)
+
+    def save(self, places: Sequence[Place], path: Path) -> None:
+        """Write a safetensors file of these tensors, or parts of tensors; a failure leaves nothing."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, dtype, shape, start, stop in places:
+            offsets = [offset, offset := offset + stop - start]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8, as safetensors aligns them
+        with written_whole(path) as partial:
+            with (
+                open(partial, "wb") as file,
+                tqdm(total=offset, unit="B", unit_scale=True, desc=path.name) as progress,
+            ):
+                file.write(len(encoded).to_bytes(8, "little") + encoded)
+                for place in places:
+                    for start in range(place.start, place.stop, CHUNK):
+                        progress.update(file.write(self.read(start, min(start + CHUNK, place.stop))))
+            try:
+                with safe_open(partial, framework="pt"):
+                    """Opening checks that shapes and sizes agree."""
+            except SafetensorError as error:
+                raise damaged(self.where, str(error)) from error
