@@ -6,7 +6,7 @@ code.
 
 from transformers import AutoConfig, AutoModel
 
-from hf_msae.hub import exchange
+from hf_msae.hub import SAEEntry, exchange, list_saes, load_saes
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 
 __version__ = "0.1.0"
@@ -18,4 +18,4 @@ MatryoshkaSAEConfig.register_for_auto_class()
 MatryoshkaSAE.register_for_auto_class("AutoModel")
 MatryoshkaSAE.exchange = exchange
 
-__all__ = ["MatryoshkaSAE", "MatryoshkaSAEConfig", "__version__"]
+__all__ = ["MatryoshkaSAE", "MatryoshkaSAEConfig", "SAEEntry", "__version__", "list_saes", "load_saes"]

@@ -48,7 +48,7 @@ class SharingMixin:
         commit_message: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Publish the SAE with its code and a model card, and return the address of the commit.
+        """Publish the SAE with its code and a model card; returns the address of the commit, or of the pull request.
 
         Several SAEs may share a repo, each in a `subfolder`; an index at the root lists them. What people wrote into
         an existing card stays. A branch `revision` that does not exist is made.
@@ -94,7 +94,7 @@ class SharingMixin:
         return cls._exchange().load_foreign(cls, source, "gemma_scope", prefix_sizes, **hub)
 
     def to_saelens(self, folder: str | Path) -> None:
-        """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads."""
+        """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads, into a new or empty folder."""
         self._exchange().write_foreign(self, folder, "saelens")
 
     def to_sparsify(self, folder: str | Path) -> None:

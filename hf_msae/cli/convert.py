@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from hf_msae.cli.parser import Collect, build_parser, parse, parse_int
+from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.hub.exchange import FORMATS, WRITABLE, load_foreign, write_foreign
 from hf_msae.modeling import MatryoshkaSAE
 
@@ -33,7 +33,7 @@ class ConvertArguments:
     format: str | None = field(
         default=None, metadata={"help": f"Form of SRC if not recognised: {', '.join(FORMATS)}."}
     )
-    prefix_sizes: list[str] = field(
+    prefix_sizes: list[int] = field(
         default_factory=list,
         metadata={"action": Collect, "help": "The nested sizes, where the files do not record them."},
     )
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _load(args: ConvertArguments) -> MatryoshkaSAE:
-    sizes = [parse_int(size) for size in args.prefix_sizes] or None
+    sizes = args.prefix_sizes or None
     hub = {"subfolder": args.subfolder, "revision": args.revision}
     if args.format is not None:
         sae = load_foreign(MatryoshkaSAE, args.src, args.format, sizes, **hub)

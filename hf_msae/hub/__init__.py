@@ -1,5 +1,8 @@
-"""The model card of an SAE."""
+"""Sharing SAEs: the model card, publishing and fetching, other libraries' checkpoints."""
 
-from hf_msae.hub.card import STORIES, render_model_card, write_model_card
+from hf_msae.hub.card import STORIES
+from hf_msae.hub.index import NoSAEError, SAEEntry, list_saes, load_saes
+from hf_msae.hub.publishing import PublishError, push_folder
+from hf_msae.hub.pulling import pull
 
-__all__ = ["STORIES", "render_model_card", "write_model_card"]
+__all__ = ["STORIES", "NoSAEError", "PublishError", "SAEEntry", "list_saes", "load_saes", "pull", "push_folder"]

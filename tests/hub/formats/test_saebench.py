@@ -175,6 +175,6 @@ def test_saebench_measures_what_the_model_computes() -> None:
     assert 1 < expected["l0"] < 19
     found = measured["sparsity"] | measured["shrinkage"]
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    # A broken reconstruction makes the language model's loss another than it is without.
+    # What random weights reconstruct must show in the language model's loss.
     performance = measured["model_performance_preservation"]
     assert abs(performance["ce_loss_with_sae"] - performance["ce_loss_without_sae"]) > 1e-3
