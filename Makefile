@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-develop
+PEERS_VENV := .venv-peers
+PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test quality format clean
+.PHONY: help install quickstart test peers quality format clean
 
 help:  ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,11 +24,23 @@ $(DEVELOP): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,interpreter]"
 	touch $(DEVELOP)
 
+$(PEERS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,peers]"
+	# Its pins are older than ours; what the tests run works without them.
+	$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps sae-bench==0.6.0 tabulate
+	# Comes along with them, often for another torch, and then breaks transformers; nothing here uses it.
+	$(PEERS_VENV)/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $(PEERS)
+
 quickstart: $(INSTALLED)  ## Train a Matryoshka SAE on the story model that ships with the package (2 minutes, offline)
 	$(BIN)/hf-msae train --output-dir runs/quickstart --overwrite-output-dir
 
 test: $(DEVELOP)  ## Run all tests
 	$(BIN)/python -m pytest
+
+peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
+	$(PEERS_VENV)/bin/python -m pytest tests/hub/formats
 
 quality: $(DEVELOP)  ## Lint, formatting, types, and transformers' rules for Hub code
 	$(BIN)/ruff check .
@@ -41,4 +55,4 @@ format: $(DEVELOP)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, runs and caches
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS_VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

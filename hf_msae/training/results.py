@@ -13,7 +13,7 @@ import transformers
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from hf_msae.hub import write_model_card
+from hf_msae.hub.card import choose_latent, write_model_card
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.training.arguments import SAETrainingArguments
@@ -121,7 +121,17 @@ def write_results(
     metrics = {**asdict(measurement), **extra, "versions": versions}
     _write_json(draft / METRICS_NAME, metrics)
     _write_json(draft / ARGUMENTS_NAME, args.to_dict())
-    write_model_card(draft / "README.md", sae.config, measurement, extra, versions)
+    latent = choose_latent(sae.max_activation, sae.firing_rate)
+    write_model_card(
+        draft / "README.md",
+        sae.config,
+        measurement,
+        extra,
+        versions,
+        source=str(folder),
+        latent=latent,
+        arguments=args.to_dict(),
+    )
     for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     draft.rmdir()

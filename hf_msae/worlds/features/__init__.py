@@ -1,1 +1,17 @@
-"""Trees of ground-truth directions, sampled without a language model."""
+"""Worlds without a language model: activations made of known features in a known hierarchy."""
+
+from hf_msae.worlds.features.sampling import FeatureWorld, Samples, make_directions
+from hf_msae.worlds.features.toys import TOYS, Toy
+from hf_msae.worlds.features.trees import Forest, Node, group, random_forest
+
+__all__ = [
+    "TOYS",
+    "FeatureWorld",
+    "Forest",
+    "Node",
+    "Samples",
+    "Toy",
+    "group",
+    "make_directions",
+    "random_forest",
+]
