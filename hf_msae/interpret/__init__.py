@@ -1,0 +1,1 @@
+"""What a latent means: contexts, effects on the output, the hierarchy between levels."""
