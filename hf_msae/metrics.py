@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, replace
+
+# What the language model is run with: as it is, ablated in two ways, or with the prefix of an SAE, (name, prefix).
+Key = tuple[str, int]
+CLEAN: Key = ("as it is", 0)
+ZERO: Key = ("zero", 0)
+MEAN: Key = ("mean", 0)
 
 
 class TokenBatch(TypedDict):
@@ -28,7 +34,12 @@ class TokenBatch(TypedDict):
 
 @dataclass
 class LevelMetrics:
-    """One prefix's numbers on held-out tokens."""
+    """One prefix's numbers on held-out tokens.
+
+    `nmse` is E‖x − x̂‖² / E‖x‖² (not centred: a large mean makes it look far better than 1 − FVE), `cosine` the mean
+    cosine of x and x̂, `norm_ratio` the mean of ‖x̂‖ / ‖x‖, and `kl` the divergence in nats per token of the model
+    with the reconstruction from the model as it is.
+    """
 
     prefix: int
     l0: float
@@ -37,6 +48,10 @@ class LevelMetrics:
     ce_recovered: float | None = None
     ce_recovered_mean: float | None = None
     ce_increase: float | None = None
+    nmse: float | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    kl: float | None = None
 
 
 @dataclass
@@ -45,7 +60,7 @@ class Measurement:
 
     `ce_*` are cross-entropies in nats per token: of the model as it is, with the site set to zero, and set to the mean
     activation. `ce_recovered` of a level compares with zero, `ce_recovered_mean` with the mean, which is the harder
-    test.
+    test. `kl_zero` and `kl_mean` are the divergences that these two ablations cause.
     """
 
     levels: list[LevelMetrics]
@@ -54,6 +69,8 @@ class Measurement:
     ce_clean: float | None = None
     ce_zero: float | None = None
     ce_mean: float | None = None
+    kl_zero: float | None = None
+    kl_mean: float | None = None
 
 
 @dataclass
@@ -70,6 +87,8 @@ class ReconstructionMeter:
             "x": (config.hidden_size,),
             "x_squared": (),
             "errors": (config.num_levels,),
+            "cosines": (config.num_levels,),
+            "norm_ratios": (config.num_levels,),
             "fired": (config.num_latents,),
         }
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
@@ -84,8 +103,13 @@ class ReconstructionMeter:
         doubles = x.double()
         self.sums["x"] += doubles.sum(0)
         self.sums["x_squared"] += doubles.pow(2).sum()
+        norms = doubles.norm(dim=-1).clamp_min(1e-30)
         for level, reconstruction in enumerate(self.sae.decode_levels(latents)):
             self.sums["errors"][level] += (doubles - reconstruction).pow(2).sum()
+            sizes = reconstruction.double().norm(dim=-1)
+            products = (doubles * reconstruction).sum(-1)
+            self.sums["cosines"][level] += (products / (norms * sizes.clamp_min(1e-30))).sum()
+            self.sums["norm_ratios"][level] += (sizes / norms).sum()
         self.sums["fired"] += (latents > 0).sum(0)
         self.max_activation = torch.maximum(self.max_activation, latents.max(0).values.float())
 
@@ -100,9 +124,10 @@ class ReconstructionMeter:
         return self.sums["fired"] / self.num_tokens
 
     def levels(self) -> list[LevelMetrics]:
-        """L0, FVE and the share of dead latents of every prefix."""
+        """What of every prefix can be told without the language model."""
         total = self.sums["x_squared"] - self.num_tokens * self.mean.pow(2).sum()
         fve = 1 - self.sums["errors"] / total
+        nmse = self.sums["errors"] / self.sums["x_squared"]
         rate = self.firing_rate
         return [
             LevelMetrics(
@@ -110,6 +135,9 @@ class ReconstructionMeter:
                 l0=rate[:prefix].sum().item(),
                 fve=fve[level].item(),
                 dead=(rate[:prefix] == 0).double().mean().item(),
+                nmse=nmse[level].item(),
+                cosine=(self.sums["cosines"][level] / self.num_tokens).item(),
+                norm_ratio=(self.sums["norm_ratios"][level] / self.num_tokens).item(),
             )
             for level, prefix in enumerate(self.sae.config.prefix_sizes)
         ]
@@ -152,30 +180,68 @@ class _Splice:
             return self.model(**self.inputs).logits
 
 
-def _cross_entropy(logits: Tensor, input_ids: Tensor, counted: Tensor) -> Tensor:
-    """Summed cross-entropy (scalar float64) of the counted positions' next tokens; counted is (batch, sequence -
-    1).
-    """
-    picked = logits[:, :-1][counted].float()
-    return nn.functional.cross_entropy(picked, input_ids[:, 1:][counted], reduction="none").double().sum()
+class _Sums:
+    """Summed cross-entropy and divergence from the clean model of the counted positions' next tokens, by name."""
+
+    # Logits of many tokens over a large vocabulary fill gigabytes; they are compared this many tokens at a time.
+    CHUNK = 1024
+
+    def __init__(self, names: Iterable[Key]) -> None:
+        self.names = list(names)
+        self.cross_entropy = dict.fromkeys(self.names, 0.0)
+        self.divergence = dict.fromkeys(self.names, 0.0)
+        self.count = 0
+
+    def add(self, name: Key, logits: Tensor, clean: Tensor, input_ids: Tensor, counted: Tensor) -> None:
+        """Take in logits (batch, sequence, vocabulary) of a model, and of the clean one; counted is (batch, sequence -
+        1).
+        """
+        targets = input_ids[:, 1:][counted]
+        parts = (logits[:, :-1][counted], clean[:, :-1][counted], targets)
+        for some, clean_some, wanted in zip(*(part.split(self.CHUNK) for part in parts), strict=True):
+            log_p = clean_some.float().log_softmax(-1)
+            log_q = log_p if logits is clean else some.float().log_softmax(-1)
+            self.cross_entropy[name] -= log_q.gather(-1, wanted[:, None]).double().sum().item()
+            if logits is not clean:
+                self.divergence[name] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().item()
+
+    def means(self) -> tuple[dict[Key, float], dict[Key, float]]:
+        """Both sums per token. Raises `ValueError` where no token was counted."""
+        if self.count == 0:
+            raise ValueError("Cross-entropy needs windows with at least two tokens that are not special; got none.")
+        return (
+            {name: total / self.count for name, total in self.cross_entropy.items()},
+            {name: total / self.count for name, total in self.divergence.items()},
+        )
 
 
-@torch.inference_mode()
 def measure_cross_entropy(
     model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, mean: Tensor, batches: Iterable[TokenBatch]
 ) -> Measurement:
+    """[`measure_cross_entropies`] of a single SAE."""
+    return measure_cross_entropies(model, site, {"": sae}, mean, batches)[""]
+
+
+@torch.inference_mode()
+def measure_cross_entropies(
+    model: PreTrainedModel,
+    site: Site,
+    saes: Mapping[str, MatryoshkaSAE],
+    mean: Tensor,
+    batches: Iterable[TokenBatch],
+) -> dict[str, Measurement]:
     """Cross-entropy of the language model with the site replaced by each prefix's reconstruction, by zero, and by the
-    mean.
+    mean, and how far its predictions then are from those of the model as it is.
 
     Args:
+        saes: SAEs of this site, by name; the model as it is and its ablations are run once for all of them.
         mean: mean activation, (hidden_size,).
         batches: collated windows, with `input_ids`, `attention_mask` (or None) and `keep`, each (batch, sequence).
             A position counts where it was replaced and its next token is not special.
-    Returns a [`Measurement`] whose levels hold only the numbers measured here.
+    Returns for each SAE a [`Measurement`] whose levels hold only the numbers measured here.
     """
-    prefixes = sae.config.prefix_sizes
-    sums: dict[str | int, float] = dict.fromkeys(["clean", "zero", "mean", *prefixes], 0.0)
-    count = 0
+    levels = [(name, prefix) for name, sae in saes.items() for prefix in sae.config.prefix_sizes]
+    sums = _Sums([CLEAN, ZERO, MEAN, *levels])
     for batch in batches:
         keep = batch["keep"]
         inputs = {"input_ids": batch["input_ids"]}
@@ -183,38 +249,47 @@ def measure_cross_entropy(
             inputs["attention_mask"] = batch["attention_mask"]
         counted = keep[:, :-1] & keep[:, 1:]
         splice = _Splice(model, site, inputs)
-        clean_logits, hidden = splice.clean()
+        clean, hidden = splice.clean()
+        sums.add(CLEAN, clean, clean, batch["input_ids"], counted)
         where = keep.to(hidden.device).unsqueeze(-1)
+        for name, replacement in _replacements(saes, hidden, mean):
+            logits = splice.logits(torch.where(where, replacement.to(hidden), hidden))
+            sums.add(name, logits, clean, batch["input_ids"], counted)
+        sums.count += int(counted.sum())
+    ce, kl = sums.means()
+    return {name: _functional_measurement(name, sae, ce, kl, sums.count) for name, sae in saes.items()}
+
+
+def _replacements(saes: Mapping[str, MatryoshkaSAE], hidden: Tensor, mean: Tensor) -> Iterator[tuple[Key, Tensor]]:
+    yield ZERO, torch.zeros_like(hidden)
+    yield MEAN, mean.to(hidden).expand_as(hidden)
+    for name, sae in saes.items():
         latents = sae.encode(hidden.to(sae.device))
-        replaced = {"zero": torch.zeros_like(hidden), "mean": mean.to(hidden).expand_as(hidden)}
-        sums["clean"] += _cross_entropy(clean_logits, inputs["input_ids"], counted).item()
-        for name, reconstruction in _with_levels(replaced, sae, latents):
-            values = torch.where(where, reconstruction.to(hidden), hidden)
-            sums[name] += _cross_entropy(splice.logits(values), inputs["input_ids"], counted).item()
-        count += int(counted.sum())
-    if count == 0:
-        raise ValueError("Cross-entropy needs windows with at least two tokens that are not special; got none.")
-    ce = {name: total / count for name, total in sums.items()}
+        for prefix, reconstruction in zip(sae.config.prefix_sizes, sae.decode_levels(latents), strict=True):
+            yield (name, prefix), reconstruction
+
+
+def _functional_measurement(
+    name: str, sae: MatryoshkaSAE, ce: Mapping[Key, float], kl: Mapping[Key, float], count: int
+) -> Measurement:
+    def recovered(ablated: float, level: float) -> float | None:
+        # An ablation that changes nothing leaves nothing to recover.
+        return (ablated - level) / (ablated - ce[CLEAN]) if ablated != ce[CLEAN] else None
+
     levels = [
         LevelMetrics(
             prefix=prefix,
             l0=float("nan"),
             fve=float("nan"),
             dead=float("nan"),
-            ce_recovered=(ce["zero"] - ce[prefix]) / (ce["zero"] - ce["clean"]),
-            ce_recovered_mean=(ce["mean"] - ce[prefix]) / (ce["mean"] - ce["clean"]),
-            ce_increase=ce[prefix] - ce["clean"],
+            ce_recovered=recovered(ce[ZERO], ce[name, prefix]),
+            ce_recovered_mean=recovered(ce[MEAN], ce[name, prefix]),
+            ce_increase=ce[name, prefix] - ce[CLEAN],
+            kl=kl[name, prefix],
         )
-        for prefix in prefixes
+        for prefix in sae.config.prefix_sizes
     ]
-    return Measurement(levels, 0, count, ce["clean"], ce["zero"], ce["mean"])
-
-
-def _with_levels(
-    replaced: dict[str, Tensor], sae: MatryoshkaSAE, latents: Tensor
-) -> Iterator[tuple[str | int, Tensor]]:
-    yield from replaced.items()
-    yield from zip(sae.config.prefix_sizes, sae.decode_levels(latents), strict=True)
+    return Measurement(levels, 0, count, ce[CLEAN], ce[ZERO], ce[MEAN], kl[ZERO], kl[MEAN])
 
 
 def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Measurement:
@@ -226,6 +301,7 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
         level.ce_recovered = other.ce_recovered
         level.ce_recovered_mean = other.ce_recovered_mean
         level.ce_increase = other.ce_increase
+        level.kl = other.kl
     return Measurement(
         levels,
         meter.num_tokens,
@@ -233,6 +309,8 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
         cross_entropy.ce_clean,
         cross_entropy.ce_zero,
         cross_entropy.ce_mean,
+        cross_entropy.kl_zero,
+        cross_entropy.kl_mean,
     )
 
 

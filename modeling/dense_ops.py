@@ -26,6 +26,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .selection import ALONE, Ranks, among_largest, sum_over
+
 # Latent activations are binned by the upper bits of their float32 pattern: for positive numbers the pattern grows with
 # the value, so 20 of the 31 bits make a histogram with a relative resolution of 1/4096 over all magnitudes.
 HISTOGRAM_SHIFT = 11
@@ -95,30 +97,38 @@ def decode(latents: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 
 def decode_levels(
-    latents: Tensor, W_dec: Tensor, b_dec: Tensor, prefix_sizes: Sequence[int], detach: bool = False
+    latents: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    prefix_sizes: Sequence[int],
+    detach: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Tensor]:
     """Each prefix's reconstruction, (B, d), from the smallest to the whole dictionary.
 
     Every group of latents is decoded once and added to the sum of the groups before it, so all levels together cost
-    one decode. With `detach`, a level's gradient reaches only the latents that the level adds.
+    one decode. With `detach`, a level's gradient reaches only the latents that the level adds. With `ranks`, other
+    processes have other latents of the same dictionary, and a size may be zero here.
     """
     reconstruction = b_dec.expand(latents.shape[0], -1)
-    for low, high in pairwise([0, *prefix_sizes]):
-        before = reconstruction.detach() if detach and low else reconstruction
+    for level, (low, high) in enumerate(pairwise([0, *prefix_sizes])):
+        before = reconstruction.detach() if detach and level else reconstruction
         # Under autocast the product is of half precision, and the sum stays what it was.
-        reconstruction = before + latents[:, low:high] @ W_dec[low:high]
+        reconstruction = before + sum_over(latents[:, low:high] @ W_dec[low:high], ranks)
         yield reconstruction
 
 
-def decode_dead(residual: Tensor, pre: Tensor, W_dec: Tensor, k: int) -> Tensor:
+def decode_dead(residual: Tensor, pre: Tensor, W_dec: Tensor, k: int, ranks: Ranks = ALONE) -> Tensor:
     """Mean squared error (scalar) of the residual (B, d) decoded from each token's k strongest dead latents.
 
     `pre` (B, n) and `W_dec` (n, d) are those of the n dead latents. The residual takes no gradient (arXiv:2406.04093,
-    A.2).
+    A.2). With `ranks`, other processes have other dead latents of the same tokens.
     """
     values, order = pre.topk(min(k, pre.shape[-1]), dim=-1, sorted=False)
+    if ranks.size > 1:
+        values = values * among_largest(values.detach(), k, ranks)
     latents = torch.zeros_like(pre).scatter(-1, order, torch.relu(values))
-    return (residual.detach() - latents @ W_dec).pow(2).sum(-1).mean()
+    return (residual.detach() - sum_over(latents @ W_dec, ranks)).pow(2).sum(-1).mean()
 
 
 def activation_histogram(values: Tensor) -> Tensor:

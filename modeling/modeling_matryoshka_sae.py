@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .dense_ops import (
+    HISTOGRAM_BINS,
     JumpReLU,
     activation_histogram,
     count_above,
@@ -52,6 +53,7 @@ from .dense_ops import (
     select_topk,
 )
 from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
+from .selection import ALONE, Ranks, sum_over
 from .sharing import SharingMixin
 from .sparse_ops import (
     ActiveLatents,
@@ -101,6 +103,25 @@ class MatryoshkaSAEOutput(ModelOutput):
     active: ActiveLatents | None = None
 
 
+class Share(NamedTuple):
+    """What one part of a batch (a micro-batch, or what one process has) must know of the whole batch.
+
+    The active latents of its tokens (None: it selects by itself), as selected from the whole batch; the whole batch's
+    mean number of active latents per token (scalar) and mean squared error of every level (G,), where the loss is not
+    linear in them: for `jumprelu`, and with `log_loss`. With them, the mean of the parts' gradients is the gradient of
+    the whole.
+    """
+
+    active: ActiveLatents | None = None
+    l0: Tensor | None = None
+    level_errors: Tensor | None = None
+
+
+def _of_whole(part: Tensor, whole: Tensor | None) -> Tensor:
+    """The value of the whole batch with the gradient of this part; the part itself where there is no more."""
+    return part if whole is None else part + (whole - part).detach()
+
+
 # trf-ignore: TRF057 (as above)
 class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
     config: MatryoshkaSAEConfig
@@ -135,6 +156,9 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
 
     # Set by a trainer on the CPU, where fresh memory for gradients costs as much as the gradients.
     gradient_memory: GradientMemory | None = None
+    # Set by a trainer whose processes each hold some of the latents: the others, and the first latent that is here.
+    ranks: Ranks = ALONE
+    first_latent: int = 0
 
     def __init__(self, config: MatryoshkaSAEConfig):
         super().__init__(config)
@@ -155,9 +179,8 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         """Pre-activations (..., prefix) of activations (..., hidden_size)."""
         x = self._flat(hidden_states)
         m = self._checked_prefix(prefix)
-        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        pre = pre_activations(x, self.W_enc[:m], self.b_enc[:m], b_dec)
-        return pre.view(*hidden_states.shape[:-1], m)
+        pre = pre_activations(x, self.W_enc[:m], self.b_enc[:m], self._subtracted_bias())
+        return pre.view(*hidden_states.shape[:-1], pre.shape[-1])
 
     def encode(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
         """Latent activations (..., num_latents), or (..., prefix), of activations (..., hidden_size); zero where
@@ -207,6 +230,7 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         k: float | None = None,
         sparsity_weight: Tensor | float | None = None,
         return_latents: bool = True,
+        share: Share | None = None,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations (..., hidden_size) at every level and give the loss.
 
@@ -218,6 +242,7 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
             k: active latents per token of this step in place of `config.k` (annealing).
             sparsity_weight: weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
             return_latents: whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
+            share: where these activations are a part of a batch only, what it must know of the whole (see `select`).
         """
         x = self._flat(hidden_states)
         if variance is None:
@@ -225,20 +250,25 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         k = self.config.k if k is None else k
         sizes, weights = self._levels_of_step(prefix_sizes)
         # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
-        active = self._select(x, k, variance) if self.training or not torch.is_grad_enabled() else None
+        share = share or Share()
+        active = share.active
+        if active is None and (self.training or not torch.is_grad_enabled()):
+            active = self._select(x, k, variance)
         latents: Tensor | None
         if active is None:
-            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance)
+            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance, share)
         else:
-            errors, reconstruction, active, sparsity_loss = self._sparse_errors(x, active, k, sizes, variance)
+            errors, reconstruction, active, sparsity_loss = self._sparse_errors(x, active, k, sizes, variance, share)
             latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
         level_losses = errors / variance
-        losses = level_losses.log() if self.config.log_loss else level_losses
+        losses = level_losses
+        if self.config.log_loss:
+            losses = (_of_whole(errors, share.level_errors) / variance).log()
         sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
         loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
 
         aux_loss = loss.new_zeros(())
-        if dead_latents is not None and self.config.aux_loss_weight and dead_latents.any():
+        if dead_latents is not None and self.config.aux_loss_weight and self.ranks.total(int(dead_latents.any())):
             aux_loss = self._dead_error(x, x - reconstruction, dead_latents) / variance
             loss = loss + self.config.aux_loss_weight * aux_loss
         return MatryoshkaSAEOutput(
@@ -257,16 +287,66 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         centre = x.mean(0) if x.shape[0] > 1 else torch.zeros_like(x[0])
         return (x - centre).pow(2).sum(-1).mean().clamp_min(torch.finfo(x.dtype).tiny)
 
-    def _select(self, x: Tensor, k: float, variance: Tensor | float) -> ActiveLatents | None:
+    @torch.no_grad()
+    def select(
+        self,
+        hidden_states: Tensor,
+        k: float | None = None,
+        variance: Tensor | float | None = None,
+        ranks: Ranks = ALONE,
+    ) -> ActiveLatents | None:
+        """What a training step on activations (N, hidden_size) will have active; None where that is too much for the
+        sparse path, and each part of the batch may then select by itself.
+
+        For a batch that is trained on in parts. With `ranks`, whose processes have as many other activations each,
+        `batch_topk` selects from those of all; what comes back is of these. `k` and `variance` as in `forward`.
+        """
+        x = self._flat(hidden_states)
+        variance = self._batch_variance(x) if variance is None else variance
+        return self._select(x, self.config.k if k is None else k, variance, ranks)
+
+    @torch.no_grad()
+    def count_active(self, hidden_states: Tensor, active: ActiveLatents | None) -> Tensor:
+        """How many latents of `jumprelu` exceed their thresholds (scalar) on activations (N, hidden_size), of which
+        `select` gave `active`.
+        """
+        if active is not None:
+            return (active.values > self.threshold[active.latents]).sum()
+        x = self._flat(hidden_states)
+        return (pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias()) > self.threshold).sum()
+
+    @torch.no_grad()
+    def level_errors(
+        self,
+        hidden_states: Tensor,
+        active: ActiveLatents | None,
+        k: float,
+        prefix_sizes: Sequence[int] | None,
+        variance: Tensor,
+    ) -> Tensor:
+        """Mean squared error of every level, (G,), of a training step on activations (N, hidden_size), of which
+        `select` gave `active`; the other arguments as in `forward`.
+        """
+        x, (sizes, _) = self._flat(hidden_states), self._levels_of_step(prefix_sizes)
+        if active is None:
+            return self._dense_errors(x, k, sizes, variance, Share())[0]
+        return self._sparse_errors(x, active, k, sizes, variance, Share())[0]
+
+    def _subtracted_bias(self) -> Tensor | None:
+        """What is subtracted from activations before they are encoded."""
+        return self.b_dec if self.config.apply_b_dec_to_input else None
+
+    def _select(self, x: Tensor, k: float, variance: Tensor | float, ranks: Ranks = ALONE) -> ActiveLatents | None:
         """The places where latents of x (B, d) are active, or so nearly that their thresholds have a gradient, and the
         pre-activations there; None where these are too many for the sparse path.
         """
         encoded = (x - self.b_dec).detach() if self.config.apply_b_dec_to_input else x
         activation = self.config.activation
         if self.training and activation == "batch_topk":
-            return select_largest(encoded, self.W_enc, self.b_enc, max(1, round(k * x.shape[0])))
+            count = max(1, round(k * x.shape[0] * ranks.size))
+            return select_largest(encoded, self.W_enc, self.b_enc, count, ranks if ranks.size > 1 else self.ranks)
         if activation == "topk" and (self.training or self.config.inference == "topk"):
-            return select_largest_per_token(encoded, self.W_enc, self.b_enc, round(k))
+            return select_largest_per_token(encoded, self.W_enc, self.b_enc, round(k), self.ranks)
         threshold = self.threshold.detach()
         if activation == "jumprelu":
             threshold = threshold - self._bandwidth(variance, x) / 2
@@ -275,17 +355,24 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         return select_exceeding(encoded, self.W_enc, self.b_enc, threshold)
 
     def _sparse_errors(
-        self, x: Tensor, active: ActiveLatents, k: float, sizes: Sequence[int], variance: Tensor | float
+        self,
+        x: Tensor,
+        active: ActiveLatents,
+        k: float,
+        sizes: Sequence[int],
+        variance: Tensor | float,
+        share: Share,
     ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
         """Mean squared error of every level (G,), the whole reconstruction (B, d), what is active, and the sparsity
         penalty.
         """
-        places = make_places(active, self.config.num_latents)
-        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        pre = PreActivations.apply(x, self.W_enc, self.b_enc, b_dec, active.values, self.gradient_memory, *places)
-        values, sparsity_loss = self._activate(pre, places, x, k, variance)
+        places, memory = make_places(active, self.W_enc.shape[0]), self.gradient_memory
+        bias = self._subtracted_bias()
+        pre = PreActivations.apply(x, self.W_enc, self.b_enc, bias, active.values, memory, *places)
+        values, sparsity_loss = self._activate(pre, places, x, k, variance, share)
+        detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
         errors, reconstruction = LevelErrors.apply(
-            x, values, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes, self.gradient_memory, *places
+            x, values, self.W_dec, self.b_dec, sizes_here, detach, memory, self.ranks, *places
         )
         values = values.detach()
         active = ActiveLatents(places.tokens, places.latents, values)
@@ -295,7 +382,7 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         return errors, reconstruction, active, sparsity_loss
 
     def _activate(
-        self, pre: Tensor, places: Places, x: Tensor, k: float, variance: Tensor | float
+        self, pre: Tensor, places: Places, x: Tensor, k: float, variance: Tensor | float, share: Share
     ) -> tuple[Tensor, Tensor]:
         """Latent activations (n,) of pre-activations at some places, and the sparsity penalty, as
         `_select_for_loss`.
@@ -303,11 +390,18 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         if self.config.activation == "jumprelu":
             threshold = self.threshold.to(pre.dtype)[places.latents]
             values, active = JumpReLU.apply(pre, threshold, self._bandwidth(variance, x))
-            return values, (active.sum() / (x.shape[0] * k) - 1).pow(2)
+            return values, self._l0_penalty(active.sum() / x.shape[0], k, share)
         if self.config.activation == "relu":
             norms = self.W_dec.norm(dim=-1)[places.latents]
-            return pre, (pre * norms).sum() / (x.shape[0] * self._scale(variance, x) * math.sqrt(x.shape[1]))
+            total = sum_over((pre * norms).sum(), self.ranks)
+            return pre, total / (x.shape[0] * self._scale(variance, x) * math.sqrt(x.shape[1]))
         return pre, pre.new_zeros(())
+
+    def _l0_penalty(self, l0: Tensor, k: float, share: Share) -> Tensor:
+        """The penalty (scalar) on active latents per token; relative, so that its size does not depend on k (Gemma
+        Scope 2 uses this form).
+        """
+        return (_of_whole(sum_over(l0, self.ranks), share.l0) / k - 1).pow(2)
 
     def _scale(self, variance: Tensor | float, like: Tensor) -> Tensor:
         """Standard deviation of the activations per dimension."""
@@ -317,24 +411,24 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         return self.config.jumprelu_bandwidth * self._scale(variance, like)
 
     def _dense_errors(
-        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float
+        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float, share: Share
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, latent activations (B, F), and the sparsity penalty."""
-        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        pre = pre_activations(x, self.W_enc, self.b_enc, b_dec)
-        latents, sparsity_loss = self._select_for_loss(pre, variance, k)
+        pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
+        latents, sparsity_loss = self._select_for_loss(pre, variance, k, share)
         errors, reconstruction = [], x
-        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes, self.config.detach_prefixes):
+        detach, width = self.config.detach_prefixes, latents.shape[1]
+        sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
+        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes_here, detach, self.ranks):
             errors.append((x - reconstruction).pow(2).sum(-1).mean())
         return torch.stack(errors), reconstruction, latents, sparsity_loss
 
     def _dead_error(self, x: Tensor, residual: Tensor, dead_latents: Tensor) -> Tensor:
         """Mean squared error (scalar) of the residual decoded from dead latents; only their rows are multiplied."""
         dead = dead_latents.nonzero().squeeze(-1)
-        b_dec = self.b_dec if self.config.apply_b_dec_to_input else None
-        pre = pre_activations(x, self.W_enc[dead], self.b_enc[dead], b_dec)
+        pre = pre_activations(x, self.W_enc[dead], self.b_enc[dead], self._subtracted_bias())
         num_aux_latents = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
-        return decode_dead(residual, pre, self.W_dec[dead], num_aux_latents)
+        return decode_dead(residual, pre, self.W_dec[dead], num_aux_latents, self.ranks)
 
     def _levels_of_step(self, prefix_sizes: Sequence[int] | None) -> tuple[Sequence[int], list[float]]:
         if prefix_sizes is None:
@@ -352,38 +446,41 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
             return select_batch_topk(pre, k)
         return select_topk(pre, round(k))
 
-    def _select_for_loss(self, pre: Tensor, variance: Tensor | float, k: float) -> tuple[Tensor, Tensor]:
+    def _select_for_loss(self, pre: Tensor, variance: Tensor | float, k: float, share: Share) -> tuple[Tensor, Tensor]:
         """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
         if self.config.activation == "jumprelu":
             bandwidth = self._bandwidth(variance, pre)
             latents, active = JumpReLU.apply(pre, self.threshold.to(pre.dtype), bandwidth)
-            # A relative quadratic, so that its size does not depend on k (Gemma Scope 2 uses this form).
-            return latents, (active.sum(-1).mean() / k - 1).pow(2)
+            return latents, self._l0_penalty(active.sum(-1).mean(), k, share)
         if self.config.activation == "relu":
             latents = torch.relu(pre)
             norms = self.W_dec.norm(dim=-1)
             scale = self._scale(variance, pre)
-            return latents, (latents @ norms).mean() / (scale * math.sqrt(self.config.hidden_size))
+            total = sum_over((latents @ norms).mean(), self.ranks)
+            return latents, total / (scale * math.sqrt(self.config.hidden_size))
         if self.config.inference == "topk":
             return select_topk(pre, round(k)), pre.new_zeros(())
         return select_above(pre, self.threshold), pre.new_zeros(())
 
     @torch.no_grad()
-    def calibrate_threshold(self, batches: Iterable[Tensor]) -> float:
+    def calibrate_threshold(self, batches: Iterable[Tensor], ranks: Ranks = ALONE) -> float:
         """Set the inference threshold so that on these activations, tensors (..., hidden_size), mean L0 is `config.k`.
 
         `batch_topk` and `topk` get one threshold for the dictionary; `jumprelu` has its learnt thresholds scaled by
-        one factor; `relu` has none and stays as it is. Returns the L0 that results.
+        one factor; `relu` has none and stays as it is. With `ranks`, each process gives other activations (some may
+        give none), and all come to the same threshold. Returns the L0 that results.
         """
         scaled = self.config.activation == "jumprelu"
         # A threshold that is still zero could not be scaled.
         units = self.threshold.clamp_min(MIN_THRESHOLD)
-        histogram = torch.zeros((), dtype=torch.int64, device=self.device)
+        histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=self.device)
         num_tokens = 0
         for batch in batches:
             pre = self.pre_activations(batch)
             num_tokens += pre.shape[:-1].numel()
             histogram = histogram + activation_histogram(pre / units if scaled else pre)
+        # Alone with the latents, the others have other tokens; alone with the tokens, other latents.
+        num_tokens, histogram = ranks.total(num_tokens), self.ranks.sum(ranks.sum(histogram))
         if num_tokens == 0:
             raise ValueError("calibrate_threshold got no activations; give tensors of shape (..., hidden_size).")
         if self.config.activation == "relu":

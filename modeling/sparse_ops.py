@@ -38,6 +38,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers.utils import is_triton_available
 
+from .selection import ALONE, Ranks, among_largest
+
 # Pre-activations that exist at once, in numbers: on the CPU what stays near the caches, on a GPU what fills it.
 CPU_CHUNK = 1 << 23
 GPU_CHUNK = 1 << 29
@@ -62,23 +64,35 @@ class ActiveLatents(NamedTuple):
         dense = self.values.new_zeros(num_tokens, num_latents)
         return dense.index_put((self.tokens, self.latents), self.values)
 
+    def split(self, sizes: Sequence[int]) -> "list[ActiveLatents]":
+        """Those of the first `sizes[0]` tokens, of the next `sizes[1]`, and so on; each counts its tokens from 0."""
+        ends = torch.tensor(sizes, device=self.tokens.device).cumsum(0)
+        numbers = torch.searchsorted(self.tokens, ends).diff(prepend=ends.new_zeros(1)).tolist()
+        parts = zip(*(part.split(numbers) for part in self), strict=True)
+        begins = [0, *ends[:-1].tolist()]
+        return [
+            ActiveLatents(tokens - begin, latents, values)
+            for begin, (tokens, latents, values) in zip(begins, parts, strict=True)
+        ]
+
 
 # Selection
 
 
 @torch.no_grad()
-def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> ActiveLatents:
+def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, ranks: Ranks = ALONE) -> ActiveLatents:
     """The `count` largest positive pre-activations of activations x (B, d), from which b_dec is subtracted already.
 
-    Equal to `torch.topk` of all pre-activations where no two are equal.
+    Equal to `torch.topk` of all pre-activations where no two are equal. With `ranks`, `count` is that of all processes
+    together, each of which has other tokens or other latents and gets what is active of its own.
     """
-    share = count / (x.shape[0] * W_enc.shape[0])
+    share = count / (x.shape[0] * W_enc.shape[0] * ranks.size)
     threshold: Tensor | None = None
 
     def candidates(product: Tensor, bias: Tensor | None) -> Tensor:
         nonlocal threshold
         if threshold is None:
-            threshold = _sampled_threshold(product, bias, share)
+            threshold = ranks.minimum(_sampled_threshold(product, bias, share))
         return _places_above(product, bias, threshold)
 
     def largest(product: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,18 +101,29 @@ def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> Activ
         return places[flat[places] > 0]
 
     active = _encode_in_chunks(x, W_enc, b_enc, candidates)
-    if active.values.numel() < count and threshold is not None and threshold > 0:
+    found = ranks.total(active.values.numel())
+    if found < count and threshold is not None and threshold > 0:
         # The sample misled: look again, without a threshold.
         active = _encode_in_chunks(x, W_enc, b_enc, largest)
-    if active.values.numel() > count:
-        kept = active.values.topk(count, sorted=False).indices.sort().values
+        found = ranks.total(active.values.numel())
+    if found > count:
+        kept = _largest_places(active.values, count, ranks)
         active = ActiveLatents(*(part[kept] for part in active))
     return active
 
 
+def _largest_places(values: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """Which of the values (n,) are among the `count` largest over all processes: places, in order, or a mask."""
+    if ranks.size == 1:
+        return values.topk(count, sorted=False).indices.sort().values
+    return among_largest(values.unsqueeze(0), count, ranks)[0]
+
+
 @torch.no_grad()
-def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> ActiveLatents:
-    """The k largest positive pre-activations of each token of x (B, d)."""
+def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, ranks: Ranks = ALONE) -> ActiveLatents:
+    """The k largest positive pre-activations of each token of x (B, d); with `ranks`, of the same tokens in every
+    process and other latents in each.
+    """
 
     def largest(product: Tensor, bias: Tensor | None) -> Tensor:
         pre = product if bias is None else product + bias
@@ -107,7 +132,15 @@ def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) ->
         starts = torch.arange(product.shape[0], device=product.device).unsqueeze(-1) * product.shape[-1]
         return (latents + starts)[values.gather(-1, order) > 0]
 
-    return _encode_in_chunks(x, W_enc, b_enc, largest)
+    active = _encode_in_chunks(x, W_enc, b_enc, largest)
+    if ranks.size > 1:
+        begins = torch.searchsorted(active.tokens, torch.arange(x.shape[0], device=x.device))
+        columns = torch.arange(active.tokens.numel(), device=x.device) - begins[active.tokens]
+        values = active.values.new_zeros(x.shape[0], k)
+        values[active.tokens, columns] = active.values
+        kept = among_largest(values, k, ranks)[active.tokens, columns]
+        active = ActiveLatents(*(part[kept] for part in active))
+    return active
 
 
 @torch.no_grad()
@@ -321,8 +354,10 @@ class LevelErrors(torch.autograd.Function):
     """Mean squared error of every level, (G,), from latent activations (n,) at some places.
 
     forward takes x (B, d), the latent activations, W_dec, b_dec, the nested sizes, whether a level's gradient stays in
-    the group that it adds, the memory for W_dec's gradient or None, and the `Places`; it gives the errors, and the
-    whole reconstruction (B, d), which takes no gradient.
+    the group that it adds, the memory for W_dec's gradient or None, the processes that hold other latents of the same
+    dictionary, and the `Places`; it gives the errors, and the whole reconstruction (B, d), which takes no gradient.
+    With other latents elsewhere, their part of every group's sum is added, and nothing needs to be sent backward: all
+    processes know every level's error, from which each has the gradients of its own latents.
     """
 
     @staticmethod
@@ -335,11 +370,12 @@ class LevelErrors(torch.autograd.Function):
         sizes: Sequence[int],
         detach: bool,
         memory: GradientMemory | None,
+        ranks: Ranks,
         *places: Tensor,
     ) -> tuple[Tensor, Tensor]:
         tokens, latents, order, first = places
         bags, begins = _bags(tokens, latents, sizes, x.shape[0])
-        excess = _segment_sum(W_dec, latents, values, begins).to(x.dtype)
+        excess = ranks.sum(_segment_sum(W_dec, latents, values, begins).to(x.dtype))
         excess = excess.view(x.shape[0], len(sizes), x.shape[1])
         # From here on `excess` is what each level's reconstruction has too much of, in place.
         excess[:, 0] -= x - b_dec
@@ -367,7 +403,7 @@ class LevelErrors(torch.autograd.Function):
         # The gradient of a latent activation: its decoder row times its group's gradient.
         grad_values = _segment_dot(grads, W_dec, latents, begins, bags).to(values.dtype)
         grad_W_dec = _parameter_gradient(ctx.memory, W_dec, grads, bags[order], values[order], first)
-        return grad_x, grad_values, grad_W_dec, grad_b_dec, *[None] * 7
+        return grad_x, grad_values, grad_W_dec, grad_b_dec, *[None] * 8
 
 
 def _bags(tokens: Tensor, latents: Tensor, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:

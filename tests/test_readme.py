@@ -6,7 +6,7 @@
   through the real parser, and the SAEs that it asks for must be possible; targets of `make`, modules and scripts of
   `python`, extras and files of `pip` must exist. A program that is not known here fails, so that nothing goes unread.
 - A ```yaml block that begins with `# name.yaml` is that file for `--config name.yaml`; any other file is empty.
-- `--flags` in the text must be flags of some command.
+- `--flags` in the text must be flags of some command, of a script in `benchmarks/`, or of `accelerate launch`.
 """
 
 import ast
@@ -126,6 +126,19 @@ def parser_of(command: str) -> HfArgumentParser:
 def all_flags() -> set[str]:
     parsers = map(parser_of, COMMANDS)
     return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+
+
+@cache
+def script_flags() -> set[str]:
+    """What the scripts of `benchmarks/` take."""
+    sources = [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
+    return {flag for source in sources for flag in re.findall(r'add_argument\("(--[\w-]+)"', source)}
+
+
+@cache
+def launcher_flags() -> set[str]:
+    """What `accelerate launch` takes."""
+    return {flag for action in launch_command_parser()._actions for flag in action.option_strings}
 
 
 def check_hf_msae(arguments: list[str], folder: Path) -> None:
@@ -387,7 +400,7 @@ def test_flags_in_the_text_exist(document: str) -> None:
     flags = {
         flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
-    assert flags <= all_flags() | {"--help", "--version"}
+    assert flags <= all_flags() | script_flags() | launcher_flags() | {"--help", "--version"}
 
 
 @pytest.mark.parametrize("model", ["stories", "owner/model"])

@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +21,25 @@ from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
+from hf_msae.training.warm_start import read_initial_config, wider_prefix_sizes
+
+# Fields of SAEArguments that are fields of the configuration, as they are.
+PLAIN_FIELDS = (
+    "activation",
+    "balance",
+    "detach_prefixes",
+    "log_loss",
+    "prefix_sampling",
+    "num_sampled_prefixes",
+    "aux_loss_weight",
+    "sparsity_weight",
+)
 
 DESCRIPTION = """\
 Train a Matryoshka SAE, or, where --site, --num-latents or --k are given more than once, every combination of them from
 one pass of the language model. Numbers may be written 65_536, 2k, 500M, 1/32. Without --model and --dataset: the story
-world that ships with the package."""
+world that ships with the package. With --init-from, an SAE's form is that of the one it begins with, but for what is
+given here."""
 
 
 @dataclass
@@ -87,23 +103,68 @@ class SAEArguments:
     sparsity_weight: float = field(default=0.01, metadata={"help": "Penalty of relu (where it starts) and jumprelu."})
 
 
+@dataclass
+class RunArguments:
+    """What is done with all of this."""
+
+    _argument_group_name = "run"
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Say what the run would need in memory, disk and time, after a few probe steps, and stop."},
+    )
+
+
 def run(arguments: list[str]) -> None:
     """Parse, train, print."""
-    parser = build_parser("train", DESCRIPTION, (SourceArguments, SAEArguments, SAETrainingArguments))
-    sources, sae_args, training_args = parse(parser, arguments)
+    parser = build_parser("train", DESCRIPTION, (SourceArguments, SAEArguments, SAETrainingArguments, RunArguments))
+    sources, sae_args, training_args, run_args = parse(parser, arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    PartialState(cpu=training_args.on_cpu)  # the process group: everything after it knows its device and rank
+    # The process group: everything after it knows its device and rank.
+    PartialState(cpu=training_args.on_cpu, timeout=timedelta(seconds=training_args.ddp_timeout))
     dataset, eval_dataset = load_training_data(sources)
     model, tokenizer = load_language_model(sources)
-    saes = make_saes(model, sae_args, dataset, model_commit(sources))
+    saes = make_saes(model, sae_args, dataset, model_commit(sources), training_args.init_from)
     trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
+    if run_args.dry_run:
+        rehearse(trainer)
+        return
     measurements = trainer.train()
     if PartialState().is_main_process:
         report(trainer, measurements, sources.model)
 
 
-def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any, revision: str | None) -> list[MatryoshkaSAE]:
-    """An SAE for every combination of sites, sizes and k."""
+def rehearse(trainer: SAETrainer) -> None:
+    """Print the plan, and then, after a few passes and steps, how long the run would take. Nothing is written."""
+    console = Console(highlight=False)
+    plan, main = trainer.plan(), PartialState().is_main_process
+    if main:
+        table = Table(show_header=False)
+        for name, value in plan.rows():
+            table.add_row(name, value)
+        console.print(table)
+        for words in plan.warnings():
+            console.print(words, style="bold red", soft_wrap=True)
+    if plan.warnings():
+        sys.exit(1)
+    rates = trainer.probe()
+    if main:
+        seconds = plan.tokens / rates.tokens_per_second
+        through = f"{rates.language_model:,.0f} through the language model, {rates.steps:,.0f} in steps"
+        duration = f"about {seconds / 3600:.1f} h" if seconds > 5400 else f"about {seconds / 60:.1f} min"
+        console.print(f"{rates.tokens_per_second:,.0f} tokens/s ({through}): {duration} in all", soft_wrap=True)
+
+
+def make_saes(
+    model: PreTrainedModel,
+    args: SAEArguments,
+    dataset: Any,
+    revision: str | None,
+    init_from: str | None = None,
+) -> list[MatryoshkaSAE]:
+    """An SAE for every combination of sites, sizes and k; with `init_from`, otherwise of that one's form."""
+    if init_from is not None:
+        return _make_alike(model, args, revision, read_initial_config(init_from))
     names = args.site or _default_sites(model, dataset)
     saes = []
     for name in names:
@@ -129,6 +190,33 @@ def make_saes(model: PreTrainedModel, args: SAEArguments, dataset: Any, revision
                 base_model_revision=revision,
             )
             saes.append(MatryoshkaSAE(config))
+    return saes
+
+
+def _make_alike(
+    model: PreTrainedModel,
+    args: SAEArguments,
+    revision: str | None,
+    initial: MatryoshkaSAEConfig,
+) -> list[MatryoshkaSAE]:
+    """An SAE for every combination of sites, sizes and k, otherwise of the form of one that exists, but for arguments
+    that are not at their defaults.
+    """
+    defaults = SAEArguments()
+    given = {name: getattr(args, name) for name in PLAIN_FIELDS if getattr(args, name) != getattr(defaults, name)}
+    if initial.site is None and not args.site:
+        raise ValueError("The SAE given with --init-from does not say where in the model it belongs; give --site.")
+    saes = []
+    for name in args.site or [initial.site]:
+        site = resolve_site(model, str(name))
+        for num_latents, k in itertools.product(args.num_latents or [initial.num_latents], args.k or [initial.k]):
+            values = initial.to_dict() | given
+            sizes = parse_prefix_sizes(args.prefix_sizes, num_latents) or wider_prefix_sizes(initial, num_latents)
+            values |= {"num_latents": num_latents, "k": k, "prefix_sizes": sizes, "measured": None, "site": str(site)}
+            values |= {"base_model_revision": revision, "inference": "threshold"}
+            if args.level_weights or len(sizes) != initial.num_levels:
+                values["level_weights"] = _level_weights(args.level_weights)
+            saes.append(MatryoshkaSAE(MatryoshkaSAEConfig(**values)))
     return saes
 
 

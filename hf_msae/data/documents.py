@@ -4,15 +4,29 @@ Everything that reads text (training, evaluation, the cache) reads `Documents`, 
 are answered once: which column holds the text, which documents belong to which process, where a killed run goes on.
 Document i of the whole belongs to rank i % world_size, so that every rank sees the same mixture, and a number of
 documents at the front can be held out by skipping them before the deal.
+
+A document that cannot be read is skipped, and never silently: its number goes to the log and into `unreadable`, which
+a training run reports. (In the first document it is an error, because then all are probably like that.)
 """
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_msae.data.sources import Cursor, DatasetError, FileSource, SequenceSource, Source, StreamSource
+from hf_msae.data.sources import (
+    Cursor,
+    DatasetError,
+    FileSource,
+    SequenceSource,
+    Source,
+    StreamSource,
+    UnreadableRow,
+)
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 Document = str | list[Message]
@@ -28,6 +42,8 @@ SPLIT_NAMES = {
 }
 SPLITS = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# After so many documents in a row that cannot be read, something else is wrong.
+MAX_UNREADABLE_IN_A_ROW = 100
 
 
 class Documents:
@@ -45,6 +61,10 @@ class Documents:
         description: as given.
         num_documents: the number of documents in this view (after `skip` and `shard`), None where only reading would
             tell.
+        unreadable: the numbers of documents that were skipped because they cannot be read, in all passes over all
+            views of these documents.
+
+    Raises (while reading) `DatasetError` where 100 documents in a row cannot be read, or a stream does not answer.
     """
 
     def __init__(self, source: Source, *, column: str | None = None, description: str) -> None:
@@ -54,6 +74,7 @@ class Documents:
         self.start = 0
         self.rank = 0
         self.world_size = 1
+        self.unreadable: set[int] = set()
         self._pass: _Pass | None = None
         self._resume: dict[str, Any] | None = None
 
@@ -125,10 +146,23 @@ class Documents:
     def _view(self, *, start: int, rank: int = 0, world_size: int = 1) -> "Documents":
         view = Documents(self.source, column=self.column, description=self.description)
         view.start, view.rank, view.world_size = start, rank, world_size
+        view.unreadable = self.unreadable
         return view
 
+    def _skip_unreadable(self, index: int, error: UnreadableRow, in_a_row: int) -> None:
+        """Note a document that is skipped; raises `DatasetError` where there were too many of them."""
+        if in_a_row == MAX_UNREADABLE_IN_A_ROW:
+            raise DatasetError(
+                f"the last {in_a_row} documents of {self.description} cannot be read; of number {index}: {error}"
+            ) from error
+        if index not in self.unreadable:
+            self.unreadable.add(index)
+            logger.warning("Skipped document %d of %s, which cannot be read: %s", index, self.description, error)
+
     def _document(self, row: Any, index: int) -> Document:
-        value = row if self.column is None else row.get(self.column)
+        value: Any = row
+        if self.column is not None:
+            value = row.get(self.column) if isinstance(row, Mapping) else None
         if isinstance(value, str):
             return value
         if _is_chat(value):
@@ -136,7 +170,7 @@ class Documents:
         where = f"document {index} of {self.description}"
         where += "" if self.column is None else f", column {self.column!r},"
         found = "missing or null" if value is None else f"a {type(value).__name__}"
-        raise DatasetError(
+        raise UnreadableRow(
             f'{where} is {found}, expected a string or a list of messages {{"role": ..., "content": ...}}'
         )
 
@@ -152,13 +186,26 @@ class _Pass(Iterator[Document]):
             self.cursor.skip(next_index)
 
     def __next__(self) -> Document:
-        gap = (self.documents.rank - self.next_index) % self.documents.world_size
-        self.cursor.skip(gap)
-        self.next_index += gap
+        in_a_row = 0
+        while True:
+            gap = (self.documents.rank - self.next_index) % self.documents.world_size
+            self.cursor.skip(gap)
+            self.next_index += gap
+            try:
+                return self._read()
+            except EOFError:
+                raise StopIteration from None
+            except UnreadableRow as error:
+                in_a_row += 1
+                self.documents._skip_unreadable(self.next_index - 1, error, in_a_row)
+
+    def _read(self) -> Document:
+        # Counted once the row is read or passed over: a read that fails otherwise may be tried again.
         try:
             row = self.cursor.read()
-        except EOFError:
-            raise StopIteration from None
+        except UnreadableRow:
+            self.next_index += 1
+            raise
         self.next_index += 1
         return self.documents._document(row, self.next_index - 1)
 

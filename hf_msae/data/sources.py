@@ -5,26 +5,40 @@ can hold, so that a run that was killed continues at exactly the next row. Text 
 their byte offsets, because that needs no dependency and jumps straight to the offset; everything else goes through
 `datasets`, which keeps a state of its own. Rows are numbered from 0 in the order in which a source gives them, and
 that order never changes.
+
+A row that cannot be read (bytes that are no text, a line that is no JSON) is an `UnreadableRow`, after which a cursor
+goes on with the next one. A stream comes over a network, which fails now and then, so it is opened again at the same
+row after a while, a few times.
 """
 
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+logger = logging.getLogger(__name__)
+
 END_OF_TEXT = "<|endoftext|>"
 CHUNK_BYTES = 1 << 20
+# How long a stream that failed is left alone, before each further attempt to read the same row.
+RETRY_WAITS_S = (0.5, 2.0, 8.0, 30.0)
 
 
 class DatasetError(ValueError):
     """The documents asked for do not exist or are not what was said of them."""
 
 
+class UnreadableRow(DatasetError):
+    """One row cannot be read; those after it can."""
+
+
 class Cursor(Protocol):
     """One pass over a source."""
 
     def read(self) -> Any:
-        """The next row. Raises `EOFError` after the last."""
+        """The next row. Raises `EOFError` after the last, and `UnreadableRow` once for a row that is passed over."""
 
     def skip(self, count: int) -> None:
         """Passes over the next `count` rows (or as many as are left), without decoding them where that is possible."""
@@ -61,9 +75,11 @@ class SequenceCursor:
     def read(self) -> Any:
         if self.index >= len(self.rows):
             raise EOFError
-        row = self.rows[self.index]
         self.index += 1
-        return row
+        try:
+            return self.rows[self.index - 1]
+        except Exception as error:  # whatever decodes the row, down to a user's own code, may fail in its own way
+            raise UnreadableRow(f"row {self.index - 1} raises {type(error).__name__}: {error}") from error
 
     def skip(self, count: int) -> None:
         self.index += count
@@ -131,10 +147,13 @@ class StreamSource:
 
     A `datasets` stream has one state for all iterators over it, so only the pass that was opened last can tell its
     position. A stream that was shuffled with a buffer resumes without the buffer's rows (a limit of `datasets`).
+
+    Where reading fails, the row is tried again after each of `retry_waits` (seconds).
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, retry_waits: Sequence[float] = RETRY_WAITS_S) -> None:
         self.dataset = dataset
+        self.retry_waits = retry_waits
         self.num_documents: int | None = None
         self.start = dataset.state_dict()
         self.latest: StreamCursor | None = None
@@ -153,10 +172,32 @@ class StreamCursor:
         self.rows = iter(source.dataset)
 
     def read(self) -> Any:
-        self.started = True
-        for row in self.rows:
-            return row
-        raise EOFError
+        waits = iter(self.source.retry_waits)
+        while True:
+            try:
+                self.started = True
+                for row in self.rows:
+                    return row
+                raise EOFError
+            except EOFError:
+                raise
+            # What fails may be a connection, a server or a decoder, each with errors of its own.
+            except Exception as error:
+                self._try_again(error, next(waits, None))
+
+    def _try_again(self, error: Exception, wait: float | None) -> None:
+        """Open the stream once more after its latest row; an iterator that has failed gives nothing any more."""
+        words = f"Reading the streamed dataset failed ({type(error).__name__}: {error})"
+        if wait is None:
+            raise DatasetError(
+                f"{words}, and so did {len(self.source.retry_waits)} further attempts. Check the network and the "
+                "dataset, then resume."
+            ) from error
+        logger.warning("%s. Trying the same row again in %g s.", words, wait)
+        time.sleep(wait)
+        position = self.position()
+        self.source.dataset.load_state_dict(position)
+        self.rows, self.opened_at, self.started = iter(self.source.dataset), position, False
 
     def skip(self, count: int) -> None:
         for _ in range(count):
@@ -243,7 +284,7 @@ def _parse_text(path: Path, piece: bytes, begin: int) -> dict[str, str]:
     try:
         return {"text": piece.decode("utf-8").lstrip("\ufeff").strip()}
     except UnicodeDecodeError as error:
-        raise DatasetError(
+        raise UnreadableRow(
             f"{path} is not UTF-8 text in the document that begins at byte {begin}: {error}. "
             "Convert the file to UTF-8."
         ) from error
@@ -253,7 +294,7 @@ def _parse_line(path: Path, piece: bytes, begin: int) -> dict[str, Any]:
     try:
         row = json.loads(piece)
     except ValueError as error:
-        raise DatasetError(
+        raise UnreadableRow(
             f"{path}, the line at byte {begin} is not JSON: {error}. Expected one object a line, "
             'such as {"text": "..."}.'
         ) from error
@@ -262,7 +303,7 @@ def _parse_line(path: Path, piece: bytes, begin: int) -> dict[str, Any]:
 
 def _parse_object(path: Path, row: Any, begin: int) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DatasetError(
+        raise UnreadableRow(
             f'{path} holds a {type(row).__name__} at offset {begin}, expected an object such as {{"text": "..."}}'
         )
     return row

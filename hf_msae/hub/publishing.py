@@ -8,7 +8,7 @@ else's came first.
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,6 +111,27 @@ def push_folder(
     return _push(api, repo_id, found, shared, private, revision, create_pr, commit_message)
 
 
+def prepare_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Make the repo to which a later push will go, if it is not there, and return its whole id, owner/name.
+
+    Raises `PublishError` where that push could not work, so that it is known before long work: no token, or one that
+    may not write there, a bad id, a public repo where `private` was asked for, a Hub that cannot be reached.
+    """
+    api = _checked_api(repo_id, token)
+
+    def attempt() -> str:
+        place = _prepared(api, repo_id, private, None, create_pr=False)
+        # Of a repo that is there, the Hub does not tell a token that only reads that it may not have made it.
+        account = api.whoami()
+        role = account.get("auth", {}).get("accessToken", {}).get("role")
+        owners = {account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))}
+        if role == "read" or place.repo_id.split("/")[0] not in owners:
+            raise PublishError(_may_not_write(place.repo_id, f"It is {account['name']}'s, with the role {role!r}."))
+        return place.repo_id
+
+    return _tried(api, repo_id, None, attempt)
+
+
 # Checks
 
 
@@ -151,10 +172,19 @@ def _push(
     """
     message = commit_message or f"Upload {'a Matryoshka SAE' if len(results) == 1 else f'{len(results)} SAEs'}"
     weights = _additions(results, shared)
-    for attempt in range(ATTEMPTS):
+
+    def attempt() -> str:
+        place = _prepared(api, repo_id, private, revision, create_pr)
+        return _commit(place, results, weights, message)
+
+    return _tried(api, repo_id, revision, attempt)
+
+
+def _tried(api: HfApi, repo_id: str, revision: str | None, attempt: Callable[[], str]) -> str:
+    """The result of `attempt`, which is made again after errors that pass by themselves; others are told in words."""
+    for number in range(ATTEMPTS):
         try:
-            place = _prepared(api, repo_id, private, revision, create_pr)
-            return _commit(place, results, weights, message)
+            return attempt()
         except HFValidationError as error:
             raise PublishError(f"{repo_id!r} is not the id of a Hub repo (owner/name): {error}") from error
         except CardError as error:
@@ -163,9 +193,9 @@ def _push(
             cause = _http_error(failure)
             status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
             passing = status is None or status in (*PASSING, *CONFLICTS)
-            if not passing or attempt == ATTEMPTS - 1:
+            if not passing or number == ATTEMPTS - 1:
                 raise PublishError(_in_words(cause, status, repo_id, revision, api.endpoint)) from failure
-            wait = 0 if status in CONFLICTS else min(2**attempt, MAX_WAIT_S)
+            wait = 0 if status in CONFLICTS else min(2**number, MAX_WAIT_S)
             logger.warning("%s: %s. Trying again in %d s.", repo_id, _last_line(cause), wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -315,6 +345,13 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
+def _may_not_write(repo_id: str, why: str) -> str:
+    return (
+        f"The token may not write to {repo_id}. Make one with the role `write` at "
+        f"https://huggingface.co/settings/tokens, push under your own name, or give create_pr=True. {why}"
+    )
+
+
 def _in_words(error: Exception, status: int | None, repo_id: str, revision: str | None, endpoint: str) -> str:
     if status == 401:
         return (
@@ -322,11 +359,7 @@ def _in_words(error: Exception, status: int | None, repo_id: str, revision: str 
             f"another token. ({_last_line(error)})"
         )
     if status == 403:
-        return (
-            f"The token may not write to {repo_id}. Make one with the role `write` at "
-            "https://huggingface.co/settings/tokens, push under your own name, or give create_pr=True. "
-            f"({_last_line(error)})"
-        )
+        return _may_not_write(repo_id, f"({_last_line(error)})")
     if isinstance(error, NoRevisionError):
         return f"{repo_id} has no revision {revision!r}."
     if isinstance(error, RepositoryNotFoundError):

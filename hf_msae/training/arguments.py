@@ -30,12 +30,29 @@ class SAETrainingArguments:
         },
     )
 
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Begin with the weights of this SAE: a folder or a Hub repo, of any width. A wider one is cut to "
+            "its first latents, a narrower one gets new latents behind its own."
+        },
+    )
+
     max_tokens: int | None = field(
         default=None, metadata={"help": "Train on this many tokens. Default: one pass over the dataset."}
     )
     max_steps: int = field(default=-1, metadata={"help": "Train this many steps; overrides --max-tokens."})
     per_device_train_batch_size: int = field(
-        default=4096, metadata={"help": "Activation vectors per step and process.", "aliases": ["--batch-size"]}
+        default=4096,
+        metadata={"help": "Activation vectors per micro-batch and process.", "aliases": ["--batch-size"]},
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Micro-batches per step; they are one batch in all but memory, the selection included."},
+    )
+    shard_latents: bool = field(
+        default=False,
+        metadata={"help": "Give each process some of the latents, for dictionaries too wide for one device."},
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate. Default: by the width of the dictionary (see the docs)."}
@@ -113,6 +130,28 @@ class SAETrainingArguments:
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Keep only this many of the newest checkpoints."}
     )
+    ddp_timeout: int = field(
+        default=1800, metadata={"help": "Seconds after which a process that does not answer the others ends the run."}
+    )
+
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the result to the Hub; what goes wrong there never ends the run."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "The repo, owner/name. Default: your own, by the output directory's name."}
+    )
+    hub_strategy: Literal["end", "every_save"] = field(
+        default="end", metadata={"help": "Push the result only, or every checkpoint's SAEs, too."}
+    )
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "Make a new repo private, and refuse a public one."}
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "A token that may write. Default: HF_TOKEN, or that of `hf auth login`. Never saved."},
+    )
+
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, ...", "action": "extend"}
     )
@@ -122,11 +161,13 @@ class SAETrainingArguments:
     def __post_init__(self) -> None:
         positive = (
             "per_device_train_batch_size",
+            "gradient_accumulation_steps",
             "block_tokens",
             "lm_batch_size",
             "logging_steps",
             "eval_tokens",
             "calibration_tokens",
+            "ddp_timeout",
         )
         for name in positive:
             if getattr(self, name) < 1:
@@ -148,12 +189,19 @@ class SAETrainingArguments:
             raise ValueError(
                 "overwrite_output_dir deletes what resume_from_checkpoint would resume; give one of them."
             )
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(f"hub_model_id={self.hub_model_id!r} is of use only with push_to_hub.")
 
     @property
     def on_cpu(self) -> bool:
         """Whether to train on the CPU; accelerate must be told, or it sees one process where torchrun made several."""
         return self.use_cpu or not torch.accelerator.is_available()
 
+    @property
+    def tokens_per_process(self) -> int:
+        """Activation vectors that a process contributes to a step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
-        return asdict(self)
+        """All fields but the token, JSON-able: this is what logs, checkpoints and results record."""
+        return {name: value for name, value in asdict(self).items() if name != "hub_token"}

@@ -1,28 +1,46 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent, and that are checked before they are used.
 
 A checkpoint is written into a folder beside its place and renamed into it, so a kill at any moment leaves the last
 complete one. It holds what a reader can load as an SAE (`config.json`, `model.safetensors`, the modeling files) and
 what only a resumed run needs: torch state read with `weights_only=True`, and JSON.
+
+A disk may return something else than what was written, or less. So the trainer's state records the size and the
+SHA-256 of every file, and a digest of itself; a checkpoint that does not match is set aside, and the one before it is
+used. Hashing costs about a second per gigabyte, beside writing them.
 """
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 STATE_NAME = "trainer_state.json"
 PATTERN = re.compile(r"checkpoint-(\d+)")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors tells the system's error in words, not as an OSError.
+FULL_IN_WORDS = re.compile(r"No space left on device|quota exceeded|File too large", re.IGNORECASE)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read."""
+
+
+class DiskFullError(CheckpointError):
+    """The disk (or a quota, or a limit on the size of files) has no room for what was to be written."""
+
+
+# Finding
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -34,24 +52,69 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(name: str, output_dir: Path) -> Path:
-    """The checkpoint that `resume_from_checkpoint` names: a folder, or `last`."""
+    """The checkpoint that `resume_from_checkpoint` names: a folder, or `last`, the newest one that is undamaged.
+
+    Newer ones that are damaged are named in a warning and renamed to `checkpoint-N.damaged`. Raises `CheckpointError`
+    where none is left, or where the folder that was named is damaged.
+    """
     if name != "last":
         path = Path(name)
         if not (path / STATE_NAME).is_file():
             raise CheckpointError(f"{path} is not a checkpoint: it has no {STATE_NAME}. Give a folder checkpoint-N.")
+        verify(path)
         return path
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         raise CheckpointError(
             f"There is no checkpoint in {output_dir} to resume from. Start the run anew, with smaller save_steps."
         )
-    return checkpoints[-1]
+    damage = []
+    for path in reversed(checkpoints):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damage.append((path, str(error)))
+            continue
+        for damaged, words in damage:
+            set_aside = damaged.with_name(damaged.name + ".damaged")
+            shutil.rmtree(set_aside, ignore_errors=True)
+            damaged.rename(set_aside)
+            logger.warning("%s It was renamed to %s; the run goes on from %s.", words, set_aside.name, path.name)
+        return path
+    raise CheckpointError(
+        f"No checkpoint in {output_dir} can be used: {' '.join(words for _, words in damage)} Check the disk, then "
+        "start the run anew with --overwrite-output-dir."
+    )
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises `CheckpointError` where a checkpoint is not what was written."""
+    state = read_state(checkpoint)
+    for name, expected in state["files"].items():
+        path = checkpoint / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["size"]:
+            found = "is missing" if size is None else f"has {size:,} bytes of {expected['size']:,}"
+            raise CheckpointError(f"{checkpoint} is damaged: {name} {found}.")
+        if _hash(path) != expected["sha256"]:
+            raise CheckpointError(f"{checkpoint} is damaged: the contents of {name} are not what was written.")
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# Writing
 
 
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
     """Have `write` fill a new folder, add the trainer's state as JSON, and rename it to `checkpoint-{step}`.
 
-    Raises `CheckpointError` when the disk is full; what was half-written is removed, and earlier checkpoints remain.
+    Raises `DiskFullError` when the disk is full; what was half-written is removed, and earlier checkpoints remain.
     """
     final = output_dir / f"checkpoint-{step}"
     draft = output_dir / f".checkpoint-{step}.part"
@@ -60,59 +123,123 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
         with explain_full_disk(output_dir, f"the checkpoint of step {step}"):
             draft.mkdir(parents=True)
             write(draft)
-            (draft / STATE_NAME).write_text(json.dumps(state, indent=2))
+            files = sorted(path for path in draft.rglob("*") if path.is_file())
+            sizes = {str(p.relative_to(draft)): {"size": p.stat().st_size, "sha256": _hash(p)} for p in files}
+            _write_state(draft / STATE_NAME, state | {"files": sizes})
             _flush(draft)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
+    _sync(output_dir)
     return final
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    path.write_text(json.dumps(state | {"digest": _digest(state)}, indent=2))
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def write_tensors(path: Path, contents: Any) -> None:
+    """A torch file of a checkpoint. Raises `OSError` as the system told it, which `torch.save` hides."""
+    with path.open("wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save(contents, watched)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise watched.error or error from error
+
+
+class _Watched:
+    """A file for writing that remembers why a write failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 @contextmanager
 def explain_full_disk(output_dir: Path, what: str) -> Iterator[None]:
-    """Turn the errors of a full disk into a `CheckpointError` that says what to do; others pass."""
+    """Turn the errors of a full disk into a `DiskFullError` that says what to do; others pass."""
     try:
         yield
     except Exception as error:
-        # safetensors and torch report the system's error in words, not as an OSError.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
+        if not is_full_disk(error):
             raise
         checkpoints = list_checkpoints(output_dir)
         last = (
             f"The last complete checkpoint is {checkpoints[-1]}" if checkpoints else "There is no earlier checkpoint"
         )
-        raise CheckpointError(
+        raise DiskFullError(
             f"The disk of {output_dir} is full; {what} was not written. {last}. Free some space (or set "
             "save_total_limit), then resume with --resume-from-checkpoint."
         ) from error
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether there was no room for what was to be written."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    return FULL_IN_WORDS.search(str(error)) is not None
+
+
 def _flush(folder: Path) -> None:
-    """Have the system write the folder's files to the disk, so that the rename never outruns their contents."""
+    """Have the system write the folder to the disk, so that the rename never outruns its contents."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints, all if None; drafts that a kill left behind go too."""
-    for draft in output_dir.glob(".checkpoint-*.part"):
-        shutil.rmtree(draft, ignore_errors=True)
+    """Keep the newest `limit` checkpoints, all if None; drafts that a kill left behind and damaged ones go too."""
+    for leaving in (*output_dir.glob(".checkpoint-*.part"), *output_dir.glob("checkpoint-*.damaged")):
+        shutil.rmtree(leaving, ignore_errors=True)
     if limit is not None:
         for path in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(path)
+            # Renamed first: a kill in the middle of the removal must not leave half of a checkpoint under its name.
+            going = path.with_name(f".{path.name}.part")
+            path.rename(going)
+            shutil.rmtree(going)
+
+
+# Reading
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state of a checkpoint."""
+    path = checkpoint / STATE_NAME
     try:
-        return json.loads((checkpoint / STATE_NAME).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"Cannot read {checkpoint / STATE_NAME}: {error}. Resume from another one.") from error
+        state = json.loads(path.read_text())
+        digest = state.pop("digest")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {STATE_NAME} cannot be read ({error}).") from error
+    if digest != _digest(state):
+        raise CheckpointError(f"{checkpoint} is damaged: the contents of {STATE_NAME} are not what was written.")
+    return state
 
 
 def read_tensors(path: Path) -> Any:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Feed(ABC):
-    """Batches of activations per site, `{site: (batch, hidden_size)}`, without end."""
+    """A process's activations of each step, `{site: (batch, hidden_size)}` of all micro-batches, without end."""
 
     description: str
 
@@ -97,7 +97,7 @@ class TextFeed(Feed):
             self.model,
             self.sites,
             windows,
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=self.args.tokens_per_process,
             block_tokens=self.args.block_tokens,
             lm_batch_size=self.args.lm_batch_size,
             seed=seed,
@@ -111,7 +111,12 @@ class TextFeed(Feed):
 
 
 class CacheFeed(Feed):
-    """Activations that `cache_activations` wrote, but for the first `skip_rows`."""
+    """Activations that `cache_activations` wrote, but for the first `skip_rows`.
+
+    The order of tokens is that of one process: each takes its slice of every step's batch. So a run is the same
+    whatever the number of processes, and may go on with another. The price is that every process reads, and holds,
+    each shard as a whole.
+    """
 
     def __init__(
         self,
@@ -130,13 +135,15 @@ class CacheFeed(Feed):
     def _open(self, seed: int) -> CachedActivations:
         return CachedActivations(
             self.directory,
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=self.args.tokens_per_process * self.world_size,
             seed=seed,
             sites=self.sites,
-            rank=self.rank,
-            world_size=self.world_size,
             skip_rows=self.skip_rows,
         )
 
+    def __next__(self) -> dict[Site, Tensor]:
+        own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
+        return {site: rows[own] for site, rows in super().__next__().items()}
+
     def tokens_per_pass(self) -> int:
-        return self._open(self.args.seed).num_available * self.world_size
+        return self._open(self.args.seed).num_available

@@ -19,12 +19,12 @@ class HeldOut(ABC):
     """Held-out activations, given anew in every pass."""
 
     @abstractmethod
-    def calibration(self) -> Iterator[Mapping[Site, Tensor]]:
-        """Activations for setting thresholds."""
+    def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's share of the activations for setting thresholds."""
 
     @abstractmethod
-    def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
-        """Activations for measuring."""
+    def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's share of the activations for measuring."""
 
     @abstractmethod
     def token_batches(self) -> Iterator[TokenBatch]:
@@ -53,11 +53,11 @@ class HeldOutText(HeldOut):
         self._calibration, more = hold_out(rest, tokenizer, context_length, args.calibration_tokens, args.packing)
         self.num_documents = used + more
 
-    def calibration(self) -> Iterator[Mapping[Site, Tensor]]:
-        return self._harvest(self._calibration)
+    def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        return self._harvest(self._calibration[rank::world_size])
 
-    def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
-        return self._harvest(self._evaluation)
+    def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        return self._harvest(self._evaluation[rank::world_size])
 
     def _harvest(self, windows: Sequence[Window]) -> Iterator[Mapping[Site, Tensor]]:
         return harvest(self.model, self.sites, windows, lm_batch_size=self.args.lm_batch_size, pad_id=self.pad_id)
@@ -86,18 +86,18 @@ class HeldOutCache(HeldOut):
         self.num_rows = args.eval_tokens + args.calibration_tokens
         self._rows = cache.first_rows(self.num_rows)
 
-    def calibration(self) -> Iterator[Mapping[Site, Tensor]]:
-        return self._slices(self.args.eval_tokens, self.num_rows)
+    def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        return self._slices(self.args.eval_tokens, self.num_rows, rank, world_size)
 
-    def evaluation(self) -> Iterator[Mapping[Site, Tensor]]:
-        return self._slices(0, self.args.eval_tokens)
+    def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        return self._slices(0, self.args.eval_tokens, rank, world_size)
 
     def token_batches(self) -> Iterator[TokenBatch]:
         return iter(())
 
-    def _slices(self, start: int, stop: int) -> Iterator[Mapping[Site, Tensor]]:
+    def _slices(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[Mapping[Site, Tensor]]:
         size = self.args.per_device_train_batch_size
-        for low in range(start, stop, size):
+        for low in range(start + rank * size, stop, world_size * size):
             yield {site: rows[low : min(stop, low + size)] for site, rows in self._rows.items()}
 
 

@@ -11,24 +11,65 @@ site.
 """
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.sparse_ops import GradientMemory
+from hf_msae.modeling.modeling_matryoshka_sae import MatryoshkaSAEOutput, Share
+from hf_msae.modeling.selection import ALONE, Ranks
+from hf_msae.modeling.sparse_ops import ActiveLatents, GradientMemory
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.checkpoints import read_tensors, write_tensors
+from hf_msae.training.collectives import ranks_of, sum_gradients
+from hf_msae.training.latent_files import read_latent_file, write_latent_file
 from hf_msae.training.optimizer import DictionaryAdam
 from hf_msae.training.schedules import annealed_k, default_learning_rate, learning_rate_factor, sample_prefix_sizes
+from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
 CONTROLLER_RATE = 0.03
 # Encoder rows start as this times the decoder rows. k unit rows together would reconstruct an activation several times
 # over; starting low costs nothing and gave 0.015 more FVE at the last level after 730 steps (docs/training.md).
 INITIAL_ENCODER_SCALE = 0.3
+# Beside the SAE in a checkpoint: what has a row for each latent, and the rest.
+ROWS_NAME = "learner.safetensors"
+STATE_NAME = "learner.pt"
+
+
+class _Seen:
+    """What logs and counters want of a step: how often each latent was active, how many losses were not finite, the
+    loss and the auxiliary loss, and each level's error. In one tensor, so that it travels in one message.
+    """
+
+    def __init__(self, num_latents: int, num_levels: int, device: torch.device) -> None:
+        self.sizes = [num_latents, 1, 2, num_levels]
+        self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, output: MatryoshkaSAEOutput, weight: float) -> None:
+        """Take in a micro-batch's output; losses count by its weight in the mean."""
+        counts, bad, losses, levels = self.sums.split(self.sizes)
+        if output.active is not None:
+            counts += torch.bincount(output.active.latents, minlength=self.sizes[0])
+        else:
+            counts += (output.latents > 0).sum(0)
+        bad += ~output.loss.isfinite()
+        losses += weight * torch.stack([output.loss, output.aux_loss])
+        if output.level_losses.shape == levels.shape:  # not where other levels are drawn every step
+            levels += weight * output.level_losses
+
+    def whole(self, ranks: Ranks) -> Sequence[Tensor]:
+        """The same of all processes."""
+        return ranks.sum(self.sums).split(self.sizes)
 
 
 class Learner:
@@ -54,8 +95,12 @@ class Learner:
     ) -> None:
         self.name, self.sae, self.site, self.args, self.accelerator = name, sae.train(), site, args, accelerator
         self.max_steps = max_steps
+        # (from step, steps in all), each time the run was given another length than `max_steps`.
+        self.extensions: tuple[tuple[int, int], ...] = ()
         if accelerator.device.type == "cpu":
             sae.gradient_memory = GradientMemory()
+        # Who else has tokens of this batch. Where each process has some of the latents, every one has all tokens.
+        self.batch_ranks = ALONE if isinstance(sae, ShardedSAE) else ranks_of(accelerator)
         config, device = sae.config, accelerator.device
         self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
         self.dead_after = args.dead_after_tokens or self._default_dead_after()
@@ -63,7 +108,7 @@ class Learner:
         # Everything below is what a checkpoint must hold besides the weights.
         self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
         self.moments["sum"] = torch.zeros(config.hidden_size, **double)
-        self.silent_tokens = torch.zeros(config.num_latents, dtype=torch.int64, device=device)
+        self.silent_tokens = torch.zeros(sae.W_dec.shape[0], dtype=torch.int64, device=device)
         self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer: DictionaryAdam | None = None
@@ -71,7 +116,7 @@ class Learner:
 
     def _default_dead_after(self) -> int:
         """10M tokens, as in sparsify and dictionary_learning, but no more than a twentieth of a short run."""
-        per_step = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        per_step = self.args.tokens_per_process * self.accelerator.num_processes
         return max(per_step, min(10_000_000, self.max_steps * per_step // 20))
 
     # Beginning
@@ -79,23 +124,31 @@ class Learner:
     @torch.no_grad()
     def start(self, activations: Tensor) -> None:
         """Initialise from the first activations (n, hidden_size): the decoder bias at their mean, the variance, the
-        step sizes.
+        step sizes. Weights that came with `init_from` stay.
         """
-        self._update_moments(activations.to(self.accelerator.device))
+        x = self._all_activations(activations)
+        self._update_moments(x)
+        if self.args.init_from is None:
+            self._draw_weights(x)
+        self.optimizer = self._make_optimizer()
+        for moment in self.moments.values():
+            moment.zero_()  # the first step counts these activations again
+
+    def _all_activations(self, activations: Tensor) -> Tensor:
+        """This process's activations, or, where each process has some of the latents, those of all processes."""
+        x = activations.to(self.accelerator.device)
+        return self.sae.ranks.gather(x).flatten(0, 1)
+
+    def _draw_weights(self, x: Tensor) -> None:
         self.sae.b_dec.copy_(self.moments["sum"] / self.moments["count"])
         self.sae.b_enc.zero_()
-        # Drawn on the CPU, so that a seed means the same on every device and in every process.
-        generator = torch.Generator().manual_seed(self.args.seed)
-        rows = torch.randn(self.sae.W_dec.shape, generator=generator)
-        self.sae.W_dec.copy_(torch.nn.functional.normalize(rows, dim=-1))
+        config = self.sae.config
+        self.sae.W_dec.copy_(initial_decoder_rows(config.num_latents, config.hidden_size, self.args.seed, self.rows))
         self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * self.sae.W_dec)
         if self.sae.config.activation == "jumprelu":
             # Without this the first steps are dense: a threshold learns only from pre-activations near it.
             self.sae.threshold.fill_(1.0)
-            self.sae.calibrate_threshold([activations.to(self.accelerator.device)])
-        self.optimizer = self._make_optimizer()
-        for moment in self.moments.values():
-            moment.zero_()  # the first step counts these activations again
+            self.sae.calibrate_threshold([x], self.batch_ranks)
 
     def _make_optimizer(self) -> DictionaryAdam:
         scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
@@ -111,10 +164,17 @@ class Learner:
             groups,
             self.sae.W_dec,
             args.max_grad_norm,
+            self.sae.ranks,
+            [self.sae.b_dec],
             lr=self.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
         )
+
+    @property
+    def rows(self) -> slice:
+        """The latents that this process has."""
+        return slice(self.sae.first_latent, self.sae.first_latent + self.sae.W_dec.shape[0])
 
     @property
     def variance(self) -> Tensor:
@@ -126,7 +186,7 @@ class Learner:
     def _update_moments(self, x: Tensor) -> None:
         doubles = x.double()
         parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_tensor([x.shape[0]])])
-        parts = self.accelerator.reduce(parts, "sum")
+        parts = self.batch_ranks.sum(parts)
         self.moments["sum"] += parts[:-2]
         self.moments["square"] += parts[-2]
         self.moments["count"] += parts[-1]
@@ -139,33 +199,63 @@ class Learner:
         self.sae.eval()
 
     def step(self, activations: Tensor, step: int) -> None:
-        """Take one optimizer step on activations (batch, hidden_size); `step` counts from 0."""
+        """Take one optimizer step on this process's activations, (batch, hidden_size), of all micro-batches; `step`
+        counts from 0.
+        """
         config, device = self.sae.config, self.accelerator.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
-        x = activations.to(device, torch.float32)
+        x = self._all_activations(activations).to(torch.float32)
         self._update_moments(x)
-        prefix_sizes = (
-            sample_prefix_sizes(step, config, self.args.seed) if config.prefix_sampling == "pareto" else None
-        )
+        options = {
+            "dead_latents": self.silent_tokens > self.dead_after,
+            "prefix_sizes": sample_prefix_sizes(step, config, self.args.seed)
+            if config.prefix_sampling == "pareto"
+            else None,
+            "variance": self.variance.float(),
+            "k": annealed_k(step, self.max_steps, config, self.args),
+            "sparsity_weight": self.sparsity_weight,
+            "return_latents": False,
+        }
+        seen = _Seen(self.silent_tokens.shape[0], config.num_levels, device)
+        parts = x.split(-(-x.shape[0] // self.args.gradient_accumulation_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-            output = self.sae(
-                x,
-                dead_latents=self.silent_tokens > self.dead_after,
-                prefix_sizes=prefix_sizes,
-                variance=self.variance.float(),
-                k=annealed_k(step, self.max_steps, config, self.args),
-                sparsity_weight=self.sparsity_weight,
-                return_latents=False,
-            )
-        output.loss.backward()
-        factor = learning_rate_factor(step, self.max_steps, self.args)
+            shares = self._shares(x, parts, options)
+        for part, share in zip(parts, shares, strict=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+                output = self.sae(part, share=share, **options)
+            weight = part.shape[0] / (x.shape[0] * self.batch_ranks.size)
+            (output.loss * weight).backward()
+            seen.add(output, weight)
+        factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        self._reduce_gradients()
+        sum_gradients(self.sae.parameters(), self.batch_ranks)
+        if isinstance(self.sae, ShardedSAE):
+            self.sae.collect_bias_gradient()
         self.optimizer.step()
         self._drop_gradients()
-        self._after_step(output, x.shape[0], step)
+        self._after_step(seen, x.shape[0] * self.batch_ranks.size, step)
+
+    def _shares(self, x: Tensor, parts: Sequence[Tensor], options: Mapping[str, Any]) -> list[Share]:
+        """What each micro-batch must know of the step's whole batch, of all processes."""
+        if len(parts) == 1 and self.batch_ranks.size == 1:
+            return [Share()]
+        config, k, variance = self.sae.config, options["k"], options["variance"]
+        active = self.sae.select(x, k, variance, self.batch_ranks)
+        own: list[ActiveLatents | None] = [None] * len(parts)
+        if active is not None:
+            own = [*active.split([part.shape[0] for part in parts])]
+        l0 = level_errors = None
+        if config.activation == "jumprelu":
+            count = self.sae.ranks.sum(self.sae.count_active(x, active))
+            l0 = self.batch_ranks.sum(count.float() / x.shape[0]) / self.batch_ranks.size
+        if config.log_loss:
+            pairs = zip(parts, own, strict=True)
+            errors = [self.sae.level_errors(*pair, k, options["prefix_sizes"], variance) for pair in pairs]
+            mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
+            level_errors = self.batch_ranks.sum(mean) / self.batch_ranks.size
+        return [Share(active, l0, level_errors) for active in own]
 
     def _drop_gradients(self) -> None:
         if self.sae.gradient_memory is not None:
@@ -174,29 +264,19 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _reduce_gradients(self) -> None:
-        if self.accelerator.num_processes > 1:
-            for parameter in self.sae.parameters():
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-
-    @torch.no_grad()
-    def _after_step(self, output: Any, num_tokens: int, step: int) -> None:
+    def _after_step(self, seen: "_Seen", num_tokens: int, step: int) -> None:
+        """`num_tokens` are those of all processes."""
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)
-        if output.active is not None:
-            counts = torch.bincount(output.active.latents, minlength=self.sae.config.num_latents)
-        else:
-            counts = (output.latents > 0).sum(0)
-        counts = self.accelerator.reduce(counts, "sum")
-        self.silent_tokens += num_tokens * self.accelerator.num_processes
+        counts, bad, losses, levels = seen.whole(self.batch_ranks)
+        self.silent_tokens += num_tokens
         self.silent_tokens[counts > 0] = 0
-        l0 = counts.sum() / (num_tokens * self.accelerator.num_processes)
+        l0 = self.sae.ranks.sum(counts.sum()) / num_tokens
         if self.sae.config.activation == "relu":
-            self.sparsity_weight *= (l0 / self.sae.config.k).clamp(0.5, 2) ** CONTROLLER_RATE
-        finite = output.loss.isfinite()
-        self.bad_step = torch.where((self.bad_step < 0) & ~finite, step, self.bad_step)
-        self._log_sums += torch.stack([output.loss.detach().double(), output.aux_loss.double(), l0.double()])
-        self._log_levels += output.level_losses.double() if output.level_losses.shape == self._log_levels.shape else 0
+            self.sparsity_weight *= (l0 / self.sae.config.k).clamp(0.5, 2).float() ** CONTROLLER_RATE
+        self.bad_step = torch.where((self.bad_step < 0) & (bad > 0), step, self.bad_step)
+        self._log_sums += torch.cat([losses, l0[None]])
+        self._log_levels += levels
         self._log_steps += 1
 
     # Logging
@@ -213,36 +293,101 @@ class Learner:
         """
         loss, aux_loss, l0 = (self._log_sums / max(1, self._log_steps)).tolist()
         levels = (self._log_levels / max(1, self._log_steps)).tolist()
-        dead = (self.silent_tokens > self.dead_after).double().mean().item()
+        dead = self.sae.ranks.total(int((self.silent_tokens > self.dead_after).sum())) / self.sae.config.num_latents
         values = {"loss": loss, "aux_loss": aux_loss, "l0": l0, "dead": dead}
         if self.sae.config.prefix_sampling == "fixed":
             values["level_losses"] = levels
         self._reset_log()
         return values
 
+    # Files, of which one process writes what all have
+
+    def write_model(self, folder: Path | None) -> None:
+        """Write the SAE as `save_pretrained` does; without a folder, send what the process that writes needs."""
+        if isinstance(self.sae, ShardedSAE):
+            with no_progress_bars():
+                self.sae.write(folder)
+        elif folder is not None:
+            with no_progress_bars():
+                self.sae.save_pretrained(folder)
+
+    def write_state(self, folder: Path | None) -> None:
+        """Write what only a resumed run needs, or send it."""
+        num_latents, ranks = self.sae.config.num_latents, self.sae.ranks
+        path = None if folder is None else folder / ROWS_NAME
+        write_latent_file(path, self.latent_state(), {}, num_latents, ranks)
+        if folder is not None:
+            write_tensors(folder / STATE_NAME, self.state_dict())
+
+    def read(self, folder: Path) -> None:
+        """Go on from what `write_model` and `write_state` wrote, whatever the number of processes then."""
+        state = read_tensors(folder / STATE_NAME)
+        rows = read_latent_file(folder / ROWS_NAME, self.rows.start, self.rows.stop, self.sae.config.num_latents)
+        if isinstance(self.sae, ShardedSAE):
+            self.sae.read(folder)
+        else:
+            self.sae.load_state_dict(load_file(folder / "model.safetensors"))
+        self.load_state_dict(state, rows)
+
     # State
 
+    def latent_state(self) -> dict[str, Tensor]:
+        """What the next step depends on besides the SAE's weights, and has a row for each latent that is here."""
+        rows = {"threshold": self.sae.threshold.detach(), "silent_tokens": self.silent_tokens}
+        for name, parameter in self.sae.named_parameters():
+            if name != "b_dec":
+                rows |= {f"{name}.{key}": value for key, value in self._averages(parameter).items()}
+        return rows
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything besides the SAE's weights that the next step depends on."""
+        """The rest of what the next step depends on; the same in every process."""
         if self.optimizer is None:
             raise RuntimeError("Learner.state_dict was called before Learner.start.")
+        b_dec = self.sae.b_dec
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {
+                "step": self.optimizer.state[b_dec]["step"],
+                "b_dec": self._averages(b_dec),
+                "peak_lr": [group["peak_lr"] for group in self.optimizer.param_groups],
+            },
             "moments": self.moments,
-            "silent_tokens": self.silent_tokens,
             "sparsity_weight": self.sparsity_weight,
             "log": {"sums": self._log_sums, "levels": self._log_levels, "steps": self._log_steps},
         }
 
-    def load_state_dict(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint: `weights` are the SAE's own state, `state` the rest."""
+    def _averages(self, parameter: Tensor) -> dict[str, Tensor]:
+        if self.optimizer is None:
+            raise RuntimeError("Learner.latent_state was called before Learner.start.")
+        return {key: self.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+
+    def load_state_dict(self, state: dict[str, Any], rows: dict[str, Tensor]) -> None:
+        """Go on from `state_dict` and this process's rows of `latent_state`; the SAE has its weights already."""
         device = self.accelerator.device
-        self.sae.load_state_dict(weights)
+        self.sae.threshold.data.copy_(rows["threshold"])
+        self.silent_tokens = rows["silent_tokens"].to(device)
         self.moments = {name: value.to(device) for name, value in state["moments"].items()}
-        self.silent_tokens = state["silent_tokens"].to(device)
         self.sparsity_weight = state["sparsity_weight"].to(device)
         self.optimizer = self._make_optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        for group, peak_lr in zip(self.optimizer.param_groups, saved["peak_lr"], strict=True):
+            group["peak_lr"] = peak_lr
+        for name, parameter in self.sae.named_parameters():
+            keys = ("exp_avg", "exp_avg_sq")
+            values = saved["b_dec"] if name == "b_dec" else {key: rows[f"{name}.{key}"] for key in keys}
+            step = saved["step"].to(device, copy=True)
+            self.optimizer.state[parameter] = {"step": step} | {key: v.to(device) for key, v in values.items()}
         self._log_sums = state["log"]["sums"].to(device)
         self._log_levels = state["log"]["levels"].to(device)
         self._log_steps = state["log"]["steps"]
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Saving without the progress bars of transformers, which would tear the training's apart."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

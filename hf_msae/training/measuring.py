@@ -2,6 +2,9 @@
 
 In training `batch_topk` and `topk` select by rank; a reader selects by threshold. So whatever is saved or measured is
 first calibrated on held-out activations, and the learner gets its own threshold back afterwards.
+
+Several processes share the held-out tokens, or, where each has some of the latents, go through all of them together;
+the numbers come out the same. Cross-entropy alone is left to the main process where it has the whole SAE.
 """
 
 from collections.abc import Iterator
@@ -11,26 +14,47 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_msae.metrics import Measurement, measure_cross_entropy, measure_reconstruction, merge
+from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropy, merge
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.held_out import HeldOut
 from hf_msae.training.learner import Learner
+from hf_msae.training.sharded import ShardedSAE
+
+
+class _ShardMeter(ReconstructionMeter):
+    """A meter of an SAE of which each process has some latents: it counts those, and reports on all."""
+
+    sae: ShardedSAE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sums["fired"] = self.sums["fired"][self.sae.rows].clone()
+        self.max_activation = self.max_activation[self.sae.rows].clone()
+
+    @property
+    def firing_rate(self) -> Tensor:
+        return self.sae.gather_rows(self.sums["fired"]) / self.num_tokens
 
 
 class Examiner:
-    """Calibrates and measures learners on the held-out data of a run."""
+    """Calibrates and measures learners on the held-out data of a run; all processes call it at the same time."""
 
     def __init__(self, model: PreTrainedModel | None, held_out: HeldOut, args: SAETrainingArguments) -> None:
         self.model, self.held_out, self.args = model, held_out, args
         # Per learner the step after which its threshold was last set, and that threshold.
         self._thresholds: dict[str, tuple[int, Tensor]] = {}
 
+    def calibrate(self, learner: Learner, step: int) -> None:
+        """Find the threshold that a reader gets after `step` steps; `calibrated` then needs no other process."""
+        with self.calibrated(learner, step):
+            pass
+
     @contextmanager
     def calibrated(self, learner: Learner, step: int) -> Iterator[None]:
         """The learner's SAE as a reader gets it after `step` steps: in evaluation mode, its threshold set on held-out
         activations.
         """
-        sae = learner.sae
+        sae, ranks = learner.sae, learner.batch_ranks
         training_threshold = sae.threshold.detach().clone()
         sae.eval()
         known = self._thresholds.get(learner.name)
@@ -38,7 +62,8 @@ class Examiner:
             if known is not None and known[0] == step:
                 sae.threshold.copy_(known[1])
             else:
-                sae.calibrate_threshold(batch[learner.site].to(sae.device) for batch in self.held_out.calibration())
+                batches = self.held_out.calibration(ranks.rank, ranks.size)
+                sae.calibrate_threshold((batch[learner.site].to(sae.device) for batch in batches), ranks)
                 self._thresholds[learner.name] = (step, sae.threshold.detach().clone())
         try:
             yield
@@ -51,16 +76,12 @@ class Examiner:
         """Measure a calibrated SAE, and record in it what only measuring can tell: per-latent firing rates and maxima,
         L0 and FVE per prefix.
         """
-        sae, name = learner.sae, learner.name
-        meter = measure_reconstruction({name: (learner.site, sae)}, self.held_out.evaluation())[name]
-        cross_entropy = None
-        if self.model is not None and self.model.get_output_embeddings() is not None and self.args.ce_tokens:
-            batches = list(self.held_out.token_batches())
-            if batches:
-                cross_entropy = measure_cross_entropy(self.model, learner.site, sae, meter.mean, batches)
+        sae = learner.sae
+        meter = self._reconstruction(learner)
+        cross_entropy = self._cross_entropy(learner, meter.mean)
         with torch.no_grad():
             sae.max_activation.copy_(meter.max_activation)
-            sae.firing_rate.copy_(meter.firing_rate)
+            sae.firing_rate.copy_(meter.firing_rate[learner.rows])
         measurement = merge(meter, cross_entropy)
         sae.config.measured = {
             "tokens": measurement.tokens,
@@ -68,3 +89,23 @@ class Examiner:
             "fve": [round(level.fve, 5) for level in measurement.levels],
         }
         return measurement
+
+    @torch.inference_mode()
+    def _reconstruction(self, learner: Learner) -> ReconstructionMeter:
+        sae, ranks = learner.sae, learner.batch_ranks
+        meter = _ShardMeter(sae) if isinstance(sae, ShardedSAE) else ReconstructionMeter(sae)
+        for batch in self.held_out.evaluation(ranks.rank, ranks.size):
+            meter.update(batch[learner.site])
+        meter.num_tokens = ranks.total(meter.num_tokens)
+        meter.sums = {name: ranks.sum(total) for name, total in meter.sums.items()}
+        meter.max_activation = ranks.maximum(meter.max_activation)
+        if meter.num_tokens == 0:
+            raise ValueError("Nothing to measure: the held-out data gave no activation.")
+        return meter
+
+    def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:
+        """Of the main process, or of all, where they must run the language model in step to have the whole SAE."""
+        if self.model is None or self.model.get_output_embeddings() is None or learner.batch_ranks.rank:
+            return None
+        batches = list(self.held_out.token_batches()) if self.args.ce_tokens else []
+        return measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches) if batches else None

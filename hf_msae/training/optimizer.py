@@ -7,12 +7,14 @@ are two. The first reads the gradients for their norm, which after projection is
 (which divides the gradient by the clipping factor as it reads it) and normalisation, while they are in the cache.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+
+from hf_msae.modeling.selection import ALONE, Ranks
 
 # Numbers of a tensor that go through the step together: on the CPU what fits the caches with its gradient and moments.
 CPU_CHUNK = 1 << 19
@@ -25,13 +27,21 @@ class DictionaryAdam(torch.optim.Adam):
         groups: parameter groups, as in Adam.
         unit_rows: the parameter (num_latents, hidden_size) whose rows have norm 1 and keep it.
         max_grad_norm: the norm to which all gradients together are clipped; 0 does not clip.
+        ranks: the processes that hold other rows of the same parameters.
+        shared: those parameters that all of these hold; they count once in the norm.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], unit_rows: Tensor, max_grad_norm: float, **options: Any
+        self,
+        groups: Iterable[dict[str, Any]],
+        unit_rows: Tensor,
+        max_grad_norm: float,
+        ranks: Ranks = ALONE,
+        shared: Sequence[Tensor] = (),
+        **options: Any,
     ) -> None:
         super().__init__(groups, fused=True, **options)
-        self._unit_rows, self._max_grad_norm = unit_rows, max_grad_norm
+        self._unit_rows, self._max_grad_norm, self._ranks, self._shared = unit_rows, max_grad_norm, ranks, shared
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -50,10 +60,14 @@ class DictionaryAdam(torch.optim.Adam):
         """What gradients are to be divided by, a scalar of at least 1."""
         if not self._max_grad_norm:
             return None
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        squares = torch.stack([torch.linalg.vector_norm(gradient).square() for gradient in gradients]).sum()
-        norm = (squares - radial.square().sum()).clamp_min(0).sqrt()
+        squares = torch.stack([self._square(p) for g in self.param_groups for p in g["params"] if p.grad is not None])
+        norm = self._ranks.sum(squares.sum() - radial.square().sum()).clamp_min(0).sqrt()
         return (norm / self._max_grad_norm).clamp_min(1)
+
+    def _square(self, parameter: Tensor) -> Tensor:
+        """Squared norm of a gradient, or this process's part of it where others have the same one."""
+        square = torch.linalg.vector_norm(parameter.grad).square()
+        return square / self._ranks.size if any(parameter is shared for shared in self._shared) else square
 
     def _step_parameter(
         self, parameter: Tensor, grad: Tensor, group: dict[str, Any], radial: Tensor, clipping: Tensor | None

@@ -8,14 +8,19 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import CachedActivations, as_documents
+from hf_msae.data import CachedActivations, Documents, as_documents
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.collectives import ranks_of
 from hf_msae.training.feeds import CacheFeed, Feed, TextFeed
 from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
+from hf_msae.training.learner import Learner
+from hf_msae.training.resuming import Length
+from hf_msae.training.sharded import ShardedSAE
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +100,10 @@ def open_data(
     eval_dataset: Any,
     rank: int,
     world_size: int,
-) -> tuple[HeldOut, Feed]:
-    """What is held out and what is trained on; the windows' form is written into the SAEs' configurations."""
+) -> tuple[HeldOut, Feed, Documents | None]:
+    """What is held out, what is trained on, and its documents where it has any; the windows' form is written into the
+    SAEs' configurations.
+    """
     held_out: HeldOut | None = None
     if model is not None and tokenizer is not None:
         context_length = window_length(model, args)
@@ -107,7 +114,7 @@ def open_data(
         if held_out is None:
             held_out = HeldOutCache(train_dataset, args)
             skip_rows = held_out.num_rows
-        return held_out, CacheFeed(train_dataset, sites, args, skip_rows, rank, world_size)
+        return held_out, CacheFeed(train_dataset, sites, args, skip_rows, rank, world_size), None
     if model is None or tokenizer is None:
         raise ValueError("Training on text needs the language model and its tokenizer (processing_class).")
     documents = as_documents(train_dataset)
@@ -117,14 +124,38 @@ def open_data(
     for sae in saes.values():
         sae.config.context_length = context_length
         sae.config.prepend_bos = tokenizer.bos_token_id is not None
-    return held_out, TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size)
+    feed = TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size)
+    return held_out, feed, documents
+
+
+def make_learners(
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    args: SAETrainingArguments,
+    length: Length,
+    accelerator: Accelerator,
+) -> list[Learner]:
+    """A learner for each SAE, on this process's device: of all its latents, or of some where they are sharded."""
+    learners = []
+    for name, sae in saes.items():
+        model = _rows_here(sae, args, accelerator) if args.shard_latents else sae.to(accelerator.device)
+        learners.append(Learner(name, model, sites[name], args, length.first, accelerator))
+        learners[-1].extensions = length.extensions
+    return learners
+
+
+def _rows_here(sae: MatryoshkaSAE, args: SAETrainingArguments, accelerator: Accelerator) -> ShardedSAE:
+    part = ShardedSAE(sae.config, ranks_of(accelerator), accelerator.device)
+    if args.init_from is not None:
+        part.take_rows(sae)
+    return part
 
 
 def count_steps(args: SAETrainingArguments, feed: Feed, num_processes: int) -> int:
     """Steps of the run: as asked for, else what `max_tokens` or one pass over the data gives."""
     if args.max_steps > 0:
         return args.max_steps
-    per_step = args.per_device_train_batch_size * num_processes
+    per_step = args.tokens_per_process * num_processes
     tokens = args.max_tokens if args.max_tokens is not None else feed.tokens_per_pass()
     if tokens < per_step:
         raise ValueError(

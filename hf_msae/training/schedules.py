@@ -3,6 +3,7 @@ state.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -25,8 +26,24 @@ def default_learning_rate(num_latents: int, max_steps: int) -> float:
     return 1e-2 * math.sqrt(1024 / num_latents) * (730 / max(730, max_steps)) ** 0.25
 
 
-def learning_rate_factor(step: int, max_steps: int, args: SAETrainingArguments) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, constant, decay to zero."""
+def learning_rate_factor(
+    step: int, max_steps: int, args: SAETrainingArguments, extensions: Sequence[tuple[int, int]] = ()
+) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, constant, decay to zero.
+
+    `extensions` are (from step, steps in all) each time the run was given another length. The schedule is then that of
+    the new length, but the rate rises to it from where it was, over the warm-up of the steps that are left.
+    """
+    if not extensions:
+        return _plain_factor(step, max_steps, args)
+    *earlier, (begin, length) = extensions
+    before = learning_rate_factor(begin - 1, max_steps, args, earlier)
+    rewarm = _steps(args.warmup_steps, length - begin, share_up_to=1 - 1e-9)
+    rising = before + (step - begin + 1) / rewarm if rewarm else 1.0
+    return min(rising, _plain_factor(step, length, args))
+
+
+def _plain_factor(step: int, max_steps: int, args: SAETrainingArguments) -> float:
     warmup = _steps(args.warmup_steps, max_steps, share_up_to=1 - 1e-9)
     factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
     decay = _steps(args.decay_steps, max_steps, share_up_to=1)

@@ -1,67 +1,55 @@
 """The training loop: one pass of a language model feeds one or many SAEs.
 
 The loop is plain: take a batch of activations, give it to every learner, now and then log, measure and save. What is
-hard lives elsewhere: checks before the run in `preparation`, resumable data in `feeds`, one SAE's step in `learner`,
-held-out numbers in `measuring`, whole-or-absent folders in `checkpoints`, what the run leaves behind in `results`.
+hard lives elsewhere: checks before the run in `preparation`, its needs in `plan`, resumable data in `feeds`, one SAE's
+step in `learner`, held-out numbers in `measuring`, whole-or-absent folders in `checkpoints` and `saving`, where a run
+goes on in `resuming`, the Hub in `pushing`, what the run leaves behind in `results`.
 """
 
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, tqdm
-from safetensors.torch import load_file
+from accelerate.utils import InitProcessGroupKwargs, gather_object, tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from hf_msae.data import ActivationError
+from hf_msae.data import ActivationError, DatasetError
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.training.arguments import SAETrainingArguments
-from hf_msae.training.checkpoints import (
-    CheckpointError,
-    explain_full_disk,
-    find_checkpoint,
-    list_checkpoints,
-    read_state,
-    read_tensors,
-    remove_old_checkpoints,
-    write_checkpoint,
-)
-from hf_msae.training.interrupts import InterruptFlag
+from hf_msae.training.checkpoints import explain_full_disk, list_checkpoints
+from hf_msae.training.interrupts import InterruptFlag, TrainingInterrupted
 from hf_msae.training.learner import Learner
 from hf_msae.training.measuring import Examiner
-from hf_msae.training.preparation import count_steps, named_saes, open_data, resolve_sites
-from hf_msae.training.results import RunLog, prepare_output_dir, save_quietly, write_results
-
-# Arguments that may differ between a checkpoint's run and the run that resumes it: none of them changes a weight.
-FREE_ARGUMENTS = frozenset(
-    {
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "eval_steps",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "run_name",
-        "disable_tqdm",
-        "use_cpu",
-    }
+from hf_msae.training.plan import Plan, Probe, make_plan, probe
+from hf_msae.training.preparation import count_steps, make_learners, named_saes, open_data, resolve_sites
+from hf_msae.training.pushing import Pusher
+from hf_msae.training.results import RunLog, check_output_dir, prepare_output_dir, write_results
+from hf_msae.training.resuming import (
+    Checkpoint,
+    Length,
+    check_same_run,
+    choose_checkpoint,
+    load_feed,
+    on_main,
+    resumed_length,
 )
+from hf_msae.training.saving import Saver
+from hf_msae.training.warm_start import warm_start
+
+# How many of the documents that could not be read are named in metrics.json.
+MAX_SKIPPED_NAMED = 1000
 
 
 class TrainingDiverged(RuntimeError):
     """Activations or a loss became NaN or infinite."""
-
-
-class TrainingInterrupted(RuntimeError):
-    """The run was told to stop, and has saved a checkpoint."""
 
 
 class SAETrainer:
@@ -71,7 +59,7 @@ class SAETrainer:
         model: the language model; may be None when training from an activation cache. Put into eval mode, never
             changed.
         sae: the SAE to train, or several (a list, or a mapping from names), each with `config.site` set. All are
-            trained from one pass of the model. Weights are initialised anew.
+            trained from one pass of the model. Weights are initialised anew, or from `args.init_from`.
         args: how to train.
         train_dataset: documents (`datasets.Dataset`, `IterableDataset`, a sequence of texts or chats, `Documents`), or
             `CachedActivations`.
@@ -81,7 +69,7 @@ class SAETrainer:
 
     Raises at once, before any long work: `SiteError` for a site that does not exist, `DatasetError` for data that
     cannot be used, `ValueError` for sizes that do not fit, `CheckpointError` for an output directory that holds
-    another run.
+    another run, `WarmStartError` for an `init_from` that does not fit.
     """
 
     def __init__(
@@ -97,12 +85,18 @@ class SAETrainer:
         self.model, self.args, self.tokenizer = model, args, processing_class
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
-            cpu=args.on_cpu, log_with=args.report_to or None, project_dir=str(self.output_dir / "trackers")
+            cpu=args.on_cpu,
+            log_with=args.report_to or None,
+            project_dir=str(self.output_dir / "trackers"),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
         self.saes = named_saes(sae)
-        prepare_output_dir(self.output_dir, args, self.accelerator)
+        check_output_dir(self.output_dir, args, self.accelerator)
         self.sites = resolve_sites(model, self.saes)
-        held_out, self.feed = open_data(
+        if args.init_from is not None:
+            for item in self.saes.values():
+                warm_start(item, args.init_from, args.seed)
+        held_out, self.feed, self.documents = open_data(
             model,
             processing_class,
             self.saes,
@@ -114,6 +108,7 @@ class SAETrainer:
             self.accelerator.num_processes,
         )
         self.examiner = Examiner(model, held_out, args)
+        self.saver = Saver(self.output_dir, args, self.accelerator, self.examiner, single=len(self.saes) == 1)
         self.state = TrainerState(
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.accelerator.is_main_process,
@@ -122,17 +117,41 @@ class SAETrainer:
         self.callbacks = list(callbacks)
         self.log = RunLog(self.output_dir, self.accelerator, single=len(self.saes) == 1)
         self.learners: list[Learner] = []
+        self.pusher: Pusher | None = None
+        self._length = Length(0)
         self._training_seconds = 0.0
         self._first_step = 0
+        self._saved_step = 0
 
     def _count_steps(self) -> int:
         return count_steps(self.args, self.feed, self.accelerator.num_processes)
 
-    def _make_learners(self, max_steps: int) -> list[Learner]:
-        return [
-            Learner(name, sae.to(self.accelerator.device), self.sites[name], self.args, max_steps, self.accelerator)
-            for name, sae in self.saes.items()
-        ]
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.args.tokens_per_process * self.accelerator.num_processes
+
+    def _make_learners(self) -> list[Learner]:
+        return make_learners(self.saes, self.sites, self.args, self._length, self.accelerator)
+
+    def _open_pusher(self) -> None:
+        self.pusher = Pusher(self.args)
+
+    def plan(self) -> Plan:
+        """What the run needs in memory and on disk, and how long it is; nothing of it is made yet."""
+        return make_plan(
+            self.model,
+            self.saes,
+            self.sites,
+            self.feed,
+            self.args,
+            self.state.max_steps or self._count_steps(),
+            self.accelerator,
+        )
+
+    def probe(self) -> Probe:
+        """Time a few passes and steps; the trainer can train nothing afterwards."""
+        self._length = Length(self._count_steps())
+        return probe(self._make_learners(), self.examiner.held_out, self.args, self.accelerator.device)
 
     # The loop
 
@@ -144,15 +163,21 @@ class SAETrainer:
         """
         checkpoint = None
         if self.args.resume_from_checkpoint:
-            checkpoint = find_checkpoint(self.args.resume_from_checkpoint, self.output_dir)
-        max_steps = read_state(checkpoint)["max_steps"] if checkpoint else self._count_steps()
-        self.state.max_steps = max_steps
-        self.learners = self._make_learners(max_steps)
+            checkpoint = choose_checkpoint(self.args.resume_from_checkpoint, self.output_dir, self.accelerator)
+            self._length = resumed_length(checkpoint.state, self.args, self._count_steps)
+        else:
+            self._length = Length(self._count_steps())
+        self.state.max_steps = self._length.max_steps
+        if self.args.push_to_hub:
+            on_main(self.accelerator, self._open_pusher)
+        self.plan().warn()
+        prepare_output_dir(self.output_dir, self.args, self.accelerator)
+        self.learners = self._make_learners()
         self.log.open(self.args)
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
         self._call("on_train_begin")
-        with InterruptFlag() as interrupt:
+        with InterruptFlag(self.accelerator) as interrupt:
             self._run(interrupt)
         return self._finish()
 
@@ -167,11 +192,16 @@ class SAETrainer:
         with progress:
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 began = time.perf_counter()
-                self._step()
+                try:
+                    self._step()
+                except DatasetError:
+                    self._save_what_there_is()
+                    raise
                 self._training_seconds += time.perf_counter() - began
                 self._housekeeping(progress)
-                if self._should_stop(interrupt):
-                    self._stop(interrupt)
+                signal_number = interrupt.agreed()
+                if signal_number is not None:
+                    self._stop(signal_number)
 
     def _step(self) -> None:
         step = self.state.global_step
@@ -185,7 +215,7 @@ class SAETrainer:
                 learner.start(batch[learner.site])
             learner.step(batch[learner.site], step)
         self.state.global_step = step + 1
-        self.state.num_input_tokens_seen += self.args.per_device_train_batch_size * self.accelerator.num_processes
+        self.state.num_input_tokens_seen += self._tokens_per_step
         self._call("on_step_end")
 
     def _housekeeping(self, progress: tqdm) -> None:
@@ -222,8 +252,7 @@ class SAETrainer:
 
     def _tokens_per_second(self) -> float:
         steps = self.state.global_step - self._first_step
-        tokens = steps * self.args.per_device_train_batch_size * self.accelerator.num_processes
-        return tokens / max(self._training_seconds, 1e-9)
+        return steps * self._tokens_per_step / max(self._training_seconds, 1e-9)
 
     def _check_finite(self) -> None:
         for learner in self.learners:
@@ -231,8 +260,7 @@ class SAETrainer:
             if step >= 0:
                 raise TrainingDiverged(
                     f"The loss of {learner.name} was NaN or infinite at step {step}. {self._last_checkpoint()} Try a "
-                    f"lower "
-                    f"learning rate than {learner.learning_rate:g}, or a longer warm-up."
+                    f"lower learning rate than {learner.learning_rate:g}, or a longer warm-up."
                 )
 
     def _last_checkpoint(self) -> str:
@@ -244,104 +272,82 @@ class SAETrainer:
         first = self.learners[0].sae if self.learners else None
         for callback in self.callbacks:
             handler = getattr(callback, event)
-            result = handler(
-                self.args, self.state, self.control, model=first, processing_class=self.tokenizer, **details
-            )
-            self.control = result if result is not None else self.control
+            known = {"model": first, "processing_class": self.tokenizer, **details}
+            self.control = handler(self.args, self.state, self.control, **known) or self.control
 
     # Stopping early
 
-    def _should_stop(self, interrupt: InterruptFlag) -> bool:
-        if self.accelerator.num_processes == 1:
-            return interrupt.signal_name is not None
-        if self.state.global_step % 10:
-            return False
-        # A signal reaches the processes at different steps; they must agree on the one at which all of them stop.
-        flag = torch.tensor(float(interrupt.signal_name is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    def _stop(self, interrupt: InterruptFlag) -> None:
+    def _stop(self, signal_number: int) -> None:
         self._save_checkpoint()
-        where = self.output_dir / f"checkpoint-{self.state.global_step}"
+        step, name = self.state.global_step, signal.Signals(signal_number).name
+        saved = f"saved {self.output_dir / f'checkpoint-{step}'}."
+        if self.accelerator.is_main_process and self._saved_step != step:
+            saved = f"could not save it. {self._last_checkpoint()}"
         self.log.close()
         raise TrainingInterrupted(
-            f"Stopped by {interrupt.signal_name or 'another process'} after step {self.state.global_step} of "
-            f"{self.state.max_steps}; saved {where}. To go on, give the same command with --resume-from-checkpoint."
+            f"Stopped by {name} after step {step} of {self.state.max_steps}; {saved} To go on, give the same command "
+            "with --resume-from-checkpoint.",
+            exit_code=128 + signal_number,
         )
+
+    def _save_what_there_is(self) -> None:
+        """A checkpoint of the steps taken, when data ends the run. Of several processes one alone cannot save."""
+        if self.accelerator.num_processes == 1 and self.state.global_step > self._first_step:
+            self._save_checkpoint()
 
     # Checkpoints
 
     def folder(self, base: Path, name: str) -> Path:
         """Where one SAE's files lie under a folder: in it when it is the only one, else in a folder of its name."""
-        return base if len(self.saes) == 1 else base / name
+        return self.saver.folder(base, name)
 
     def _save_checkpoint(self) -> None:
+        """Save, unless this step is saved already. A full disk is no reason to end the run: older checkpoints stay,
+        and the next save may find room.
+        """
+        if self._saved_step == self.state.global_step:
+            return
         self._check_finite()
-        feeds = gather_object([self.feed.state_dict()])
-        if self.accelerator.is_main_process:
-            state = {
-                "step": self.state.global_step,
-                "max_steps": self.state.max_steps,
-                "tokens": self.state.num_input_tokens_seen,
-                "arguments": self.args.to_dict(),
-                "feeds": feeds,
-            }
-            write_checkpoint(self.output_dir, self.state.global_step, self._write_learners, state)
-            remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        state = {
+            "step": self.state.global_step,
+            **self._length.to_dict(),
+            "tokens": self.state.num_input_tokens_seen,
+            "tokens_per_step": self._tokens_per_step,
+            "arguments": self.args.to_dict(),
+            "feeds": gather_object([self.feed.state_dict()]),
+            "skipped_documents": self._skipped_documents(),
+        }
+        path = self.saver.save(self.state.global_step, self.learners, state)
+        if path is not None:
+            self._saved_step = self.state.global_step
+            if self.pusher is not None:
+                self.pusher.push_checkpoint(path, self.state.global_step)
         self._call("on_save")
 
-    def _write_learners(self, draft: Path) -> None:
-        for learner in self.learners:
-            folder = self.folder(draft, learner.name)
-            with self.examiner.calibrated(learner, self.state.global_step):
-                save_quietly(learner.sae, folder)
-            torch.save(
-                {"learner": learner.state_dict(), "threshold": learner.sae.threshold.data}, folder / "learner.pt"
-            )
+    def _skipped_documents(self) -> list[int]:
+        """The numbers of the documents that no process could read."""
+        own = self.documents.unreadable if self.documents is not None else set()
+        return sorted(set(gather_object(sorted(own))))
 
-    def _load_checkpoint(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        self._check_same_run(checkpoint, state)
+    def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        path, state = checkpoint.path, checkpoint.state
+        configs = {self.folder(path, name): sae.config for name, sae in self.saes.items()}
+        check_same_run(checkpoint, self.args, configs, self._tokens_per_step)
         for learner in self.learners:
-            folder = self.folder(checkpoint, learner.name)
-            saved = read_tensors(folder / "learner.pt")
-            weights = load_file(folder / "model.safetensors")
-            learner.load_state_dict(saved["learner"], {**weights, "threshold": saved["threshold"]})
-        self.feed.load_state_dict(state["feeds"][self.accelerator.process_index])
+            learner.read(self.folder(path, learner.name))
+        load_feed(self.feed, state["feeds"], self.accelerator)
+        if self.documents is not None:
+            self.documents.unreadable.update(state["skipped_documents"])
         self.state.global_step = self._first_step = state["step"]
         self.state.num_input_tokens_seen = state["tokens"]
         self.log.rewind(state["step"])
-
-    def _check_same_run(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
-        now = self.args.to_dict()
-        changed = [
-            f"{name}: {value!r} then, {now.get(name)!r} now"
-            for name, value in state["arguments"].items()
-            if name not in FREE_ARGUMENTS and value != now.get(name)
-        ]
-        if len(state["feeds"]) != self.accelerator.num_processes:
-            changed.append(f"processes: {len(state['feeds'])} then, {self.accelerator.num_processes} now")
-        for name, sae in self.saes.items():
-            config = type(sae.config).from_pretrained(self.folder(checkpoint, name))
-            ours, theirs = sae.config.to_diff_dict(), config.to_diff_dict()
-            for key in sorted(
-                (ours.keys() | theirs.keys()) - {"architectures", "auto_map", "dtype", "transformers_version"}
-            ):
-                if ours.get(key) != theirs.get(key):
-                    changed.append(f"{key} of {name}: {theirs.get(key)!r} then, {ours.get(key)!r} now")
-        if changed:
-            raise CheckpointError(
-                f"{checkpoint} belongs to another run ({'; '.join(changed)}). Resume with the arguments of that run, "
-                f"or "
-                "start anew in another output directory."
-            )
 
     # Measuring
 
     def evaluate(self) -> dict[str, Measurement]:
         """Measure every SAE as it is now on the held-out tokens, with calibrated thresholds, and record what only
-        measuring can tell in it: per-latent firing rates and maxima, L0 and FVE per prefix."""
+        measuring can tell in it: per-latent firing rates and maxima, L0 and FVE per prefix. All processes must call
+        this; cross-entropies are given to the main one."""
         measurements = {}
         for learner in self.learners:
             with self.examiner.calibrated(learner, self.state.global_step):
@@ -349,38 +355,48 @@ class SAETrainer:
         return measurements
 
     def _measure_in_passing(self) -> None:
-        if self.accelerator.is_main_process:
-            for name, measurement in self.evaluate().items():
-                levels = [asdict(level) for level in measurement.levels]
-                entry = self._entry({"eval_levels": levels})
-                self.log.write(name, entry)
-                self._remember(name, entry)
-        self.accelerator.wait_for_everyone()
+        for name, measurement in self.evaluate().items():
+            levels = [asdict(level) for level in measurement.levels]
+            entry = self._entry({"eval_levels": levels})
+            self.log.write(name, entry)
+            self._remember(name, entry)
         self._call("on_evaluate", metrics={})
 
     # The end
 
+    def _facts(self, learner: Learner, skipped: list[int]) -> dict[str, Any]:
+        """What metrics.json and the card say of the run besides measurements."""
+        return {
+            "steps": self.state.global_step,
+            "training_tokens": self.state.num_input_tokens_seen,
+            "tokens_per_second": round(self._tokens_per_second(), 1),
+            "training_seconds": round(self._training_seconds, 1),
+            "dataset": self.feed.description,
+            "learning_rate": learner.learning_rate,
+            "skipped_documents": {"count": len(skipped), "numbers": skipped[:MAX_SKIPPED_NAMED]},
+        }
+
     def _finish(self) -> dict[str, Measurement]:
-        measurements: dict[str, Measurement] = {}
-        if self.accelerator.is_main_process:
-            for learner in self.learners:
-                with self.examiner.calibrated(learner, self.state.global_step):
-                    measurements[learner.name] = self.examiner.measure(learner)
-                    extra = {
-                        "steps": self.state.global_step,
-                        "training_tokens": self.state.num_input_tokens_seen,
-                        "tokens_per_second": round(self._tokens_per_second(), 1),
-                        "training_seconds": round(self._training_seconds, 1),
-                        "dataset": self.feed.description,
-                        "learning_rate": learner.learning_rate,
-                    }
-                    folder = self.folder(self.output_dir, learner.name)
+        measurements = self.evaluate()
+        skipped = self._skipped_documents()
+        with self.saver.one_writer(self.state.global_step, self.learners) as writer:
+            if self.accelerator.is_main_process:
+                for number, learner in enumerate(self.learners):
                     with explain_full_disk(self.output_dir, "the result"):
-                        write_results(folder, learner.sae.eval(), measurements[learner.name], self.args, extra)
-            self.log.write_index({name: asdict(measurement) for name, measurement in measurements.items()})
+                        write_results(
+                            self.folder(self.output_dir, learner.name),
+                            partial(writer.run, 2 * number),
+                            learner.sae.config,
+                            measurements[learner.name],
+                            self.args,
+                            self._facts(learner, skipped),
+                        )
+                self.log.write_index({name: asdict(measurement) for name, measurement in measurements.items()})
         self.accelerator.wait_for_everyone()
         for learner in self.learners:
             learner.finish()
         self._call("on_train_end")
         self.log.close()
+        if self.pusher is not None:
+            self.pusher.push_result()
         return measurements

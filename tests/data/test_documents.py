@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_msae.data import DatasetError, Documents, as_documents, load_documents
+from hf_msae.data.sources import StreamSource
 
 TEXTS = [f"document {i}\nwith ünïcode and a second line" + " word" * (i % 5) for i in range(23)]
 CHATS = [[{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(5)]
@@ -244,11 +245,69 @@ def test_folders_that_cannot_be_read_are_errors(tmp_path):
         load_documents(tmp_path)
 
 
-def test_values_and_objects_that_are_no_documents_are_named():
-    with pytest.raises(DatasetError, match=r"document 1 of 2 documents in memory, column 'text', is missing or null"):
-        list(as_documents([{"text": "a"}, {"text": None}]))
-    with pytest.raises(DatasetError, match=r"document 1 of .* is a int, expected a string or a list of messages"):
-        list(as_documents(["a", 3]))
+def test_values_that_are_no_documents_are_skipped_and_named(caplog):
+    documents = as_documents([{"text": "a"}, {"text": None}, None, {"text": "b"}])
+    assert list(documents) == ["a", "b"]
+    assert "document 1 of 4 documents in memory, column 'text', is missing or null" in caplog.text
+    documents = as_documents(["a", 3, "b", "c"])
+    assert list(documents.shard(1, 2)) == ["c"]
+    assert "document 1 of 4 documents in memory is a int, expected a string or a list of messages" in caplog.text
+    assert documents.unreadable == {1}  # of all views
+
+
+def test_lines_that_cannot_be_read_are_skipped_and_counted_once(tmp_path, caplog):
+    path: Path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'{"text": "a"}\nno json\n{"text": "b"}\n3\n{"text": "caf\xe9"}\n{"text": "c"}\n')
+    documents = load_documents(path)
+    assert list(documents) == list(documents) == ["a", "b", "c"]
+    assert documents.unreadable == {1, 3, 4}
+    assert caplog.text.count("Skipped document") == 3
+    reader = iter(documents)
+    assert [next(reader), next(reader)] == ["a", "b"]
+    documents.load_state_dict(documents.state_dict())
+    assert list(documents) == ["c"]
+
+
+def test_documents_of_which_none_can_be_read_are_an_error():
+    rows = [{"text": "a"}, *({"text": None} for _ in range(100))]
+    assert list(as_documents([*rows[:-1], {"text": "b"}])) == ["a", "b"]
+    with pytest.raises(DatasetError, match=r"the last 100 documents .* cannot be read; of number 100: .*null"):
+        list(as_documents(rows))
+
+
+def failing_stream(failures: list[int]) -> datasets.IterableDataset:
+    """Ten rows; reading row i fails as often as `failures` has i."""
+
+    def rows():
+        for index in range(10):
+            if index in failures:
+                failures.remove(index)
+                raise ConnectionResetError(f"at row {index}")
+            yield {"text": f"t{index}"}
+
+    return datasets.IterableDataset.from_generator(rows)
+
+
+def test_a_stream_that_fails_now_and_then_loses_and_repeats_nothing(caplog):
+    documents = Documents(StreamSource(failing_stream([0, 3, 3, 9]), (0.0, 0.01)), column="text", description="it")
+    assert list(documents) == [f"t{index}" for index in range(10)]
+    assert documents.unreadable == set()
+    assert caplog.text.count("Trying the same row again") == 4
+    assert "ConnectionResetError: at row 3" in caplog.text
+
+
+def test_a_stream_that_keeps_failing_ends_in_words_and_resumes():
+    failures = [4, 4, 4]
+    documents = Documents(StreamSource(failing_stream(failures), (0.0, 0.0)), column="text", description="it")
+    reader = iter(documents)
+    assert [next(reader) for _ in range(4)] == ["t0", "t1", "t2", "t3"]
+    with pytest.raises(DatasetError, match=r"ConnectionResetError: at row 4.*2 further attempts.*resume"):
+        next(reader)
+    documents.load_state_dict(documents.state_dict())
+    assert next(iter(documents)) == "t4"
+
+
+def test_objects_that_are_no_documents_are_named():
     with pytest.raises(DatasetError, match="use load_documents"):
         as_documents("stories.txt")
     with pytest.raises(DatasetError, match="cannot read documents from a generator"):

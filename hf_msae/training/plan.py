@@ -1,0 +1,319 @@
+"""What a run will need, told before it begins: memory by what takes it, disk, steps, and, after a probe, time.
+
+Sizes are counted from shapes, not measured, so that a plan costs nothing and exists before the first allocation. What
+comes and goes (a forward pass of the language model, a step's temporaries, measuring on held-out tokens) is not there
+at the same time, so only the largest of these counts. Libraries' own buffers are allowed for with a constant. Beside
+measured peaks the sum is good to about a fifth (docs/training.md); an auxiliary loss over many dead latents, which
+nobody can foresee, comes on top.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from hf_msae.data import CachedActivations
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.sparse_ops import CPU_CHUNK, GPU_CHUNK
+from hf_msae.sites import Site
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.feeds import CacheFeed, Feed
+from hf_msae.training.held_out import HeldOut
+from hf_msae.training.learner import Learner
+
+logger = logging.getLogger(__name__)
+
+MB, GB = 10**6, 10**9
+FLOAT, DOUBLE = 4, 8
+# Code and configurations of a saved SAE, and metrics beside it.
+SMALL_FILES = 200_000
+# Libraries load parts of themselves, and keep buffers, when they are first used.
+LIBRARIES = {"cpu": 120 * MB, "cuda": 600 * MB}
+PROBE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, steps and tokens of a run.
+
+    `kept` is what the run adds to what the process holds already (`before`: libraries, the language model, the SAEs'
+    weights where they are on the device), and keeps; of `passing`, one thing at a time is there. `capacity` is what
+    the device has for all `sharers`, the processes on it. Disk sizes are of the output directory's disk.
+    """
+
+    device: str
+    steps: int
+    tokens_per_step: int
+    before: int
+    kept: Mapping[str, int]
+    passing: Mapping[str, int]
+    capacity: int
+    sharers: int
+    checkpoint: int
+    disk_needed: int
+    disk_free: int
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def peak(self) -> int:
+        """Expected peak of one process."""
+        return self.before + sum(self.kept.values()) + max(self.passing.values())
+
+    def warnings(self) -> list[str]:
+        """What will not fit, and what to do."""
+        found = []
+        if self.peak * self.sharers > self.capacity:
+            each = f" in each of {self.sharers} processes" if self.sharers > 1 else ""
+            found.append(
+                f"The run is expected to need {self.peak / GB:.1f} GB of memory{each}, and {self.device} has "
+                f"{self.capacity / GB:.1f} GB for it. Lower block_tokens, lm_batch_size, num_latents or the batch."
+            )
+        if self.disk_needed > self.disk_free:
+            found.append(
+                f"The run needs {self.disk_needed / GB:.1f} GB of disk, and {self.disk_free / GB:.1f} GB are free. "
+                "Lower save_total_limit, or choose another output directory."
+            )
+        return found
+
+    def warn(self) -> None:
+        """Log what will not fit."""
+        for words in self.warnings():
+            logger.warning(words)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values for people."""
+        memory = {"held already (model, libraries)": self.before, **self.kept}
+        rows = [("steps", f"{self.steps:,}"), ("tokens", f"{self.tokens:,} ({self.tokens_per_step:,} a step)")]
+        rows += [(f"memory: {name}", _size(size)) for name, size in memory.items()]
+        rows += [(f"for a while: {name}", _size(size)) for name, size in self.passing.items()]
+        rows.append((f"expected peak on {self.device}", f"{_size(self.peak)} of {_size(self.capacity)}"))
+        rows.append(("a checkpoint", _size(self.checkpoint)))
+        rows.append(("disk in all", f"{_size(self.disk_needed)} of {_size(self.disk_free)} free"))
+        return rows
+
+
+def _size(size: int) -> str:
+    return f"{size / GB:,.2f} GB" if size >= GB else f"{size / MB:,.1f} MB"
+
+
+def make_plan(
+    model: PreTrainedModel | None,
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    feed: Feed,
+    args: SAETrainingArguments,
+    steps: int,
+    accelerator: Accelerator,
+) -> Plan:
+    """Count what a run with these parts will need."""
+    device = accelerator.device
+    window = max((sae.config.context_length or 1 for sae in saes.values()), default=1)
+    pass_tokens = args.lm_batch_size * window if model is not None else args.per_device_train_batch_size
+    state = _state_bytes(saes)
+    here = all(sae.device == device for sae in saes.values())
+    kept = {} if here else {"SAE weights": state["weights"]}
+    kept |= {"gradients": state["gradients"], "optimizer": state["optimizer"], "counters": state["counters"]}
+    kept["activation buffers"] = _buffer_bytes(model, saes, sites, feed, args, steps)
+    kept["libraries' buffers"] = LIBRARIES.get(device.type, 0)
+    passing = {"a step": max(_step_bytes(sae, args, device) for sae in saes.values())}
+    passing["measuring"] = max(_measuring_bytes(model, sae, args, pass_tokens) for sae in saes.values())
+    if model is not None:
+        passing["the language model's pass"] = _pass_bytes(model, pass_tokens)
+    result = state["weights"] + SMALL_FILES * len(saes)
+    checkpoint = result + state["optimizer"] + state["counters"]
+    return Plan(
+        device=str(device),
+        steps=steps,
+        tokens_per_step=args.per_device_train_batch_size * accelerator.num_processes,
+        before=_held(device),
+        kept=kept,
+        passing=passing,
+        capacity=_capacity(device),
+        sharers=accelerator.num_processes if device.type == "cpu" else 1,
+        checkpoint=checkpoint,
+        disk_needed=result + checkpoint * _checkpoints_at_once(args, steps),
+        disk_free=_free_disk(Path(args.output_dir)),
+    )
+
+
+def _state_bytes(saes: Mapping[str, MatryoshkaSAE]) -> dict[str, int]:
+    """Of all SAEs together, in float32."""
+    trained = sum(parameter.numel() for sae in saes.values() for parameter in sae.parameters())
+    statistics = sum(buffer.numel() for sae in saes.values() for buffer in sae.buffers())
+    latents = sum(sae.config.num_latents for sae in saes.values())
+    return {
+        "weights": FLOAT * (trained + statistics),
+        "gradients": FLOAT * trained,
+        "optimizer": 2 * FLOAT * trained,
+        "counters": DOUBLE * latents,
+    }
+
+
+def _buffer_bytes(
+    model: PreTrainedModel | None,
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    feed: Feed,
+    args: SAETrainingArguments,
+    steps: int,
+) -> int:
+    """Blocks of activations: the one that is used and the one that is made, and the order of their tokens."""
+    widths = {sites[name]: sae.config.hidden_size for name, sae in saes.items()}
+    if isinstance(feed, CacheFeed):
+        shards = CachedActivations(feed.directory, batch_size=1).index["shards"]
+        tokens = args.eval_tokens + args.calibration_tokens + max(shard["num_tokens"] for shard in shards)
+        return tokens * (sum(widths.values()) * FLOAT + DOUBLE)
+    if model is None:
+        raise ValueError("A plan for text needs the language model.")
+    window = max(sae.config.context_length or 1 for sae in saes.values())
+    tokens = args.block_tokens + window
+    blocks = 2 if steps * args.per_device_train_batch_size > args.block_tokens else 1
+    return blocks * tokens * (sum(widths.values()) * model.dtype.itemsize + DOUBLE)
+
+
+def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.device) -> int:
+    """Pre-activations come in chunks; the levels' errors and their gradients are (batch, levels, hidden_size)."""
+    config, batch = sae.config, args.per_device_train_batch_size
+    chunk = min(batch * config.num_latents, CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
+    activations = batch * config.hidden_size
+    if config.activation in ("batch_topk", "topk"):
+        active = round(config.k * batch)
+    else:
+        active = batch * config.num_latents // 10
+    places = active * (4 * DOUBLE + 4 * FLOAT)
+    return 2 * FLOAT * chunk + activations * (FLOAT + 2 * DOUBLE + 3 * FLOAT * config.num_levels) + places
+
+
+def _measuring_bytes(
+    model: PreTrainedModel | None, sae: MatryoshkaSAE, args: SAETrainingArguments, tokens: int
+) -> int:
+    """All latents of one pass's tokens, which threshold and selection copy; and several sets of logits."""
+    config = sae.config
+    latents = tokens * config.num_latents * (4 * FLOAT + 1)
+    levels = tokens * config.hidden_size * (config.num_levels * 2 * FLOAT + 3 * DOUBLE)
+    if model is None or model.get_output_embeddings() is None or not args.ce_tokens:
+        return latents + levels
+    vocabulary = model.config.get_text_config().vocab_size
+    logits = 4 * tokens * vocabulary * model.dtype.itemsize + 4 * 1024 * vocabulary * FLOAT
+    return max(latents, tokens * config.num_latents * FLOAT + logits) + levels
+
+
+def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """A layer's inputs, attention and the widest part of its MLP, without gradients."""
+    config = model.config.get_text_config().to_dict()
+    hidden = next(iter(model.get_input_embeddings().parameters())).shape[-1]
+    inner = config.get("intermediate_size") or 4 * hidden
+    return tokens * (8 * hidden + 3 * inner) * model.dtype.itemsize
+
+
+def _checkpoints_at_once(args: SAETrainingArguments, steps: int) -> int:
+    """One more than are kept: the oldest goes when the newest is whole."""
+    if not args.save_steps:
+        return 0
+    written = -(-steps // args.save_steps)
+    return written if args.save_total_limit is None else min(written, args.save_total_limit + 1)
+
+
+def _held(device: torch.device) -> int:
+    """What this process holds of a device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * _number(status, "VmRSS")
+    import resource  # where there is no /proc: the peak so far. Windows has neither.
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _capacity(device: torch.device) -> int:
+    """What this process holds of a device, and what is free there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if not Path("/proc/meminfo").is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = 1024 * _number(Path("/proc/meminfo"), "MemAvailable") + _held(device)
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+    limited = limit.is_file() and limit.read_text().strip() != "max"
+    return min(free, int(limit.read_text())) if limited else free
+
+
+def _number(path: Path, name: str) -> int:
+    """The number that follows a name in one of the kernel's tables."""
+    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+
+
+def _free_disk(output_dir: Path) -> int:
+    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens per second of the language model's pass (None where there is none) and of the SAEs' steps."""
+
+    language_model: float | None
+    steps: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / (1 / self.steps + (1 / self.language_model if self.language_model else 0))
+
+
+def probe(learners: Sequence[Learner], held_out: HeldOut, args: SAETrainingArguments, device: torch.device) -> Probe:
+    """Time a few passes and steps, on held-out activations; the learners are of no use afterwards."""
+    passes, seconds = [], []
+    rows, batch = 0, args.per_device_train_batch_size
+    began = time.perf_counter()
+    for activations in held_out.calibration():
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+        passes.append(activations)
+        rows += len(next(iter(activations.values())))
+        if rows >= batch and len(passes) > PROBE_STEPS:
+            break
+        began = time.perf_counter()
+    # The first of each is slower than those that follow.
+    timed = passes[1:] or passes
+    rate = sum(len(next(iter(part.values()))) for part in timed) / max(sum(seconds[-len(timed) :]), 1e-9)
+    step_seconds = []
+    for step in range(1 + PROBE_STEPS):
+        began = time.perf_counter()
+        for learner in learners:
+            x = _filled([part[learner.site] for part in passes], batch)
+            if step == 0:
+                learner.start(x)
+            learner.step(x, step)
+        _wait(device)
+        step_seconds.append(time.perf_counter() - began)
+    return Probe(rate, batch * PROBE_STEPS / sum(step_seconds[1:]))
+
+
+def _filled(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    """A batch of exactly `rows`, with some of them repeated where there are fewer."""
+    taken, missing = [], rows
+    for part in cycle(parts):
+        taken.append(part[:missing])
+        missing -= len(taken[-1])
+        if missing == 0:
+            return torch.cat(taken)
+    raise AssertionError("a cycle does not end")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,227 @@
+"""Where a run goes on: from which checkpoint, for how long, and with which documents on how many processes.
+
+Everything that would change a weight must be as it was, with two exceptions, which are what people need when a machine
+is gone or a result is not good enough yet: the length of the run, and the number of processes. Their batch sizes
+together must stay the same, so that steps, tokens and schedules mean what they meant.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from hf_msae.modeling import MatryoshkaSAEConfig
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.checkpoints import CheckpointError, find_checkpoint, read_state
+from hf_msae.training.feeds import Feed
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Arguments that may differ between a checkpoint's run and the run that resumes it: none of them changes a weight, or
+# what they change is taken care of here.
+FREE_ARGUMENTS = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "max_steps",
+        "max_tokens",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "shard_latents",
+        "eval_steps",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "ddp_timeout",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_private_repo",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "use_cpu",
+    }
+)
+# What transformers writes into a configuration when it is saved.
+BY_SAVING = frozenset({"architectures", "auto_map", "dtype", "transformers_version"})
+
+
+def on_main(accelerator: Accelerator, compute: Callable[[], Result]) -> Result:
+    """What the main process computes, on all processes. Its `ValueError` is raised by all, so that none waits."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = compute()
+        except ValueError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was checked, and the trainer's state in it."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def choose_checkpoint(name: str, output_dir: Path, accelerator: Accelerator) -> Checkpoint:
+    """The checkpoint that `resume_from_checkpoint` names; read and checked by the main process alone.
+
+    Raises `CheckpointError` where there is none that is undamaged.
+    """
+    path = on_main(accelerator, lambda: find_checkpoint(name, output_dir))
+    return Checkpoint(path, read_state(path))
+
+
+def check_same_run(
+    checkpoint: Checkpoint,
+    args: SAETrainingArguments,
+    configs: Mapping[Path, MatryoshkaSAEConfig],
+    tokens_per_step: int,
+) -> None:
+    """Raises `CheckpointError` where the run of a checkpoint was another one.
+
+    `configs` are the SAEs of this run by the folders in which the checkpoint has them.
+    """
+    now = args.to_dict()
+    changed = [
+        f"{name}: {value!r} then, {now.get(name)!r} now"
+        for name, value in checkpoint.state["arguments"].items()
+        if name not in FREE_ARGUMENTS and value != now.get(name)
+    ]
+    then = checkpoint.state["tokens_per_step"]
+    if then != tokens_per_step:
+        changed.append(
+            f"tokens in a step, of all processes together: {then:,} then, {tokens_per_step:,} now; set "
+            "per_device_train_batch_size accordingly"
+        )
+    for folder, config in configs.items():
+        name = "the SAE" if folder == checkpoint.path else folder.name
+        if not (folder / "config.json").is_file():
+            changed.append(f"{name}: not among the SAEs of the checkpoint")
+            continue
+        ours, theirs = config.to_diff_dict(), type(config).from_pretrained(folder).to_diff_dict()
+        for key in sorted((ours.keys() | theirs.keys()) - BY_SAVING):
+            if ours.get(key) != theirs.get(key):
+                changed.append(f"{key} of {name}: {theirs.get(key)!r} then, {ours.get(key)!r} now")
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to another run ({'; '.join(changed)}). Resume with the arguments of that run, "
+            "or start anew in another output directory."
+        )
+
+
+# How long
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of a run as they were planned at first, and (from step, steps in all) each time that was changed."""
+
+    first: int
+    extensions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def max_steps(self) -> int:
+        return self.extensions[-1][1] if self.extensions else self.first
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"first_max_steps": self.first, "extensions": [list(pair) for pair in self.extensions]}
+
+
+def resumed_length(state: Mapping[str, Any], args: SAETrainingArguments, count: Callable[[], int]) -> Length:
+    """The length of a resumed run: as before, or, where max_steps or max_tokens are others now, `count()` steps.
+
+    Raises `CheckpointError` where the checkpoint is past the new end.
+    """
+    length = Length(state["first_max_steps"], tuple((begin, steps) for begin, steps in state["extensions"]))
+    then = state["arguments"]
+    if (then["max_steps"], then["max_tokens"]) == (args.max_steps, args.max_tokens):
+        return length
+    steps, done = count(), state["step"]
+    if steps < done:
+        raise CheckpointError(
+            f"The checkpoint is of step {done:,}, past the {steps:,} steps asked for now; give a larger max_steps or "
+            "max_tokens, or resume from an earlier checkpoint."
+        )
+    if steps == length.max_steps:
+        return length
+    logger.warning(
+        "The run has %s steps now, after %s; from step %s on the learning rate rises again from where it was and "
+        "follows the schedule of the new length.",
+        f"{steps:,}",
+        f"{length.max_steps:,}",
+        f"{done:,}",
+    )
+    return Length(length.first, (*length.extensions, (done, steps)))
+
+
+# Another number of processes
+
+
+def load_feed(feed: Feed, states: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> None:
+    """Have this process's feed go on where those of all processes stopped, whether they were as many or not."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if len(states) == world_size:
+        feed.load_state_dict(states[rank])
+        return
+    state, words = deal_anew(states, rank, world_size)
+    feed.load_state_dict(state)
+    if accelerator.is_main_process:
+        logger.warning("%d processes go on with the work of %d. %s", world_size, len(states), words)
+
+
+def deal_anew(feeds: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> tuple[dict[str, Any], str]:
+    """The state of one of `world_size` feeds that go on where another number of feeds of documents stopped, and, in
+    words, which tokens are read twice or not at all.
+
+    Documents are dealt anew from the first one that any process had not used up, so no document is left out. The order
+    of an activation cache does not depend on the number of processes.
+    """
+    if all("windows" not in feed["batches"] for feed in feeds):
+        return copy.deepcopy(dict(feeds[0])), "No token of the activation cache is read twice or left out."
+    slowest = min(feeds, key=lambda feed: (feed["epoch"], _documents(feed)["next"]))
+    state = copy.deepcopy(dict(slowest))
+    batches = state["batches"]
+    batches["settings"]["shard"] = rank
+    batches["block"] = 1 + max(feed["batches"]["block"] for feed in feeds)
+    batches["position"] = 0
+    batches["num_tokens"] = sum(feed["batches"]["num_tokens"] for feed in feeds) // world_size
+    batches["num_filtered"] = sum(feed["batches"]["num_filtered"] for feed in feeds) // world_size
+    windows = batches["windows"]
+    windows["given"] = 0
+    windows["batch"] |= {"carry": [], "num_windows": 0, "num_documents": 0, "num_truncated": 0}
+    windows["batch"]["documents"] |= {"rank": rank, "world_size": world_size}
+    return state, _describe(feeds, _documents(slowest)["next"], slowest["epoch"])
+
+
+def _documents(feed: Mapping[str, Any]) -> dict[str, Any]:
+    return feed["batches"]["windows"]["batch"]["documents"]
+
+
+def _describe(feeds: Sequence[Mapping[str, Any]], first: int, epoch: int) -> str:
+    """What was used of the documents from `first` on, and what of those before was not."""
+    parts = []
+    for rank, feed in enumerate(feeds):
+        batches, windows = feed["batches"], feed["batches"]["windows"]
+        ahead = f" of pass {feed['epoch'] + 1}" if feed["epoch"] != epoch else ""
+        numbers = f"number % {len(feeds)} == {rank}"
+        twice = f"documents {first:,} to {_documents(feed)['next']:,}{ahead} (exclusive; {numbers})"
+        twice += f", {windows['given']:,} windows and {batches['position']:,} tokens after them"
+        parts.append(
+            f"process {rank} had used {twice}, and leaves out {len(windows['batch']['carry']):,} tokens before"
+        )
+    return f"Documents are dealt anew from number {first:,} on. What is read twice: {'; '.join(parts)}."

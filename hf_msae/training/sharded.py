@@ -1,0 +1,177 @@
+"""A dictionary too wide for one device: every process holds some of its latents.
+
+The rows of encoder and decoder, and all that belongs to them, are cut into contiguous parts, one a process. What a
+step does to its own latents is then what the whole model does to all of them, and only four things need the others:
+the selection (all processes find the same border by counting, see `selection`), the sums over a group of latents, from
+which every process computes the same errors, the sums over all latents in penalties and norms, and the decoder bias,
+which all hold. Whether a run is cut into parts can be seen neither in its numbers nor in its files.
+
+Every process sees all activations of a step. Per step and process, with N tokens, d = hidden_size and G levels, N·d
+numbers are brought together and N·G·d summed, while processes that share the batch sum 2·num_latents·d: parts pay
+where num_latents exceeds N·(G + 1) / 2, or where nothing else fits.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.dense_ops import decode_levels
+from hf_msae.modeling.selection import ALONE, Ranks, among_largest
+from hf_msae.modeling.sparse_ops import ActiveLatents
+from hf_msae.training.latent_files import read_latent_file, write_latent_file
+
+# What has a row for each latent; the decoder bias is the only other tensor of an SAE.
+ROWS = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
+WEIGHTS_NAME = "model.safetensors"
+# Numbers of initial weights that exist at once where only some rows are wanted.
+DRAWN_AT_ONCE = 1 << 26
+
+
+class ShardedSAE(MatryoshkaSAE):
+    """The latents `first_latent` to `last_latent` of an SAE, in training with those of the other processes.
+
+    Latent activations, masks and rows are this process's own; losses, errors and reconstructions those of the whole.
+    Every method that gives such must be called by all processes at the same time, with the same activations.
+
+    Args:
+        config: of the whole.
+        ranks: the processes that hold the parts.
+        device: where this part lies.
+
+    Raises `ValueError` where there are more processes than latents.
+    """
+
+    def __init__(self, config: MatryoshkaSAEConfig, ranks: Ranks, device: torch.device) -> None:
+        if config.num_latents < ranks.size:
+            raise ValueError(
+                f"shard_latents gives each process some latents, but there are {ranks.size} processes and "
+                f"num_latents={config.num_latents}. Use fewer processes, or leave shard_latents out."
+            )
+        with torch.device("meta"):
+            super().__init__(config)
+        self.ranks = ranks
+        self.first_latent, self.last_latent = (
+            rank * config.num_latents // ranks.size for rank in (ranks.rank, ranks.rank + 1)
+        )
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            shape = [self.last_latent - self.first_latent, *tensor.shape[1:]] if name in ROWS else tensor.shape
+            empty = torch.zeros(shape, dtype=torch.float32, device=device)
+            setattr(self, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else nn.Buffer(empty))
+        self._bias_here: Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        """This process's latents among all."""
+        return slice(self.first_latent, self.last_latent)
+
+    def take_rows(self, whole: MatryoshkaSAE) -> None:
+        """Take these latents' weights from an SAE that has them all."""
+        self.load_state_dict(
+            {name: tensor[self.rows] if name in ROWS else tensor for name, tensor in whole.state_dict().items()}
+        )
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """What each process has for its latents, (n,), for all: (num_latents,)."""
+        sizes = [
+            (rank + 1) * self.config.num_latents // self.ranks.size - rank * self.config.num_latents // self.ranks.size
+            for rank in range(self.ranks.size)
+        ]
+        padded = rows.new_zeros(max(sizes))
+        padded[: rows.shape[0]] = rows
+        gathered = self.ranks.gather(padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    # Training
+
+    def _subtracted_bias(self) -> Tensor | None:
+        """The decoder bias as the encoder's input sees it: in each process a leaf of its own, whose gradient is that
+        of its own latents.
+        """
+        bias = super()._subtracted_bias()
+        if bias is None or not torch.is_grad_enabled():
+            return bias
+        if self._bias_here is None:
+            self._bias_here = bias.detach().requires_grad_()
+        return self._bias_here
+
+    @torch.no_grad()
+    def collect_bias_gradient(self) -> None:
+        """After backward: add to b_dec's gradient what the encoders of all processes ask for."""
+        if self._bias_here is not None and self.b_dec.grad is not None and self._bias_here.grad is not None:
+            self.b_dec.grad += self.ranks.sum(self._bias_here.grad)
+        self._bias_here = None
+
+    def _select(self, x: Tensor, k: float, variance: Tensor | float, ranks: Ranks = ALONE) -> ActiveLatents | None:
+        """As in the whole, of these latents; the processes must agree on the path that they take."""
+        active = super()._select(x, k, variance)
+        if self.config.activation in ("batch_topk", "topk"):
+            return active
+        return None if self.ranks.total(int(active is None)) else active
+
+    # Measuring
+
+    @torch.no_grad()
+    def encode(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
+        """Latent activations (..., last_latent - first_latent) in evaluation mode."""
+        if self.training or prefix is not None:
+            raise ValueError("A ShardedSAE encodes in evaluation mode and all of its latents: call eval(), no prefix.")
+        if self.config.inference == "threshold":
+            return super().encode(hidden_states)
+        pre = self.pre_activations(hidden_states)
+        flat = pre.reshape(-1, pre.shape[-1])
+        return torch.relu(flat * among_largest(flat, round(self.config.k), self.ranks)).view_as(pre)
+
+    @torch.no_grad()
+    def decode_levels(self, latents: Tensor) -> Tensor:
+        """Reconstructions by every prefix, (num_levels, ..., hidden_size), from these latents and the others'."""
+        width = self.last_latent - self.first_latent
+        flat = latents.reshape(-1, width)
+        sizes = [min(max(size - self.first_latent, 0), width) for size in self.config.prefix_sizes]
+        levels = list(decode_levels(flat, self.W_dec, self.b_dec, sizes, ranks=self.ranks))
+        return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
+
+    # Files
+
+    def write(self, folder: Path | None) -> None:
+        """Write what `save_pretrained` of the whole would: on the first process with a folder, on the others, at the
+        same time, with None.
+        """
+        if folder is not None:
+            with torch.device("meta"):
+                whole = MatryoshkaSAE(self.config)
+            # The configuration and the code; the weights follow.
+            whole.save_pretrained(folder, state_dict={"b_dec": self.b_dec.detach().cpu()})
+        rows = {name: tensor for name, tensor in self.state_dict().items() if name in ROWS}
+        path = None if folder is None else folder / WEIGHTS_NAME
+        write_latent_file(path, rows, {"b_dec": self.b_dec}, self.config.num_latents, self.ranks)
+
+    def read(self, folder: Path) -> None:
+        """Take these latents' rows from a folder that `write` or `save_pretrained` made."""
+        state = read_latent_file(folder / WEIGHTS_NAME, self.first_latent, self.last_latent, self.config.num_latents)
+        self.load_state_dict(state)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Refused: the files of the whole need all processes."""
+        raise RuntimeError("A ShardedSAE is written by all processes together: call write().")
+
+
+def initial_decoder_rows(num_latents: int, hidden_size: int, seed: int, rows: slice) -> Tensor:
+    """Random rows (n, hidden_size) of norm 1 for some of the latents: the same for a latent, whoever asks.
+
+    They are drawn on the CPU, so that a seed means the same on every device and in every process, and those of other
+    latents are drawn and dropped, some at a time. (torch draws normal numbers in sixteens, so that blocks of sixteen
+    rows give what one draw gives.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = 16 * max(1, DRAWN_AT_ONCE // (16 * hidden_size))
+    # The last block takes what is left with it: fewer than sixteen numbers would be drawn in another way.
+    begins: Sequence[int] = range(0, max(1, num_latents - 15), size)
+    kept = []
+    for begin, end in zip(begins, [*begins[1:], num_latents], strict=True):
+        block = torch.randn(end - begin, hidden_size, generator=generator)
+        kept.append(block[max(0, rows.start - begin) : max(0, rows.stop - begin)])
+    return nn.functional.normalize(torch.cat(kept), dim=-1)

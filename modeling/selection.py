@@ -1,0 +1,127 @@
+# Copyright 2026 The hf_msae authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The k largest of values that lie on several processes, exactly, without bringing the values together.
+
+For positive numbers the bit pattern, read as an integer, grows with the value. So the k-th largest is found digit by
+digit: every process counts how many of its own values reach each possible next digit, the counts are added up, and the
+largest digit that k values reach is the right one. What travels is a few thousand counts, whatever the number of
+values. The same procedure serves one selection over a whole batch (a row) and one for each token (many rows).
+
+`Ranks` is what this needs of a group of processes; alone, each of its operations is the identity. The processes
+themselves are the trainer's business (`hf_msae.training.collectives`), so that these files need none.
+"""
+
+import torch
+from torch import Tensor
+
+# Counts that one process sends in a round, over all rows. More digits at once are fewer rounds of more bytes.
+COUNTS = 1 << 18
+# Bits of a digit: where there is one row, and at least, where there are many.
+WIDEST_DIGIT = 11
+NARROWEST_DIGIT = 3
+
+
+class Ranks:
+    """Processes that work on one batch or one dictionary together; as this class is, a process by itself.
+
+    Every process of a group must call the same operations in the same order. `sum`, `minimum` and `maximum` may
+    overwrite what they are given, and give every process the same bits.
+    """
+
+    rank = 0
+    size = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, of the same shape."""
+        return tensor
+
+    def minimum(self, tensor: Tensor) -> Tensor:
+        """The smallest over the processes, of the same shape."""
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest over the processes, of the same shape."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's tensor, in their order, (size, *shape)."""
+        return tensor.unsqueeze(0)
+
+    def total(self, number: int) -> int:
+        """The sum of a number."""
+        return number
+
+
+ALONE = Ranks()
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of every process's tensor, whose gradient each process takes for its own part.
+
+    Right where all processes go on with the same arithmetic, so that all have the whole gradient of the sum already.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def sum_over(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of every process's part, with a gradient."""
+    return tensor if ranks.size == 1 else SumOverRanks.apply(tensor, ranks)
+
+
+@torch.no_grad()
+def among_largest(values: Tensor, k: int, ranks: Ranks) -> Tensor:
+    """Which of the values (rows, n) are positive and among the k largest of their row over all processes, bool of the
+    same shape; n may differ between processes.
+
+    Of equal values on the border those of the lower rank and the lower place come first, so that there are exactly k
+    where there are as many positive ones.
+    """
+    keys = _keys(values)
+    border = _largest_reached(keys, k, ranks)
+    above, level = keys > border, (keys == border) & (values > 0)
+    counts = ranks.gather(torch.stack([above.sum(-1), level.sum(-1)]))  # (ranks, 2, rows)
+    left = k - counts[:, 0].sum(0) - counts[: ranks.rank, 1].sum(0)
+    return above | (level & (level.cumsum(-1) <= left.unsqueeze(-1)))
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Integers in the order of the values, int64 for float64 and int32 for less; zero for those not above zero, and
+    for NaN.
+    """
+    wide = values if values.dtype == torch.float64 else values.float()
+    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
+    return torch.where(wide > 0, wide, 0).contiguous().view(integer)
+
+
+def _largest_reached(keys: Tensor, k: int, ranks: Ranks) -> Tensor:
+    """The largest number that at least k of each row's keys (rows, n), over all processes, reach: (rows, 1)."""
+    rows, num_keys = keys.shape
+    bits = torch.iinfo(keys.dtype).bits - 1
+    width = max(NARROWEST_DIGIT, min(WIDEST_DIGIT, (COUNTS // max(1, rows)).bit_length() - 1))
+    rising = keys.sort(dim=-1).values
+    border = keys.new_zeros(rows, 1)
+    while bits:
+        shift = max(0, bits - width)
+        digits = torch.arange(1, 1 << (bits - shift), dtype=keys.dtype, device=keys.device) << shift
+        reached = ranks.sum(num_keys - torch.searchsorted(rising, border + digits, out_int32=True))
+        border = border + ((reached >= k).sum(-1, keepdim=True).to(keys.dtype) << shift)
+        bits = shift
+    return border
