@@ -44,7 +44,13 @@ FLOORS = {
     "hf_msae.cli": 4,
 }
 # Rooms of one floor that may see each other all the same.
-NEIGHBOURS = {("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement"}
+NEIGHBOURS = {
+    ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
+    ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",
+}
+# Where the sources of the package lie, and where they are installed. The Space is run as a script, never imported.
+HOMES = {"hf_msae": "hf_msae", "modeling": "hf_msae/modeling", "spaces/steering": "hf_msae/space"}
+SCRIPT = "spaces/steering"
 # What a checkpoint's reader has: the files of modeling/ lie beside every checkpoint.
 OF_A_READER = {"torch", "transformers", "safetensors", "huggingface_hub"}
 # What some machines lack: imported only by the functions that need it.
@@ -166,7 +172,9 @@ def check_installed(target: Path, tmp_path: Path) -> None:
     facts = json.loads(run_installed(target, "-c", TRIAL, tmp_path / "sae", *LAZY, cwd=tmp_path))
     # Without `__main__`, which is a command.
     expected = {path for path in (target / "hf_msae").rglob("*.py") if path.name != "__main__.py"}
-    assert {Path(name) for name in facts["files"]} == expected
+    space = set((target / HOMES[SCRIPT]).rglob("*.py"))
+    assert target / HOMES[SCRIPT] / "app.py" in space
+    assert {Path(name) for name in facts["files"]} == expected - space
     assert facts["versions"] == [PROJECT["project"]["version"]] * 2
     assert facts["editable"] == []
     assert {"config.json", "model.safetensors", "modeling_matryoshka_sae.py"} <= set(facts["saved"])
@@ -177,11 +185,12 @@ def check_installed(target: Path, tmp_path: Path) -> None:
 
 
 def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path, tree: Path) -> None:
-    sources = [
-        path.relative_to(tree).as_posix() for top in ("hf_msae", "modeling") for path in (tree / top).rglob("*")
-    ]
-    files = [name for name in sources if (tree / name).is_file()]
-    expected = {f"hf_msae/{name}" if name.startswith("modeling/") else name for name in files}
+    expected = {
+        f"{home}/{path.relative_to(tree / top).as_posix()}"
+        for top, home in HOMES.items()
+        for path in (tree / top).rglob("*")
+        if path.is_file()
+    }
     shipped = {name for name in contents(wheel) if ".dist-info/" not in name}
     assert shipped == expected
     needed = {"py.typed", "hub/model_card.md", "modeling/modeling_matryoshka_sae.py"}
@@ -228,11 +237,13 @@ def test_a_zip_of_the_tree_installs_and_works(tree: Path, tmp_path: Path) -> Non
 def test_every_folder_of_code_is_a_listed_package() -> None:
     """setuptools is given the packages by name; one that nobody lists is silently left out of the wheel."""
     setuptools = PROJECT["tool"]["setuptools"]
-    folders = {path.parent for top in ("hf_msae", "modeling") for path in (ROOT / top).rglob("*.py")}
-    assert all((folder / "__init__.py").is_file() for folder in folders)
-    mapped = {folder: name for name, folder in setuptools["package-dir"].items()}
-    names = [folder.relative_to(ROOT).as_posix() for folder in folders]
-    assert {mapped.get(name, name.replace("/", ".")) for name in names} == set(setuptools["packages"])
+    folders = {(top, path.parent) for top in HOMES for path in (ROOT / top).rglob("*.py")}
+    assert [folder for _, folder in folders if not (folder / "__init__.py").is_file()] == [ROOT / SCRIPT]
+    assert {name: folder for folder, name in HOMES.items()} == {
+        name.replace(".", "/"): folder for name, folder in setuptools["package-dir"].items()
+    }
+    names = {Path(HOMES[top], folder.relative_to(ROOT / top)).as_posix().replace("/", ".") for top, folder in folders}
+    assert names == set(setuptools["packages"])
     assert len(setuptools["packages"]) == len(names)
 
 
@@ -267,7 +278,7 @@ def read_imports(source: str, package: str) -> Iterator[Import]:
 def read_package() -> dict[str, list[Import]]:
     """Every module of the package, by the name under which it is imported, and what it imports."""
     modules = {}
-    for top in ("hf_msae", "modeling"):
+    for top in HOMES.keys() - {SCRIPT}:
         for path in sorted((ROOT / top).rglob("*.py")):
             parts = [*(["hf_msae"] if top == "modeling" else []), *path.relative_to(ROOT).with_suffix("").parts]
             package = ".".join(parts[:-1])

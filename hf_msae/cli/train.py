@@ -207,8 +207,8 @@ def _make_alike(
     if initial.site is None and not args.site:
         raise ValueError("The SAE given with --init-from does not say where in the model it belongs; give --site.")
     saes = []
-    for name in args.site or [initial.site]:
-        site = resolve_site(model, str(name))
+    for name in args.site or [str(initial.site)]:
+        site = resolve_site(model, name)
         for num_latents, k in itertools.product(args.num_latents or [initial.num_latents], args.k or [initial.k]):
             values = initial.to_dict() | given
             sizes = parse_prefix_sizes(args.prefix_sizes, num_latents) or wider_prefix_sizes(initial, num_latents)

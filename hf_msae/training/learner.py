@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.modeling_matryoshka_sae import MatryoshkaSAEOutput, Share
+from hf_msae.modeling.modeling_matryoshka_sae import Share
 from hf_msae.modeling.selection import ALONE, Ranks
 from hf_msae.modeling.sparse_ops import ActiveLatents, GradientMemory
 from hf_msae.sites import Site
@@ -55,8 +55,10 @@ class _Seen:
         self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, output: MatryoshkaSAEOutput, weight: float) -> None:
-        """Take in a micro-batch's output; losses count by its weight in the mean."""
+    def add(self, output: Any, weight: float) -> None:
+        """Take in a micro-batch's `MatryoshkaSAEOutput`, all fields of which training fills; losses count by its
+        weight in the mean.
+        """
         counts, bad, losses, levels = self.sums.split(self.sizes)
         if output.active is not None:
             counts += torch.bincount(output.active.latents, minlength=self.sizes[0])

@@ -154,7 +154,7 @@ class ShardedSAE(MatryoshkaSAE):
         state = read_latent_file(folder / WEIGHTS_NAME, self.first_latent, self.last_latent, self.config.num_latents)
         self.load_state_dict(state)
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
         """Refused: the files of the whole need all processes."""
         raise RuntimeError("A ShardedSAE is written by all processes together: call write().")
 

@@ -105,8 +105,10 @@ def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> SAEBenchSAE:
     TransformerLens, and for a prefix that the model has not.
     """
     config = sae.config
-    model_name = model_in_lens(config.base_model) if config.base_model else None
-    hook_name = hook_of_site(config.site, config.base_model) if model_name and config.site else None
+    model_name = hook_name = None
+    if config.base_model is not None and config.site is not None:
+        model_name = model_in_lens(config.base_model)
+        hook_name = hook_of_site(config.site, config.base_model) if model_name else None
     if hook_name is None or hook_name == "hook_embed" or "attn.hook_z" in hook_name:
         raise ValueError(
             f"SAEBench runs language models in TransformerLens, and {config.site} of {config.base_model} is no place "
