@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_msae.hub import SAEEntry, exchange, list_saes, load_saes
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.steering import SteeredPipeline, Steering, load_steering, save_steering, steer
 
 __version__ = "0.1.0"
 
@@ -18,4 +19,16 @@ MatryoshkaSAEConfig.register_for_auto_class()
 MatryoshkaSAE.register_for_auto_class("AutoModel")
 MatryoshkaSAE.exchange = exchange
 
-__all__ = ["MatryoshkaSAE", "MatryoshkaSAEConfig", "SAEEntry", "__version__", "list_saes", "load_saes"]
+__all__ = [
+    "MatryoshkaSAE",
+    "MatryoshkaSAEConfig",
+    "SAEEntry",
+    "SteeredPipeline",
+    "Steering",
+    "__version__",
+    "list_saes",
+    "load_saes",
+    "load_steering",
+    "save_steering",
+    "steer",
+]

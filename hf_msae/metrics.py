@@ -97,7 +97,10 @@ class ReconstructionMeter:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in activations (n, hidden_size)."""
-        x = x.to(self.sae.device, self.sae.dtype)
+        for part in self.sae.in_parts(x.to(self.sae.device, self.sae.dtype)):
+            self._take_in(part)
+
+    def _take_in(self, x: Tensor) -> None:
         latents = self.sae.encode(x)
         self.num_tokens += x.shape[0]
         doubles = x.double()
@@ -264,8 +267,8 @@ def _replacements(saes: Mapping[str, MatryoshkaSAE], hidden: Tensor, mean: Tenso
     yield ZERO, torch.zeros_like(hidden)
     yield MEAN, mean.to(hidden).expand_as(hidden)
     for name, sae in saes.items():
-        latents = sae.encode(hidden.to(sae.device))
-        for prefix, reconstruction in zip(sae.config.prefix_sizes, sae.decode_levels(latents), strict=True):
+        levels = sae.reconstruct_levels(hidden.to(sae.device))
+        for prefix, reconstruction in zip(sae.config.prefix_sizes, levels, strict=True):
             yield (name, prefix), reconstruction
 
 

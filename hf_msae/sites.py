@@ -14,9 +14,10 @@ flatten batch and sequence inside a layer. Callers always see (batch, sequence, 
 import difflib
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dic
     visits = {site: lambda hidden, site=site: keep(site, hidden) for site in wanted}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = {"use_cache": False, **inputs}
-    with _hooked(model, visits, prepend=False), torch.no_grad(), suppress(_AllCapturedError):
+    with _hooked(model, visits, prepend=False, is_active=_always), torch.no_grad(), suppress(_AllCapturedError):
         model(**inputs)
     missed = sorted(str(site) for site in wanted - captured.keys())
     if missed:
@@ -178,19 +179,28 @@ def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dic
     return {site: captured[site] for site in sites}
 
 
+def _always() -> bool:
+    return True
+
+
 @contextmanager
-def replace(model: PreTrainedModel, edits: Mapping[Site, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def replace(
+    model: PreTrainedModel,
+    edits: Mapping[Site, Callable[[Tensor], Tensor]],
+    is_active: Callable[[], bool] = _always,
+) -> Iterator[None]:
     """While the context is open, every forward of the model goes on from `fn(activation)` at each site.
 
     edits: for each site, a function from the activation (batch, sequence, hidden) to one of the same shape, dtype and
         device. It must not change its argument in place, because the residual stream may share that memory. Where it
         returns its argument itself, the model's outputs are those without the edit, bit for bit.
+    is_active: asked at each site in each forward; where it says no, the forward is left alone.
 
     In `generate` with a cache, `fn` first sees the whole prompt and then one token at a time, each token once.
     Contexts nest; at one site the edit entered last is applied first. `capture` and `output_hidden_states` see all
     edits. The hooks are removed on leaving, whatever happened. They are on the model, not on the thread: whoever runs
-    the same model meanwhile is edited as well, so a server must not share a model between requests with different
-    edits. With gradient checkpointing the backward pass runs the layers again, and belongs inside the context too.
+    the same model meanwhile is edited as well, unless `is_active` knows whose forward it is, as in `steering`. With
+    gradient checkpointing the backward pass runs the layers again, and belongs inside the context too.
 
     Raises SiteError on entering, for a site that the model does not have; and in the forward, where `fn` returns
     another shape, dtype or device, or where the site holds something other than (batch, sequence, hidden).
@@ -198,7 +208,7 @@ def replace(model: PreTrainedModel, edits: Mapping[Site, Callable[[Tensor], Tens
     visits = {site: lambda hidden, site=site, fn=fn: _checked(site, hidden, fn(hidden)) for site, fn in edits.items()}
     # Before other hooks: those with which transformers records `output_hidden_states` stay on the model from their
     # first use, and would otherwise record the activation without the edit, or with it, depending on what ran before.
-    with _hooked(model, visits, prepend=True):
+    with _hooked(model, visits, prepend=True, is_active=is_active):
         yield
 
 
@@ -210,18 +220,31 @@ class _AllCapturedError(Exception):
 class _Tap:
     """Stands at a site while a forward runs, and shows the activation to `visit` as (batch, sequence, hidden).
 
-    What `visit` returns takes the activation's place; where it returns None, nothing is touched.
+    What `visit` returns takes the activation's place; where it returns None, nothing is touched. Where `is_active`
+    says no, the forward is somebody else's and is not even looked at. What is known of a forward is kept per thread.
     """
 
     site: Site
     visit: Callable[[Tensor], Tensor | None]
-    layer_shape: torch.Size | None = None  # (batch, sequence) of the layer around the site, while it runs
+    is_active: Callable[[], bool]
+    _forward: threading.local = field(default_factory=threading.local)
 
-    def on_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    @property
+    def layer_shape(self) -> torch.Size | None:
+        """(batch, sequence) of the layer around the site, while it runs."""
+        return self._forward.__dict__.get("layer_shape")
+
+    # Torch marks a hook as taking `kwargs` only once it is on the module, and unmarks it only when it is off. So
+    # another thread's forward may call it without them; it is never active there.
+    def on_layer(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is None or not self.is_active():
+            return
         hidden = args[0] if args else kwargs.get("hidden_states")
-        self.layer_shape = hidden.shape[:2] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
+        self._forward.layer_shape = hidden.shape[:2] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
 
-    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+        if kwargs is None:
+            return None
         new = self._show(args[0] if args else kwargs.get("hidden_states"))
         if new is None:
             return None
@@ -234,6 +257,8 @@ class _Tap:
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def _show(self, value: Any) -> Tensor | None:
+        if not self.is_active():
+            return None
         hidden = self._per_token(value)
         new = self.visit(hidden)
         return None if new is None else new.reshape(value.shape)
@@ -254,14 +279,17 @@ class _Tap:
 
 @contextmanager
 def _hooked(
-    model: PreTrainedModel, visits: Mapping[Site, Callable[[Tensor], Tensor | None]], prepend: bool
+    model: PreTrainedModel,
+    visits: Mapping[Site, Callable[[Tensor], Tensor | None]],
+    prepend: bool,
+    is_active: Callable[[], bool],
 ) -> Iterator[None]:
     with ExitStack() as stack:
         for site, visit in visits.items():
             if not isinstance(site, Site):
                 raise SiteError(f"expected a Site, given {site!r}; make one with resolve_site(model, {site!r})")
             path = resolve_site(model, site).path
-            module, layer, tap = model.get_submodule(path), _layer_around(model, path), _Tap(site, visit)
+            module, layer, tap = model.get_submodule(path), _layer_around(model, path), _Tap(site, visit, is_active)
             if layer is not None and layer is not module:
                 handle = layer.register_forward_pre_hook(tap.on_layer, with_kwargs=True)
                 stack.callback(handle.remove)

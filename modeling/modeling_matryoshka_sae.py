@@ -26,8 +26,9 @@ disk.
 # trf-ignore: TRF041 activation, inference, apply_b_dec_to_input, log_loss, aux_loss_weight
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
 from .selection import ALONE, Ranks, sum_over
 from .sharing import SharingMixin
 from .sparse_ops import (
+    DENSE_DEAD_SHARE,
     ActiveLatents,
     GradientMemory,
     LevelErrors,
@@ -65,9 +67,12 @@ from .sparse_ops import (
     select_exceeding,
     select_largest,
     select_largest_per_token,
+    tokens_at_once,
 )
 
 MIN_THRESHOLD = 1e-20
+# Copies of a token's latents that calibrating and measuring make on the way.
+MEASURED_COPIES = 4
 
 
 # trf-ignore: TRF057 (these docstrings are written by hand: they must read the same where the file is remote code)
@@ -218,6 +223,21 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         levels = list(decode_levels(flat, self.W_dec, self.b_dec, self.config.prefix_sizes))
         return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
 
+    def in_parts(self, hidden_states: Tensor) -> Iterator[Tensor]:
+        """Activations (..., hidden_size) as pieces (n, hidden_size) of so few tokens that their latents are no burden,
+        however many latents there are.
+        """
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        yield from flat.split(tokens_at_once(MEASURED_COPIES * self.config.num_latents, self.device))
+
+    def reconstruct_levels(self, hidden_states: Tensor) -> Tensor:
+        """Reconstructions of activations (..., hidden_size) by every prefix, (num_levels, ..., hidden_size).
+
+        As `encode` and `decode_levels` one after the other, without all tokens' latents at once.
+        """
+        parts = [self.decode_levels(self.encode(part)) for part in self.in_parts(hidden_states)]
+        return torch.cat(parts, dim=1).view(-1, *hidden_states.shape)
+
     # Training
 
     # trf-ignore: TRF057 (as above)
@@ -268,9 +288,12 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
 
         aux_loss = loss.new_zeros(())
-        if dead_latents is not None and self.config.aux_loss_weight and self.ranks.total(int(dead_latents.any())):
-            aux_loss = self._dead_error(x, x - reconstruction, dead_latents) / variance
-            loss = loss + self.config.aux_loss_weight * aux_loss
+        if dead_latents is not None and self.config.aux_loss_weight:
+            dead = dead_latents.nonzero().squeeze(-1)
+            num_dead = self.ranks.total(dead.numel())
+            if num_dead:
+                aux_loss = self._dead_error(x, x - reconstruction, dead, num_dead) / variance
+                loss = loss + self.config.aux_loss_weight * aux_loss
         return MatryoshkaSAEOutput(
             loss=loss,
             reconstruction=reconstruction.view_as(hidden_states),
@@ -423,12 +446,23 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
             errors.append((x - reconstruction).pow(2).sum(-1).mean())
         return torch.stack(errors), reconstruction, latents, sparsity_loss
 
-    def _dead_error(self, x: Tensor, residual: Tensor, dead_latents: Tensor) -> Tensor:
-        """Mean squared error (scalar) of the residual decoded from dead latents; only their rows are multiplied."""
-        dead = dead_latents.nonzero().squeeze(-1)
-        pre = pre_activations(x, self.W_enc[dead], self.b_enc[dead], self._subtracted_bias())
-        num_aux_latents = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
-        return decode_dead(residual, pre, self.W_dec[dead], num_aux_latents, self.ranks)
+    def _dead_error(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
+        """Mean squared error (scalar) of the residual decoded from the `dead` latents (n,), `num_dead` in all
+        processes; only their rows are multiplied.
+        """
+        W_enc, b_enc, W_dec, bias = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead], self._subtracted_bias()
+        k = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
+        if k > DENSE_DEAD_SHARE * num_dead:
+            return decode_dead(residual, pre_activations(x, W_enc, b_enc, bias), W_dec, k, self.ranks)
+        encoded = (x if bias is None else x - bias).detach()
+        active = select_largest_per_token(encoded, W_enc, b_enc, k, self.ranks)
+        places = make_places(active, dead.numel())
+        values = PreActivations.apply(x, W_enc, b_enc, bias, active.values, None, *places)
+        nothing = torch.zeros_like(self.b_dec)
+        errors, _ = LevelErrors.apply(
+            residual.detach(), values, W_dec, nothing, [dead.numel()], False, None, self.ranks, *places
+        )
+        return errors[0]
 
     def _levels_of_step(self, prefix_sizes: Sequence[int] | None) -> tuple[Sequence[int], list[float]]:
         if prefix_sizes is None:
@@ -475,9 +509,9 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         units = self.threshold.clamp_min(MIN_THRESHOLD)
         histogram = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64, device=self.device)
         num_tokens = 0
-        for batch in batches:
-            pre = self.pre_activations(batch)
-            num_tokens += pre.shape[:-1].numel()
+        for part in chain.from_iterable(map(self.in_parts, batches)):
+            pre = self.pre_activations(part)
+            num_tokens += pre.shape[0]
             histogram = histogram + activation_histogram(pre / units if scaled else pre)
         # Alone with the latents, the others have other tokens; alone with the tokens, other latents.
         num_tokens, histogram = ranks.total(num_tokens), self.ranks.sum(ranks.sum(histogram))

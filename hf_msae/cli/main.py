@@ -9,6 +9,14 @@ from collections.abc import Sequence
 # Name, module that has a `run(argv)`, and what it is for. A module is imported when it is called.
 COMMANDS = {
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
+    "steer": ("hf_msae.cli.steer", "continue a prompt as it would be and steered by latents, side by side"),
+    "meta": ("hf_msae.cli.meta", "what latents are made of: a meta-SAE on an SAE's decoder rows, and its browser"),
+    "eval": ("hf_msae.cli.eval", "measure an SAE at every prefix, beside baselines, and write a report"),
+    "toy": ("hf_msae.cli.toy", "train where the truth is known, and see what each variant does to a hierarchy"),
+    "interpret": ("hf_msae.cli.interpret", "make a page for every latent: contexts, effects on the output, labels"),
+    "tree": ("hf_msae.cli.tree", "print the hierarchy between an SAE's levels, or write it as JSON or Graphviz"),
+    "demo": ("hf_msae.cli.demo", "look inside an SAE of the story model in the browser, and steer with it"),
+    "space": ("hf_msae.cli.space", "the same for an SAE of yours, on this machine or as a Space on the Hub"),
     "push": ("hf_msae.cli.push", "publish an SAE or a grid on the Hub, with a model card"),
     "pull": ("hf_msae.cli.pull", "fetch SAEs from the Hub into a folder, whole or only their first latents"),
     "convert": ("hf_msae.cli.convert", "read another library's checkpoint, or write one for it"),
@@ -39,7 +47,9 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0, 2 for input that cannot be used, 130 when interrupted, 1 for anything else."""
+    """Run a command and exit: 0, 2 for input that cannot be used, 130 after Ctrl-C, 143 after SIGTERM, 1 for anything
+    else.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -57,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(command: str, arguments: list[str], debug: bool) -> int:
     from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.utils import httpx
 
     from hf_msae.training import TrainingDiverged, TrainingInterrupted
 
@@ -65,12 +76,24 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print("hf-msae: interrupted", file=sys.stderr)
         return 130
-    except (TrainingInterrupted, TrainingDiverged, StrictDataclassError, ValueError, OSError) as error:
+    except (
+        TrainingInterrupted,
+        TrainingDiverged,
+        StrictDataclassError,
+        ValueError,
+        OSError,
+        httpx.TransportError,
+    ) as error:
         if debug:
             traceback.print_exc()
-        # A configuration's own words are in the cause; around them stands which validator raised them.
-        words = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        words: object = error
+        if isinstance(error, StrictDataclassError) and error.__cause__:
+            words = error.__cause__  # a configuration's own words; around them stands which validator raised them
+        elif isinstance(error, httpx.TransportError):
+            words = f"the Hub cannot be reached ({error}). Check the network, or the name if it is meant as a folder."
         hint = "" if debug else "\n(--debug shows where this came from)"
         print(f"hf-msae {command}: {words}{hint}", file=sys.stderr)
-        return 130 if isinstance(error, TrainingInterrupted) else 1 if isinstance(error, TrainingDiverged) else 2
+        if isinstance(error, TrainingInterrupted):
+            return error.exit_code
+        return 1 if isinstance(error, TrainingDiverged) else 2
     return 0

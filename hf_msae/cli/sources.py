@@ -79,7 +79,7 @@ def load_language_model(args: SourceArguments) -> tuple[PreTrainedModel, PreTrai
     hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = _load_tokenizer(name, args.model, hub)
         causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_encoder(config.architectures)
         auto_class = AutoModelForCausalLM if causal or args.trust_remote_code else AutoModel
         dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
@@ -91,6 +91,24 @@ def load_language_model(args: SourceArguments) -> tuple[PreTrainedModel, PreTrai
     if args.model == STORIES:
         model.config.name_or_path = STORIES
     return model.eval(), tokenizer
+
+
+def _load_tokenizer(name: str | Path, given: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except ValueError as error:
+        first = str(error).split("\n", 1)[0]
+        raise ValueError(
+            f"Cannot load a tokenizer of the model {given!r}; it needs its tokenizer.json beside it. ({first})"
+        ) from error
+
+
+def check_sae_place(name: str) -> None:
+    """Raises ValueError for what can only be meant as a folder, and is none, before the Hub is asked for it."""
+    place = Path(name).expanduser()
+    in_a_folder = place.parent != Path() and place.parent.is_dir()
+    if not place.is_dir() and (name.startswith((".", "/", "~")) or in_a_folder):
+        raise ValueError(f"There is no folder {name}. Give a folder that holds an SAE, or a Hub repo.")
 
 
 def model_commit(args: SourceArguments) -> str | None:

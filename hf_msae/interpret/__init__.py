@@ -1,1 +1,31 @@
 """What a latent means: contexts, effects on the output, the hierarchy between levels."""
+
+from hf_msae.interpret.edges import find_hierarchy
+from hf_msae.interpret.hierarchy import Edge, Hierarchy, HierarchySettings
+from hf_msae.interpret.labels import LabelError, Labeller
+from hf_msae.interpret.pages import Context, Label, LatentPage
+from hf_msae.interpret.pipeline import interpret
+from hf_msae.interpret.scan import Scan, scan
+from hf_msae.interpret.search import search_firing, search_labels, search_promoting
+from hf_msae.interpret.store import Interpretation, InterpretationError, stream_pages
+
+__all__ = [
+    "Context",
+    "Edge",
+    "Hierarchy",
+    "HierarchySettings",
+    "Interpretation",
+    "InterpretationError",
+    "Label",
+    "LabelError",
+    "Labeller",
+    "LatentPage",
+    "Scan",
+    "find_hierarchy",
+    "interpret",
+    "scan",
+    "search_firing",
+    "search_labels",
+    "search_promoting",
+    "stream_pages",
+]

@@ -2,9 +2,8 @@
 
 Sizes are counted from shapes, not measured, so that a plan costs nothing and exists before the first allocation. What
 comes and goes (a forward pass of the language model, a step's temporaries, measuring on held-out tokens) is not there
-at the same time, so only the largest of these counts. Libraries' own buffers are allowed for with a constant. Beside
-measured peaks the sum is good to about a fifth (docs/training.md); an auxiliary loss over many dead latents, which
-nobody can foresee, comes on top.
+at the same time, so only the largest of these counts. Libraries' own buffers are allowed for with a constant. How
+the sum compares with measured peaks stands in docs/training.md.
 """
 
 import logging
@@ -22,7 +21,8 @@ from transformers import PreTrainedModel
 
 from hf_msae.data import CachedActivations
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.sparse_ops import CPU_CHUNK, GPU_CHUNK
+from hf_msae.modeling.modeling_matryoshka_sae import MEASURED_COPIES
+from hf_msae.modeling.sparse_ops import tokens_at_once
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.feeds import CacheFeed, Feed
@@ -127,7 +127,7 @@ def make_plan(
     kept["activation buffers"] = _buffer_bytes(model, saes, sites, feed, args, steps)
     kept["libraries' buffers"] = LIBRARIES.get(device.type, 0)
     passing = {"a step": max(_step_bytes(sae, args, device) for sae in saes.values())}
-    passing["measuring"] = max(_measuring_bytes(model, sae, args, pass_tokens) for sae in saes.values())
+    passing["measuring"] = max(_measuring_bytes(model, sae, args, pass_tokens, device) for sae in saes.values())
     if model is not None:
         passing["the language model's pass"] = _pass_bytes(model, pass_tokens)
     result = state["weights"] + SMALL_FILES * len(saes)
@@ -185,7 +185,7 @@ def _buffer_bytes(
 def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.device) -> int:
     """Pre-activations come in chunks; the levels' errors and their gradients are (batch, levels, hidden_size)."""
     config, batch = sae.config, args.per_device_train_batch_size
-    chunk = min(batch * config.num_latents, CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
+    chunk = min(batch, tokens_at_once(config.num_latents, device)) * config.num_latents
     activations = batch * config.hidden_size
     if config.activation in ("batch_topk", "topk"):
         active = round(config.k * batch)
@@ -196,17 +196,20 @@ def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.de
 
 
 def _measuring_bytes(
-    model: PreTrainedModel | None, sae: MatryoshkaSAE, args: SAETrainingArguments, tokens: int
+    model: PreTrainedModel | None, sae: MatryoshkaSAE, args: SAETrainingArguments, tokens: int, device: torch.device
 ) -> int:
-    """All latents of one pass's tokens, which threshold and selection copy; and several sets of logits."""
+    """Latents of as many tokens as are measured at once, which threshold and selection copy; every level's
+    reconstruction of a pass's tokens; several sets of logits.
+    """
     config = sae.config
-    latents = tokens * config.num_latents * (4 * FLOAT + 1)
+    at_once = min(tokens, tokens_at_once(MEASURED_COPIES * config.num_latents, device))
+    latents = at_once * config.num_latents * (4 * FLOAT + 1)
     levels = tokens * config.hidden_size * (config.num_levels * 2 * FLOAT + 3 * DOUBLE)
     if model is None or model.get_output_embeddings() is None or not args.ce_tokens:
         return latents + levels
     vocabulary = model.config.get_text_config().vocab_size
     logits = 4 * tokens * vocabulary * model.dtype.itemsize + 4 * 1024 * vocabulary * FLOAT
-    return max(latents, tokens * config.num_latents * FLOAT + logits) + levels
+    return max(latents, logits) + levels
 
 
 def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:

@@ -248,6 +248,27 @@ def test_auxiliary_loss_is_the_residual_left_to_dead_latents() -> None:
     assert output.loss.item() == pytest.approx(sae(x).loss.item() + 0.25 * (error / variance).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+@pytest.mark.parametrize("num_aux_latents", [1, 7, 60])
+def test_the_sparse_auxiliary_loss_is_the_dense_one(
+    num_aux_latents: int, apply_b_dec_to_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 of 40 latents: every dead latent that is above zero, and none for tokens on which none is."""
+    sae = make_sae(num_aux_latents=num_aux_latents, apply_b_dec_to_input=apply_b_dec_to_input).double().train()
+    x = make_x().double()
+    dead = torch.arange(40) % 4 != 0
+    results = []
+    for share in (0.0, 1e9):  # always dense, always sparse
+        monkeypatch.setattr("hf_msae.modeling.modeling_matryoshka_sae.DENSE_DEAD_SHARE", share)
+        inputs = x.clone().requires_grad_()
+        output = sae(inputs, dead_latents=dead)
+        wanted = [inputs, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+        results.append([output.aux_loss, *torch.autograd.grad(output.loss, wanted)])
+    assert results[0][0] > 0
+    for dense, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
+
+
 def test_auxiliary_loss_moves_dead_latents_only() -> None:
     sae, x = make_sae(), make_x()
     dead = torch.zeros(40, dtype=torch.bool)
@@ -346,6 +367,18 @@ def test_calibration_meets_k(activation: str, exponent: int, k: int, training: b
         assert sae.threshold.requires_grad
     else:
         assert sae.threshold.unique().numel() == 1
+
+
+def test_parts_of_a_batch_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconstructions and thresholds do not depend on how many tokens are taken at once."""
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=6, num_latents=20, prefix_sizes=[5, 20], k=3)).eval()
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    l0, threshold = sae.calibrate_threshold([x]), sae.threshold.clone()
+    whole = sae.decode_levels(sae.encode(x))
+    monkeypatch.setattr("hf_msae.modeling.sparse_ops.CPU_CHUNK", 3 * 4 * 20)  # three tokens at a time
+    assert [part.shape[0] for part in sae.in_parts(x)] == [3] * 6 + [2]
+    torch.testing.assert_close(sae.reconstruct_levels(x), whole)
+    assert (sae.calibrate_threshold([x]), sae.threshold.tolist()) == (l0, threshold.tolist())
 
 
 def test_calibration_starts_a_jumprelu_whose_thresholds_are_zero() -> None:

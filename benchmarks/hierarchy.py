@@ -1,0 +1,219 @@
+"""Are the edges between an SAE's levels those of the concept tree?
+
+    hf-msae train --output-dir runs/quickstart
+    python benchmarks/hierarchy.py --sae runs/quickstart --json hierarchy.json
+
+In the story world the truth is known: every word expresses a path of concepts (owl, bird, animal). A latent stands for
+the concept whose labels its activation correlates with best, on stories that neither the language model nor the SAE
+has seen, if the correlation is at least `--min-correlation`; other latents stand for none. Edges are found in other
+stories, without labels. An edge between two latents that stand for concepts is right if the parent's concept is above
+the child's in the tree. Edges with a latent that stands for no concept cannot be judged; how many there are is shown.
+
+Precision: of the edges that can be judged, the share that is right. An edge between two latents of the same concept
+counts as wrong, although the child may well be a narrower sense that the tree does not have; `distinct` is the
+precision without such edges. Recall: of all pairs of a concept and one above it
+that the dictionary could show (both have a latent, in this order of levels), the share that some right edge shows.
+Beside each stand two controls: all pairs in the right order of levels that fire often enough (chance), and the edges
+with parents exchanged at random among the children of the same level (shuffled), which keeps how many children each
+parent has.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from hf_msae import MatryoshkaSAE
+from hf_msae.data.stream import capture_counted
+from hf_msae.data.windows import DocumentEncoder
+from hf_msae.interpret.activity import active_latents
+from hf_msae.interpret.edges import filter_edges, find_candidates
+from hf_msae.interpret.hierarchy import Edge, HierarchySettings
+from hf_msae.interpret.scan import find_site, pad_id, scan
+from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts
+
+LABEL_SEED, EDGE_SEED = 1_003, 1_004
+STORIES_AT_ONCE = 16
+SHUFFLES = 20
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sae", required=True, help="folder of an SAE of the story model")
+    parser.add_argument("--label-stories", type=int, default=1500, help="stories to match latents and concepts on")
+    parser.add_argument("--tokens", type=int, default=300_000, help="tokens to find edges in")
+    parser.add_argument("--min-correlation", type=float, default=0.4)
+    parser.add_argument("--json", help="write the numbers here")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the edges that pass a filter are worth; precision and recall are NaN where nothing can be judged."""
+
+    edges: int
+    judged: int
+    right: int
+    same_concept: int
+    precision: float
+    distinct_precision: float
+    shuffled_precision: float
+    recall: float
+    recall_of_tree_edges: float
+
+
+def correlations(sae: MatryoshkaSAE, num_stories: int) -> Tensor:
+    """Of every latent's activation with every concept's labels over some stories' tokens, (latents, concepts)."""
+    model, tokenizer = load_story_lm()
+    site, encoder, names = find_site(model, sae), DocumentEncoder(tokenizer), {n: i for i, n in enumerate(CONCEPTS)}
+    shape = (sae.config.num_latents, len(names))
+    together, of_latents, squares = torch.zeros(shape).double(), torch.zeros(shape[0]).double(), torch.zeros(shape[0])
+    of_concepts, num_tokens = torch.zeros(shape[1]).double(), 0
+    texts = StoryWorld(seed=LABEL_SEED).documents(num_stories)
+    for start in range(0, num_stories, STORIES_AT_ONCE):
+        part = list(texts[start : start + STORIES_AT_ONCE])
+        windows = [encoder.window(ids) for ids in encoder.encode(part)]
+        captured = capture_counted(model, [site], windows, pad_id(tokenizer))
+        assert captured is not None
+        kept = [
+            labels
+            for text, window in zip(part, windows, strict=True)
+            for labels, keep in zip(token_concepts(text, tokenizer), window.keep.tolist(), strict=True)
+            if keep
+        ]
+        labels = torch.zeros(len(kept), shape[1])
+        for row, concepts in enumerate(kept):
+            labels[row, [names[name] for name in concepts]] = 1
+        active = active_latents(sae, captured[site])
+        together.index_add_(0, active.latents, (active.values[:, None] * labels[active.tokens]).double())
+        of_latents.index_add_(0, active.latents, active.values.double())
+        squares.index_add_(0, active.latents, active.values.square())
+        of_concepts += labels.double().sum(0)
+        num_tokens += len(kept)
+    means, shares = of_latents / num_tokens, of_concepts / num_tokens
+    spread = (squares.double() / num_tokens - means.square()).clamp_min(0).sqrt()
+    covariance = together / num_tokens - means[:, None] * shares
+    return covariance / (spread[:, None] * (shares * (1 - shares)).sqrt()).clamp_min(1e-12)
+
+
+def match(correlation: Tensor, min_correlation: float) -> dict[int, str]:
+    """The concept that each latent stands for, of those that stand for one."""
+    best, concepts = correlation.max(1)
+    names = list(CONCEPTS)
+    return {
+        latent: names[concept]
+        for latent, (value, concept) in enumerate(zip(best.tolist(), concepts.tolist(), strict=True))
+        if value >= min_correlation
+    }
+
+
+def possible_pairs(concept_of: dict[int, str], sizes: Sequence[int], eligible: Sequence[bool]) -> tuple[set, float]:
+    """Pairs of concepts, one above the other, that have latents in this order of levels; and the share of right ones
+    among all pairs of latents in the order of levels.
+    """
+
+    def level(latent: int) -> int:
+        return next(index for index, size in enumerate(sizes) if latent < size)
+
+    latents = [latent for latent in concept_of if eligible[latent]]
+    pairs, right, total = set(), 0, 0
+    for parent in latents:
+        for child in latents:
+            if level(parent) < level(child):
+                total += 1
+                if concept_of[parent] in ancestors(concept_of[child]):
+                    right += 1
+                    pairs.add((concept_of[parent], concept_of[child]))
+    return pairs, right / max(1, total)
+
+
+def judge(edges: Sequence[Edge], concept_of: dict[int, str], possible: set[tuple[str, str]]) -> Row:
+    judged = [edge for edge in edges if edge.parent in concept_of and edge.child in concept_of]
+    pairs = [(concept_of[edge.parent], concept_of[edge.child]) for edge in judged]
+    right = [pair for pair in pairs if pair[0] in ancestors(pair[1])]
+    direct = {pair for pair in possible if CONCEPTS[pair[1]].parent == pair[0]}
+    distinct = sum(parent != child for parent, child in pairs)
+    return Row(
+        edges=len(edges),
+        judged=len(judged),
+        right=len(right),
+        same_concept=len(judged) - distinct,
+        precision=len(right) / len(judged) if judged else math.nan,
+        distinct_precision=len(right) / distinct if distinct else math.nan,
+        shuffled_precision=shuffled_precision(pairs),
+        recall=len(possible & set(right)) / len(possible) if possible else math.nan,
+        recall_of_tree_edges=len(direct & set(right)) / len(direct) if direct else math.nan,
+    )
+
+
+def shuffled_precision(pairs: Sequence[tuple[str, str]]) -> float:
+    """Mean precision with the parents exchanged among the children."""
+    if not pairs:
+        return math.nan
+    chooser, shares = random.Random(0), []
+    for _ in range(SHUFFLES):
+        parents = [parent for parent, _ in pairs]
+        chooser.shuffle(parents)
+        found = [parent in ancestors(child) for parent, (_, child) in zip(parents, pairs, strict=True)]
+        shares.append(sum(found) / len(found))
+    return fmean(shares)
+
+
+def main() -> None:
+    args = parse()
+    sae = MatryoshkaSAE.from_pretrained(args.sae).eval()
+    concept_of = match(correlations(sae, args.label_stories), args.min_correlation)
+    model, tokenizer = load_story_lm()
+    # About 100 tokens a story, with some to spare.
+    texts = StoryWorld(seed=EDGE_SEED).documents(max(100, args.tokens // 50))
+    found = scan(
+        model,
+        tokenizer,
+        sae,
+        texts,
+        max_tokens=args.tokens,
+        record_tokens=args.tokens,
+        top_contexts=1,
+        sampled_contexts=0,
+    )
+    settings = HierarchySettings()
+    candidates = find_candidates(sae, found.firings, settings)
+    eligible = [count >= settings.min_firings for count in candidates.counts]
+    possible, chance = possible_pairs(concept_of, sae.config.prefix_sizes, eligible)
+    rows, alive = {"coverage": judge(candidates.edges, concept_of, possible)}, [True] * len(candidates.edges)
+    for name, passes in filter_edges(candidates, settings).items():
+        alive = [was and now for was, now in zip(alive, passes, strict=True)]
+        kept = [edge for edge, passed in zip(candidates.edges, alive, strict=True) if passed]
+        rows[name] = judge(kept, concept_of, possible)
+    by_level: dict[int, int] = defaultdict(int)
+    for latent in concept_of:
+        by_level[next(i for i, size in enumerate(sae.config.prefix_sizes) if latent < size)] += 1
+    facts = {
+        "sae": args.sae,
+        "tokens": found.num_tokens,
+        "latents_with_concept": len(concept_of),
+        "by_level": dict(sorted(by_level.items())),
+        "concepts_with_latent": len(set(concept_of.values())),
+        "possible_pairs": len(possible),
+        "precision_by_chance": chance,
+    }
+    print(json.dumps(facts))
+    columns = ("precision", "distinct_precision", "shuffled_precision", "recall", "recall_of_tree_edges")
+    print(f"{'filter':10} {'edges':>7} {'judged':>7} {'right':>6}", *(f"{name:>20}" for name in columns))
+    for name, row in rows.items():
+        shares = (f"{asdict(row)[column]:20.3f}" for column in columns)
+        print(f"{name:10} {row.edges:7,} {row.judged:7,} {row.right:6,}", *shares)
+    if args.json:
+        Path(args.json).write_text(json.dumps({**facts, "rows": {name: asdict(row) for name, row in rows.items()}}))
+
+
+if __name__ == "__main__":
+    main()

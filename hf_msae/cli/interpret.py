@@ -1,0 +1,163 @@
+"""`hf-msae interpret`: a page for every latent of an SAE, written as Parquet beside it."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.sources import (
+    STORIES,
+    SourceArguments,
+    check_sae_place,
+    load_language_model,
+    load_training_data,
+)
+from hf_msae.data import CachedActivations, Documents
+from hf_msae.interpret.labels import LabelError, Labeller
+from hf_msae.interpret.pages import Label
+from hf_msae.interpret.pipeline import interpret
+from hf_msae.interpret.store import Interpretation
+from hf_msae.interpret.writing import FOLDER_NAME
+from hf_msae.modeling import MatryoshkaSAE
+
+DESCRIPTION = """\
+Read text once and write what each latent of SAE (a folder or a Hub repo) reacts to and says: contexts from the top and
+from all quantiles, density, histogram, promoted tokens, nearest latents, parents and children. The model and the site
+are those that the SAE was trained on, unless given."""
+
+NUM_SHOWN = 6
+# Pages whose contexts stand for "not this latent" in the tests of a label.
+NUM_OTHERS = 12
+
+
+@dataclass
+class InterpretArguments:
+    """What is written, and from how much text."""
+
+    _argument_group_name = "interpretation"
+    _positional = ("sae",)
+
+    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
+    subfolder: str = field(default="", metadata={"help": "Folder of the SAE within it."})
+    site: str | None = field(default=None, metadata={"help": "Site, where the SAE does not record one."})
+    max_tokens: int = field(default=500_000, metadata={"help": "Tokens to read."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": f"Folder to make. Default: {FOLDER_NAME} in the SAE's folder."}
+    )
+    context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: the SAE's."})
+    packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
+    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    labels_model: str | None = field(
+        default=None, metadata={"help": "A chat model that names latents, and is tested on its names."}
+    )
+    num_labels: int = field(default=100, metadata={"help": "How many latents are named, the first ones that fire."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, read, write, show a few pages."""
+    parser = build_parser("interpret", DESCRIPTION, (InterpretArguments, SourceArguments))
+    args, sources = parse(parser, arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    check_sae_place(args.sae)
+    folder = _output_folder(args)
+    labeller = None if args.labels_model is None else load_labeller(args.labels_model)
+    sae = load_sae(args.sae, args.subfolder, sources)
+    documents = load_text(sources)
+    model, tokenizer = load_language_model(sources)
+    interpretation = interpret(
+        model,
+        tokenizer,
+        sae.to(model.device),  # type: ignore[arg-type]
+        documents,
+        folder,
+        max_tokens=args.max_tokens,
+        site=args.site,
+        context_length=args.context_length,
+        packing=args.packing,
+        lm_batch_size=args.lm_batch_size,
+    )
+    if labeller is not None:
+        write_labels(labeller, interpretation, args.num_labels)
+    _show(interpretation, args.sae)
+
+
+def load_sae(name: str, subfolder: str, sources: SourceArguments) -> MatryoshkaSAE:
+    """The SAE in evaluation mode; `sources` gets the model that it was trained on where none was asked for."""
+    check_sae_place(name)
+    sae = MatryoshkaSAE.from_pretrained(name, subfolder=subfolder).eval()
+    if sources.model == STORIES and sae.config.base_model not in (None, STORIES):
+        sources.model = sae.config.base_model
+        sources.model_revision = sources.model_revision or sae.config.base_model_revision
+    return sae
+
+
+def load_text(sources: SourceArguments) -> Documents:
+    """The documents. Raises ValueError for an activation cache, which has no text."""
+    documents, _ = load_training_data(sources)
+    if isinstance(documents, CachedActivations):
+        raise ValueError(f"--dataset {sources.dataset} is an activation cache and holds no text; give text.")
+    return documents
+
+
+def load_labeller(name: str) -> Labeller:
+    """A chat model from the Hub or a folder. Raises ValueError where it cannot be loaded or is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except OSError as error:
+        raise ValueError(f"Cannot load the model {name!r} of --labels-model: {error}") from error
+    return Labeller(model, tokenizer)
+
+
+def write_labels(labeller: Labeller, interpretation: Interpretation, num_labels: int) -> None:
+    """Name the first latents that fire, test the names, and keep both; names so far are kept if it is interrupted."""
+    density = interpretation.column("density")
+    firing = [latent for latent, share in enumerate(density) if share > 0]
+    chosen = random.Random(labeller.seed).sample(firing, min(NUM_OTHERS, len(firing)))
+    others = [interpretation.page(latent) for latent in chosen]
+    for latent in firing[:num_labels]:
+        page = interpretation.page(latent)
+        try:
+            label: Label = labeller.label_and_score(page, others)
+        except LabelError as error:
+            logging.getLogger(__name__).warning("Latent %d stays without a label: %s", latent, error)
+            continue
+        interpretation.save_labels({latent: label})
+
+
+def _output_folder(args: InterpretArguments) -> Path:
+    if args.output_dir is None and not Path(args.sae).is_dir():
+        raise ValueError(f"{args.sae} is a Hub repo; say where to write with --output-dir.")
+    folder = Path(args.output_dir) if args.output_dir else Path(args.sae) / args.subfolder / FOLDER_NAME
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; give another --output-dir, or delete it.")
+    return folder
+
+
+def _show(interpretation: Interpretation, sae: str) -> None:
+    """A few latents of each level, and what to do next."""
+    table = Table(title=f"{interpretation.source.num_tokens:,} tokens of {interpretation.source.dataset}")
+    for title in ("latent", "level", "density", "reacts to", "promotes"):
+        table.add_column(title, justify="right" if title in ("latent", "level", "density") else "left")
+    for latent in _spread(interpretation.source.prefix_sizes):
+        page = interpretation.page(latent)
+        promoted = ", ".join(effect.token.strip() for effect in page.promoted[:4])
+        table.add_row(str(latent), str(page.level), f"{page.density:.2%}", page.name, promoted)
+    console = Console(highlight=False)
+    console.print(table)
+    dead = sum(share == 0 for share in interpretation.column("density"))
+    console.print(f"{dead:,} of {len(interpretation):,} latents never fired.")
+    console.print(f"Saved to {interpretation.folder}\nNext: hf-msae tree {sae}")
+
+
+def _spread(sizes: Sequence[int]) -> list[int]:
+    """Some latents of every level."""
+    starts = [0, *sizes[:-1]]
+    each = max(1, NUM_SHOWN * 2 // len(sizes))
+    return [latent for start, size in zip(starts, sizes, strict=True) for latent in range(start, size)[:each]]

@@ -1,0 +1,128 @@
+"""`hf-msae steer`: the same prompt with and without steering, side by side."""
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hf_msae.cli.parser import Collect, build_parser, parse, parse_float
+from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.steering import LatentEdit, PrefixEdit, SteeredPipeline, Steering, SteeringError, load_steering
+from hf_msae.steering.edits import Edit, Units, check_edits
+from hf_msae.steering.saved import STEERING_NAME
+
+DESCRIPTION = """\
+Continue a prompt as the language model would, and steered by latents of an SAE, with the same randomness. Without
+--latent and --level, the steering saved beside the SAE (steering.json) is used."""
+
+
+@dataclass
+class SteerArguments:
+    """What is steered, and what is written."""
+
+    _argument_group_name = "steer"
+
+    sae: str = field(metadata={"help": "The SAE: a folder or a Hub repo."})
+    prompt: list[str] = field(metadata={"action": Collect, "help": "One or more texts to continue."})
+    subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
+    model: str | None = field(
+        default=None, metadata={"help": "The language model. Default: the one that the SAE was trained on."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    latent: list[str] = field(
+        default_factory=list,
+        metadata={"action": Collect, "help": "INDEX=VALUE or INDEX=ablate, such as 12=4 40=ablate."},
+    )
+    level: int | None = field(default=None, metadata={"help": "Keep only what this level of latents writes."})
+    steering: str | None = field(default=None, metadata={"help": "The name of a steering saved beside the SAE."})
+    method: Literal["add", "clamp", "scale"] = field(default="add", metadata={"help": "What a VALUE does."})
+    units: Literal["max", "absolute", "norm"] = field(
+        default="max",
+        metadata={
+            "help": "Of VALUE: the latent's largest activation in training, its activation, or the length of the "
+            "token's activation."
+        },
+    )
+    positions: Literal["all", "prompt", "generated"] = field(default="all", metadata={"help": "Tokens to steer."})
+    max_new_tokens: int = field(default=60, metadata={"help": "Tokens to write."})
+    temperature: float = field(default=0.7, metadata={"help": "Of the sampling; 0 is greedy."})
+    seed: int = field(default=0, metadata={"help": "Fixes the randomness of both texts."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, load, write both texts."""
+    (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    check_sae_place(args.sae)
+    steering = read_steering(args)
+    names = sorted({edit.sae for edit in steering.edits})
+    saes = {
+        name: MatryoshkaSAE.from_pretrained(args.sae, subfolder="/".join(filter(None, (args.subfolder, name))))
+        for name in names
+    }
+    for name, sae in saes.items():
+        check_edits(sae, [edit for edit in steering.edits if edit.sae == name], name)
+    config = next(iter(saes.values())).config
+    name = args.model or config.base_model
+    if name is None:
+        raise SteeringError(f"{args.sae} does not say which language model it was trained on; give --model.")
+    revision = config.base_model_revision if args.model is None else None
+    source = SourceArguments(model=name, model_revision=revision, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_language_model(source)
+    saes = {key: sae.to(model.device) for key, sae in saes.items()}
+    show(SteeredPipeline(model, tokenizer, saes, steering), args)
+
+
+def read_steering(args: SteerArguments) -> Steering:
+    """The steering that the flags describe, or the one saved beside the SAE."""
+    edits: list[Edit] = [read_latent(text, args.method, args.units) for text in args.latent]
+    if args.level is not None:
+        edits.append(PrefixEdit(args.level))
+    if edits and args.steering is not None:
+        raise SteeringError("--steering names a saved steering; give it, or --latent and --level, not both.")
+    if edits:
+        return Steering(edits, args.positions)
+    if (
+        args.steering is None
+        and Path(args.sae).is_dir()
+        and not (Path(args.sae) / args.subfolder / STEERING_NAME).is_file()
+    ):
+        MatryoshkaSAE.from_pretrained(args.sae, subfolder=args.subfolder)  # or says what is there
+        raise SteeringError(
+            f"nothing to steer: give --latent INDEX=VALUE or --level N. ({args.sae} has no saved steering.)"
+        )
+    return load_steering(args.sae, args.steering, subfolder=args.subfolder)
+
+
+def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: Units) -> LatentEdit:
+    """`12=4` or `40=ablate`. Raises SteeringError for anything else."""
+    index, _, value = text.partition("=")
+    try:
+        if value == "ablate":
+            return LatentEdit(int(index), method="ablate")
+        return LatentEdit(int(index), parse_float(value), method, units)
+    except SteeringError:
+        raise
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise SteeringError(f"--latent {text}: expected INDEX=VALUE or INDEX=ablate, such as 12=4.") from error
+
+
+def show(pipeline: SteeredPipeline, args: SteerArguments) -> None:
+    """Both continuations of each prompt, next to each other."""
+    console = Console(highlight=False)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    for prompt in args.prompt:
+        texts = [
+            pipe(prompt, **options)[0]["generated_text"] for pipe in (pipeline.with_steering(Steering()), pipeline)
+        ]
+        table = Table(expand=True)
+        table.add_column("default", ratio=1)
+        table.add_column("steered", ratio=1)
+        table.add_row(*(Text.assemble((text[: len(prompt)], "bold"), text[len(prompt) :]) for text in texts))
+        console.print(table)

@@ -1,0 +1,150 @@
+"""`hf-msae tree`: which later latents refine which earlier ones, as a tree in the terminal."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from hf_msae.cli.interpret import load_sae, load_text
+from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
+from hf_msae.interpret.edges import find_hierarchy
+from hf_msae.interpret.effects import decode_tokens
+from hf_msae.interpret.hierarchy import Hierarchy
+from hf_msae.interpret.pages import name_of
+from hf_msae.interpret.scan import Scan, scan
+from hf_msae.interpret.store import Interpretation, InterpretationError
+
+DESCRIPTION = """\
+Print the hierarchy between the levels of SAE (a folder or a Hub repo): children fire where their parent fires, far
+more often than by chance. Those that make up most of their parent come first, with the share of the parent's firings
+on which they fire, too. It is read from the SAE's interpretation where there is one (`hf-msae interpret`) and no
+--dataset is given; else some text is read. A child may have several parents and then stands under each of them; an
+edge that a longer path implies is not printed."""
+
+
+@dataclass
+class TreeArguments:
+    """What is shown, and from how much text."""
+
+    _argument_group_name = "tree"
+    _positional = ("sae",)
+
+    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
+    subfolder: str = field(default="", metadata={"help": "Folder of the SAE within it."})
+    site: str | None = field(default=None, metadata={"help": "Site, where the SAE does not record one."})
+    root: int | None = field(default=None, metadata={"help": "Show only what is below this latent."})
+    depth: int = field(default=3, metadata={"help": "Levels of children to show."})
+    min_score: float = field(default=0.5, metadata={"help": "Least score of an edge: 0 is chance, 1 is always."})
+    max_children: int = field(default=8, metadata={"help": "Roots, and children of one latent, to show."})
+    max_tokens: int = field(default=200_000, metadata={"help": "Tokens to read."})
+    output: str | None = field(
+        default=None, metadata={"help": "Write all edges to this file, too: .json, or .dot for Graphviz."}
+    )
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, find or read the edges, print."""
+    args, sources = parse(build_parser("tree", DESCRIPTION, (TreeArguments, SourceArguments)), arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if args.depth < 1 or args.max_children < 1:
+        raise ValueError(f"--depth and --max-children must be at least 1, got {args.depth} and {args.max_children}.")
+    if args.output is not None and Path(args.output).suffix not in (".json", ".dot", ".gv"):
+        raise ValueError(f"--output {args.output} must end in .json, .dot or .gv.")
+    check_sae_place(args.sae)
+    found = None if sources.dataset is not None else _read(args)
+    hierarchy, names = _measure(args, sources) if found is None else found
+    if args.root is not None and not 0 <= args.root < hierarchy.prefix_sizes[-1]:
+        raise ValueError(f"--root {args.root} is no latent; they are 0 to {hierarchy.prefix_sizes[-1] - 1:,}.")
+    shown = hierarchy.at_least(args.min_score)
+    for line in summary(shown):
+        Console(highlight=False).print(line)
+    for tree in draw(shown, names, args.root, args.depth, args.max_children):
+        Console(highlight=False).print(tree)
+    if args.output is not None:
+        path = Path(args.output)
+        text = shown.to_json() if path.suffix == ".json" else shown.to_graphviz(dict(enumerate(names)))
+        path.write_text(text, encoding="utf-8")
+        print(f"Wrote {len(shown.edges):,} edges to {path}")
+
+
+def _read(args: TreeArguments) -> tuple[Hierarchy, Sequence[str]] | None:
+    """From the interpretation beside the SAE; None where there is none."""
+    try:
+        interpretation = Interpretation.load(args.sae, subfolder=args.subfolder or None)
+    except InterpretationError:
+        return None
+    return None if interpretation.hierarchy is None else (interpretation.hierarchy, interpretation.names)
+
+
+def _measure(args: TreeArguments, sources: SourceArguments) -> tuple[Hierarchy, Sequence[str]]:
+    sae = load_sae(args.sae, args.subfolder, sources)
+    if len(sae.config.prefix_sizes) < 2:
+        raise ValueError(f"{args.sae} has one level only, and a tree needs two: it is a plain SAE.")
+    documents = load_text(sources)
+    model, tokenizer = load_language_model(sources)
+    found = scan(
+        model,
+        tokenizer,
+        sae.to(model.device),  # type: ignore[arg-type]
+        documents,
+        max_tokens=args.max_tokens,
+        record_tokens=args.max_tokens,
+        site=args.site,
+        sampled_contexts=0,
+    )
+    texts = [decode_tokens(tokenizer, _peak_ids(found, latent)) for latent in range(sae.config.num_latents)]
+    names = [name_of(list(dict.fromkeys(tokens))) for tokens in texts]
+    return find_hierarchy(sae, found.firings), names
+
+
+def _peak_ids(found: Scan, latent: int) -> list[int]:
+    contexts = found.top.of(latent)
+    return contexts.token_ids.gather(1, contexts.position.unsqueeze(1))[:, 0].tolist()
+
+
+def summary(hierarchy: Hierarchy) -> list[str]:
+    """What was looked at, and what the filters left."""
+    steps = " → ".join(f"{number:,} {name}" for name, number in hierarchy.survivors.items())
+    lines = [
+        f"{hierarchy.num_tokens:,} tokens; pairs left by each filter: {steps}",
+        f"{len(hierarchy.edges):,} edges among {len({e.child for e in hierarchy.edges}):,} children and "
+        f"{len({e.parent for e in hierarchy.edges}):,} parents. Shares below are of the latent above.",
+    ]
+    if hierarchy.super_parents:
+        listed = ", ".join(map(str, hierarchy.super_parents))
+        lines.append(f"Parents of much of what is below them, to be read with care: {listed}")
+    return lines
+
+
+def draw(hierarchy: Hierarchy, names: Sequence[str], root: int | None, depth: int, max_children: int) -> list[Tree]:
+    """The trees below one latent, or below all roots, the easiest to understand first."""
+    roots = hierarchy.roots(names) if root is None else [root]
+    direct = hierarchy.reduced()
+
+    def grow(tree: Tree, latent: int, left: int) -> None:
+        edges = direct.children(latent)
+        if not left:
+            return
+        for edge in edges[:max_children]:
+            grow(tree.add(line(edge.child, f"{hierarchy.share(edge):.0%}")), edge.child, left - 1)
+        if len(edges) > max_children:
+            tree.add(f"… and {len(edges) - max_children:,} more")
+
+    def line(latent: int, more: str) -> str:
+        flag = "  [red]super-parent[/red]" if latent in hierarchy.super_parents else ""
+        return f"[bold]{latent}[/bold] {escape(names[latent])}[dim]  {more}[/dim]{flag}"
+
+    trees = []
+    for latent in roots[:max_children]:
+        density = hierarchy.counts[latent] / hierarchy.num_tokens
+        tree = Tree(line(latent, f"fires on {density:.1%} of tokens"))
+        grow(tree, latent, depth)
+        trees.append(tree)
+    if len(roots) > max_children:
+        trees.append(Tree(f"… and {len(roots) - max_children:,} more roots"))
+    return trees

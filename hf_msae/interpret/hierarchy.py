@@ -1,0 +1,185 @@
+"""A directed graph of parents and children between an SAE's levels, with what speaks for each edge, and its exports.
+
+`hf_msae.interpret.edges` finds it and says what the numbers mean.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+# So many of a latent's children tell whether it is the sum of a few kinds.
+NUM_LARGEST = 5
+
+
+@dataclass(frozen=True)
+class HierarchySettings:
+    """Thresholds of the filters that `hf_msae.interpret.edges` describes.
+
+    min_firings: tokens on which a latent has to fire to be looked at. super_parent_share: the share of later latents
+    from which on a parent is a super-parent. seed: of the shuffled pairs.
+    """
+
+    min_firings: int = 20
+    min_shared: int = 30
+    min_coverage: float = 0.5
+    false_discovery_rate: float = 0.01
+    min_score: float = 0.5
+    min_use: float = 0.0
+    min_strength: float = 0.9
+    residual_quantile: float = 0.95
+    super_parent_share: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("min_coverage", "false_discovery_rate", "min_score", "min_use", "residual_quantile"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A parent and a child, and what speaks for it.
+
+    shared: tokens on which both fire. coverage: P(parent | child). base_rate: P(parent). lift: coverage / base_rate.
+    log_odds: natural logarithm of the odds ratio. p_value: of the one-sided test that it exceeds 0. score: excess of
+    coverage over chance, from 0 to 1. parent_use, child_use: what each is worth on the shared tokens, as a share of
+    the energy. strength: the parent's mean activation on them over its typical one (the mean of all its activations,
+    each weighed by itself). residual: the cosine of the residual test.
+    """
+
+    parent: int
+    child: int
+    shared: int
+    coverage: float
+    base_rate: float
+    lift: float
+    log_odds: float
+    p_value: float
+    score: float
+    parent_use: float
+    child_use: float
+    strength: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Edges from earlier to later levels, the highest score first.
+
+    prefix_sizes: of the SAE. counts: tokens on which each latent fires, of `num_tokens`. survivors: how many pairs are
+    eligible, and how many of them pass each filter and those before it. residual_threshold: what shuffled pairs reach.
+    super_parents: latents to read with care.
+    """
+
+    edges: list[Edge]
+    prefix_sizes: list[int]
+    counts: list[int]
+    num_tokens: int
+    survivors: dict[str, int]
+    residual_threshold: float
+    super_parents: list[int]
+    settings: HierarchySettings = field(default_factory=HierarchySettings)
+
+    def children(self, latent: int) -> list[Edge]:
+        """The edges to a latent's children, those that make up most of it first."""
+        return list(self._by_parent.get(latent, ()))
+
+    def parents(self, latent: int) -> list[Edge]:
+        """The edges from a latent's parents."""
+        return [edge for edge in self.edges if edge.child == latent]
+
+    def share(self, edge: Edge) -> float:
+        """P(child | parent): the share of the parent's firings that the child makes up."""
+        return edge.shared / self.counts[edge.parent]
+
+    def roots(self, names: Sequence[str] | None = None) -> list[int]:
+        """Latents with children and without parents, the easiest to understand first: those of which a few children
+        make up the most. The number of children would put the least specific latents first.
+
+        names: of all latents. Children whose names begin alike then count as one, and those whose names begin as their
+        parent's not at all, because a latent that splits into contexts of one word says less than one that splits into
+        kinds.
+        """
+
+        def kind(latent: int) -> str:
+            return str(latent) if names is None else names[latent].casefold().partition(",")[0]
+
+        with_parents = {edge.child for edge in self.edges}
+        explained: dict[int, float] = {}
+        for root in self._by_parent.keys() - with_parents:
+            kinds: dict[str, float] = {}
+            for edge in self._by_parent[root]:
+                kinds.setdefault(kind(edge.child), self.share(edge))
+            kinds.pop(kind(root), None)
+            explained[root] = sum(list(kinds.values())[:NUM_LARGEST])
+        return sorted(explained, key=lambda latent: (-explained[latent], latent))
+
+    def descendants(self) -> dict[int, set[int]]:
+        """All latents below each latent that has children."""
+        below: dict[int, set[int]] = {}
+        # Children come after their parents in the dictionary, so that the last parents are complete first.
+        for edge in sorted(self.edges, key=lambda edge: -edge.parent):
+            below.setdefault(edge.parent, set()).update({edge.child}, below.get(edge.child, ()))
+        return below
+
+    def reduced(self) -> "Hierarchy":
+        """The same without the edges that a longer path implies: where animal → bird → owl is, animal → owl goes."""
+        below = self.descendants()
+        implied: dict[int, set[int]] = {}
+        for edge in self.edges:
+            implied.setdefault(edge.parent, set()).update(below.get(edge.child, ()))
+        return replace(self, edges=[edge for edge in self.edges if edge.child not in implied[edge.parent]])
+
+    def level(self, latent: int) -> int:
+        """The index of the first prefix that has the latent."""
+        return next(level for level, size in enumerate(self.prefix_sizes) if latent < size)
+
+    @cached_property
+    def _by_parent(self) -> dict[int, list[Edge]]:
+        found: dict[int, list[Edge]] = {}
+        for edge in sorted(self.edges, key=lambda edge: (-edge.shared, edge.child)):
+            found.setdefault(edge.parent, []).append(edge)
+        return found
+
+    def at_least(self, min_score: float) -> "Hierarchy":
+        """The same with only the edges of at least this score."""
+        return replace(self, edges=[edge for edge in self.edges if edge.score >= min_score])
+
+    def to_json(self) -> str:
+        """All of it; `from_json` is the inverse."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Hierarchy":
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        try:
+            values = json.loads(text)
+            values["edges"] = [Edge(**edge) for edge in values["edges"]]
+            values["settings"] = HierarchySettings(**values["settings"])
+            return cls(**values)
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"This is no hierarchy as Hierarchy.to_json writes it: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write it as Graphviz where the name ends in .dot or .gv, else as JSON."""
+        path = Path(path)
+        path.write_text(self.to_graphviz() if path.suffix in (".dot", ".gv") else self.to_json(), encoding="utf-8")
+
+    def to_graphviz(self, names: Mapping[int, str] | None = None) -> str:
+        """A digraph in the DOT language, one rank a level, edges as thick as their score."""
+        names = names or {}
+        latents = sorted({latent for edge in self.edges for latent in (edge.parent, edge.child)})
+        lines = ["digraph hierarchy {", "  rankdir=LR;", "  node [shape=box];"]
+        for level in sorted({self.level(latent) for latent in latents}):
+            lines.append("  { rank=same;")
+            for latent in latents:
+                if self.level(latent) == level:
+                    label = f"{latent}\n{names[latent]}" if latent in names else str(latent)
+                    # JSON's strings are DOT's: the same quotes, and \n for a new line.
+                    lines.append(f"    {latent} [label={json.dumps(label, ensure_ascii=False)}];")
+            lines.append("  }")
+        lines += [f"  {e.parent} -> {e.child} [penwidth={0.5 + 2.5 * e.score:.2f}];" for e in self.edges]
+        return "\n".join([*lines, "}"]) + "\n"

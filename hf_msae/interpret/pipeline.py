@@ -1,0 +1,48 @@
+"""All of it at once: read, find the hierarchy, take the effects on the output, write."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.interpret.edges import find_hierarchy
+from hf_msae.interpret.effects import LogitEffects
+from hf_msae.interpret.hierarchy import HierarchySettings
+from hf_msae.interpret.scan import Scan, scan
+from hf_msae.interpret.store import Interpretation
+from hf_msae.interpret.writing import write_interpretation
+from hf_msae.modeling import MatryoshkaSAE
+
+
+def interpret(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: MatryoshkaSAE,
+    documents: Any,
+    folder: str | Path,
+    *,
+    max_tokens: int,
+    settings: HierarchySettings | None = None,
+    **options: Any,
+) -> Interpretation:
+    """Make the pages of all latents and write them into a new folder.
+
+    documents, max_tokens, options: as in `scan`. Raises `FileExistsError`, before anything is read, where the folder
+    holds something; and whatever `scan` raises.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; name another, or remove it first.")
+    collected = scan(model, tokenizer, sae, documents, max_tokens=max_tokens, **options)
+    several = len(sae.config.prefix_sizes) > 1
+    hierarchy = find_hierarchy(sae, collected.firings, settings) if several and collected.firings.num_tokens else None
+    effects = logit_effects(model, sae, collected)
+    return Interpretation(write_interpretation(folder, collected, sae, tokenizer, effects, hierarchy))
+
+
+def logit_effects(model: PreTrainedModel, sae: MatryoshkaSAE, collected: Scan) -> LogitEffects | None:
+    """Effects on the model's output, None where it has no unembedding or the site is not in the residual stream."""
+    width = collected.references.shape[-1]
+    if model.get_output_embeddings() is None or width != sae.config.hidden_size:
+        return None
+    return LogitEffects(model, sae.W_dec.to(collected.references.device), collected.references)

@@ -1,0 +1,281 @@
+"""One pass of a language model over text that collects what the pages of all latents need.
+
+Memory does not grow with the text: per latent there are statistics, a fixed number of contexts, and one sum of errors;
+of the tokens, only those of a first stretch (`record_tokens`) leave their active latents behind, from which the
+hierarchy is found. A latent takes about 8 · (top_contexts + sampled_contexts) · context_tokens bytes, 9 KB by default.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_msae.data import ActivationError, TokenWindows, Window
+from hf_msae.data.stream import capture_counted
+from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
+from hf_msae.interpret.contexts import (
+    NO_TOKEN,
+    Contexts,
+    ContextStore,
+    as_uniform,
+    best_of_each,
+    place_hashes,
+    window_hashes,
+)
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.sparse_ops import ActiveLatents
+from hf_msae.sites import Site, resolve_site, site_width
+
+# Contexts end a little after the token they were taken for: a causal model has not read what comes later.
+SHARE_BEFORE = 3 / 4
+# Activations behind the last layer, at which the effect on the output is linearised.
+NUM_REFERENCES = 16
+DEFAULT_CONTEXT_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Firings:
+    """The active latents of some tokens, and what using them is worth there.
+
+    active: ordered by token, then by latent. gains: (n,) float32, by how much a token's squared error would grow
+    without the latent. energies: ‖x − b_dec‖² of each token, (num_tokens,). error_sums: Σ (x − x̂) over the tokens on
+    which each latent fires, (num_latents, hidden_size).
+    """
+
+    active: ActiveLatents
+    gains: Tensor
+    energies: Tensor
+    error_sums: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.energies)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass collected. references: (n, width) activations behind the last layer, for `LogitEffects`."""
+
+    statistics: LatentStatistics
+    top: ContextStore
+    sampled: ContextStore
+    firings: Firings
+    references: Tensor
+    description: str
+    context_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.statistics.num_tokens
+
+
+def scan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: MatryoshkaSAE,
+    documents: Any,
+    *,
+    max_tokens: int,
+    site: str | None = None,
+    context_length: int | None = None,
+    packing: bool = True,
+    lm_batch_size: int = 16,
+    top_contexts: int = 12,
+    sampled_contexts: int = 24,
+    context_tokens: int = 32,
+    record_tokens: int = 200_000,
+) -> Scan:
+    """Read documents until `max_tokens` tokens that count have passed, or the documents end.
+
+    Args:
+        model: in evaluation mode. tokenizer: its own.
+        documents: `Documents`, or what `as_documents` takes.
+        site: where the SAE reads; by default what its configuration records.
+        context_length: tokens per window; by default what the SAE was trained with, or else 256.
+        top_contexts, sampled_contexts: contexts per latent. context_tokens: tokens in each.
+        record_tokens: how many of the first tokens are kept for the hierarchy.
+
+    Raises:
+        ValueError: the SAE does not fit the model, or a number is not positive.
+        ActivationError: activations are NaN or infinite.
+    """
+    for name, number in (
+        ("max_tokens", max_tokens),
+        ("top_contexts", top_contexts),
+        ("context_tokens", context_tokens),
+    ):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    place = find_site(model, sae, site)
+    length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
+    windows = TokenWindows(documents, tokenizer, context_length=length, pack=packing)
+    collector = _Collector(sae, top_contexts, sampled_contexts, context_tokens, record_tokens)
+    last = resolve_site(model, "layers.-1")
+    references = torch.empty(0)
+    with logging.tqdm(total=max_tokens, desc="Reading", unit=" tokens", unit_scale=True) as progress:
+        for group in _groups(windows, lm_batch_size):
+            captured = capture_counted(model, [place] if len(references) else [place, last], group, pad_id(tokenizer))
+            if captured is None:
+                continue
+            if not len(references):
+                references = _spread(captured[last])
+            x = captured[place]
+            if not x.isfinite().all():
+                raise ActivationError(f"Activations at {place} are NaN or infinite; load the model in float32.")
+            collector.add(group, x)
+            progress.update(len(x))
+            if collector.statistics.num_tokens >= max_tokens:
+                break
+    top, sampled = collector.top, collector.sampled
+    description = windows.documents.description
+    return Scan(collector.statistics, top, sampled, collector.firings(), references, description, length)
+
+
+def find_site(model: PreTrainedModel, sae: MatryoshkaSAE, name: str | None = None) -> Site:
+    """The site where an SAE reads this model: the one named, or the one its configuration records.
+
+    Raises ValueError where there is none, or where its width is not the SAE's.
+    """
+    recorded = name or sae.config.site
+    if recorded is None:
+        raise ValueError("The SAE records no site; say where it reads the model, such as layers.12.")
+    place = resolve_site(model, recorded)
+    width = site_width(model, place)
+    if width != sae.config.hidden_size:
+        raise ValueError(
+            f"The SAE reads activations of width {sae.config.hidden_size}, but those at {place} of "
+            f"{model.config.name_or_path or 'the model'} have {width}. It was trained on "
+            f"{sae.config.base_model or 'an unrecorded model'}; give that model, and its site."
+        )
+    return place
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill short windows with; it is masked, so that any will do where the tokenizer names none."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
+
+
+class _Collector:
+    """Adds up batch after batch."""
+
+    def __init__(
+        self, sae: MatryoshkaSAE, top_contexts: int, sampled_contexts: int, context_tokens: int, record_tokens: int
+    ) -> None:
+        self.sae, self.context_tokens, self.record_tokens = sae, context_tokens, record_tokens
+        num_latents = sae.config.num_latents
+        self.statistics = LatentStatistics(num_latents)
+        self.top = ContextStore(num_latents, top_contexts, context_tokens)
+        self.sampled = ContextStore(num_latents, sampled_contexts, context_tokens)
+        self.error_sums = torch.zeros(num_latents, sae.config.hidden_size)
+        self.records: list[tuple[ActiveLatents, Tensor, Tensor]] = []
+        self.num_recorded = 0
+
+    @torch.no_grad()
+    def add(self, group: Sequence[Window], x: Tensor) -> None:
+        """Windows, and the activations (tokens that count, hidden_size) of their tokens."""
+        x = x.to(self.sae.device)
+        active = active_latents(self.sae, x)
+        if self.num_recorded < self.record_tokens:
+            self._record(x, active)
+        active = ActiveLatents(*(part.cpu() for part in active))
+        self.statistics.update(active.latents, active.values, len(x))
+        batch = _Batch(group, active, self.sae.config.num_latents, self.context_tokens)
+        self._offer_top(batch)
+        if self.sampled.size:
+            ties = place_hashes(batch.hashes[batch.windows], batch.positions, active.latents)
+            scores = as_uniform(ties)
+            places = self.sampled.may_enter(active.latents, scores)
+            self._offer(self.sampled, batch, places, scores[places], ties[places])
+
+    def _offer_top(self, batch: "_Batch") -> None:
+        """The strongest token of every window and latent."""
+        values, latents = batch.active.values.double(), batch.active.latents
+        places = self.top.may_enter(latents, values)
+        ties = place_hashes(batch.hashes[batch.windows[places]], batch.positions[places], latents[places])
+        of_window = batch.windows[places] * self.sae.config.num_latents + latents[places]
+        peaks, _ = best_of_each(of_window, values[places], ties, 1)
+        self._offer(self.top, batch, places[peaks], values[places[peaks]], ties[peaks])
+
+    def _offer(self, store: ContextStore, batch: "_Batch", places: Tensor, scores: Tensor, ties: Tensor) -> None:
+        store.offer(batch.active.latents[places], scores, ties, lambda rows: batch.contexts(places[rows]))
+
+    def _record(self, x: Tensor, active: ActiveLatents) -> None:
+        x = x.float()
+        errors = x - reconstruct(self.sae, active, len(x))
+        energies = (x - self.sae.b_dec.float()).square().sum(-1)
+        order = active.latents.argsort(stable=True)
+        latents, counts = active.latents.unique(return_counts=True)
+        starts = counts.cumsum(0) - counts
+        sums = torch.nn.functional.embedding_bag(active.tokens[order], errors, starts, mode="sum")
+        self.error_sums.index_add_(0, latents.cpu(), sums.cpu())
+        worth = gains(self.sae, active, errors).cpu()
+        parts = active.tokens.cpu() + self.num_recorded, active.latents.cpu(), active.values.float().cpu()
+        self.records.append((ActiveLatents(*parts), worth, energies.cpu()))
+        self.num_recorded += len(x)
+
+    def firings(self) -> Firings:
+        if not self.records:
+            empty = torch.empty(0, dtype=torch.int64)
+            nothing = ActiveLatents(empty, empty, torch.empty(0))
+            return Firings(nothing, torch.empty(0), torch.empty(0), self.error_sums)
+        actives, worth, energies = zip(*self.records, strict=True)
+        active = ActiveLatents(*(torch.cat(parts) for parts in zip(*actives, strict=True)))
+        return Firings(active, torch.cat(worth), torch.cat(energies), self.error_sums)
+
+
+class _Batch:
+    """The tokens of some windows, and where in them each active latent fired.
+
+    windows, positions: of each active latent's token, (n,). hashes: of each window.
+    """
+
+    def __init__(self, group: Sequence[Window], active: ActiveLatents, num_latents: int, length: int) -> None:
+        self.active, self.num_latents, self.length = active, num_latents, length
+        self.lengths = torch.tensor([len(window.input_ids) for window in group])
+        width = int(self.lengths.max())
+        self.token_ids = torch.full((len(group), width), NO_TOKEN, dtype=torch.int32)
+        keep = torch.zeros(len(group), width, dtype=torch.bool)
+        for row, window in enumerate(group):
+            self.token_ids[row, : len(window.input_ids)] = window.input_ids.int()
+            keep[row, : len(window.input_ids)] = window.keep
+        counted = keep.nonzero()
+        self.windows, self.positions = counted[active.tokens].unbind(1)
+        self.hashes = window_hashes(self.token_ids)
+        self.index_of = torch.full((len(group), width), -1)
+        self.index_of[counted[:, 0], counted[:, 1]] = torch.arange(len(counted))
+        # Ascending, because active latents are ordered by token and then by latent.
+        self.keys = active.tokens * num_latents + active.latents
+
+    def contexts(self, places: Tensor) -> Contexts:
+        """The contexts of some active latents, with their activations on every token of it."""
+        windows, positions = self.windows[places, None], self.positions[places, None]
+        before = int(self.length * SHARE_BEFORE)
+        latest = (self.lengths[windows] - self.length).clamp_min(0)
+        starts = torch.minimum((positions - before).clamp_min(0), latest)
+        columns = starts + torch.arange(self.length)
+        inside = columns < self.lengths[windows]
+        columns = columns.clamp_max(self.token_ids.shape[1] - 1)
+        token_ids = torch.where(inside, self.token_ids[windows, columns], NO_TOKEN)
+        index = torch.where(inside, self.index_of[windows, columns], -1)
+        keys = index * self.num_latents + self.active.latents[places, None]
+        found = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
+        fires = (index >= 0) & (self.keys[found] == keys)
+        values = torch.where(fires, self.active.values[found].float(), 0.0)
+        return Contexts(token_ids, values, (positions - starts)[:, 0])
+
+
+def _groups(windows: TokenWindows, size: int) -> Iterator[list[Window]]:
+    reader = iter(windows)
+    while group := list(islice(reader, size)):
+        yield group
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Rows from all over (n, width), at most NUM_REFERENCES."""
+    return x[torch.linspace(0, len(x) - 1, min(NUM_REFERENCES, len(x))).round().long().to(x.device)].clone()

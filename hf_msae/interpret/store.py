@@ -1,0 +1,209 @@
+"""An interpretation on disk or on the Hub: pages, columns, streams.
+
+The files lie in the folder `interpretation` beside the SAE: Parquet with a row a latent, which anything that reads
+Parquet can read; `hierarchy.json`; and `labels.json`, apart because labels are written later and may be mended by
+hand. Read through `datasets`, the rows are memory-mapped, so that a page takes about a millisecond however many there
+are.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from hf_msae.interpret.hierarchy import Edge, Hierarchy
+from hf_msae.interpret.pages import Label, LatentPage, name_of, page_from_row
+from hf_msae.interpret.writing import (
+    FOLDER_NAME,
+    HIERARCHY_NAME,
+    INDEX_NAME,
+    LABELS_NAME,
+    VERSION,
+    Source,
+    quiet_datasets,
+    shards,
+)
+
+
+class InterpretationError(ValueError):
+    """There is no interpretation, or it is not one of this SAE."""
+
+
+class Interpretation:
+    """All pages of an SAE's latents.
+
+    folder: where the files lie. source: of what. hierarchy: None where none was found.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = _read_source(folder)
+        path = folder / HIERARCHY_NAME
+        self.hierarchy = Hierarchy.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        self.labels = _read_labels(folder)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Interpretation":
+        """From an SAE's folder, the folder of the interpretation itself, or a repo on the Hub.
+
+        subfolder: of the SAE in the repo or folder. Raises InterpretationError where there is none.
+        """
+        return cls(find_folder(source, subfolder=subfolder, revision=revision, token=token))
+
+    def __len__(self) -> int:
+        return self.source.num_latents
+
+    def __iter__(self) -> Iterator[LatentPage]:
+        return (self.page(latent) for latent in range(len(self)))
+
+    @cached_property
+    def dataset(self) -> Any:
+        """The rows, a memory-mapped `datasets.Dataset`."""
+        from datasets import Dataset
+
+        with quiet_datasets():
+            rows = Dataset.from_parquet([str(path) for path in shards(self.folder)])
+        if len(rows) != len(self):
+            raise InterpretationError(
+                f"{self.folder} has {len(rows):,} rows of {len(self):,} latents; some files are missing."
+            )
+        return rows
+
+    def page(self, latent: int) -> LatentPage:
+        """One latent's page. Raises InterpretationError for a number that is no latent."""
+        if not 0 <= latent < len(self):
+            raise InterpretationError(f"There is no latent {latent}; they are 0 to {len(self) - 1:,}.")
+        parents, children = self._edges.get(latent, ([], []))
+        return page_from_row(self.dataset[latent], self.labels.get(latent), parents, children)
+
+    def column(self, name: str) -> list[Any]:
+        """One value a latent, such as "density"; see `LatentPage`."""
+        return self.dataset[name][:]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What to call each latent: its label, or else the tokens at which it peaks."""
+        peaks = self.column("peak_tokens")
+        return [name_of(tokens, self.labels.get(latent)) for latent, tokens in enumerate(peaks)]
+
+    @cached_property
+    def _edges(self) -> dict[int, tuple[list[Edge], list[Edge]]]:
+        """The edges from each latent's parents, and to its children."""
+        tree = self.hierarchy
+        if tree is None:
+            return {}
+        with_edges = {latent for edge in tree.edges for latent in (edge.parent, edge.child)}
+        parents: dict[int, list[Edge]] = {}
+        for edge in tree.edges:
+            parents.setdefault(edge.child, []).append(edge)
+        return {latent: (parents.get(latent, []), tree.children(latent)) for latent in with_edges}
+
+    def save_labels(self, labels: Mapping[int, Label]) -> None:
+        """Add labels, or replace those of the same latents."""
+        self.labels = dict(sorted({**self.labels, **labels}.items()))
+        text = json.dumps({str(latent): asdict(label) for latent, label in self.labels.items()}, indent=1)
+        draft = self.folder / f".{LABELS_NAME}"
+        draft.write_text(text + "\n", encoding="utf-8")
+        draft.replace(self.folder / LABELS_NAME)
+        self.__dict__.pop("names", None)
+
+    def push(self, repo_id: str, *, subfolder: str | None = None, token: str | bool | None = None) -> str:
+        """Publish it beside the SAE in a repo, in one commit; returns the commit's address.
+
+        Raises InterpretationError where the Hub refuses.
+        """
+        path = "/".join(filter(None, ((subfolder or "").strip("/"), FOLDER_NAME)))
+        try:
+            with warnings.catch_warnings():
+                # That these are data beside a model is as it should be.
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+                commit = HfApi(token=token).upload_folder(
+                    repo_id=repo_id,
+                    folder_path=self.folder,
+                    path_in_repo=path,
+                    commit_message="Upload an interpretation",
+                    delete_patterns="latents-*.parquet",
+                )
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise InterpretationError(
+                f"The interpretation could not be pushed to {repo_id}: {error}. Push the SAE first (`hf-msae push`), "
+                "and log in with a token that may write (`hf auth login`)."
+            ) from error
+        return str(commit.commit_url)
+
+
+def stream_pages(
+    repo_id: str, *, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
+) -> Iterator[LatentPage]:
+    """The pages of an interpretation on the Hub, each fetched when it is asked for, without labels and edges."""
+    from datasets import load_dataset
+
+    path = "/".join(filter(None, ((subfolder or "").strip("/"), FOLDER_NAME, "latents-*.parquet")))
+    ref = f"@{revision}" if revision else ""
+    files = f"hf://{repo_id}{ref}/{path}"
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True, token=token)
+    return (page_from_row(row) for row in rows)
+
+
+def find_folder(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The folder with the interpretation's files, downloaded where `source` is a repo. Raises InterpretationError."""
+    inner = (subfolder or "").strip("/")
+    local = Path(source) / inner
+    if Path(source).is_dir():
+        for folder in (local / FOLDER_NAME, local):
+            if (folder / INDEX_NAME).is_file():
+                return folder
+        raise InterpretationError(f"{local} holds no interpretation; make one with `hf-msae interpret {local}`.")
+    path = f"{inner}/{FOLDER_NAME}" if inner else FOLDER_NAME
+    try:
+        root = snapshot_download(str(source), revision=revision, token=token, allow_patterns=f"{path}/*")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InterpretationError(f"{source} is neither a folder nor a repo that can be read: {error}") from error
+    if not (Path(root) / path / INDEX_NAME).is_file():
+        raise InterpretationError(f"The repo {source} holds no interpretation in {path}.")
+    return Path(root) / path
+
+
+def _read_source(folder: Path) -> Source:
+    path = folder / INDEX_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        source = Source(**values)
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise InterpretationError(
+            f"{path} cannot be read: {error}. Make it again with `hf-msae interpret`."
+        ) from error
+    if source.version > VERSION:
+        raise InterpretationError(f"{path} was written by a later version of hf_msae; update it.")
+    return source
+
+
+def _read_labels(folder: Path) -> dict[int, Label]:
+    path = folder / LABELS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return {int(latent): Label(**label) for latent, label in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InterpretationError(
+            f'{path} must hold {{"latent": {{"text": ...}}}} for each labelled latent: {error}'
+        ) from error

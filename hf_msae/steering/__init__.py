@@ -1,0 +1,37 @@
+"""Edits at a site while a language model runs or generates: by latents, by levels, by directions.
+
+```python
+with steer(model, sae, {1234: 4.0}):  # adds 4 × the largest activation seen in training, on every token
+    model.generate(**inputs)
+with steer(model, sae, [40], method="ablate", positions="generated"):
+    ...
+with steer(model, sae, method="prefix", level=1):  # what the first two groups of latents keep
+    ...
+```
+"""
+
+from hf_msae.steering.context import steer, steer_direction, steering_context
+from hf_msae.steering.directions import Direction, diff_mean, random_direction
+from hf_msae.steering.edits import LatentEdit, PrefixEdit, SteeringError
+from hf_msae.steering.pipeline import SteeredPipeline
+from hf_msae.steering.sampling import seeded_sampling
+from hf_msae.steering.saved import Steering, load_steering, load_steerings, push_steering, save_steering
+
+__all__ = [
+    "Direction",
+    "LatentEdit",
+    "PrefixEdit",
+    "SteeredPipeline",
+    "Steering",
+    "SteeringError",
+    "diff_mean",
+    "load_steering",
+    "load_steerings",
+    "push_steering",
+    "random_direction",
+    "save_steering",
+    "seeded_sampling",
+    "steer",
+    "steer_direction",
+    "steering_context",
+]

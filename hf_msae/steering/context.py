@@ -1,0 +1,191 @@
+"""Steering as a context: edits act on every forward of the model that runs inside it, in the thread that opened it.
+
+Hooks are on the model, which all users of a server share. So a hook edits only where the context variable `_OPEN` says
+that the code now running is inside its own `with`; for everyone else it hands the activation on untouched. Threads and
+asyncio tasks each have their own value of a context variable, so many may steer one model at once, each differently.
+
+The price: a thread started inside the context is outside of it. Open the context in the thread that generates
+(`SteeredPipeline` does), not around `Thread(target=model.generate)`, and not around a `yield`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import Site, replace, resolve_site
+from hf_msae.steering.directions import Direction
+from hf_msae.steering.edits import Edit, SteeringError, Units, check_edits, deltas, latent_edits
+from hf_msae.steering.positions import Positions, TokenTracker, check_positions, find_special_ids
+
+DeltaFunction = Callable[[Tensor], Tensor]
+# The steerings that the running code is inside of.
+_OPEN: ContextVar[tuple[TokenTracker, ...]] = ContextVar("hf_msae_steering", default=())
+
+
+@contextmanager
+def steer(
+    model: PreTrainedModel,
+    sae: MatryoshkaSAE,
+    latents: Mapping[int, float] | Sequence[int] | None = None,
+    *,
+    method: str = "add",
+    units: Units = "max",
+    level: int | None = None,
+    keep_error: bool = True,
+    positions: Positions = "all",
+    special_ids: Iterable[int] | None = None,
+) -> Iterator[None]:
+    """Steer a model at the SAE's site while the context is open, in `forward` and in `generate`.
+
+    Args:
+        latents: the value of each latent; for "ablate", a list of latents will do.
+        method: "add", "clamp", "ablate" or "scale" latents, or "prefix": keep only a level.
+        units: of the values: "max" (the latent's largest activation in training; try 0.5 first, then 1, 2, 4),
+            "absolute" (the latent's activation) or "norm" (a shift as long as the token's activation).
+        level: with "prefix", an index into `config.prefix_sizes`.
+        keep_error: with "prefix", whether what the SAE does not explain stays.
+        positions: "all" tokens, those of the "prompt" or "generated" ones; a slice of each row's prompt without its
+            padding; or a bool mask of the prompt, (tokens,) or (batch, tokens).
+        special_ids: tokens that are never steered; by default the model's BOS, EOS and padding. Padding never is.
+
+    What changes nothing (strength 0, scale 1, clamping to the latent's own value) leaves all outputs equal to the bit.
+    Contexts nest, for several SAEs and sites: at one site the one entered last is applied first. They act in the
+    thread that opened them and nowhere else.
+
+    Raises SteeringError, a ValueError, on entering, for anything of the above that the SAE or the model does not have.
+    """
+    edits = latent_edits(latents, method, units, level, keep_error)
+    with steering_context(model, {"": sae}, edits, positions=positions, special_ids=special_ids):
+        yield
+
+
+@contextmanager
+def steering_context(
+    model: PreTrainedModel,
+    saes: Mapping[str, MatryoshkaSAE],
+    edits: Sequence[Edit],
+    *,
+    positions: Positions = "all",
+    special_ids: Iterable[int] | None = None,
+) -> Iterator[None]:
+    """`steer` for edits of several SAEs at once, each found under the name that the edit gives as `sae`.
+
+    At one site, all edits see the activation before any of them, and what they add is summed.
+    """
+    unknown = sorted({edit.sae for edit in edits} - saes.keys())
+    if unknown:
+        raise SteeringError(f"there is no SAE {unknown[0]!r}; there are {', '.join(map(repr, saes)) or 'none'}.")
+    by_site: dict[Site, list[DeltaFunction]] = {}
+    for name, sae in saes.items():
+        of_sae = [edit for edit in edits if edit.sae == name]
+        check_edits(sae, of_sae, name)
+        if of_sae:
+            functions = [_on_device_of(sae, delta) for delta in deltas(sae, of_sae)]
+            by_site.setdefault(_site_of(model, sae), []).extend(functions)
+    with _steered(model, by_site, positions, special_ids):
+        yield
+
+
+@contextmanager
+def steer_direction(
+    model: PreTrainedModel,
+    direction: Direction,
+    strength: float,
+    *,
+    units: Units = "absolute",
+    positions: Positions = "all",
+    special_ids: Iterable[int] | None = None,
+) -> Iterator[None]:
+    """Add `strength` times a direction, in units of length ("absolute") or of the token's own length ("norm")."""
+    if units not in ("absolute", "norm"):
+        raise SteeringError(f"a direction has no latent, so units must be 'absolute' or 'norm', got {units!r}.")
+
+    def delta(x: Tensor) -> Tensor:
+        shift = strength * direction.vector.to(x)
+        return shift * x.norm(dim=-1, keepdim=True) if units == "norm" else shift.expand_as(x)
+
+    site = resolve_site(model, direction.site)
+    with _steered(model, {site: [delta] if strength else []}, positions, special_ids):
+        yield
+
+
+@contextmanager
+def _steered(
+    model: PreTrainedModel,
+    by_site: Mapping[Site, Sequence[DeltaFunction]],
+    positions: Positions,
+    special_ids: Iterable[int] | None,
+) -> Iterator[None]:
+    check_positions(positions)
+    if model.config.is_encoder_decoder:
+        raise SteeringError(
+            f"{type(model).__name__} has an encoder and a decoder, each with tokens of its own; steering takes models "
+            "with one sequence of tokens."
+        )
+    tracker = TokenTracker(positions, find_special_ids(model, special_ids))
+    edits = {site: _edit(tracker, functions) for site, functions in by_site.items() if functions}
+    if not edits:
+        yield
+        return
+
+    def is_active() -> bool:
+        return tracker in _OPEN.get()
+
+    # While another thread enters or leaves its own steering, torch may call a hook without `kwargs`: it marks a hook
+    # as taking them only after it is on the module.
+    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        if kwargs is not None and is_active():
+            tracker.on_call(module, args, kwargs, is_outermost=module is model)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
+        stack.enter_context(replace(model, edits, is_active))
+        _OPEN.set((*_OPEN.get(), tracker))
+        # Not by a token: what opened in one context may close in another, as generators do.
+        stack.callback(lambda: _OPEN.set(tuple(other for other in _OPEN.get() if other is not tracker)))
+        yield
+
+
+def _edit(tracker: TokenTracker, functions: Sequence[DeltaFunction]) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: _edited(hidden, functions, tracker.steered(hidden))
+
+
+def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], steered: Tensor) -> Tensor:
+    """The activation (batch, time, hidden_size) with what the functions add where `steered` (batch, time) says so.
+
+    Sums are made in the wider of the two precisions, so a token to which zeros are added keeps its value exactly.
+    """
+    x = hidden.flatten(0, 1)
+    added = torch.stack([function(x) for function in functions]).sum(0) if len(functions) > 1 else functions[0](x)
+    added = added.view_as(hidden)
+    wider = torch.promote_types(hidden.dtype, added.dtype)
+    new = (hidden.to(wider) + added.to(wider)).to(hidden.dtype)
+    return torch.where(steered.unsqueeze(-1), new, hidden)
+
+
+def _on_device_of(sae: MatryoshkaSAE, delta: DeltaFunction) -> DeltaFunction:
+    """The function on the SAE's device and in its precision, for activations of any."""
+
+    def moved(x: Tensor) -> Tensor:
+        if x.shape[-1] != sae.config.hidden_size:
+            raise SteeringError(
+                f"the SAE reads activations of width {sae.config.hidden_size}, and those at {sae.config.site} of this "
+                f"model have {x.shape[-1]}; it was trained on {sae.config.base_model or 'another model'}."
+            )
+        return delta(x.to(sae.device, sae.W_dec.dtype)).to(x.device)
+
+    return moved
+
+
+def _site_of(model: PreTrainedModel, sae: MatryoshkaSAE) -> Site:
+    if sae.config.site is None:
+        raise SteeringError("the SAE does not say where it reads; set sae.config.site, for example to 'layers.12'.")
+    return resolve_site(model, sae.config.site)

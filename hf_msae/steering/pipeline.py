@@ -1,0 +1,136 @@
+"""A steered text-generation pipeline: everything transformers' own takes and gives, steered.
+
+The steering is opened around each forward of the pipeline, in the thread that runs it, so one model serves many
+pipelines and many users at once.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextGenerationPipeline,
+)
+
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.sampling import seeded_sampling
+from hf_msae.steering.saved import Steering, load_steering
+from hf_msae.worlds.stories import load_story_lm
+
+# What an SAE of the model in the package gives as its base model.
+STORIES = "stories"
+
+
+class SteeredPipeline(TextGenerationPipeline):
+    """`pipe(prompt)` as in transformers (batches, chats, `streamer=`, any argument of `generate`), steered.
+
+    Args:
+        model, tokenizer: the language model.
+        saes: the SAE, or several by the names that the steering's edits use.
+        steering: what to do; a `Steering()` without edits does nothing.
+        kwargs: as for `TextGenerationPipeline`.
+
+    One argument is added to the call: `seed=`. Text is then sampled with randomness of its own (see `sampling`), so
+    that it depends on nobody else; `temperature`, `top_k` and `top_p` act as usual. `with_steering` gives the same
+    pipeline with another steering and costs nothing: a server makes one for each request.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        saes: MatryoshkaSAE | Mapping[str, MatryoshkaSAE],
+        steering: Steering,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+        self.saes = dict(saes) if isinstance(saes, Mapping) else {"": saes}
+        self.steering = steering
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = added | set(tokenizer.all_special_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        model: PreTrainedModel | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> "SteeredPipeline":
+        """The steering `name` (or the only one) of a folder or Hub repo, with its SAEs and its language model.
+
+        Args:
+            model: the language model or its name; by default the one that the SAE was trained on.
+            kwargs: as for the pipeline.
+
+        Raises SteeringError where there is no such steering, or no language model is known.
+        """
+        hub: dict[str, Any] = {"revision": revision, "token": token}
+        steering = load_steering(source, name, subfolder=subfolder, **hub)
+        names = {edit.sae for edit in steering.edits}
+        saes = {
+            sae: MatryoshkaSAE.from_pretrained(source, subfolder="/".join(filter(None, (subfolder, sae))), **hub)
+            for sae in sorted(names)
+        }
+        if not isinstance(model, PreTrainedModel):
+            model, found = _language_model(model, saes, str(source), token)
+            tokenizer = tokenizer or found
+        if tokenizer is None:
+            raise SteeringError(f"give the tokenizer of the {type(model).__name__}, too.")
+        return cls(model, tokenizer, {key: sae.to(model.device) for key, sae in saes.items()}, steering, **kwargs)
+
+    def with_steering(self, steering: Steering) -> "SteeredPipeline":
+        """This pipeline, models shared, with another steering."""
+        other = copy.copy(self)
+        other.steering = steering
+        return other
+
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
+        seed = generate_kwargs.pop("seed", None)
+        if seed is not None:
+            generate_kwargs = self._seeded(seed, generate_kwargs)
+        with self.steering.on(self.model, self.saes, self.special_ids):
+            return super()._forward(model_inputs, **generate_kwargs)
+
+    def _seeded(self, seed: int, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same arguments, with the sampling done by `seeded_sampling`."""
+        config = copy.deepcopy(generate_kwargs.pop("generation_config", None) or self.model.generation_config)
+        chosen = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        chosen |= {name: generate_kwargs.pop(name) for name in list(chosen) if name in generate_kwargs}
+        if chosen["temperature"] is None:
+            chosen["temperature"] = self._default_generation_config.temperature
+        if generate_kwargs.pop("do_sample", True) is False:
+            chosen["temperature"] = 0
+        # Whatever `generate` takes besides generation parameters (a streamer, say) is left over.
+        others = config.update(**generate_kwargs, do_sample=False)
+        config.temperature = config.top_k = config.top_p = None
+        processors = [*others.pop("logits_processor", ()), *seeded_sampling(seed, **chosen)]
+        return {**others, "generation_config": config, "logits_processor": processors}
+
+
+def _language_model(
+    name: str | None, saes: Mapping[str, MatryoshkaSAE], source: str, token: str | bool | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    configs = [sae.config for sae in saes.values()]
+    revision = None
+    if name is None:
+        names = {config.base_model for config in configs}
+        if len(names) != 1 or None in names:
+            raise SteeringError(f"{source} does not say which one language model it steers; give model=.")
+        name, revision = str(configs[0].base_model), configs[0].base_model_revision
+    if name == STORIES:
+        return load_story_lm()
+    hub = {"revision": revision, "token": token}
+    model = AutoModelForCausalLM.from_pretrained(name, **hub).eval()
+    return model, AutoTokenizer.from_pretrained(name, **hub)

@@ -1,0 +1,126 @@
+"""`hf-msae steer` as a user types it, on the story model, without a network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cli.main import main
+from hf_msae.steering import LatentEdit, Steering, save_steering
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An untrained SAE of the story model whose every latent has 10 as its maximum."""
+    torch.manual_seed(0)
+    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=64, k=4, site="layers.2", base_model="stories")
+    sae = MatryoshkaSAE(config).eval()
+    sae.max_activation.fill_(10.0)
+    sae.save_pretrained(tmp_path / "sae")
+    return tmp_path / "sae"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(("steer", *arguments))
+    return int(caught.value.code or 0)
+
+
+def columns(printed: str) -> tuple[str, str]:
+    """The default and the steered text of a printed table."""
+    rows = [line.split("│")[1:3] for line in printed.splitlines() if line.startswith("│")]
+    left, right = (" ".join(cell.strip() for cell in column if cell.strip()) for column in zip(*rows, strict=True))
+    return left, right
+
+
+def test_both_texts_stand_side_by_side(folder, capsys):
+    given = ("--sae", str(folder), "--prompt", PROMPT, "--max-new-tokens", "15")
+    assert run(*given, "--latent", "12=4") == 0
+    printed = capsys.readouterr().out
+    assert "default" in printed
+    assert "steered" in printed
+    default, steered = columns(printed)
+    assert default.startswith(PROMPT)
+    assert steered.startswith(PROMPT)
+    assert default != steered
+    assert run(*given, "--latent", "12=0") == 0
+    assert columns(capsys.readouterr().out) == (default, default)
+    assert run(*given, "--latent", "12=4", "--seed", "1") == 0
+    other = columns(capsys.readouterr().out)
+    assert other[0] != default
+    assert run(*given, "--latent", "12=40", "--units", "absolute") == 0
+    assert columns(capsys.readouterr().out) == (default, steered)
+
+
+def test_values_levels_and_ablations_go_together_by_method(folder, capsys):
+    given = ("--sae", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8", "--temperature", "0")
+    assert run(*given, "--latent", "12=4", "40=ablate", "--latent", "7=2", "--method", "clamp") == 0
+    default, steered = columns(capsys.readouterr().out)
+    assert default != steered
+    assert run(*given, "--level", "-1") == 0
+    assert columns(capsys.readouterr().out) == (default, default)
+    assert run(*given, "--latent", "12=4", "--positions", "generated", "--max-new-tokens", "1") == 0
+    default, steered = columns(capsys.readouterr().out)
+    assert default == steered
+
+
+def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
+    given = ("--sae", str(folder), "--prompt", PROMPT, "A kind boy", "--max-new-tokens", "10")
+    assert run(*given) == 2
+    assert "nothing to steer: give --latent INDEX=VALUE or --level N." in capsys.readouterr().err
+    save_steering(Steering([LatentEdit(12, 4.0)], name="twelve"), folder)
+    save_steering(Steering([LatentEdit(13, 4.0)], name="thirteen"), folder)
+    assert run(*given, "--steering", "twelve") == 0
+    by_name = capsys.readouterr().out
+    assert run(*given, "--latent", "12=4") == 0
+    assert capsys.readouterr().out == by_name
+    assert run(*given) == 2
+    assert "there are 'twelve', 'thirteen'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--latent", "12"), "--latent 12: expected INDEX=VALUE or INDEX=ablate, such as 12=4."),
+        (("--latent", "a=4"), "--latent a=4: expected INDEX=VALUE"),
+        (("--latent", "64=4"), "latent 64 is not there; it has latents 0 … 63."),
+        (("--latent", "1=4", "1=5"), "latent 1 is edited twice"),
+        (("--latent", "1=4", "--steering", "x"), "give it, or --latent and --level, not both"),
+        (("--level", "9"), "there is no level 9; the SAE has levels 0 … 4"),
+        (("--latent", "1=4", "--model", "./absent"), "There is no model at ./absent"),
+        (("--latent", "1=4", "--sae", "./absent"), "There is no folder ./absent. Give a folder that holds an SAE"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(folder, capsys, arguments, said):
+    assert run("--sae", str(folder), "--prompt", PROMPT, *arguments) == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("hf-msae steer: ")]
+    assert said in line
+    assert "Traceback" not in error
+
+
+def test_a_name_beside_folders_that_are_there_is_no_hub_repo(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "runs").mkdir()
+    assert run("--sae", "runs/absent", "--prompt", PROMPT, "--latent", "1=4") == 2
+    assert "There is no folder runs/absent" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_or_of_another_shape_is_told_in_words(folder, capsys, lm, tokenizer):
+    other = folder.parent / "lm"
+    lm.save_pretrained(other)
+    given = ("--sae", str(folder), "--prompt", "w1 w2", "--latent", "1=4", "--model", str(other))
+    assert run(*given) == 2
+    assert f"Cannot load a tokenizer of the model '{other}'" in capsys.readouterr().err
+    tokenizer.save_pretrained(other)
+    assert run(*given) == 2
+    assert "LlamaForCausalLM has 2 layers, so no 'layers.2'" in capsys.readouterr().err
+    sae = MatryoshkaSAE.from_pretrained(folder)
+    sae.config.site = "layers.1"
+    sae.save_pretrained(folder)
+    assert run(*given) == 2
+    said = "the SAE reads activations of width 128, and those at layers.1 of this model have 16; it was trained on"
+    assert said in capsys.readouterr().err

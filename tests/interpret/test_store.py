@@ -1,0 +1,203 @@
+"""Pages on disk and on the Hub: what is read is what was written, and what was written is what was found."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from local_hub.server import LocalHub
+from transformers import BertConfig, BertModel
+
+from hf_msae.interpret import Interpretation, interpret, stream_pages
+from hf_msae.interpret.effects import LogitEffects, decode_tokens, nearest_latents
+from hf_msae.interpret.pages import Context, Label
+from hf_msae.interpret.store import InterpretationError
+
+
+def make(known, folder: Path, **options) -> Interpretation:
+    settings = {"max_tokens": 10**6, "packing": False, "top_contexts": 3, "sampled_contexts": 8, **options}
+    return interpret(known.model, known.tokenizer, known.sae, known.texts, folder, **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(known, tmp_path_factory) -> Path:
+    return make(known, tmp_path_factory.mktemp("pages") / "interpretation").folder
+
+
+def test_a_page_tells_what_is_known_of_a_latent(known, folder):
+    interpretation = Interpretation.load(folder)
+    page = interpretation.page(7)  # the word w1
+    assert (page.latent, page.level, len(interpretation)) == (7, 2, 18)
+    occurrences = " ".join(known.texts).split().count("w1")
+    assert page.density == pytest.approx(occurrences / (150 * 12))
+    assert page.mean_activation == pytest.approx(0.6, abs=1e-6)
+    assert sum(page.histogram) == occurrences
+    assert (page.histogram_range, page.histogram.index(occurrences)) == (1.0, 38)  # 0.6 of 64 bins
+    assert page.peak_tokens == ["w1"]
+    assert page.name == "w1"
+    assert [context.peak_token for context in [*page.top, *page.sampled]] == ["w1"] * 11
+    assert [edge.parent for edge in page.parents] == [0, 4]
+    assert interpretation.page(4).children[0].child in (6, 7, 8)
+    dead = interpretation.page(2)
+    assert (dead.is_dead, dead.name, list(dead.top), dead.histogram_range) == (True, "(never fires)", [], 0.0)
+
+
+def test_contexts_are_stretches_of_the_documents(known, folder):
+    for page in Interpretation.load(folder):
+        for context in [*page.top, *page.sampled]:
+            words = [token for token in context.tokens if token not in ("<s>", "</s>")]
+            assert any(" ".join(words) in text for text in known.texts)
+            assert context.peak > 0
+            assert len(context.activations) == len(context.tokens)
+        values = [context.peak for context in page.sampled]
+        assert values == sorted(values, reverse=True)
+        assert [context.quantile for context in page.sampled] == pytest.approx(
+            [1 - (rank + 0.5) / len(values) for rank in range(len(values))]
+        )
+        assert all(context.quantile is None for context in page.top)
+
+
+def test_quantiles_choose_among_the_sampled_contexts(folder):
+    page = Interpretation.load(folder).page(0)
+    assert [len(page.quantile(low, low + 0.25)) for low in (0, 0.25, 0.5, 0.75)] == [2, 2, 2, 2]
+
+
+def test_effects_and_neighbours_are_those_of_the_weights(known, folder):
+    page = Interpretation.load(folder).page(0)
+    found, cosines = nearest_latents(known.sae.W_dec.detach(), 8)
+    assert [other.latent for other in page.nearest] == found[0].tolist()
+    assert [other.cosine for other in page.nearest] == pytest.approx(cosines[0].tolist())
+    ids = [effect.id for effect in page.promoted]
+    assert [effect.token for effect in page.promoted] == decode_tokens(known.tokenizer, ids)
+    values = [effect.effect for effect in page.promoted]
+    assert len(values) == 12
+    assert values == sorted(values, reverse=True)
+    assert page.suppressed[0].effect < 0 < page.promoted[0].effect
+
+
+def test_a_prefix_of_the_dictionary_and_several_files_read_as_one(known, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_msae.interpret.writing.LATENTS_PER_FILE", 5)
+    parts = make(known, tmp_path / "parts")
+    assert sorted(path.name for path in parts.folder.glob("*.parquet")) == [
+        f"latents-{i:05d}-of-00004.parquet" for i in range(4)
+    ]
+    whole = Interpretation.load(folder)
+    assert list(parts) == list(whole)
+    (parts.folder / "latents-00002-of-00004.parquet").unlink()
+    with pytest.raises(InterpretationError, match="13 rows of 18 latents; some files are missing"):
+        Interpretation.load(parts.folder).page(0)
+
+
+def test_a_page_is_read_within_fifty_milliseconds(folder):
+    interpretation = Interpretation.load(folder)
+    interpretation.page(0)
+    started = time.perf_counter()
+    for latent in range(18):
+        interpretation.page(latent)
+    assert (time.perf_counter() - started) / 18 < 0.05
+
+
+def test_labels_are_kept_beside_the_pages_and_name_them(known, tmp_path):
+    interpretation = make(known, tmp_path / "interpretation")
+    assert interpretation.names[4] == ", ".join(interpretation.page(4).peak_tokens)
+    interpretation.save_labels({4: Label("birds", 0.9, None)})
+    interpretation.save_labels({5: Label("fish")})
+    assert interpretation.names[4] == "birds"
+    again = Interpretation.load(tmp_path)  # the SAE's folder, in which it lies
+    assert again.labels == {4: Label("birds", 0.9, None), 5: Label("fish")}
+    assert again.page(4).label == Label("birds", 0.9, None)
+    (tmp_path / "interpretation" / "labels.json").write_text('{"4": ["birds"]}')
+    with pytest.raises(InterpretationError, match="each labelled latent"):
+        Interpretation.load(tmp_path)
+
+
+def test_it_goes_to_the_hub_beside_the_sae_and_comes_back(known, folder, hub: LocalHub):
+    repo = f"{hub.user}/birds"
+    known.sae.push_to_hub(repo)
+    local = Interpretation.load(folder)
+    assert repo in local.push(repo)
+    fetched = Interpretation.load(repo)
+    assert fetched.folder.name == "interpretation"
+    assert list(fetched) == list(local)
+    assert fetched.hierarchy == local.hierarchy
+
+
+def test_mistakes_are_named(known, folder, tmp_path, hub: LocalHub):
+    interpretation = Interpretation.load(folder)
+    with pytest.raises(InterpretationError, match="no latent 18; they are 0 to 17"):
+        interpretation.page(18)
+    with pytest.raises(InterpretationError, match="holds no interpretation; make one with `hf-msae interpret"):
+        Interpretation.load(tmp_path)
+    with pytest.raises(InterpretationError, match="neither a folder nor a repo"):
+        Interpretation.load("nobody/nothing")
+    with pytest.raises(InterpretationError, match="Push the SAE first"):
+        interpretation.push(f"{hub.user}/absent")
+    known.sae.push_to_hub(f"{hub.user}/bare")
+    with pytest.raises(InterpretationError, match="holds no interpretation in interpretation"):
+        Interpretation.load(f"{hub.user}/bare")
+    (tmp_path / "interpretation.json").write_text(json.dumps({"num_latents": 3}))
+    with pytest.raises(InterpretationError, match="Make it again"):
+        Interpretation.load(tmp_path)
+
+
+def test_nothing_is_read_or_overwritten_where_something_lies(known, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        make(known, tmp_path / "there")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["notes.txt"]
+
+
+def test_a_failure_leaves_nothing_behind(known, tmp_path, monkeypatch):
+    def fail(self: LogitEffects, count: int) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(LogitEffects, "extremes", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        make(known, tmp_path / "interpretation")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_has_pages_without_promoted_tokens(tokenizer, tmp_path):
+    from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=80, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=8, num_latents=12, prefix_sizes=[12], k=2, site="layers.0"))
+    sae.eval().threshold.fill_(0.5)
+    pages = interpret(
+        BertModel(config).eval(), tokenizer, sae, ["w1 w2 w3 w4"] * 9, tmp_path / "x", max_tokens=30, context_length=8
+    )
+    assert list(pages.page(0).promoted) == []
+    assert pages.hierarchy is None
+    assert any(page.density > 0 for page in pages)
+
+
+@given(st.lists(st.tuples(st.sampled_from([" a", "b", " c", "\n", "…"]), st.booleans()), min_size=1, max_size=12))
+def test_marks_add_nothing_but_themselves(tokens):
+    texts, marks = [text for text, _ in tokens], [mark for _, mark in tokens]
+    context = Context(texts, [float(mark) for mark in marks], 0)
+    marked = context.marked(marks)
+    assert marked.replace("<<", "").replace(">>", "") == context.text
+    runs = sum(mark and not (index and marks[index - 1]) for index, mark in enumerate(marks))
+    assert marked.count("<<") == marked.count(">>") == runs
+
+
+def test_marks_stand_at_words_and_not_at_spaces():
+    context = Context(["The", " small", " owl", " flew"], [0.0, 0.2, 1.0, 0.9], 2)
+    assert context.marked_active() == "The small <<owl flew>>"
+    assert context.marked_active(share=0.1) == "The <<small owl flew>>"
+
+
+def test_pages_are_streamed_from_files(folder, hub: LocalHub, known):
+    repo = f"{hub.user}/streamed"
+    known.sae.push_to_hub(repo)
+    local = Interpretation.load(folder)
+    local.push(repo)
+    stream = stream_pages(repo)
+    first = next(stream)
+    assert (first.latent, first.density, first.top) == (0, local.page(0).density, local.page(0).top)
+    assert [page.latent for page in stream] == list(range(1, 18))
