@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-develop
+DEMO := $(VENV)/.installed-demo
 PEERS_VENV := .venv-peers
 PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test peers quality format clean
+.PHONY: help install quickstart demo test peers quality format clean
 
 help:  ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,10 @@ $(DEVELOP): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,interpreter]"
 	touch $(DEVELOP)
 
+$(DEMO): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[space]"
+	touch $(DEMO)
+
 $(PEERS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,peers]"
@@ -33,8 +38,11 @@ $(PEERS): pyproject.toml constraints.txt
 	$(PEERS_VENV)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $(PEERS)
 
-quickstart: $(INSTALLED)  ## Train a Matryoshka SAE on the story model that ships with the package (2 minutes, offline)
-	$(BIN)/hf-msae train --output-dir runs/quickstart --overwrite-output-dir
+quickstart: $(INSTALLED)  ## Train an SAE of the story model, print its tree of concepts, steer a story (2 minutes, offline)
+	$(BIN)/hf-msae quickstart
+
+demo: $(DEMO)  ## Look inside it in the browser: steer, explore, walk the tree (offline)
+	$(BIN)/hf-msae demo
 
 test: $(DEVELOP)  ## Run all tests
 	$(BIN)/python -m pytest

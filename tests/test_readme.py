@@ -33,7 +33,6 @@ from transformers import HfArgumentParser
 from hf_msae.cli.main import COMMANDS, overview
 from hf_msae.cli.parser import parse
 from hf_msae.cli.train import SAEArguments, make_saes, next_steps
-from hf_msae.sites import Site
 from hf_msae.worlds.stories import load_story_lm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -405,7 +404,7 @@ def test_flags_in_the_text_exist(document: str) -> None:
 
 @pytest.mark.parametrize("model", ["stories", "owner/model"])
 def test_the_commands_that_the_program_proposes_are_right(model: str, tmp_path: Path) -> None:
-    steps = next_steps(Path("runs/first"), Site.parse("model.layers.2:output"), model)
+    steps = next_steps(Path("runs/first"), model)
     assert len(list(read_commands(steps.split("Next:")[1]))) == 3
     check_shell(steps.split("Next:")[1], tmp_path)
     check_shell(overview().split("examples:")[1], tmp_path)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 # Name, module that has a `run(argv)`, and what it is for. A module is imported when it is called.
 COMMANDS = {
+    "quickstart": ("hf_msae.cli.quickstart", "train, read and steer a small SAE of the story model in two minutes"),
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
     "steer": ("hf_msae.cli.steer", "continue a prompt as it would be and steered by latents, side by side"),
     "meta": ("hf_msae.cli.meta", "what latents are made of: a meta-SAE on an SAE's decoder rows, and its browser"),
@@ -33,7 +34,7 @@ usage: hf-msae COMMAND [options]        hf-msae COMMAND --help
 Without --model and --dataset, commands use the story world that ships with the package, and need no network.
 
 examples:
-  hf-msae train
+  hf-msae quickstart
   hf-msae train --model google/gemma-2-2b --dataset monology/pile-uncopyrighted --site layers.12 \\
       --num-latents 65536 --k 40 --max-tokens 500M --output-dir runs/gemma
   accelerate launch -m hf_msae.cli train --config run.yaml

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from hf_msae.cli.parser import Collect, build_parser, parse, parse_float
 from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
+from hf_msae.interpret.search import search_promoting
+from hf_msae.interpret.store import Interpretation, InterpretationError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.steering import LatentEdit, PrefixEdit, SteeredPipeline, Steering, SteeringError, load_steering
 from hf_msae.steering.edits import Edit, Units, check_edits
@@ -19,7 +21,10 @@ from hf_msae.steering.saved import STEERING_NAME
 
 DESCRIPTION = """\
 Continue a prompt as the language model would, and steered by latents of an SAE, with the same randomness. Without
---latent and --level, the steering saved beside the SAE (steering.json) is used."""
+--latent, --towards and --level, the steering saved beside the SAE (steering.json) is used."""
+
+# Of a word's latent, in --units. Text stays fluent at this strength more often than not.
+DEFAULT_VALUE = "1"
 
 
 @dataclass
@@ -38,6 +43,14 @@ class SteerArguments:
     latent: list[str] = field(
         default_factory=list,
         metadata={"action": Collect, "help": "INDEX=VALUE or INDEX=ablate, such as 12=4 40=ablate."},
+    )
+    towards: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": Collect,
+            "help": "WORD or WORD=VALUE: the latent that promotes this word most, found in the SAE's interpretation "
+            "(`hf-msae interpret`).",
+        },
     )
     level: int | None = field(default=None, metadata={"help": "Keep only what this level of latents writes."})
     steering: str | None = field(default=None, metadata={"help": "The name of a steering saved beside the SAE."})
@@ -82,10 +95,11 @@ def run(arguments: list[str]) -> None:
 def read_steering(args: SteerArguments) -> Steering:
     """The steering that the flags describe, or the one saved beside the SAE."""
     edits: list[Edit] = [read_latent(text, args.method, args.units) for text in args.latent]
+    edits += [read_latent(text, args.method, args.units) for text in find_latents(args)]
     if args.level is not None:
         edits.append(PrefixEdit(args.level))
     if edits and args.steering is not None:
-        raise SteeringError("--steering names a saved steering; give it, or --latent and --level, not both.")
+        raise SteeringError("--steering names a saved steering; give it, or what to steer, not both.")
     if edits:
         return Steering(edits, args.positions)
     if (
@@ -95,9 +109,37 @@ def read_steering(args: SteerArguments) -> Steering:
     ):
         MatryoshkaSAE.from_pretrained(args.sae, subfolder=args.subfolder)  # or says what is there
         raise SteeringError(
-            f"nothing to steer: give --latent INDEX=VALUE or --level N. ({args.sae} has no saved steering.)"
+            f"nothing to steer: give --latent INDEX=VALUE, --towards WORD or --level N. ({args.sae} has no saved "
+            "steering.)"
         )
     return load_steering(args.sae, args.steering, subfolder=args.subfolder)
+
+
+def find_latents(args: SteerArguments) -> list[str]:
+    """`INDEX=VALUE` of the latent that promotes each word most; says which it is.
+
+    Raises SteeringError where the SAE has no interpretation, or no latent promotes a word.
+    """
+    if not args.towards:
+        return []
+    try:
+        pages = Interpretation.load(args.sae, subfolder=args.subfolder or None)
+    except InterpretationError as error:
+        raise SteeringError(
+            f"--towards looks a word up in the SAE's interpretation, and there is none: run `hf-msae interpret "
+            f"{args.sae}` first, or give --latent. ({error})"
+        ) from error
+    found = []
+    for text in args.towards:
+        word, _, value = text.partition("=")
+        hits = search_promoting(word, pages, most=1)
+        if not hits:
+            raise SteeringError(f"--towards {text}: no latent of {args.sae} promotes {word!r}; try another word.")
+        latent = hits[0].latent
+        promoted = ", ".join(effect.token.strip() for effect in pages.page(latent).promoted[:5])
+        print(f"{word}: latent {latent}, which promotes {promoted}")
+        found.append(f"{latent}={value or DEFAULT_VALUE}")
+    return found
 
 
 def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: Units) -> LatentEdit:

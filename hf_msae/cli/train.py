@@ -19,7 +19,7 @@ from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, l
 from hf_msae.data import CachedActivations
 from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.sites import resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.warm_start import read_initial_config, wider_prefix_sizes
 
@@ -269,15 +269,15 @@ def report(trainer: SAETrainer, measurements: dict[str, Measurement], model_name
     first = trainer.folder(trainer.output_dir, next(iter(measurements)))
     saved = [str(trainer.folder(trainer.output_dir, name)) for name in measurements]
     console.print("Saved to " + ", ".join(saved), soft_wrap=True)
-    console.print(next_steps(first, trainer.sites[next(iter(measurements))], model_name), soft_wrap=True)
+    console.print(next_steps(first, model_name), soft_wrap=True)
 
 
-def next_steps(folder: Path, site: Site, model_name: str) -> str:
+def next_steps(folder: Path, model_name: str) -> str:
     """Three commands that follow from a first run."""
-    given = "" if model_name == STORIES else f" --model {model_name} --dataset ..."
+    given = "" if model_name == STORIES else " --dataset ..."
     return f"""
 Next:
-  python -c "from hf_msae import MatryoshkaSAE; sae = MatryoshkaSAE.from_pretrained('{folder}', prefix=64); print(sae)"
-  hf-msae train{given} --site {site} --k 4 8 16 --output-dir runs/grid      # three SAEs from one pass
+  hf-msae interpret {folder}{given}      # a page for every latent; then `hf-msae tree`, `steer`
+  hf-msae eval {folder}{given}      # every metric at every level, beside baselines, as a report
   hf-msae train --model gpt2 --dataset Salesforce/wikitext --dataset-name wikitext-103-raw-v1 --max-tokens 20M \
 --output-dir runs/gpt2      # your own model"""

@@ -56,12 +56,15 @@ def test_train_prints_a_table_and_what_to_do_next(folder, tmp_path, capsys):
     assert MatryoshkaSAE.from_pretrained(tmp_path / "out").config.prefix_sizes == [8, 32, 64]
 
 
-def test_the_first_next_command_works(folder, tmp_path, capsys):
-    run(*command(folder, tmp_path / "out"))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("python -c"))
-    code = line.strip().split('"')[1].replace("prefix=64", "prefix=8")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "MatryoshkaSAE" in done.stdout
+def test_the_quickstart_trains_prints_the_tree_and_steers(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("quickstart", "--max-tokens", "120k", "--interpret-tokens", "30k") == 0
+    printed = capsys.readouterr().out
+    shown = [line for line in printed.splitlines() if line.startswith("$ hf-msae")]
+    assert [line.split()[2] for line in shown][:3] == ["train", "interpret", "tree"]
+    assert "CE recovered" in printed
+    assert "├── " in printed
+    assert MatryoshkaSAE.from_pretrained(tmp_path / "runs" / "quickstart").config.prefix_sizes == [32, 128, 1024]
 
 
 def test_repeated_flags_train_a_grid(folder, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
+from hf_msae.interpret import Interpretation, search_promoting
 from hf_msae.steering import LatentEdit, Steering, save_steering
 
 PROMPT = "Once upon a time"
@@ -70,7 +71,7 @@ def test_values_levels_and_ablations_go_together_by_method(folder, capsys):
 def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
     given = ("--sae", str(folder), "--prompt", PROMPT, "A kind boy", "--max-new-tokens", "10")
     assert run(*given) == 2
-    assert "nothing to steer: give --latent INDEX=VALUE or --level N." in capsys.readouterr().err
+    assert "nothing to steer: give --latent INDEX=VALUE, --towards WORD or --level N." in capsys.readouterr().err
     save_steering(Steering([LatentEdit(12, 4.0)], name="twelve"), folder)
     save_steering(Steering([LatentEdit(13, 4.0)], name="thirteen"), folder)
     assert run(*given, "--steering", "twelve") == 0
@@ -88,7 +89,7 @@ def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
         (("--latent", "a=4"), "--latent a=4: expected INDEX=VALUE"),
         (("--latent", "64=4"), "latent 64 is not there; it has latents 0 … 63."),
         (("--latent", "1=4", "1=5"), "latent 1 is edited twice"),
-        (("--latent", "1=4", "--steering", "x"), "give it, or --latent and --level, not both"),
+        (("--latent", "1=4", "--steering", "x"), "give it, or what to steer, not both"),
         (("--level", "9"), "there is no level 9; the SAE has levels 0 … 4"),
         (("--latent", "1=4", "--model", "./absent"), "There is no model at ./absent"),
         (("--latent", "1=4", "--sae", "./absent"), "There is no folder ./absent. Give a folder that holds an SAE"),
@@ -124,3 +125,23 @@ def test_a_model_without_a_tokenizer_or_of_another_shape_is_told_in_words(folder
     assert run(*given) == 2
     said = "the SAE reads activations of width 128, and those at layers.1 of this model have 16; it was trained on"
     assert said in capsys.readouterr().err
+
+
+def test_a_word_finds_the_latent_that_promotes_it(folder, capsys):
+    given = ("--sae", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8")
+    assert run(*given, "--towards", "owl") == 2
+    assert f"hf-msae interpret {folder}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(("interpret", str(folder), "--max-tokens", "3000"))
+    pages = Interpretation.load(folder)
+    latent = 5
+    word = pages.page(latent).promoted[0].token.strip()
+    best = search_promoting(word, pages)[0].latent
+    capsys.readouterr()
+    assert run(*given, "--towards", f"{word}=3") == 0
+    printed = capsys.readouterr().out
+    assert f"{word}: latent {best}, which promotes" in printed
+    assert run(*given, "--latent", f"{best}=3") == 0
+    assert columns(printed) == columns(capsys.readouterr().out)
+    assert run(*given, "--towards", "zebrafish") == 2
+    assert "promotes 'zebrafish'" in capsys.readouterr().err

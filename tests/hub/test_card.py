@@ -286,8 +286,13 @@ def test_the_snippets_of_a_pushed_card_run_and_compute_what_they_say(hub, sae: M
     assert int((latents > 0).sum()) > 0
     torch.testing.assert_close(names["coarse"], coarse)
     assert names["latent"] == 5
-    edit = {resolve_site(model, SITE): lambda x: x + 40 * sae.W_dec[5]}
-    with replace(model, edit), torch.no_grad():
+    special = torch.tensor(tokenizer.all_special_ids)
+    counted = ~torch.isin(inputs.input_ids, special).unsqueeze(-1)  # the prompt's BOS is left as it is
+
+    def edit(x: torch.Tensor) -> torch.Tensor:
+        return x + 40 * sae.W_dec[5] * (counted if x.shape[1] > 1 else 1)
+
+    with replace(model, {resolve_site(model, SITE): edit}), torch.no_grad():
         steered = model.generate(**inputs, max_new_tokens=30)
     assert torch.equal(names["generated"], steered)
     assert not torch.equal(steered, model.generate(**inputs, max_new_tokens=30))
@@ -302,7 +307,7 @@ def test_where_nothing_was_measured_the_snippet_finds_a_latent_itself(hub, sae: 
     silent.push_to_hub("tester/sae")
     names = run_snippet(read_snippets(ModelCard(hub.files("tester/sae")["README.md"].decode()))[0])
     assert names["latent"] == int(silent.encode(names["activations"])[0, -1].argmax())
-    assert int(names["direction"].count_nonzero()) > 0
+    assert names["generated"].shape[1] > names["inputs"].input_ids.shape[1]
 
 
 def test_the_snippet_of_another_model_names_it_and_its_commit() -> None:
