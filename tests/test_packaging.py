@@ -228,6 +228,14 @@ def test_the_installed_command_works(from_wheel: Path, tmp_path: Path) -> None:
     assert run_installed(from_wheel, script, "--version", cwd=tmp_path) == f"{PROJECT['project']['version']}\n"
 
 
+def test_an_installed_copy_has_the_space(from_wheel: Path, tmp_path: Path) -> None:
+    code = "from hf_msae.cli.space import space_folder; print(space_folder())"
+    folder = Path(run_installed(from_wheel, "-c", code, cwd=tmp_path).strip())
+    assert folder == from_wheel / HOMES[SCRIPT]
+    sources = {path.relative_to(ROOT / SCRIPT) for path in (ROOT / SCRIPT).rglob("*") if path.suffix in (".py", ".css")}
+    assert {path for path in sources if not (folder / path).is_file()} == set()
+
+
 def test_a_zip_of_the_tree_installs_and_works(tree: Path, tmp_path: Path) -> None:
     """As GitHub serves it, with one folder at its top."""
     archive = shutil.make_archive(str(tmp_path / "HEAD"), "zip", tree.parent, tree.name)
