@@ -232,7 +232,9 @@ def test_an_installed_copy_has_the_space(from_wheel: Path, tmp_path: Path) -> No
     code = "from hf_msae.cli.space import space_folder; print(space_folder())"
     folder = Path(run_installed(from_wheel, "-c", code, cwd=tmp_path).strip())
     assert folder == from_wheel / HOMES[SCRIPT]
-    sources = {path.relative_to(ROOT / SCRIPT) for path in (ROOT / SCRIPT).rglob("*") if path.suffix in (".py", ".css")}
+    sources = {
+        path.relative_to(ROOT / SCRIPT) for path in (ROOT / SCRIPT).rglob("*") if path.suffix in (".py", ".css")
+    }
     assert {path for path in sources if not (folder / path).is_file()} == set()
 
 
