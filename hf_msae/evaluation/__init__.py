@@ -1,1 +1,23 @@
-"""Measuring an SAE: one module a question."""
+"""Measuring an SAE: one module a question, and `evaluate` for all of them on the same tokens."""
+
+from hf_msae.evaluation.activations import TextActivations, collect
+from hf_msae.evaluation.labelled import LabelledActivations, labelled_documents, read_labelled, story_examples
+from hf_msae.evaluation.recovery import Recovery, measure_recovery
+from hf_msae.evaluation.report import write_report
+from hf_msae.evaluation.suite import METRICS, Evaluation, Subject, evaluate
+
+__all__ = [
+    "METRICS",
+    "Evaluation",
+    "LabelledActivations",
+    "Recovery",
+    "Subject",
+    "TextActivations",
+    "collect",
+    "evaluate",
+    "labelled_documents",
+    "measure_recovery",
+    "read_labelled",
+    "story_examples",
+    "write_report",
+]

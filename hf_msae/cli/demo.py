@@ -1,0 +1,83 @@
+"""`hf-msae demo`: the Space on this machine, with the story model and a small SAE, trained at the first start."""
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.space import check_gradio, run_space
+from hf_msae.hub import STORIES
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.training import SAETrainer, SAETrainingArguments
+from hf_msae.worlds.stories import StoryWorld, load_story_lm
+
+DESCRIPTION = """\
+Look inside an SAE of the story model in the browser, and steer with it. Needs no network. The first start trains the
+SAE (about a minute) and keeps it in the cache; later ones open at once."""
+# Part of the folder's name, so that another recipe is not mistaken for this one.
+RECIPE = "stories-1024-k16-v1"
+NUM_LATENTS, K, NUM_STORIES, MAX_TOKENS = 1024, 16, 9_000, 800_000
+
+
+@dataclass
+class DemoArguments:
+    """What is shown."""
+
+    _argument_group_name = "demo"
+
+    sae: str | None = field(default=None, metadata={"help": "Show this SAE instead: a folder or a Hub repo."})
+    port: int | None = field(default=None, metadata={"help": "The port. Default: the first free one from 7860."})
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, train where there is nothing yet, serve."""
+    (args,) = parse(build_parser("demo", DESCRIPTION, (DemoArguments,)), arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    check_gradio()
+    if args.sae is not None:
+        run_space([args.sae], port=args.port)
+        return
+    run_space([str(story_sae())], title="Matryoshka SAE: the story world", port=args.port)
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of hf_msae lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-msae"
+
+
+def story_sae() -> Path:
+    """The folder of the demo's SAE, trained now if it is not there. It appears when it is complete."""
+    folder = cache_folder() / "demo" / RECIPE
+    if (folder / "config.json").is_file():
+        return folder
+    print(f"Training a small SAE for the demo, once. It is kept in {folder}", flush=True)
+    started, draft = time.monotonic(), folder.with_name(f".{RECIPE}-{os.getpid()}")
+    try:
+        train_story_sae(draft)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"Trained in {time.monotonic() - started:.0f} s.", flush=True)
+    return folder
+
+
+def train_story_sae(folder: Path, max_tokens: int = MAX_TOKENS) -> None:
+    """Train the demo's SAE into a new folder."""
+    model, tokenizer = load_story_lm()
+    model.config.name_or_path = STORIES  # what the SAE records as its model
+    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=NUM_LATENTS, k=K, site="layers.2")
+    args = SAETrainingArguments(
+        output_dir=str(folder),
+        max_tokens=max_tokens,
+        eval_tokens=50_000,
+        calibration_tokens=50_000,
+        ce_tokens=10_000,
+        save_steps=0,
+    )
+    stories = StoryWorld(seed=0).documents(NUM_STORIES)
+    SAETrainer(model, MatryoshkaSAE(config), args, stories, processing_class=tokenizer).train()

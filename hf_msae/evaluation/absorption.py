@@ -1,0 +1,266 @@
+"""Feature splitting and absorption: whether a general concept has latents of its own that fire wherever it holds.
+
+Splitting: how many latents a probe of a concept needs before one more adds less than 0.03 to its F1 (Chanin et al.,
+arXiv:2409.14507). These are the concept's main latents. Absorption: the concept is there (a probe on the whole
+activation says so, rightly), the main latents are silent, and another latent, usually that of a special case, carries
+the concept's direction instead. Two forms, both after SAEBench, without gradients through the language model:
+
+- full: all main latents are silent, and the latent with the largest projection onto the probe's direction, with a
+  cosine of at least 0.025, carries at least 0.4 of the whole activation's projection.
+- fraction: of what main latents and up to three others (cosine at least 0.1, together at least 0.4 of the whole)
+  project, the share of the others, who are counted only for what the main latents leave missing.
+
+Projections are taken from the mean of the activations that lack the concept, so that a large mean of all activations
+does not count as the concept. With a tree of concepts there is a third number that needs no probe: the share of a
+child's tokens on which the parent's best latent fires, for each child. Concepts whose probe has an F1 below 0.6 are
+left out and counted. A latent can be silent only if it exists: an SAE that has not learnt a concept has low F1 of its
+main latents, and its absorption then means little; and a latent that fires everywhere fires on every child. So the F1
+and the share of other tokens on which the best latent fires are shown beside them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hf_msae.evaluation.labelled import Encoder, LabelledActivations, encoder_of
+from hf_msae.evaluation.probes import Samples, fit_probes, score_logits
+from hf_msae.evaluation.probing import MIN_TEST, Split, mean_differences
+from hf_msae.modeling import MatryoshkaSAE
+
+MIN_PROBE_F1 = 0.6
+CANDIDATES, MAX_SPLIT = 20, 10
+MIN_GAIN = 0.03
+FULL_COSINE, FRACTION_COSINE = 0.025, 0.1
+MIN_SHARE = 0.4
+MAX_ABSORBERS = 3
+
+
+@dataclass(frozen=True)
+class ConceptAbsorption:
+    """One concept at one prefix.
+
+    tokens: test examples that have the concept and whose probe is right. main: its main latents, the best first.
+    full, fraction: absorption, in [0, 1]. recalls: for each child with enough examples, the share of them on which
+    the best latent fires; elsewhere: its share of the examples that lack the concept.
+    """
+
+    concept: str
+    prefix: int
+    probe_f1: float
+    tokens: int
+    main: list[int]
+    main_f1: float
+    full: float
+    fraction: float
+    recalls: dict[str, float]
+    elsewhere: float
+
+
+@dataclass(frozen=True)
+class LevelAbsorption:
+    """Means over the concepts of one prefix, for one split of the data.
+
+    refused: concepts left out for want of a good probe. split_latents: mean number of main latents. child_recall:
+    mean recall of the best latent over all children, and worst_child the mean over concepts of the least one; None
+    without a tree. elsewhere: its share of the examples that lack the concept, without which recall means nothing.
+    """
+
+    prefix: int
+    split: int
+    concepts: int
+    refused: int
+    tokens: int
+    probe_f1: float
+    main_f1: float
+    split_latents: float
+    full: float
+    fraction: float
+    child_recall: float | None
+    worst_child: float | None
+    elsewhere: float
+
+
+def measure_absorption(
+    data: LabelledActivations, sae: MatryoshkaSAE, splits: Sequence[Split]
+) -> tuple[list[LevelAbsorption], list[ConceptAbsorption]]:
+    """Absorption at every prefix and split, and the first split's concepts one by one."""
+    levels: list[LevelAbsorption] = []
+    details: list[ConceptAbsorption] = []
+    for split in splits:
+        chosen, refused = choose_concepts(data, split)
+        found = _measure_split(data, sae, split, chosen)
+        details = details or found
+        for prefix in sae.config.prefix_sizes:
+            of_level = [item for item in found if item.prefix == prefix]
+            if of_level:
+                levels.append(_summarise(prefix, split.seed, of_level, refused))
+    return levels, details
+
+
+def choose_concepts(data: LabelledActivations, split: Split) -> tuple[list[int], int]:
+    """Concepts to look at, and how many were refused: those with at least two children (all, where there is no tree),
+    with enough examples and a good probe.
+    """
+    general = [number for number, name in enumerate(data.names) if not data.parents or len(data.children(name)) > 1]
+    fit = [number for number in general if split.usable[number] and split.scores.f1[number] >= MIN_PROBE_F1]
+    return fit, len(general) - len(fit)
+
+
+def _summarise(prefix: int, seed: int, found: Sequence[ConceptAbsorption], refused: int) -> LevelAbsorption:
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    recalls = [list(item.recalls.values()) for item in found if item.recalls]
+    return LevelAbsorption(
+        prefix=prefix,
+        split=seed,
+        concepts=len(found),
+        refused=refused,
+        tokens=sum(item.tokens for item in found),
+        probe_f1=mean([item.probe_f1 for item in found]),
+        main_f1=mean([item.main_f1 for item in found]),
+        split_latents=mean([len(item.main) for item in found]),
+        full=mean([item.full for item in found]),
+        fraction=mean([item.fraction for item in found]),
+        child_recall=mean([mean(values) for values in recalls]) if recalls else None,
+        worst_child=mean([min(values) for values in recalls]) if recalls else None,
+        elsewhere=mean([item.elsewhere for item in found]),
+    )
+
+
+@torch.inference_mode()
+def _measure_split(
+    data: LabelledActivations, sae: MatryoshkaSAE, split: Split, chosen: Sequence[int]
+) -> list[ConceptAbsorption]:
+    encode, at_once = encoder_of(sae)
+    differences = mean_differences(data, encode, at_once, split)[chosen]
+    train, test = split.train.of(chosen), split.test.of(chosen)
+    main, main_f1 = {}, {}
+    for prefix in sae.config.prefix_sizes if chosen else ():
+        main[prefix], main_f1[prefix] = main_latents(data, encode, at_once, train, test, differences[:, :prefix])
+    cosines = normalize(sae.W_dec.float().cpu(), dim=1)
+    results = []
+    for place, concept in enumerate(chosen):
+        rows = _positive_rows(split, concept)
+        latents = data.features_of(encode, rows)
+        without = data.features_of(encode, _negative_rows(split.test, concept)) > 0
+        children = _child_latents(data, encode, split, concept)
+        direction = normalize(split.probes.direction[concept].float(), dim=0)
+        projections = latents * (sae.W_dec.float().cpu() @ direction)
+        whole = data.raw[rows] @ direction - _projection_without(data, split, concept, direction)
+        right = data.raw[rows] @ split.probes.direction[concept].float() + split.probes.bias[concept] > 0
+        for prefix in sae.config.prefix_sizes:
+            mine = main[prefix][place]
+            full, fraction = absorption_of(
+                latents[right, :prefix], projections[right, :prefix], whole[right], cosines[:prefix] @ direction, mine
+            )
+            results.append(
+                ConceptAbsorption(
+                    concept=data.names[concept],
+                    prefix=prefix,
+                    probe_f1=split.scores.f1[concept].item(),
+                    tokens=int(right.sum()),
+                    main=mine,
+                    main_f1=main_f1[prefix][place].item(),
+                    full=full,
+                    fraction=fraction,
+                    recalls={name: (found[:, mine[0]] > 0).double().mean().item() for name, found in children.items()},
+                    elsewhere=without[:, mine[0]].double().mean().item(),
+                )
+            )
+    return results
+
+
+def _positive_rows(split: Split, concept: int) -> Tensor:
+    half = split.test.rows.shape[1] // 2
+    real = split.test.weights[concept, :half] > 0
+    return split.test.rows[concept, :half][real]
+
+
+def _negative_rows(samples: Samples, concept: int) -> Tensor:
+    half = samples.rows.shape[1] // 2
+    return samples.rows[concept, half:][samples.weights[concept, half:] > 0]
+
+
+def _projection_without(data: LabelledActivations, split: Split, concept: int, direction: Tensor) -> Tensor:
+    """Mean projection of the training examples that lack the concept."""
+    return (data.raw[_negative_rows(split.train, concept)] @ direction).mean()
+
+
+def _child_latents(data: LabelledActivations, encode: Encoder, split: Split, concept: int) -> dict[str, Tensor]:
+    """Latents of each child's test examples, of which there are enough."""
+    found = {}
+    for child in data.children(data.names[concept]):
+        rows = _positive_rows(split, list(data.names).index(child))
+        if len(rows) >= MIN_TEST:
+            found[child] = data.features_of(encode, rows)
+    return found
+
+
+def main_latents(
+    data: LabelledActivations, encode: Encoder, at_once: int, train: Samples, test: Samples, differences: Tensor
+) -> tuple[list[list[int]], Tensor]:
+    """Each concept's main latents, the best first, and the F1 of a probe on them on test examples (num_concepts,).
+
+    differences: mean with the concept − mean without, (num_concepts, m). Of the 20 latents that rise most with the
+    concept, the first is the one whose firing alone tells it best (F1), the others follow by their coefficients in a
+    probe on all 20, in standard deviations; then as many are taken as add more than 0.03 to the F1 on training
+    examples. (The papers order by an L1 probe on all latents.)
+    """
+    candidates = differences.topk(min(CANDIDATES, differences.shape[1]), dim=1).indices
+    columns = candidates.flatten().unique()
+    features = data.features(encode, at_once, columns)
+    places = torch.searchsorted(columns, candidates)
+    together = fit_probes(features, train, places)
+    strength = together.direction * features.double().std(0)[places]
+    strength.scatter_(1, _best_alone(features, train, places)[:, None], torch.inf)
+    ordered = torch.gather(places, 1, strength.argsort(dim=1, descending=True))
+    counts = torch.ones(len(differences), dtype=torch.int64)
+    growing = torch.ones(len(differences), dtype=torch.bool)
+    train_f1 = test_f1 = torch.zeros(len(differences), dtype=torch.float64)
+    for k in range(1, min(MAX_SPLIT, ordered.shape[1]) + 1):
+        probes = fit_probes(features, train, ordered[:, :k])
+        f1 = score_logits(probes.logits(features, train), train).f1
+        growing &= f1 > train_f1 + MIN_GAIN if k > 1 else True
+        if not growing.any():
+            break
+        counts[growing] = k
+        of_test = score_logits(probes.logits(features, test), test).f1
+        train_f1, test_f1 = torch.where(growing, f1, train_f1), torch.where(growing, of_test, test_f1)
+    numbers = columns[ordered]
+    return [numbers[concept, :count].tolist() for concept, count in enumerate(counts.tolist())], test_f1
+
+
+def _best_alone(features: Tensor, train: Samples, places: Tensor) -> Tensor:
+    """Which of its candidates fires on a concept's training examples with the highest F1, (num_concepts,)."""
+    fires = features[train.rows[:, :, None], places[:, None, :]] > 0
+    logits = fires.double().permute(2, 0, 1) - 0.5
+    return torch.stack([score_logits(candidate, train).f1 for candidate in logits], 1).argmax(1)
+
+
+def absorption_of(
+    latents: Tensor, projections: Tensor, whole: Tensor, cosines: Tensor, main: Sequence[int]
+) -> tuple[float, float]:
+    """Full and fractional absorption of a concept over examples that have it.
+
+    latents: (n, m). projections: of each latent's part of the reconstruction onto the probe's unit direction, (n, m).
+    whole: that of the activation, (n,). cosines: of decoder rows with the direction, (m,). main: the main latents.
+    """
+    if not len(latents):
+        return 0.0, 0.0
+    others = projections.clone()
+    others[:, main] = 0.0
+    floor = whole.clamp_min(1e-12)
+    silent = (latents[:, main] <= 0).all(1)
+    strongest = others.masked_fill(cosines < FULL_COSINE, 0.0).max(1).values
+    full = silent & (strongest / floor >= MIN_SHARE)
+    of_main = projections[:, main].sum(1).clamp_min(0)
+    eligible = others.masked_fill(cosines < FRACTION_COSINE, 0.0).clamp_min(0)
+    absorbers = eligible.topk(min(MAX_ABSORBERS, eligible.shape[1]), dim=1).values.sum(1)
+    absorbed = torch.minimum(absorbers, (whole - of_main).clamp_min(0))
+    absorbed = absorbed.masked_fill(absorbers / floor < MIN_SHARE, 0.0)
+    share = absorbed / (absorbed + of_main).clamp_min(1e-12)
+    return full.double().mean().item(), share.double().mean().item()

@@ -1,0 +1,124 @@
+"""The activations that every metric shares: one pass of the language model, kept in memory.
+
+The text is the first documents of a dataset, which a training run on that dataset holds out. So an SAE and the
+baselines that are trained for comparison are all measured on the same tokens, and none was trained on them. What the
+language model does with replaced activations cannot be kept, so cross-entropy runs the same windows again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_msae.data import Window, as_documents, collate, harvest, hold_out
+from hf_msae.metrics import TokenBatch
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import Site, site_width
+from hf_msae.training.held_out import pad_id
+
+# Dense latents of a batch are at most this many numbers: 256 MB in float32.
+LATENTS_AT_ONCE = 2**26
+
+
+def check_fits(model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, name: str) -> None:
+    """Raises `ValueError` where an SAE does not read this site of this model."""
+    width = site_width(model, site)
+    if width != sae.config.hidden_size:
+        raise ValueError(
+            f"The SAE {name} reads activations of {sae.config.hidden_size} dimensions, but those at {site} of "
+            f"{model.config.name_or_path or 'the model'} have {width}. It was trained on "
+            f"{sae.config.site or 'an unrecorded site'} of {sae.config.base_model or 'an unrecorded model'}; give "
+            "--model and --site accordingly."
+        )
+
+
+def tokens_at_once(sae: MatryoshkaSAE) -> int:
+    """How many tokens to encode together."""
+    return max(64, min(8192, LATENTS_AT_ONCE // sae.config.num_latents))
+
+
+@dataclass
+class TextActivations:
+    """Token windows and the activations of their tokens that count.
+
+    x: (num_tokens, hidden_size) float32 on the CPU, in the order of the windows.
+    """
+
+    model: PreTrainedModel
+    site: Site
+    windows: Sequence[Window]
+    pad_id: int
+    lm_batch_size: int
+    x: Tensor
+    description: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x)
+
+    def batches(self, sae: MatryoshkaSAE) -> Iterator[Tensor]:
+        """The activations in parts (n, hidden_size) that the SAE can encode at once, on its device."""
+        for part in self.x.split(tokens_at_once(sae)):
+            yield part.to(sae.device)
+
+    def token_batches(self, num_tokens: int) -> Iterator[TokenBatch]:
+        """The first windows with at least `num_tokens` tokens, collated, on the model's device; all where there are
+        fewer.
+        """
+        device = next(self.model.get_input_embeddings().parameters()).device
+        taken = 0
+        for start in range(0, len(self.windows), self.lm_batch_size):
+            if taken >= num_tokens:
+                return
+            batch = collate(self.windows[start : start + self.lm_batch_size], self.pad_id)
+            taken += int(batch["keep"].sum())
+            mask = batch["attention_mask"]
+            yield {
+                "input_ids": batch["input_ids"].to(device),
+                "attention_mask": None if mask is None else mask.to(device),
+                "keep": batch["keep"].to(device),
+            }
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    site: Site,
+    documents: Any,
+    *,
+    num_tokens: int,
+    context_length: int,
+    packing: bool = True,
+    lm_batch_size: int = 16,
+) -> TextActivations:
+    """Run the language model over the first documents that have `num_tokens` tokens that count.
+
+    documents: `Documents`, or what `as_documents` takes. Raises `DatasetError` where they have fewer tokens.
+    """
+    documents = as_documents(documents)
+    windows, _ = hold_out(documents, tokenizer, context_length, num_tokens, packing)
+    filler = pad_id(tokenizer)
+    x = run_model(model, site, windows, filler, lm_batch_size, "Activations")
+    return TextActivations(model, site, windows, filler, lm_batch_size, x, documents.description)
+
+
+def run_model(
+    model: PreTrainedModel, site: Site, windows: Sequence[Window], pad_id: int, lm_batch_size: int, what: str
+) -> Tensor:
+    """Activations (tokens that count, hidden_size), float32 on the CPU, in the order of the windows, with a progress
+    bar called `what`.
+    """
+    total = sum(int(window.keep.sum()) for window in windows)
+    parts = []
+    with logging.tqdm(total=total, desc=what, unit=" tokens", unit_scale=True) as progress:
+        for captured in harvest(model, [site], windows, lm_batch_size=lm_batch_size, pad_id=pad_id):
+            parts.append(captured[site].float().cpu())
+            progress.update(len(parts[-1]))
+    x = torch.cat(parts)
+    if not x.isfinite().all():
+        raise ValueError(f"The activations at {site} hold NaN or infinity, so that nothing can be measured on them.")
+    return x

@@ -1,0 +1,150 @@
+"""What an SAE's numbers must be seen beside: SAEs trained on the same tokens, and dictionaries that nobody trained.
+
+All are `MatryoshkaSAE`s, so every metric takes them as it takes the SAE that is measured.
+
+- batch_topk: one level, the same width and k. What nesting costs and gains.
+- pruned_topk: a plain TopK SAE whose latents are put in order of E[a²] afterwards and cut at the same prefixes
+  (arXiv:2505.00190): prefixes without Matryoshka training.
+- frozen_decoder: random decoder rows that never learn, only the encoder does (arXiv:2602.14111). Metrics that it does
+  well on say little about the dictionary.
+- pca: principal components in both directions, as many as the SAE has active latents at each level.
+- random: random rows as encoder and decoder, the same k, scaled to fit.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from hf_msae.evaluation.activations import tokens_at_once
+from hf_msae.evaluation.progressive import measure_importance, reorder
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.training import SAETrainer, SAETrainingArguments
+
+TRAINED = ("batch_topk", "pruned_topk", "frozen_decoder")
+BUILT = ("pca", "random")
+BASELINES = (*TRAINED, *BUILT)
+
+
+def baseline_config(kind: str, config: MatryoshkaSAEConfig) -> MatryoshkaSAEConfig:
+    """The configuration of a trained baseline for an SAE with this one."""
+    activation = "topk" if kind == "pruned_topk" else "batch_topk"
+    k = max(1, round(config.k)) if kind == "pruned_topk" else config.k
+    return MatryoshkaSAEConfig(
+        hidden_size=config.hidden_size,
+        num_latents=config.num_latents,
+        prefix_sizes=[config.num_latents] if kind != "frozen_decoder" else list(config.prefix_sizes),
+        k=k,
+        activation=activation,
+        site=config.site,
+        base_model=config.base_model,
+        base_model_revision=config.base_model_revision,
+    )
+
+
+def train_baselines(
+    kinds: Sequence[str],
+    config: MatryoshkaSAEConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    args: SAETrainingArguments,
+    eval_dataset: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, MatryoshkaSAE]:
+    """Train baselines for an SAE of this configuration, all from one pass of the language model.
+
+    args: how; what it writes goes to `args.output_dir`, a folder for each. dataset, eval_dataset: as `SAETrainer`
+    takes them. Raises what `SAETrainer` raises.
+    """
+    saes = {kind: MatryoshkaSAE(baseline_config(kind, config)) for kind in kinds}
+    if "frozen_decoder" in saes:
+        saes["frozen_decoder"].W_dec.register_hook(torch.zeros_like)
+    trainer = SAETrainer(model, saes, args, dataset, eval_dataset, tokenizer, callbacks)
+    trainer.train()
+    folder = Path(args.output_dir)
+    return {
+        kind: MatryoshkaSAE.from_pretrained(folder / kind if len(saes) > 1 else folder).to(model.device).eval()
+        for kind in kinds
+    }
+
+
+def prune(sae: MatryoshkaSAE, x: Tensor, prefix_sizes: Sequence[int]) -> MatryoshkaSAE:
+    """The same SAE with its latents in order of E[a²‖d‖²] on activations (n, hidden_size), the largest first, cut at
+    these prefixes.
+    """
+    importance = measure_importance(sae, x.split(tokens_at_once(sae)))
+    return reorder(sae, importance.contribution.argsort(descending=True), prefix_sizes)
+
+
+@torch.no_grad()
+def build_pca(x: Tensor, config: MatryoshkaSAEConfig, l0: Iterable[float]) -> MatryoshkaSAE:
+    """Principal components of activations (n, hidden_size): latents 2i and 2i + 1 are the two directions of
+    component i, of which one is active at a time. The prefixes have as many components as the SAE has active latents
+    (`l0` per level), rounded, and at last all.
+    """
+    doubles = x.double()
+    mean = doubles.mean(0)
+    _, vectors = torch.linalg.eigh((doubles - mean).T @ (doubles - mean))
+    components = vectors.flip(1).T.float()
+    hidden_size = config.hidden_size
+    sizes = sorted({2 * min(hidden_size, max(1, round(value))) for value in l0} | {2 * hidden_size})
+    sae = MatryoshkaSAE(
+        MatryoshkaSAEConfig(
+            hidden_size=hidden_size,
+            num_latents=2 * hidden_size,
+            prefix_sizes=sizes,
+            k=hidden_size,
+            activation="relu",
+            site=config.site,
+            base_model=config.base_model,
+        )
+    ).eval()
+    rows = torch.stack([components, -components], 1).flatten(0, 1)
+    sae.W_enc.copy_(rows)
+    sae.W_dec.copy_(rows)
+    sae.b_dec.copy_(mean)
+    return sae
+
+
+@torch.no_grad()
+def build_random(x: Tensor, config: MatryoshkaSAEConfig, seed: int) -> MatryoshkaSAE:
+    """Random unit rows as decoder, the same rows as encoder up to the one scale that reconstructs activations
+    (n, hidden_size) best; the threshold is set for the same k.
+    """
+    values: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "num_latents": config.num_latents,
+        "prefix_sizes": list(config.prefix_sizes),
+        "k": config.k,
+        "activation": "batch_topk",
+        "site": config.site,
+        "base_model": config.base_model,
+    }
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**values)).eval()
+    rows = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed))
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    sae.W_dec.copy_(rows)
+    sae.W_enc.copy_(rows)
+    sae.b_dec.copy_(x.double().mean(0))
+    parts = x.split(tokens_at_once(sae))
+    sae.calibrate_threshold(parts)
+    products, squares = 0.0, 0.0
+    for part in parts:
+        change = (sae.decode(sae.encode(part)) - sae.b_dec).double()
+        products += (change * (part - sae.b_dec)).sum().item()
+        squares += change.pow(2).sum().item()
+    scale = products / max(squares, 1e-30)
+    sae.W_enc.mul_(scale)
+    sae.threshold.mul_(scale)
+    return sae
+
+
+def check_baselines(kinds: Sequence[str]) -> None:
+    """Raises `ValueError` for a name that is no baseline."""
+    unknown = [kind for kind in kinds if kind not in BASELINES]
+    if unknown:
+        raise ValueError(f"There is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}.")

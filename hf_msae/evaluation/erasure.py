@@ -1,0 +1,209 @@
+"""Targeted concept erasure: what ablating a concept's latents does to probes of this concept and of others.
+
+Two scores of SAEBench (Karvonen et al., arXiv:2503.09532; SHIFT, arXiv:2403.19647), both with a warning: a later study
+(arXiv:2605.18229) found them unreliable across seeds and against ground truth. They are here because the Matryoshka
+paper reports them. Latents are ranked by (mean with the concept − mean without) · (decoder row · probe), and the first
+n are set to zero while the SAE's error stays, which moves the activation by −Σ f_j d_j and a linear probe's logit by
+−Σ f_j ⟨d_j, w⟩. So no forward pass is needed.
+
+- TPP (targeted probe perturbation): ablate the latents of class i, and take the drop of class i's probe in accuracy
+  minus the mean drop of the others'. 0.5 is all that a balanced probe can lose.
+- SCR (spurious correlation removal): a probe of A is trained where A and B always go together, so it reads B too.
+  Ablating B's latents should bring it to the accuracy of a probe trained on balanced data: (ablated − biased) /
+  (balanced − biased). Pairs for which the bias costs less than 0.05 of accuracy say nothing and are left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_msae.evaluation.labelled import LabelledActivations, encoder_of
+from hf_msae.evaluation.probes import Probes, Samples, fit_probes, score_logits
+from hf_msae.evaluation.probing import Split, mean_differences
+from hf_msae.modeling import MatryoshkaSAE
+
+COUNTS = (2, 5, 10, 20, 50)
+MIN_CLASSES = 3
+MAX_CLASSES = 12
+MIN_BIAS = 0.05
+CELL_TRAIN, CELL_TEST = 100, 50
+MIN_CELL = 15
+
+
+@dataclass(frozen=True)
+class PerturbationScore:
+    """TPP with `count` latents of one prefix ablated per class; `intended` and `unintended` are its parts."""
+
+    prefix: int
+    count: int
+    split: int
+    classes: int
+    score: float
+    intended: float
+    unintended: float
+
+
+@dataclass(frozen=True)
+class RemovalScore:
+    """SCR with `count` latents ablated, a mean over pairs; the accuracies are means over pairs on balanced data."""
+
+    prefix: int
+    count: int
+    split: int
+    pairs: int
+    score: float
+    biased: float
+    ablated: float
+    balanced: float
+
+
+def choose_classes(data: LabelledActivations, split: Split) -> list[int]:
+    """Roots of the tree (labels, where there is none) with enough examples, the most frequent ones."""
+    able = [
+        number
+        for number, name in enumerate(data.names)
+        if name not in data.parents and split.usable[number] and split.scores.f1[number] > 0.6
+    ]
+    return sorted(able, key=lambda number: -int(data.labels[:, number].sum()))[:MAX_CLASSES]
+
+
+@torch.inference_mode()
+def measure_perturbation(
+    data: LabelledActivations, sae: MatryoshkaSAE, splits: Sequence[Split], counts: Sequence[int] = COUNTS
+) -> list[PerturbationScore]:
+    """TPP at every prefix; empty where fewer than three classes can be probed."""
+    scores: list[PerturbationScore] = []
+    encode, at_once = encoder_of(sae)
+    for split in splits:
+        classes = choose_classes(data, split)
+        if len(classes) < MIN_CLASSES:
+            continue
+        rises = mean_differences(data, encode, at_once, split)[classes].clamp_min(0)
+        weights = sae.W_dec.double().cpu() @ split.probes.direction[classes].T
+        effects = rises.double() * weights.T
+        before = split.scores.accuracy[classes]
+        drops = {
+            (prefix, count): torch.zeros(len(classes), len(classes), dtype=torch.float64)
+            for prefix in sae.config.prefix_sizes
+            for count in counts
+        }
+        orders = {prefix: effects[:, :prefix].argsort(dim=1, descending=True) for prefix in sae.config.prefix_sizes}
+        for place, concept in enumerate(classes):
+            latents = data.features_of(encode, split.test.rows[concept]).double()
+            contributions = latents * weights[:, place]
+            logits = split.probes.direction[concept] @ data.raw[split.test.rows[concept]].double().T
+            logits = logits + split.probes.bias[concept]
+            sample = Samples(split.test.rows[concept][None], split.test.weights[concept][None])
+            for prefix, count in drops:
+                taken = orders[prefix][:, :count]
+                moved = logits - contributions[:, taken].sum(-1).T
+                after = torch.stack([score_logits(row[None], sample).accuracy[0] for row in moved])
+                drops[prefix, count][:, place] = (before[place] - after).clamp_min(0)
+        for (prefix, count), table in drops.items():
+            intended = table.diagonal().mean().item()
+            unintended = (table.sum() - table.diagonal().sum()).item() / (len(classes) * (len(classes) - 1))
+            scores.append(
+                PerturbationScore(prefix, count, split.seed, len(classes), intended - unintended, intended, unintended)
+            )
+    return scores
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A label A and a spurious one B: training samples of A where B goes along with it and where it does not, one of
+    B, and test samples of A; each of a single concept.
+    """
+
+    biased: Samples
+    balanced: Samples
+    of_spurious: Samples
+    test: Samples
+
+
+@torch.inference_mode()
+def measure_removal(
+    data: LabelledActivations, sae: MatryoshkaSAE, seeds: Sequence[int], counts: Sequence[int] = COUNTS
+) -> tuple[list[RemovalScore], int]:
+    """SCR at every prefix over all ordered pairs of labels that are not each other's opposite, and how many pairs the
+    first split leaves out.
+    """
+    encode, at_once = encoder_of(sae)
+    latents = data.features(encode, at_once).double()
+    decoder = sae.W_dec.double().cpu()
+    scores: list[RemovalScore] = []
+    left_out = 0
+    for seed in seeds:
+        found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
+        pairs = _draw_pairs(data, seed)
+        for pair in pairs:
+            biased, balanced = fit_probes(data.raw, pair.biased), fit_probes(data.raw, pair.balanced)
+            spurious = fit_probes(data.raw, pair.of_spurious)
+            base = _accuracy(biased.logits(data.raw, pair.test), pair.test)
+            best = _accuracy(balanced.logits(data.raw, pair.test), pair.test)
+            if best - base < MIN_BIAS:
+                left_out += seed == seeds[0]
+                continue
+            rows, half = pair.of_spurious.rows[0], pair.of_spurious.rows.shape[1] // 2
+            difference = latents[rows[:half]].mean(0) - latents[rows[half:]].mean(0)
+            effects = (difference * (decoder @ spurious.direction[0])).abs()
+            for prefix in sae.config.prefix_sizes:
+                order = effects[:prefix].argsort(descending=True)
+                for count in counts:
+                    after = _ablated_accuracy(data, biased, latents, decoder, order[:count], pair.test)
+                    found.setdefault((prefix, count), []).append((base, after, best))
+        for (prefix, count), results in found.items():
+            share = sum((after - base) / (best - base) for base, after, best in results) / len(results)
+            base, after, best = (sum(values) / len(results) for values in zip(*results, strict=True))
+            scores.append(RemovalScore(prefix, count, seed, len(results), share, base, after, best))
+    return scores, left_out
+
+
+def _accuracy(logits: Tensor, sample: Samples) -> float:
+    return score_logits(logits, sample).accuracy.item()
+
+
+def _ablated_accuracy(
+    data: LabelledActivations, probe: Probes, latents: Tensor, decoder: Tensor, ablated: Tensor, test: Samples
+) -> float:
+    moved = latents[test.rows[0]][:, ablated] @ (decoder[ablated] @ probe.direction[0])
+    return _accuracy(probe.logits(data.raw, test) - moved, test)
+
+
+def _draw_pairs(data: LabelledActivations, seed: int) -> list[_Pair]:
+    """Every ordered pair of labels whose four combinations all have enough documents."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for one in range(data.num_concepts):
+        for two in range(data.num_concepts):
+            pair = None if one == two else _draw_pair(data, one, two, generator)
+            if pair is not None:
+                pairs.append(pair)
+    return pairs
+
+
+def _draw_pair(data: LabelledActivations, one: int, two: int, generator: torch.Generator) -> _Pair | None:
+    has_one, has_two = data.labels[:, one], data.labels[:, two]
+    cells = []
+    for first, second in ((has_one, has_two), (has_one, ~has_two), (~has_one, has_two), (~has_one, ~has_two)):
+        rows = (first & second).nonzero().flatten()
+        cells.append(rows[torch.randperm(len(rows), generator=generator)])
+    smallest = min(map(len, cells))
+    test = min(CELL_TEST, smallest // 3)
+    train = min(CELL_TRAIN, smallest - test) // 2 * 2
+    if test < MIN_CELL or train < MIN_CELL:
+        return None
+    both, only_one, only_two, neither = (cell[test : test + train] for cell in cells)
+    half = train // 2
+
+    def sample(*parts: Tensor) -> Samples:
+        rows = torch.cat(parts)[None]
+        return Samples(rows, torch.ones_like(rows, dtype=torch.float64))
+
+    return _Pair(
+        biased=sample(both, neither),
+        balanced=sample(both[:half], only_one[:half], only_two[:half], neither[:half]),
+        of_spurious=sample(both[:half], only_two[:half], only_one[:half], neither[:half]),
+        test=sample(*(cell[:test] for cell in cells)),
+    )

@@ -1,0 +1,129 @@
+"""Where the latents lie: how near to each other, to their encoders, to the level before, and to another SAE's.
+
+Only latents that fire are compared: dead ones keep the random directions they began with. The mean of |cosine| over
+pairs of decoder rows (c_dec) is lowest near the right L0 (arXiv:2508.16560); a high nearest neighbour is redundancy.
+Agreement between SAEs that differ in their seed is low in general (about 30% of latents are shared, arXiv:2501.16615):
+what a single SAE shows may be an accident of its seed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hf_msae.modeling import MatryoshkaSAE
+
+# From here on two latents count as the same: the cut-off that papers on seeds use.
+SAME_COSINE = 0.7
+ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class LevelGeometry:
+    """Cosines among the latents of one prefix that fire.
+
+    decoder_nearest: mean over latents of the largest |cosine| with another. decoder_pairs: mean |cosine| over pairs.
+    encoder_nearest: as decoder_nearest, of encoder rows. encoder_decoder: mean cosine of a latent's two rows.
+    parent_nearest: mean over the latents that this level adds of the largest cosine with a latent of the level before;
+        `parent_same` the share of them where it is above 0.7. None at the first level.
+    """
+
+    prefix: int
+    alive: int
+    decoder_nearest: float
+    decoder_pairs: float
+    encoder_nearest: float
+    encoder_decoder: float
+    parent_nearest: float | None
+    parent_same: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two SAEs' prefixes hold the same latents.
+
+    one_to_two, two_to_one: mean over one's latents of the largest decoder cosine with the other's (MMCS).
+    shared: the share of latents, of both together, that are each other's nearest with a cosine above 0.7.
+    """
+
+    one: str
+    two: str
+    prefixes: tuple[int, int]
+    one_to_two: float
+    two_to_one: float
+    shared: float
+
+
+@torch.inference_mode()
+def measure_geometry(sae: MatryoshkaSAE, firing_rate: Tensor) -> list[LevelGeometry]:
+    """Cosines at every prefix; firing_rate is (num_latents,), as measured."""
+    alive = (firing_rate > 0).to(sae.device)
+    results = []
+    inner: Tensor | None = None
+    for prefix in sae.config.prefix_sizes:
+        rows = alive[:prefix].nonzero().flatten()
+        decoder, encoder = normalize(sae.W_dec[rows].float(), dim=1), normalize(sae.W_enc[rows].float(), dim=1)
+        nearest, pairs = _within(decoder)
+        parents = None
+        if inner is not None and len(inner) < len(rows) and len(inner):
+            parents = _nearest(decoder[len(inner) :], decoder[: len(inner)])[0]
+        results.append(
+            LevelGeometry(
+                prefix=prefix,
+                alive=len(rows),
+                decoder_nearest=nearest,
+                decoder_pairs=pairs,
+                encoder_nearest=_within(encoder)[0],
+                encoder_decoder=(decoder * encoder).sum(1).mean().item() if len(rows) else 0.0,
+                parent_nearest=None if parents is None else parents.mean().item(),
+                parent_same=None if parents is None else (parents > SAME_COSINE).double().mean().item(),
+            )
+        )
+        inner = rows
+    return results
+
+
+def _within(rows: Tensor) -> tuple[float, float]:
+    """Mean largest |cosine| with another row, and mean |cosine| over pairs, of unit rows (n, d)."""
+    if len(rows) < 2:
+        return 0.0, 0.0
+    nearest, total = 0.0, 0.0
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        cosines = (rows[start : start + ROWS_AT_ONCE] @ rows.T).abs()
+        cosines.diagonal(start).zero_()
+        nearest += cosines.max(1).values.sum().item()
+        total += cosines.sum(dtype=torch.float64).item()
+    return nearest / len(rows), total / (len(rows) * (len(rows) - 1))
+
+
+def _nearest(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """For each unit row (n, d) the largest cosine with one of the others (m, d), and which; (n,) each."""
+    found = [(part @ others.T).max(1) for part in rows.split(ROWS_AT_ONCE)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+@torch.inference_mode()
+def measure_agreement(
+    one: tuple[str, MatryoshkaSAE, Tensor], two: tuple[str, MatryoshkaSAE, Tensor]
+) -> list[Agreement]:
+    """Compare two SAEs of one site, each with its name and its latents' firing rates, level by level; levels are
+    paired by their place, from the outermost inwards.
+    """
+    sizes: Sequence[tuple[int, int]] = list(
+        zip(reversed(one[1].config.prefix_sizes), reversed(two[1].config.prefix_sizes), strict=False)
+    )
+    results = []
+    for prefixes in reversed(sizes):
+        rows = [
+            normalize(sae.W_dec[:prefix].float().cpu()[rate[:prefix] > 0], dim=1)
+            for (_, sae, rate), prefix in zip((one, two), prefixes, strict=True)
+        ]
+        if not len(rows[0]) or not len(rows[1]):
+            continue
+        there, back = _nearest(rows[0], rows[1]), _nearest(rows[1], rows[0])
+        mutual = back[1][there[1]] == torch.arange(len(rows[0]))
+        shared = 2 * int((mutual & (there[0] > SAME_COSINE)).sum()) / (len(rows[0]) + len(rows[1]))
+        results.append(Agreement(one[0], two[0], prefixes, there[0].mean().item(), back[0].mean().item(), shared))
+    return results

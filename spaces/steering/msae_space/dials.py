@@ -1,0 +1,110 @@
+"""The sliders of the latents that are steered: from −limit to limit, in multiples of the latent's largest activation
+in training, with the band marked in which text usually stays fluent.
+
+The list is one HTML component whose value is `{"html": ..., "dials": [{"latent": 12, "value": 1.5}, ...]}`. Its script
+keeps `dials` up to date while sliders move; what comes back from a browser is checked before it is used.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from msae_space.drawing import note, text
+from msae_space.library import SpaceError, Workbench
+from msae_space.meaning import Meaning
+from msae_space.strengths import STEP, Dial, fluent_up_to, limit
+
+MAX_DIALS = 8
+MAX_FACTOR = 4.0
+EFFECT = "The words whose logits it raises most by itself, later layers left out"
+
+TEMPLATE = "${value.html}"
+SCRIPT = """
+const inputs = () => [...element.querySelectorAll('input[type=range]')];
+const words = (input) => {
+  const number = Number(input.value);
+  const sign = number > 0 && input.dataset.signed ? '+' : number < 0 ? '−' : '';
+  const shown = sign + Math.abs(number).toFixed(2) + input.dataset.unit;
+  input.closest('.msae-dial').querySelector('output').textContent = shown;
+  input.setAttribute('aria-valuetext', shown);
+  input.closest('.msae-dial').classList.toggle('msae-far', Math.abs(number) > Number(input.dataset.fluent));
+};
+const read = () => inputs().map((input) => ({latent: Number(input.dataset.id), value: Number(input.value)}));
+const show = () => inputs().forEach((input, i) => {
+  const dial = props.value.dials[i];
+  if (dial && dial.latent === Number(input.dataset.id)) input.value = dial.value;
+  words(input);
+});
+element.addEventListener('input', (event) => words(event.target));
+element.addEventListener('change', () => {
+  props.value = {html: props.value.html, dials: read()};
+  trigger('release', {});
+});
+element.addEventListener('click', (event) => {
+  const chosen = event.target.closest('[data-do]');
+  if (chosen) trigger('click', {action: chosen.dataset.do, id: Number(chosen.dataset.id)});
+});
+watch('value', show);
+show();
+"""
+
+
+def read_dials(value: Any, bench: Workbench) -> list[Dial]:
+    """The dials of a component's value. Raises SpaceError for what no page of ours sends."""
+    try:
+        dials = [Dial(int(one["latent"]), float(one["value"])) for one in (value or {}).get("dials", [])]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise SpaceError("The sliders sent something unreadable; reload the page.") from error
+    if any(not math.isfinite(dial.value) for dial in dials):
+        raise SpaceError("A strength must be a finite number.")
+    if len(dials) > MAX_DIALS:
+        raise SpaceError(f"Up to {MAX_DIALS} latents are steered at once; more rarely help.")
+    return [Dial(bench.checked(dial.latent), dial.value) for dial in dials]
+
+
+def added(dials: Sequence[Dial], dial: Dial) -> list[Dial]:
+    """The dials with one more, or with another value. Raises SpaceError where there is no room."""
+    others = [one for one in dials if one.latent != dial.latent]
+    if len(others) >= MAX_DIALS:
+        raise SpaceError(f"Up to {MAX_DIALS} latents are steered at once; remove one first.")
+    if len(others) < len(dials):
+        return [dial if one.latent == dial.latent else one for one in dials]
+    return [*dials, dial]
+
+
+def draw_dials(bench: Workbench, meaning: Meaning, dials: Sequence[Dial], method: str) -> dict[str, Any]:
+    """The component's value."""
+    rows = "".join(_draw(bench, meaning, dial, method) for dial in dials)
+    empty = note("No latent is steered yet. Take one of the above, or search for a word.")
+    return {"html": rows or empty, "dials": [dial._asdict() for dial in dials]}
+
+
+def _draw(bench: Workbench, meaning: Meaning, dial: Dial, method: str) -> str:
+    name, level = meaning.name(dial.latent), bench.level_of(dial.latent)
+    scaled = method == "scale"
+    end = MAX_FACTOR if scaled else limit(bench, meaning.mean_norm, dial.latent)
+    fluent = end if scaled else min(end, fluent_up_to(bench, meaning.mean_norm, dial.latent))
+    low = 0.0 if scaled else -end
+    unit = "× as active" if scaled else "× max"
+    share = fluent / end
+    left, width = (0.0, 1.0) if scaled else (0.5 - share / 2, share)
+    ends = ("0", "×2", f"×{end:g}") if scaled else (f"−{end:g}", "0", f"+{end:g}")
+    slider = (
+        f'<div class="msae-track"><span class="msae-band" style="--from:{left:.4f};--share:{width:.4f}"></span>'
+        f'<input type="range" min="{low:g}" max="{end:g}" step="{STEP}" value="{dial.value:g}" '
+        f'data-id="{dial.latent}" data-unit="{unit}" data-fluent="{fluent:.4f}" {"" if scaled else "data-signed=1"} '
+        f'aria-label="Strength of latent {dial.latent}, {text(name)}"></div>'
+        f'<div class="msae-ends">{"".join(f"<span>{end}</span>" for end in ends)}</div>'
+    )
+    hidden = ' class="msae-off"' if method == "ablate" else ""
+    promoted = meaning.promoted(dial.latent)
+    pushes = f'<p class="msae-pushes" title="{EFFECT}">directly promotes {text(promoted)}</p>' if promoted else ""
+    return (
+        f'<div class="msae-dial msae-hue-{level % 6}"><div class="msae-dial-head">'
+        f'<button type="button" class="msae-link" data-do="latent" data-id="{dial.latent}" '
+        f'title="Open this latent\'s page"><span class="msae-level">level {level + 1}</span>'
+        f'<span class="msae-number">#{dial.latent}</span><span class="msae-name">{text(name)}</span></button>'
+        f"<output></output>"
+        f'<button type="button" class="msae-remove" data-do="remove" data-id="{dial.latent}" '
+        f'aria-label="Remove latent {dial.latent}">✕</button></div>{pushes}<div{hidden}>{slider}</div></div>'
+    )

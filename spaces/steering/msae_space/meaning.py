@@ -1,0 +1,293 @@
+"""What the latents of an open SAE mean: made once in the background, then only looked up.
+
+Where a folder or repo has an interpretation beside the SAE (`hf-msae interpret` makes one), it is loaded; for the
+story world one is made here, and kept in the user's cache. Without any, latents have only their numbers.
+
+The pass that makes one, and a search, stop the model's forward at the SAE's site, for whoever runs it. So they get
+modules of their own that share the weights, and visitors who generate never meet their hooks.
+"""
+
+import copy
+import hashlib
+import logging
+import os
+import re
+import shutil
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_msae.hub import STORIES
+from hf_msae.interpret.pages import Context, LatentPage
+from hf_msae.interpret.pipeline import interpret
+from hf_msae.interpret.search import FiringHit, search_firing, search_labels, search_promoting
+from hf_msae.interpret.store import Interpretation, InterpretationError
+from hf_msae.worlds.stories import StoryWorld
+from msae_space.library import SpaceError, Workbench
+from msae_space.presets import Preset, by_promotion, published, words_of
+from msae_space.reading import activations, encode_text
+from msae_space.trials import tried
+from msae_space.zerogpu import find_zerogpu, on_gpu
+
+logger = logging.getLogger(__name__)
+
+NUM_STORIES, NUM_TOKENS = 2_000, 100_000
+# Part of the file's name, so that presets found another way are not taken for these.
+PRESETS_VERSION = 1
+NUM_HITS, NUM_RELATIVES = 6, 10
+READING = "Reading text to find out what the latents mean. Names, search and the tree come when that is done."
+TRYING = "Trying out which latents steer best. Presets come in a moment."
+NONE = "There is no interpretation beside this SAE, so its latents have only numbers. `hf-msae interpret` makes one."
+FAILED = "Finding out about the latents failed here; the log says why. Steering works all the same."
+# Activations have about this length in the text that a model reads; what it is on exactly matters little.
+PASSAGE = (
+    "Once upon a time, there was a kind girl. She lived near the forest with her mother and a small dog. "
+    "One day, they went to the river."
+)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A latent that was found, and why. promotes: for what it makes likelier, rather than for where it fires."""
+
+    latent: int
+    why: str
+    promotes: bool = False
+
+
+class Meaning:
+    """Names, search, pages and the hierarchy of one SAE; safe to share. mean_norm: of the activations at its site."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.mean_norm = mean_norm(bench)
+        self.progress = READING
+        self._found: Interpretation | None = None
+        self._presets: list[Preset] = []
+        self._names: list[str] = []
+        self._promoted: list[str] = []
+        self._model, self._searching = own_modules(bench.model), threading.Lock()
+        self._thread = threading.Thread(target=self._learn, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all is known that will be."""
+        self._thread.join()
+
+    def _learn(self) -> None:
+        try:
+            self._presets = published(self.bench)
+            found = _load(self.bench) or _make(self.bench, self._model)
+            if found is None:
+                self.progress = NONE
+                return
+            self._names, self._promoted = found.names, [", ".join(words_of(one)) for one in found.column("promoted")]
+            self._found = found
+            self.progress = TRYING
+            self._presets = self._presets or self._find_presets(found)
+            self.progress = ""
+        except Exception:  # a thread's exception would reach nobody
+            logger.exception("The latents of %s could not be interpreted.", self.bench.key)
+            self.progress = FAILED
+
+    def _find_presets(self, found: Interpretation) -> list[Preset]:
+        if self.bench.sae.config.base_model != STORIES:
+            return by_promotion(self.bench, found, self.mean_norm)
+        path = cache_folder() / "presets" / f"{_fingerprint(self.bench)}-v{PRESETS_VERSION}.json"
+        return tried(self.bench, self._model, found, self.mean_norm, path) or by_promotion(
+            self.bench, found, self.mean_norm
+        )
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether more will be known soon."""
+        return self.progress in (READING, TRYING)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether names, pages and the tree are there."""
+        return self._found is not None
+
+    # Names
+
+    def name(self, latent: int) -> str:
+        """A few words for a latent; they are a hint, not a definition."""
+        return self._names[latent] if self._names else "(not named)"
+
+    def promoted(self, latent: int) -> str:
+        """The words that a latent makes likelier, as far as they are known; they say better what steering does."""
+        return self._promoted[latent] if self._promoted else ""
+
+    def number(self, words: str) -> int:
+        """The latent that a visitor typed. Raises SpaceError for what is no latent of this SAE."""
+        digits = words.strip().lstrip("#").replace(",", "")
+        if not digits.isdecimal():
+            raise SpaceError(f"{words.strip()[:40]!r} is not the number of a latent; type one such as 12.")
+        return self.bench.checked(int(digits))
+
+    # Search
+
+    def search(self, words: str) -> list[Hit]:
+        """Latents by number; else first those that promote the word, for they steer, and then those that fire on the
+        phrase more than usual or have it in their label. Raises SpaceError for a number that is no latent, and for
+        what cannot be looked for.
+        """
+        words = words.strip()
+        if not words:
+            raise SpaceError("Type a word, a phrase, or the number of a latent.")
+        if re.fullmatch(r"#?[\d,]+", words):
+            return [Hit(self.number(words), "this number")]
+        if self._found is None:
+            raise SpaceError(f"Latents can only be found by their numbers now. {self.progress}")
+        try:
+            return [*self._promoting(words, self._found), *self._firing(words, self._found)]
+        except ValueError as error:
+            raise SpaceError(str(error)) from error
+
+    def _promoting(self, words: str, found: Interpretation) -> list[Hit]:
+        maxima = self.bench.maxima
+        hits = search_promoting(words, found, most=len(found))
+        # What counts is how much a latent can do, so effects are taken at its maximum.
+        order = sorted(hits, key=lambda hit: -hit.effect * maxima[hit.latent])[:NUM_HITS]
+        return [
+            Hit(hit.latent, f"“{hit.token.strip()}” {hit.effect * maxima[hit.latent]:+.1f}", True) for hit in order
+        ]
+
+    def _firing(self, words: str, found: Interpretation) -> list[Hit]:
+        reasons: dict[int, list[str]] = {}
+        for labelled in search_labels(words, found, most=NUM_HITS):
+            reasons.setdefault(labelled.latent, []).append("label")
+        phrase = f" {words}"  # as it stands inside a text; most tokenizers write a word at the beginning differently
+        if find_zerogpu() is None:
+            with self._searching:
+                firing = _fires(self.bench, self._model, phrase, found)
+        else:
+            firing = _fires_lent(self.bench, phrase, found)
+        for hit in firing:
+            reasons.setdefault(hit.latent, []).append(f"“{hit.token.strip()}” {100 * hit.relative:.0f}%")
+        order = sorted(reasons, key=lambda latent: -len(reasons[latent]))
+        return [Hit(latent, ", ".join(reasons[latent])) for latent in order[:NUM_HITS]]
+
+    # Pages
+
+    def page(self, latent: int) -> LatentPage | None:
+        """All that is known of a latent; None where nothing is, yet. Raises SpaceError for one that is not there."""
+        self.bench.checked(latent)
+        return None if self._found is None else self._found.page(latent)
+
+    # Hierarchy
+
+    def roots(self) -> list[Hit]:
+        """Latents with children and without parents, those with the most below them first."""
+        tree = self._found.hierarchy if self._found else None
+        if tree is None:
+            return []
+        below = tree.descendants()
+        wide = set(tree.super_parents)
+        return [
+            Hit(latent, f"{len(below[latent])} below" + (", suspiciously many" if latent in wide else ""))
+            for latent in tree.roots()
+        ]
+
+    def children(self, latent: int) -> list[Hit]:
+        """More specific latents, the best supported first."""
+        page = self.page(latent)
+        return children_of(page) if page else []
+
+    # Presets
+
+    def presets(self) -> list[Preset]:
+        """What to try first."""
+        return self._presets
+
+
+class Meanings:
+    """One `Meaning` for each open SAE."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of = lru_cache(maxsize=4)(Meaning)
+
+    def of(self, bench: Workbench) -> Meaning:
+        """What is known of this SAE; reading begins at the first call."""
+        with self._lock:
+            return self._of(bench)
+
+
+def parents_of(page: LatentPage) -> list[Hit]:
+    """More general latents, with what supports it."""
+    return [Hit(edge.parent, f"score {edge.score:.2f}") for edge in page.parents[:NUM_RELATIVES]]
+
+
+def children_of(page: LatentPage) -> list[Hit]:
+    """More specific latents, with what supports it."""
+    return [Hit(edge.child, f"score {edge.score:.2f}") for edge in page.children[:NUM_RELATIVES]]
+
+
+def strengths(context: Context, maximum: float) -> list[float]:
+    """The activations of a context as shares of the latent's maximum."""
+    return [value / maximum if maximum > 0 else 0.0 for value in context.activations]
+
+
+@on_gpu
+def mean_norm(bench: Workbench) -> float:
+    """The mean length of the activations at the SAE's site, in a passage."""
+    ids = encode_text(bench, PASSAGE)
+    x, _ = activations(bench, ids)
+    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=x.device)
+    return x[~special].norm(dim=-1).mean().item()
+
+
+def _fires(bench: Workbench, model: PreTrainedModel, phrase: str, found: Interpretation) -> list[FiringHit]:
+    return search_firing(phrase, model, bench.tokenizer, bench.sae, found, most=NUM_HITS)
+
+
+@on_gpu
+def _fires_lent(bench: Workbench, phrase: str, found: Interpretation) -> list[FiringHit]:
+    """In a process of its own, whose model nobody else uses."""
+    return _fires(bench, bench.model, phrase, found)
+
+
+def own_modules(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with modules of its own and the same weights: hooks on one do not touch the other."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-msae"
+
+
+def _load(bench: Workbench) -> Interpretation | None:
+    try:
+        return Interpretation.load(bench.key.source, subfolder=bench.key.subfolder or None)
+    except InterpretationError as error:
+        logger.info("%s", error)
+        return None
+
+
+def _make(bench: Workbench, model: PreTrainedModel) -> Interpretation | None:
+    """Of the story world, whose text is here; None for other models."""
+    if bench.sae.config.base_model != STORIES:
+        return None
+    folder = cache_folder() / "interpretations" / _fingerprint(bench)
+    if folder.is_dir():
+        try:
+            return Interpretation(folder)
+        except ValueError:  # written by another version of hf_msae
+            shutil.rmtree(folder)
+    stories = StoryWorld(seed=1).documents(NUM_STORIES)
+    return interpret(model, bench.tokenizer, bench.sae, stories, folder, max_tokens=NUM_TOKENS)
+
+
+def _fingerprint(bench: Workbench) -> str:
+    """Tells one SAE's weights from another's."""
+    digest = hashlib.sha256()
+    for tensor in bench.sae.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""What a visitor tries first: one click sets sliders and a prompt, and writes.
+
+Where steerings are published beside the SAE (`steering.json`), they are the presets. For the story model, whose text
+is here, latents are tried out (`msae_space.trials`). Otherwise the latents that promote words most directly are taken,
+for a latent that fires on a word rarely makes a model say it (Arad et al., arXiv:2505.20063).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_msae.interpret.store import Interpretation
+from hf_msae.steering import LatentEdit, Steering, SteeringError, load_steerings
+from msae_space.library import Workbench
+from msae_space.strengths import METHODS, Dial, starting_value
+
+NUM_PRESETS, PRESETS_PER_LEVEL = 8, 3
+# A latent that fires more or less often than this is no handle to try first.
+MIN_DENSITY, MAX_DENSITY = 0.0005, 0.2
+NUM_WORDS, MIN_LETTERS = 3, 3
+
+
+@dataclass(frozen=True)
+class Preset:
+    """name: on its button. why: what speaks for it, shown on hovering. prompt, seed: None leaves the visitor's."""
+
+    name: str
+    dials: tuple[Dial, ...]
+    method: str = "add"
+    prompt: str | None = None
+    seed: int | None = None
+    why: str = ""
+
+
+def published(bench: Workbench) -> list[Preset]:
+    """The steerings beside the SAE, as far as sliders can show them: of this SAE, with one method for all latents."""
+    try:
+        steerings = load_steerings(bench.key.source, subfolder=bench.key.subfolder)
+    except SteeringError:
+        return []
+    return [preset for steering in steerings.values() if (preset := _from_steering(bench, steering)) is not None]
+
+
+def _from_steering(bench: Workbench, steering: Steering) -> Preset | None:
+    edits = [edit for edit in steering.edits if isinstance(edit, LatentEdit) and edit.units in ("max", "absolute")]
+    methods = {edit.method for edit in edits}
+    if len(edits) != len(steering.edits) or len(methods) != 1 or not methods <= METHODS.keys():
+        return None
+    if any(edit.sae or edit.latent >= bench.sae.config.num_latents for edit in edits):
+        return None
+    dials = tuple(Dial(edit.latent, _in_maxima(bench, edit)) for edit in edits)
+    return Preset(steering.name, dials, methods.pop(), why=steering.description)
+
+
+def _in_maxima(bench: Workbench, edit: LatentEdit) -> float:
+    maximum = bench.maxima[edit.latent]
+    if edit.units == "max" or edit.method not in ("add", "clamp") or maximum <= 0:
+        return edit.value
+    return edit.value / maximum
+
+
+def by_promotion(bench: Workbench, found: Interpretation, mean_norm: float) -> list[Preset]:
+    """The latents with the strongest direct effects on words, no two on the same word, of several levels."""
+    chosen: list[Preset] = []
+    seen: set[str] = set()
+    levels: list[int] = []
+    for latent, words in promoting(bench, found):
+        level = bench.level_of(latent)
+        if len(words) < NUM_WORDS or seen & set(words) or levels.count(level) >= PRESETS_PER_LEVEL:
+            continue
+        dial = Dial(latent, starting_value(bench, mean_norm, latent))
+        chosen.append(Preset(", ".join(words), (dial,), why="Promotes these words most; not tried out."))
+        seen |= set(words)
+        levels.append(level)
+        if len(chosen) == NUM_PRESETS:
+            break
+    return chosen
+
+
+def promoting(bench: Workbench, found: Interpretation) -> list[tuple[int, list[str]]]:
+    """Latents that fire neither rarely nor everywhere, those with the largest effects on the logits at their maximum
+    first, each with the words among its most promoted tokens.
+    """
+    densities, promoted = found.column("density"), found.column("promoted")
+    maxima = bench.maxima
+    effects = {
+        latent: tokens[0]["effect"] * maxima[latent]
+        for latent, tokens in enumerate(promoted)
+        if tokens and MIN_DENSITY <= densities[latent] <= MAX_DENSITY
+    }
+    order = sorted(effects, key=lambda latent: -effects[latent])
+    return [(latent, words_of(promoted[latent])) for latent in order]
+
+
+def is_word(token: str) -> bool:
+    """Whether a token says more than signs and stumps of words do."""
+    return token.strip().isalpha() and len(token.strip()) >= MIN_LETTERS
+
+
+def words_of(promoted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The words among a latent's most promoted tokens."""
+    tokens = [one["token"] for one in promoted[: 2 * NUM_WORDS]]
+    return list(dict.fromkeys(token.strip() for token in tokens if is_word(token)))[:NUM_WORDS]

@@ -1,0 +1,60 @@
+"""How strongly latents are steered: the numbers that the sliders stand at, and how much is too much.
+
+Strengths are multiples of a latent's largest activation in training. How far text stays fluent depends on the length
+of the shift as a share of the activations' length, so the safe band is another one for every latent.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hf_msae.steering import LatentEdit
+from msae_space.library import SpaceError, Workbench
+
+METHODS = {
+    "add": "Add: push every token",
+    "clamp": "Clamp: hold the latent at a value",
+    "scale": "Scale: stronger or weaker where it fires",
+    "ablate": "Ablate: switch the latent off",
+}
+# Shifts as shares of the activation's length: up to the first, text usually stays fluent (docs/space.md has the
+# measurement); the second shows something at once; at the third the slider ends.
+FLUENT_SHARE, STARTING_SHARE, LIMIT_SHARE = 0.45, 0.4, 1.0
+STEP = 0.05
+
+
+class Dial(NamedTuple):
+    """A latent and the number its slider stands at."""
+
+    latent: int
+    value: float
+
+
+def strength(bench: Workbench, mean_norm: float, latent: int, share: float) -> float:
+    """The strength whose shift is this share of the activations' mean length, in multiples of the latent's maximum."""
+    longest = bench.maxima[latent] * bench.row_norms[latent]
+    # A latent that never fired in training has no unit; 1 keeps its slider usable.
+    return share * mean_norm / longest if longest > 0 else share / FLUENT_SHARE
+
+
+def fluent_up_to(bench: Workbench, mean_norm: float, latent: int) -> float:
+    """The largest strength at which text usually stays fluent."""
+    return strength(bench, mean_norm, latent, FLUENT_SHARE)
+
+
+def limit(bench: Workbench, mean_norm: float, latent: int) -> float:
+    """Where the slider ends."""
+    return math.ceil(2 * strength(bench, mean_norm, latent, LIMIT_SHARE)) / 2
+
+
+def starting_value(bench: Workbench, mean_norm: float, latent: int, share: float = STARTING_SHARE) -> float:
+    """A first strength that shows something, as the slider can give it."""
+    # Rounded down, so that it does not leave the band.
+    return round(max(STEP, math.floor(strength(bench, mean_norm, latent, share) / STEP) * STEP), 2)
+
+
+def edits(dials: Sequence[Dial], method: str) -> list[LatentEdit]:
+    """What the dials mean for `hf_msae.steering`."""
+    if method not in METHODS:
+        raise SpaceError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
+    return [LatentEdit(dial.latent, dial.value, method=method) for dial in dials]  # type: ignore[arg-type]

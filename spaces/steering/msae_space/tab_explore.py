@@ -1,0 +1,267 @@
+"""Explore: a text's tokens and their latents, and the page of one latent."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from hf_msae.interpret.pages import LatentPage, TokenEffect
+from msae_space import drawing
+from msae_space.dials import added, draw_dials, read_dials
+from msae_space.drawing import ON_CLICK
+from msae_space.library import Workbench
+from msae_space.links import MAX_TEXT
+from msae_space.meaning import Hit, Meaning, children_of, parents_of, strengths
+from msae_space.reading import Reading, are_special, read
+from msae_space.shared import Shared, told
+from msae_space.strengths import Dial, starting_value
+
+ONE_LATENT = "one"
+NUM_SHOWN, NUM_CONTEXTS = 8, 8
+
+
+class ExploreTab(NamedTuple):
+    text: gr.Textbox
+    colour: gr.Dropdown
+    tokens: gr.HTML
+    details: gr.HTML
+    page: gr.HTML
+    reading: gr.State
+    token: gr.State
+    read: Callable[..., Any]
+    draw: Callable[..., Any]
+    state: list[Any]
+
+
+def build(shared: Shared, default_text: str) -> ExploreTab:
+    """The tab; call inside its `gr.Tab`."""
+    reading, token = gr.State(None), gr.State(None)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=6, min_width=320):
+            text = gr.Textbox(
+                default_text,
+                label="Text",
+                lines=2,
+                max_lines=8,
+                max_length=MAX_TEXT,
+                elem_id="explore-text",
+                submit_btn="Read",
+            )
+            colour = gr.Dropdown(
+                [("the latent on the right", ONE_LATENT)],
+                value=ONE_LATENT,
+                label="Colour tokens by",
+                elem_id="colour",
+                filterable=False,
+            )
+            tokens = gr.HTML(js_on_load=ON_CLICK, elem_id="tokens")
+            details = gr.HTML(js_on_load=ON_CLICK, elem_id="token-latents")
+        with gr.Column(scale=6, min_width=320):
+            number = gr.Textbox(
+                label="Latent", placeholder="Its number", elem_id="latent-number", max_length=12, submit_btn="Open"
+            )
+            page = gr.HTML(js_on_load=ON_CLICK, elem_id="latent-page")
+    shown = [tokens, details]
+    state = [shared.key, reading, token, shared.latent, colour]
+
+    @told
+    def draw(key: list[str], found: Reading | None, place: int | None, latent: int | None, by: str) -> Any:
+        return draw_reading(shared.bench(key), shared.meaning(key), found, place, latent, by)
+
+    @told
+    def read_text(key: list[str], words: str) -> tuple[Reading, None]:
+        return read(shared.bench(key), words), None
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    text.submit(read_text, [shared.key, text], [reading, token], **quiet).then(draw, state, shown, **quiet)
+    colour.input(draw, state, shown, **quiet)
+
+    @told
+    def choose(key: list[str], value: Any, method: str, latent: int | None, event: gr.EventData) -> tuple[Any, ...]:
+        """A click on a token, a latent or a button of a latent's page."""
+        if event.action == "token":
+            return int(event.id), latent, gr.skip(), gr.skip()
+        bench, meaning = shared.bench(key), shared.meaning(key)
+        chosen = bench.checked(int(event.id))
+        if event.action == "steer":
+            dials = added(read_dials(value, bench), Dial(chosen, starting_value(bench, meaning.mean_norm, chosen)))
+            return gr.skip(), latent, draw_dials(bench, meaning, dials, method), gr.Tabs(selected="steer")
+        return gr.skip(), chosen, gr.skip(), gr.skip()
+
+    for component in (tokens, details, page):
+        component.click(
+            choose,
+            [shared.key, shared.dials, shared.method, shared.latent],
+            [token, shared.latent, shared.dials, shared.tabs],
+            **quiet,
+        ).then(draw, state, shown, **quiet)
+
+    @told
+    def open_number(key: list[str], words: str) -> int:
+        return shared.meaning(key).number(words)
+
+    number.submit(open_number, [shared.key, number], shared.latent, **quiet)
+
+    @told
+    def open_page(key: list[str], latent: int | None) -> str:
+        return draw_page(shared.bench(key), shared.meaning(key), latent)
+
+    shared.latent.change(open_page, [shared.key, shared.latent], page, show_progress="hidden", api_name="latent")
+    shared.latent.change(draw, state, shown, **quiet)
+    return ExploreTab(text, colour, tokens, details, page, reading, token, read_text, draw, state)
+
+
+def colour_choices(bench: Workbench) -> list[tuple[str, str]]:
+    """By the open latent, or by the latents that a level adds."""
+    sizes = [0, *bench.prefix_sizes]
+    levels = [
+        (f"level {level + 1}: latents {low:,} to {high - 1:,}", str(level))
+        for level, (low, high) in enumerate(pairwise(sizes))
+    ]
+    return [("the latent whose page is open", ONE_LATENT), *levels]
+
+
+def draw_reading(
+    bench: Workbench, meaning: Meaning, found: Reading | None, place: int | None, latent: int | None, by: str
+) -> tuple[str, str]:
+    """The coloured tokens, and the latents of the token that was clicked."""
+    if found is None:
+        return "", drawing.note("Press Read to see the text as the SAE reads it.")
+    strengths, hue, titles = _strengths(bench, found, latent, by)
+    tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=place, titles=titles, special=found.special)
+    if place is None or not 0 <= place < len(found.pieces):
+        return tokens, drawing.note("Click a token to list its latents.")
+    return tokens, _token_latents(bench, meaning, found, place)
+
+
+def _strengths(
+    bench: Workbench, found: Reading, latent: int | None, by: str
+) -> tuple[Sequence[float], int, Sequence[str]]:
+    """Per token a colour in 0 … 1 and a title, and the hue."""
+    if by == ONE_LATENT:
+        values = [0.0] * len(found.pieces) if latent is None else found.values(latent)
+        hue = 0 if latent is None else bench.level_of(latent)
+        maximum = 0.0 if latent is None else bench.maxima[latent]
+        scale = maximum or max(values) or 1.0
+        return [value / scale for value in values], hue, [f"{value:.2f}" for value in values]
+    level = int(by)
+    sums = [sum(value for one, value in active if bench.level_of(one) == level) for active in found.active]
+    whole = [sum(value for _, value in active) or 1.0 for active in found.active]
+    shares = [part / total for part, total in zip(sums, whole, strict=True)]
+    return shares, level, [f"{100 * share:.0f}% of the activation is of this level" for share in shares]
+
+
+def _token_latents(bench: Workbench, meaning: Meaning, found: Reading, place: int) -> str:
+    """The latents of a token, under the level that they belong to."""
+    if found.special[place]:
+        return drawing.note("A special token: the SAE never reads those.")
+    parts = [f"<h3>Latents on “{drawing.visible(found.pieces[place].strip() or found.pieces[place])}”</h3>"]
+    sizes = [0, *bench.prefix_sizes]
+    for level, (low, high) in enumerate(pairwise(sizes)):
+        here = [(latent, value) for latent, value in found.active[place] if low <= latent < high]
+        if not here:
+            continue
+        rows = [
+            drawing.latent_button(latent, meaning.name(latent), level, extra=f"{value:.2f}", with_level=False)
+            for latent, value in here[:NUM_SHOWN]
+        ]
+        more = f" (strongest {NUM_SHOWN} of {len(here)})" if len(here) > NUM_SHOWN else ""
+        parts.append(f"<h4>Level {level + 1}{more}</h4>{drawing.listing(rows, '')}")
+    return "".join(parts) if len(parts) > 1 else drawing.note("No latent is active on this token.")
+
+
+def draw_page(bench: Workbench, meaning: Meaning, latent: int | None) -> str:
+    """One latent: what it fires on, what it promotes, its relatives."""
+    if latent is None:
+        return drawing.note("No latent is open. Click one, or type its number.")
+    view = meaning.page(latent)
+    maximum, rate = bench.maxima[latent], bench.firing_rates[latent]
+    facts = f"In training it fired on {100 * rate:.2g}% of tokens, with at most {maximum:.3g}."
+    head = draw_head(bench, meaning, latent, drawing.button("Steer with it", "steer", latent, primary=True))
+    if view is None:
+        return head + drawing.note(f"{facts} {meaning.progress}")
+    if view.is_dead:
+        return head + drawing.note(f"{facts} It never fired on the text that was read.")
+    score = (
+        ""
+        if view.label is None or view.label.detection is None
+        else f" Label: detection AUC {view.label.detection:.2f}."
+    )
+    return "".join(
+        [
+            head,
+            drawing.note(facts + score),
+            drawing.section("Where it fires most", draw_contexts(bench, view, NUM_CONTEXTS)),
+            drawing.section(
+                "How strongly it fires",
+                drawing.bars(view.histogram, "0", f"{view.histogram_range:.3g}", "activation, where it fires"),
+            ),
+            drawing.columns(_tokens("Promotes", view.promoted), _tokens("Suppresses", view.suppressed)),
+            draw_relatives(bench, meaning, view),
+            drawing.section("Nearest by decoder cosine", draw_hits(bench, meaning, _nearest(view), "Nothing.")),
+        ]
+    )
+
+
+def draw_head(bench: Workbench, meaning: Meaning, latent: int, buttons: str) -> str:
+    """A latent's level, number and name, and buttons."""
+    level = bench.level_of(latent)
+    return (
+        f'<header class="msae-page-head msae-hue-{level % 6}"><span class="msae-level">level {level + 1}</span>'
+        f'<h2><span class="msae-number">#{latent}</span> {drawing.text(meaning.name(latent))}</h2>{buttons}</header>'
+    )
+
+
+def draw_contexts(bench: Workbench, view: LatentPage, number: int) -> str:
+    """Stretches of text on which the latent is strongest."""
+    level = bench.level_of(view.latent)
+    rows = "".join(
+        "<li>"
+        + drawing.tokens(
+            one.tokens,
+            strengths(one, view.max_activation),
+            hue=level,
+            marked=one.position,
+            titles=[f"{value:.2f}" for value in one.activations],
+            special=are_special(bench, one.tokens),
+            clickable=False,
+        )
+        + "</li>"
+        for one in view.top[:number]
+    )
+    return f'<ol class="msae-contexts">{rows}</ol>'
+
+
+def draw_hits(bench: Workbench, meaning: Meaning, hits: Sequence[Hit], empty: str) -> str:
+    """Latents to choose, each with why it is there."""
+    rows = [
+        drawing.latent_button(one.latent, meaning.name(one.latent), bench.level_of(one.latent), extra=one.why)
+        for one in hits
+    ]
+    return drawing.listing(rows, empty)
+
+
+def draw_relatives(bench: Workbench, meaning: Meaning, view: LatentPage) -> str:
+    """More general and more specific latents, beside each other where there are both."""
+    parents, children = parents_of(view), children_of(view)
+    up = drawing.section("More general", draw_hits(bench, meaning, parents, "Nothing above it."))
+    down = drawing.section("More specific", draw_hits(bench, meaning, children, "Nothing below it."))
+    if not parents and not children:
+        return drawing.section("More general or specific", drawing.note("No other level has a relative of it."))
+    return (drawing.columns(up, down) if parents and children else up + down) + drawing.note(
+        "Score: how much oftener than by chance the general one fires where the special one does; 1 is always."
+    )
+
+
+def _nearest(view: LatentPage) -> list[Hit]:
+    return [Hit(one.latent, f"cosine {one.cosine:.2f}") for one in view.nearest]
+
+
+def _tokens(title: str, effects: Sequence[TokenEffect]) -> str:
+    rows = "".join(
+        f'<li><code>{drawing.visible(one.token)}</code><span class="msae-extra">{one.effect:+.3f}</span></li>'
+        for one in effects[:NUM_SHOWN]
+    )
+    body = f'<ul class="msae-words">{rows}</ul>' if rows else drawing.note("Not known for this site.")
+    return drawing.section(title, body)

@@ -1,0 +1,122 @@
+"""Levels: what the reconstruction by each prefix of the dictionary keeps of a text."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from msae_space import drawing
+from msae_space.library import Workbench
+from msae_space.links import MAX_TEXT
+from msae_space.reading import LevelReading, are_special, read_levels
+from msae_space.shared import Shared, told
+
+EXPLANATION = (
+    "The model's activations are replaced by what the first latents reconstruct, on every token. Colour shows how far "
+    "the prediction after each token moves (KL divergence, full colour at 1 nat)."
+)
+NUM_CHANGES = 12
+
+
+class LevelsTab(NamedTuple):
+    text: gr.Textbox
+    level: gr.Slider
+    view: gr.HTML
+    found: gr.State
+    measure: Callable[..., Any]
+    draw: Callable[..., str]
+
+
+def build(shared: Shared, default_text: str) -> LevelsTab:
+    """The tab; call inside its `gr.Tab`."""
+    found = gr.State(None)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=6, min_width=320):
+            text = gr.Textbox(
+                default_text,
+                label="Text",
+                lines=2,
+                max_lines=8,
+                max_length=MAX_TEXT,
+                elem_id="levels-text",
+                submit_btn="Measure",
+            )
+        with gr.Column(scale=6, min_width=320):
+            level = gr.Slider(1, 2, 1, step=1, label="Level", elem_id="level")
+    gr.HTML(drawing.note(EXPLANATION))
+    view = gr.HTML(elem_id="levels-view")
+
+    @told
+    def measure(key: list[str], words: str) -> Any:
+        return read_levels(shared.bench(key), words)
+
+    @told
+    def draw(key: list[str], measured: Any, chosen: float) -> str:
+        return draw_level(shared.bench(key), measured, int(chosen))
+
+    state = [shared.key, found, level]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    text.submit(measure, [shared.key, text], found, show_progress="hidden", api_name="levels").then(
+        draw, state, view, **quiet
+    )
+    level.change(draw, state, view, trigger_mode="always_last", **quiet)
+    return LevelsTab(text, level, view, found, measure, draw)
+
+
+def draw_level(bench: Workbench, measured: tuple[tuple[str, ...], list[LevelReading]] | None, chosen: int) -> str:
+    """The table of all levels, and the text at the chosen one (from 1)."""
+    if measured is None:
+        return drawing.note("Press Measure to see what each level keeps of this text.")
+    pieces, levels = measured
+    index = min(max(chosen, 1), len(levels)) - 1
+    held_out = (bench.sae.config.measured or {}).get("fve", [])
+    header = ["level", "latents", "FVE here", "FVE held out", "ΔCE here (nats)", "next token changed"]
+    rows = [
+        [
+            str(number + 1),
+            f"{one.prefix:,}",
+            f"{one.fve:.3f}",
+            f"{held_out[number]:.3f}" if number < len(held_out) else "–",
+            f"{one.ce - one.ce_clean:+.3f}",
+            f"{one.num_changed} of {len(pieces)}",
+        ]
+        for number, one in enumerate(levels)
+    ]
+    level = levels[index]
+    titles = [f"KL {value:.3f} nats" for value in level.kl]
+    special = are_special(bench, pieces)
+    coloured = drawing.tokens(pieces, level.kl, hue=index, titles=titles, special=special, clickable=False)
+    return (
+        drawing.table(header, rows, chosen=index)
+        + drawing.section(f"With the first {level.prefix:,} latents", coloured)
+        + drawing.section("Where the likeliest next token changes", _changes(pieces, special, level))
+    )
+
+
+def _changes(pieces: tuple[str, ...], special: list[bool], level: LevelReading) -> str:
+    changed = [
+        place
+        for place, (now, before) in enumerate(zip(level.guesses, level.guesses_clean, strict=True))
+        if now[0] != before[0]
+    ]
+    # The furthest moved first.
+    shown = sorted(changed, key=lambda place: -level.kl[place])[:NUM_CHANGES]
+    rows = [
+        [
+            _before(pieces, special, place),
+            ", ".join(token.strip() or repr(token) for token in level.guesses_clean[place]),
+            ", ".join(token.strip() or repr(token) for token in level.guesses[place]),
+            f"{level.kl[place]:.2f}",
+        ]
+        for place in shown
+    ]
+    if not rows:
+        return drawing.note("Nowhere: after every token, the same next token stays the likeliest.")
+    return drawing.table(["after", "the model says", "at this level", "KL"], rows, of_words=True)
+
+
+def _before(pieces: tuple[str, ...], special: list[bool], place: int) -> str:
+    """The end of the text up to a token."""
+    first = max(0, place - 3)
+    words = "".join(piece for index, piece in enumerate(pieces[first : place + 1], first) if not special[index])
+    return words if first == 0 else f"… {words.lstrip(' .,')}"

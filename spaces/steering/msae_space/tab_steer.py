@@ -1,0 +1,309 @@
+"""Steer: choose latents, set their strengths, and read default and steered text beside each other."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from hf_msae.steering import Steering
+from msae_space import drawing
+from msae_space.dials import SCRIPT, TEMPLATE, added, draw_dials, read_dials
+from msae_space.drawing import ON_CLICK
+from msae_space.generation import Runs, Texts, stream
+from msae_space.library import Key, SpaceError, Workbench
+from msae_space.links import MAX_NEW_TOKENS, MAX_TEXT, POSITIONS, View, as_python
+from msae_space.shared import Shared, told
+from msae_space.strengths import METHODS, Dial, edits, starting_value
+from msae_space.zerogpu import find_zerogpu, on_gpu
+
+RUNS = Runs()
+EXPLANATION = (
+    "Strengths are multiples of each latent's largest activation in training. Inside the green band text usually "
+    "stays fluent. What a latent does is a hypothesis until tried, and a good prompt often steers better."
+)
+# On a phone the texts are below what starts them; they are brought into view when they begin.
+SHOW_TEXTS = """
+let writing = false;
+watch('value', () => {
+  const now = element.querySelector('.msae-caret') !== null;
+  if (now && !writing && element.getBoundingClientRect().top > innerHeight - 60)
+    element.scrollIntoView({behavior: 'smooth', block: 'start'});
+  writing = now;
+});
+"""
+
+
+class Controls(NamedTuple):
+    """The components whose values a run needs, in the order of the handlers' arguments."""
+
+    prompt: gr.Textbox
+    dials: gr.HTML
+    method: gr.Dropdown
+    positions: gr.Dropdown
+    temperature: gr.Slider
+    length: gr.Slider
+    seed: gr.Number
+
+
+class SteerTab(NamedTuple):
+    """What the page wires up."""
+
+    controls: Controls
+    presets: gr.HTML
+    results: gr.HTML
+    query: gr.Textbox
+    go: gr.Button
+    generate: Any
+    outputs: list[Any]
+
+
+def build_dials() -> tuple[gr.HTML, gr.Dropdown]:
+    """The components that other tabs write to, made before the tabs are."""
+    dials = gr.HTML(
+        {"html": "", "dials": []}, html_template=TEMPLATE, js_on_load=SCRIPT, elem_id="dials", render=False
+    )
+    choices = [(words, name) for name, words in METHODS.items()]
+    method = gr.Dropdown(choices, value="add", label="What is done", elem_id="method", render=False, filterable=False)
+    return dials, method
+
+
+def build(shared: Shared, default_prompt: str) -> SteerTab:
+    """The tab; call inside its `gr.Tab`."""
+    presets = gr.HTML(js_on_load=ON_CLICK, elem_id="presets")
+    with gr.Row(equal_height=False, elem_classes="msae-sides"):
+        with gr.Column(scale=5, min_width=320):
+            shared.dials.render()
+            query = gr.Textbox(
+                label="Find latents",
+                placeholder="A word, a phrase, or a number such as 341",
+                elem_id="search",
+                max_length=200,
+                submit_btn="Search",
+            )
+            results = gr.HTML(js_on_load=ON_CLICK, elem_id="results")
+            shared.method.render()
+        with gr.Column(scale=7, min_width=320):
+            prompt = gr.Textbox(
+                default_prompt, label="Prompt", lines=2, max_lines=6, max_length=MAX_TEXT, elem_id="prompt"
+            )
+            with gr.Row(elem_id="go-row"):
+                go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
+                stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+            texts = gr.HTML(_panes("", Texts()), js_on_load=SHOW_TEXTS, elem_id="texts")
+            gr.HTML(drawing.note(EXPLANATION))
+            with gr.Accordion("More settings", open=False):
+                choices = [(words, name) for name, words in POSITIONS.items()]
+                positions = gr.Dropdown(choices, value="all", label="Where it acts", filterable=False)
+                temperature = gr.Slider(0, 1.5, 0.7, step=0.05, label="Temperature (0 takes the likeliest token)")
+                length = gr.Slider(10, MAX_NEW_TOKENS, 60, step=10, label="New tokens")
+                seed = gr.Number(0, label="Seed (both texts share it)", precision=0, minimum=0, maximum=2**31 - 1)
+            with gr.Accordion("Copy as Python", open=False):
+                code = gr.Code(language="python", interactive=False, label="Python", elem_id="code")
+    controls = Controls(prompt, shared.dials, shared.method, positions, temperature, length, seed)
+    inputs, outputs = [shared.key, *controls], [texts, code]
+
+    @told
+    def generate(request: gr.Request, key: list[str], *values: Any) -> Iterator[tuple[str, str]]:
+        bench, view = shared.bench(key), view_of(shared, key, *values)
+        program = as_python(bench, view)
+        for drawn in run(bench, view, str(request.session_hash)):
+            yield drawn, program
+
+    running: dict[str, Any] = {
+        "show_progress": "hidden",
+        "concurrency_limit": 4,
+        "concurrency_id": "generate",
+        "trigger_mode": "multiple",  # a new run ends the visitor's old one, see `run`
+    }
+    gr.on([go.click, prompt.submit, shared.dials.release], generate, inputs, outputs, api_name="steer", **running)
+    stop.click(_stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+    @told
+    def search(key: list[str], words: str) -> str:
+        return _hits(shared, key, words)
+
+    gr.on([query.submit], search, [shared.key, query], results, show_progress="hidden", api_name="search")
+
+    @told
+    def choose(key: list[str], value: Any, method: str, event: gr.EventData) -> tuple[Any, Any, Any]:
+        """A click in the lists or on a dial: add the latent, remove it, or open its page."""
+        bench, meaning = shared.bench(key), shared.meaning(key)
+        dials, latent = read_dials(value, bench), bench.checked(int(event.id))
+        if event.action == "latent":
+            return gr.skip(), latent, gr.Tabs(selected="explore")
+        if event.action == "remove":
+            dials = [dial for dial in dials if dial.latent != latent]
+        else:
+            dials = added(dials, Dial(latent, starting_value(bench, meaning.mean_norm, latent)))
+        return draw_dials(bench, meaning, dials, method), gr.skip(), gr.skip()
+
+    for component in (results, shared.dials):
+        component.click(
+            choose,
+            [shared.key, shared.dials, shared.method],
+            [shared.dials, shared.latent, shared.tabs],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    @told
+    def take(key: list[str], event: gr.EventData) -> tuple[Any, str, Any, Any]:
+        """A click on a preset: its sliders take the place of all others."""
+        bench, meaning = shared.bench(key), shared.meaning(key)
+        if not 0 <= int(event.id) < len(meaning.presets()):
+            raise SpaceError("That preset is not there any more; reload the page.")
+        preset = meaning.presets()[int(event.id)]
+        drawn = draw_dials(bench, meaning, preset.dials, preset.method)
+        words, random = (gr.skip() if one is None else one for one in (preset.prompt, preset.seed))
+        return drawn, preset.method, words, random
+
+    presets.click(
+        take,
+        [shared.key],
+        [shared.dials, shared.method, prompt, seed],
+        show_progress="hidden",
+        api_visibility="private",
+    ).success(generate, inputs, outputs, api_visibility="private", **running)
+
+    @told
+    def redraw(key: list[str], value: Any, method: str) -> Any:
+        bench = shared.bench(key)
+        dials = [Dial(latent, _fitting(value, method)) for latent, value in read_dials(value, bench)]
+        return draw_dials(bench, shared.meaning(key), dials, method)
+
+    shared.method.input(
+        redraw,
+        [shared.key, shared.dials, shared.method],
+        shared.dials,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return SteerTab(controls, presets, results, query, go, generate, outputs)
+
+
+def _fitting(value: float, method: str) -> float:
+    """A strength as it is kept when the method changes; a factor below 0 is none."""
+    return max(0.0, value) if method == "scale" else value
+
+
+def view_of(shared: Shared, key: list[str], *values: Any) -> View:
+    """The settings of a run. Raises SpaceError for values that the page's components do not give."""
+    prompt, dials, method, positions, temperature, length, seed = values
+    return View(
+        Key(*key),
+        prompt=(prompt or "")[:MAX_TEXT],
+        dials=tuple(read_dials(dials, shared.bench(key))),
+        method=method,
+        positions=positions,
+        temperature=float(temperature),
+        max_new_tokens=int(length),
+        seed=int(seed or 0),
+    )
+
+
+def run(bench: Workbench, view: View, visitor: str) -> Iterator[str]:
+    """The two panes while the texts grow."""
+    stopped = RUNS.begin(visitor)
+    prompt, texts = view.prompt or " ", Texts()
+    try:
+        steering = Steering(edits(view.dials, view.method), positions=view.positions)
+        # An event cannot go to the process that ZeroGPU forks; there, whoever stops reading has stopped.
+        event = stopped if find_zerogpu() is None else None
+        for texts in _stream(
+            bench,
+            prompt,
+            steering,
+            seed=view.seed,
+            temperature=view.temperature,
+            max_new_tokens=view.max_new_tokens,
+            stopped=event,
+        ):
+            # What an old run still has to say must not appear among the words of the new one.
+            if RUNS.is_superseded(visitor, stopped):
+                return
+            if event is None and stopped.is_set():
+                texts = replace(texts, done=True)
+            yield _panes(prompt, texts)
+            if texts.done:
+                return
+    finally:
+        RUNS.end(visitor, stopped)
+
+
+_stream = on_gpu(stream)
+
+
+def _stop(request: gr.Request) -> None:
+    RUNS.stop(str(request.session_hash))
+
+
+def _panes(prompt: str, texts: Texts) -> str:
+    def pane(name: str, words: str) -> str:
+        if not prompt:
+            body = drawing.note("Take a preset, or press Generate.")
+        else:
+            caret = "" if texts.done else '<span class="msae-caret"></span>'
+            before = f'<span class="msae-prompt">{drawing.text(prompt)}</span>'
+            body = f'<p class="msae-text">{before}{drawing.text(words)}{caret}</p>'
+        measured = f'<p class="msae-measure">{_measure(words, texts, name)}</p>'
+        return f'<div id="{name}-text"><h3>{name.capitalize()}</h3>{body}{measured}</div>'
+
+    state = "done" if texts.done else "waiting"
+    busy = "true" if prompt and not texts.done else "false"
+    return (
+        f'<div class="msae-columns msae-panes" aria-live="polite" aria-busy="{busy}" data-state="{state}">'
+        f"{pane('default', texts.default)}{pane('steered', texts.steered)}</div>"
+    )
+
+
+def _measure(words: str, texts: Texts, name: str) -> str:
+    if not texts.done:
+        return ""
+    loss = texts.losses.get(name)
+    if loss is None:
+        return "" if words else "The text ended at once."
+    return f"Loss {loss:.2f} nats per token to the unsteered model"
+
+
+def _hits(shared: Shared, key: list[str], words: str) -> str:
+    bench, meaning = shared.bench(key), shared.meaning(key)
+    hits = meaning.search(words)
+    if not hits:
+        return drawing.note("No latent was found. Try another word, a phrase, or the number of a latent.")
+    titles = {
+        True: "Promote it (nats at their maximum): these steer",
+        False: "Fire on it (% of their maximum): these read",
+    }
+    if len(hits) == 1:
+        titles[False] = "Click to steer with it"
+    parts = []
+    for promotes, title in titles.items():
+        rows = [
+            drawing.latent_button(
+                hit.latent,
+                (hit.promotes and meaning.promoted(hit.latent)) or meaning.name(hit.latent),
+                bench.level_of(hit.latent),
+                extra=hit.why,
+                action="add",
+            )
+            for hit in hits
+            if hit.promotes == promotes
+        ]
+        if rows:
+            parts.append(f"<h4>{title}</h4>{drawing.listing(rows, '')}")
+    return "".join(parts)
+
+
+def draw_presets(shared: Shared, key: list[str]) -> str:
+    """What to begin with, as a row of buttons."""
+    meaning = shared.meaning(key)
+    bench = shared.bench(key)
+    buttons = "".join(
+        f'<button type="button" class="msae-preset msae-hue-{bench.level_of(preset.dials[0].latent) % 6}" '
+        f'data-do="take" data-id="{number}" title="{drawing.text(preset.why)}">{drawing.text(preset.name)}</button>'
+        for number, preset in enumerate(meaning.presets())
+    )
+    label = '<span class="msae-label">Try steering towards</span>' if buttons else ""
+    words = drawing.note(meaning.progress) if meaning.progress else ""
+    return f'<div class="msae-presets">{label}{buttons}</div>{words}'

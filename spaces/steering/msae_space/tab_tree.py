@@ -1,0 +1,89 @@
+"""Tree: walk from a coarse latent to the finer ones under it, and steer with any of them.
+
+It is called a tree and is a graph: a latent may have several parents, and the page shows them all.
+"""
+
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from msae_space import drawing
+from msae_space.dials import added, draw_dials, read_dials
+from msae_space.drawing import ON_CLICK
+from msae_space.library import Workbench
+from msae_space.meaning import Meaning
+from msae_space.shared import Shared, told
+from msae_space.strengths import Dial, starting_value
+from msae_space.tab_explore import draw_contexts, draw_head, draw_hits, draw_relatives
+
+NUM_ROOTS = 40
+NUM_CONTEXTS = 3
+
+
+class TreeTab(NamedTuple):
+    walk: gr.State
+    view: gr.HTML
+
+
+def build(shared: Shared) -> TreeTab:
+    """The tab; call inside its `gr.Tab`. `walk` is the latents from the root to where the visitor stands."""
+    walk = gr.State([])
+    view = gr.HTML(js_on_load=ON_CLICK, elem_id="tree")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    @told
+    def choose(key: list[str], path: list[int], value: Any, method: str, event: gr.EventData) -> tuple[Any, ...]:
+        bench, meaning = shared.bench(key), shared.meaning(key)
+        nothing = [gr.skip()] * 4
+        if event.action == "top":
+            return [], *nothing[1:]
+        latent = bench.checked(int(event.id))
+        if event.action == "steer":
+            dials = added(read_dials(value, bench), Dial(latent, starting_value(bench, meaning.mean_norm, latent)))
+            return nothing[0], draw_dials(bench, meaning, dials, method), gr.Tabs(selected="steer"), nothing[3]
+        if event.action == "page":
+            return nothing[0], nothing[1], gr.Tabs(selected="explore"), latent
+        if latent in path:
+            return path[: path.index(latent) + 1], *nothing[1:]
+        # A parent that the walk did not come by begins a walk of its own.
+        below = path and latent in {one.latent for one in meaning.children(path[-1])}
+        return ([*path, latent] if below else [latent]), *nothing[1:]
+
+    @told
+    def draw(key: list[str], path: list[int]) -> str:
+        return draw_walk(shared.bench(key), shared.meaning(key), path)
+
+    view.click(
+        choose,
+        [shared.key, walk, shared.dials, shared.method],
+        [walk, shared.dials, shared.tabs, shared.latent],
+        **quiet,
+    )
+    walk.change(draw, [shared.key, walk], view, **quiet)
+    return TreeTab(walk, view)
+
+
+def draw_walk(bench: Workbench, meaning: Meaning, path: list[int]) -> str:
+    """The roots, or the latent at the end of the walk with its parents and children."""
+    if not meaning.has_pages:
+        return drawing.note(meaning.progress)
+    if not path:
+        return drawing.note(
+            "Coarse latents with finer ones under them. An edge says that where the child fires, the parent fires, "
+            "too, far more often than chance; it is evidence, not proof."
+        ) + draw_hits(bench, meaning, meaning.roots()[:NUM_ROOTS], "No edge between levels passed the tests.")
+    crumbs = '<button type="button" class="msae-link" data-do="top" data-id="0">All roots</button>' + "".join(
+        f'<span aria-hidden="true">›</span><button type="button" class="msae-link" data-do="latent" '
+        f'data-id="{latent}">{drawing.text(meaning.name(latent))}</button>'
+        for latent in path
+    )
+    return f'<nav class="msae-crumbs" aria-label="Walk">{crumbs}</nav>{_card(bench, meaning, path[-1])}'
+
+
+def _card(bench: Workbench, meaning: Meaning, latent: int) -> str:
+    steer = drawing.button("Steer with it", "steer", latent, primary=True)
+    head = draw_head(bench, meaning, latent, steer + drawing.button("Its page", "page", latent))
+    view = meaning.page(latent)
+    if view is None:
+        return head
+    return f"{head}{draw_contexts(bench, view, NUM_CONTEXTS)}{draw_relatives(bench, meaning, view)}"

@@ -1,0 +1,53 @@
+"""An SAE of the story model, trained for seconds, with an interpretation beside it; and the Space's own modules.
+
+The Space's modules lie beside its `app.py`, where a script finds them; here their folder is put on the path.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cli.sources import STORIES
+from hf_msae.cli.space import space_folder
+from hf_msae.interpret.pipeline import interpret
+from hf_msae.training import SAETrainer, SAETrainingArguments
+from hf_msae.worlds.stories import StoryWorld, load_story_lm
+
+sys.path.insert(0, str(space_folder()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the tests' own, for this process and those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an SAE of 256 latents in three levels."""
+    folder = tmp_path_factory.mktemp("space") / "story-sae"
+    model, tokenizer = load_story_lm()
+    model.config.name_or_path = STORIES  # what the SAE records as its model
+    sae = MatryoshkaSAE(
+        MatryoshkaSAEConfig(hidden_size=128, num_latents=256, prefix_sizes=[32, 128, 256], k=12, site="layers.2")
+    )
+    args = SAETrainingArguments(
+        output_dir=str(folder),
+        max_steps=40,
+        per_device_train_batch_size=1024,
+        eval_tokens=5_000,
+        calibration_tokens=5_000,
+        ce_tokens=2_000,
+        save_steps=0,
+        seed=0,
+    )
+    stories = StoryWorld(seed=0).documents(600)
+    SAETrainer(model, sae, args, stories, processing_class=tokenizer).train()
+    saved = MatryoshkaSAE.from_pretrained(folder).eval()
+    interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=15_000)
+    return folder
