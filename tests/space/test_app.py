@@ -188,6 +188,16 @@ def test_text_streams_and_is_that_of_the_pipeline(bench):
     assert grown[-1].steered != grown[-1].default
 
 
+def test_the_first_new_word_keeps_its_space(bench, lm, tokenizer):
+    """Many tokenizers drop the space before the first token that they decode, and transformers' pipeline with them."""
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[32], k=4, site="layers.0"))
+    other = replace(bench, key=Key("w"), sae=sae.eval(), model=lm, tokenizer=tokenizer)
+    *_, last = stream(other, "w1 w2 w3", Steering(), seed=0, temperature=0.7, max_new_tokens=8)
+    pipe = SteeredPipeline(lm, tokenizer, sae, Steering())
+    answer = pipe("w1 w2 w3", seed=0, temperature=0.7, max_new_tokens=8)[0]["generated_text"]
+    assert last.default == f" {answer.removeprefix('w1 w2 w3')}"
+
+
 def test_streams_at_once_do_not_mix(bench):
     wishes = [Steering([LatentEdit(latent, 2.0)]) for latent in (1, 5, 9)]
     alone = [texts(bench, wish, seed=seed) for seed, wish in enumerate(wishes)]
@@ -278,6 +288,23 @@ def test_dials_from_a_browser_are_checked(bench, value, words):
         read_dials(value, bench)
 
 
+def test_latents_without_a_maximum_are_steered_in_shares_of_the_activation(bench, meaning):
+    """As those of checkpoints from other libraries, which do not say it."""
+    foreign = replace(bench, maxima=[0.0] * 256)
+    assert fluent_up_to(foreign, meaning.mean_norm, 3) == FLUENT_SHARE
+    assert edits(foreign, [Dial(3, 0.4)], "add") == [LatentEdit(3, 0.4, "add", "norm")]
+    assert "× norm" in draw_dials(foreign, meaning, [Dial(3, 0.4)], "add")["html"]
+    code = as_python(foreign, View(foreign.key, prompt=PROMPT, dials=(Dial(3, 0.4),)))
+    assert "LatentEdit(3, 0.4, method='add', units='norm')" in code
+    # On tokens of mean length, the same shift.
+    strong = [fluent_up_to(one, meaning.mean_norm, 3) for one in (bench, foreign)]
+    shifts = [
+        strong[0] * (bench.sae.max_activation[3] * bench.sae.W_dec[3]).norm().item(),
+        strong[1] * meaning.mean_norm,
+    ]
+    assert shifts[0] == pytest.approx(shifts[1])
+
+
 def test_dials_are_added_changed_and_full():
     dials = [Dial(latent, 1.0) for latent in range(MAX_DIALS)]
     assert added(dials, Dial(2, 0.5))[2] == Dial(2, 0.5)
@@ -294,9 +321,9 @@ def test_drawn_dials_are_read_back(bench, meaning):
     assert drawn["html"].count('type="range"') == 2
     assert "level 1" in drawn["html"]
     assert "level 3" in drawn["html"]
-    assert edits(dials, "clamp") == [LatentEdit(3, 0.25, "clamp"), LatentEdit(200, -1.0, "clamp")]
+    assert edits(bench, dials, "clamp") == [LatentEdit(3, 0.25, "clamp"), LatentEdit(200, -1.0, "clamp")]
     with pytest.raises(SpaceError, match="no method 'shout'"):
-        edits(dials, "shout")
+        edits(bench, dials, "shout")
 
 
 # Links and code
@@ -342,7 +369,7 @@ def test_what_a_link_says_wrongly_is_named_and_left_out():
 def test_copied_python_prints_the_steered_text(bench):
     view = View(bench.key, prompt=PROMPT, dials=(Dial(3, 1.5), Dial(40, -1.0)), max_new_tokens=15, seed=4)
     code = as_python(bench, view)
-    steering = Steering(edits(view.dials, view.method))
+    steering = Steering(edits(bench, view.dials, view.method))
     expected = PROMPT + texts(bench, steering, seed=4, tokens=15).steered
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert ran.stdout.strip() == expected.strip()
@@ -461,7 +488,7 @@ def test_tried_presets_do_what_they_say(bench, meaning):
             bench.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in preset.name.split(", ")
         ]
         found = []
-        for steering in (Steering(edits(preset.dials, preset.method)), Steering()):
+        for steering in (Steering(edits(bench, preset.dials, preset.method)), Steering()):
             with torch.no_grad(), steering.on(bench.model, bench.sae, bench.special_ids):
                 logits = bench.model(input_ids=ids).logits[0, -1]
             found.append(logits.softmax(-1)[words].sum().item())
@@ -743,7 +770,7 @@ def test_everything_works_in_the_processes_that_zerogpu_forks(tmp_path, bench, s
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     view = View(bench.key, prompt="One day", dials=(Dial(7, 1.5),), max_new_tokens=12)
-    expected = texts(bench, Steering(edits(view.dials, view.method)), seed=0, tokens=12, prompt=view.prompt)
+    expected = texts(bench, Steering(edits(bench, view.dials, view.method)), seed=0, tokens=12, prompt=view.prompt)
     assert drawing.text(expected.steered) in ran.stdout
 
 

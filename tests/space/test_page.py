@@ -460,6 +460,7 @@ def test_a_pasted_repo_opens_with_its_model(visit, hub, lm, tokenizer):
     find(page, "40")
     page.locator("#results button").first.click()
     page.wait_for_selector("#dials input[data-id='40']")
+    assert "× norm" in page.locator("#dials output").inner_text()
     default, _ = generate(page, "w1 w2 w3")
     assert default.startswith("w1 w2 w3")
 

@@ -12,7 +12,7 @@ from typing import Any
 from msae_space.drawing import note, text
 from msae_space.library import SpaceError, Workbench
 from msae_space.meaning import Meaning
-from msae_space.strengths import STEP, Dial, fluent_up_to, limit
+from msae_space.strengths import STEP, Dial, fluent_up_to, has_maximum, limit
 
 MAX_DIALS = 8
 MAX_FACTOR = 4.0
@@ -85,7 +85,7 @@ def _draw(bench: Workbench, meaning: Meaning, dial: Dial, method: str) -> str:
     end = MAX_FACTOR if scaled else limit(bench, meaning.mean_norm, dial.latent)
     fluent = end if scaled else min(end, fluent_up_to(bench, meaning.mean_norm, dial.latent))
     low = 0.0 if scaled else -end
-    unit = "× as active" if scaled else "× max"
+    unit = "× as active" if scaled else "× max" if has_maximum(bench, dial.latent) else "× norm"
     share = fluent / end
     left, width = (0.0, 1.0) if scaled else (0.5 - share / 2, share)
     ends = ("0", "×2", f"×{end:g}") if scaled else (f"−{end:g}", "0", f"+{end:g}")

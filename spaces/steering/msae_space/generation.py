@@ -46,12 +46,12 @@ class _Pane(BaseStreamer):
 
     name: str
     news: "queue.SimpleQueue[tuple[str, BaseException | None]]"
+    prompt: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    prompt_seen: bool = False
 
     def put(self, value: Tensor) -> None:
-        if not self.prompt_seen:  # `generate` begins with the prompt
-            self.prompt_seen = True
+        if not self.prompt:  # `generate` begins with it
+            self.prompt = value.flatten().tolist()
             return
         self.ids.extend(value.flatten().tolist())
         self.news.put((self.name, None))
@@ -126,11 +126,15 @@ def _take(news: "queue.SimpleQueue[tuple[str, BaseException | None]]") -> int:
 
 
 def _texts(bench: Workbench, panes: dict[str, _Pane]) -> Texts:
+    return Texts(*(_text(bench, panes[name]) for name in PANES))
+
+
+def _text(bench: Workbench, pane: _Pane) -> str:
+    """What follows the prompt. Decoded with it, because many tokenizers drop the space before the first token."""
+    before = bench.decode(pane.prompt, skip_special=True)
+    whole = bench.decode([*pane.prompt, *pane.ids], skip_special=True)
     # A token may end inside a letter of several bytes, which then reads as this sign until the rest has come.
-    default, steered = (
-        bench.decode(panes[name].ids, skip_special=True).rstrip("\N{REPLACEMENT CHARACTER}") for name in PANES
-    )
-    return Texts(default, steered)
+    return whole[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 class Runs:

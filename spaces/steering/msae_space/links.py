@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 from hf_msae.hub import STORIES
 from msae_space.library import Key, Workbench
-from msae_space.strengths import METHODS, Dial
+from msae_space.strengths import METHODS, Dial, edits
 
 POSITIONS = {"all": "prompt and new text", "generated": "new text only", "prompt": "prompt only"}
 MAX_TEXT = 2000
@@ -115,8 +115,11 @@ def as_python(bench: Workbench, view: View) -> str:
             f"model = AutoModelForCausalLM.from_pretrained({config.base_model!r}{revision}).eval()\n"
             f"tokenizer = AutoTokenizer.from_pretrained({config.base_model!r}{revision})"
         )
-    edits = "".join(f"    LatentEdit({dial.latent}, {dial.value!r}, method={view.method!r}),\n" for dial in view.dials)
-    listed = f"[\n{edits}]" if edits else "[]"
+    written = [
+        f"    LatentEdit({edit.latent}, {edit.value!r}, method={edit.method!r}, units={edit.units!r}),\n"
+        for edit in edits(bench, view.dials, view.method)
+    ]
+    listed = f"[\n{''.join(written)}]" if written else "[]"
     first, *rest = sorted([imports, "from hf_msae import MatryoshkaSAE"], key=lambda line: "transformers" not in line)
     lines = [
         first,

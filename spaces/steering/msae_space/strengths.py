@@ -1,7 +1,8 @@
 """How strongly latents are steered: the numbers that the sliders stand at, and how much is too much.
 
 Strengths are multiples of a latent's largest activation in training. How far text stays fluent depends on the length
-of the shift as a share of the activations' length, so the safe band is another one for every latent.
+of the shift as a share of the activations' length, so the safe band is another one for every latent. A latent whose
+maximum is not known (checkpoints of other libraries do not say it) is given shifts in that share itself.
 """
 
 import math
@@ -30,11 +31,16 @@ class Dial(NamedTuple):
     value: float
 
 
+def has_maximum(bench: Workbench, latent: int) -> bool:
+    """Whether the latent's largest activation is known."""
+    return bench.maxima[latent] > 0
+
+
 def strength(bench: Workbench, mean_norm: float, latent: int, share: float) -> float:
-    """The strength whose shift is this share of the activations' mean length, in multiples of the latent's maximum."""
-    longest = bench.maxima[latent] * bench.row_norms[latent]
-    # A latent that never fired in training has no unit; 1 keeps its slider usable.
-    return share * mean_norm / longest if longest > 0 else share / FLUENT_SHARE
+    """The strength whose shift is this share of the activations' mean length, in the latent's unit."""
+    if not has_maximum(bench, latent):
+        return share
+    return share * mean_norm / (bench.maxima[latent] * bench.row_norms[latent])
 
 
 def fluent_up_to(bench: Workbench, mean_norm: float, latent: int) -> float:
@@ -53,8 +59,11 @@ def starting_value(bench: Workbench, mean_norm: float, latent: int, share: float
     return round(max(STEP, math.floor(strength(bench, mean_norm, latent, share) / STEP) * STEP), 2)
 
 
-def edits(dials: Sequence[Dial], method: str) -> list[LatentEdit]:
+def edits(bench: Workbench, dials: Sequence[Dial], method: str) -> list[LatentEdit]:
     """What the dials mean for `hf_msae.steering`."""
     if method not in METHODS:
         raise SpaceError(f"There is no method {method!r}; there are {', '.join(METHODS)}.")
-    return [LatentEdit(dial.latent, dial.value, method=method) for dial in dials]  # type: ignore[arg-type]
+    return [
+        LatentEdit(latent, value, method, "max" if has_maximum(bench, latent) else "norm")  # type: ignore[arg-type]
+        for latent, value in dials
+    ]

@@ -207,7 +207,7 @@ def run(bench: Workbench, view: View, visitor: str) -> Iterator[str]:
     stopped = RUNS.begin(visitor)
     prompt, texts = view.prompt or " ", Texts()
     try:
-        steering = Steering(edits(view.dials, view.method), positions=view.positions)
+        steering = Steering(edits(bench, view.dials, view.method), positions=view.positions)
         # An event cannot go to the process that ZeroGPU forks; there, whoever stops reading has stopped.
         event = stopped if find_zerogpu() is None else None
         for texts in _stream(
