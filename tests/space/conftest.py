@@ -6,6 +6,7 @@ The Space's modules lie beside its `app.py`, where a script finds them; here the
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +18,10 @@ from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.worlds.stories import StoryWorld, load_story_lm
 
 sys.path.insert(0, str(space_folder()))
+
+if TYPE_CHECKING:
+    from msae_space.library import Library, Workbench
+    from msae_space.meaning import Meaning
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,3 +56,27 @@ def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved = MatryoshkaSAE.from_pretrained(folder).eval()
     interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=15_000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def library(story_sae: Path) -> "Library":
+    from msae_space.library import Library
+
+    return Library((str(story_sae),))
+
+
+@pytest.fixture(scope="session")
+def bench(library: "Library", story_sae: Path) -> "Workbench":
+    from msae_space.library import Key
+
+    return library.open(Key(str(story_sae)))
+
+
+@pytest.fixture(scope="session")
+def meaning(bench: "Workbench") -> "Meaning":
+    from msae_space.meaning import Meaning
+
+    found = Meaning(bench)
+    found.wait()
+    assert found.progress == ""
+    return found

@@ -320,8 +320,10 @@ def test_two_visitors_at_once_do_not_mix(visit, story_sae):
 def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(visit):
     page = visit()
     go_to(page, "Explore")
+    page.wait_for_selector("#tokens button:text-is('Lily')")  # it begins with an example
     page.locator("#explore-text textarea").fill("Once upon a time, there was a little owl.")
     page.get_by_role("button", name="Read").click()
+    page.wait_for_selector("#tokens button:text-is('Lily')", state="detached")
     owl = page.locator("#tokens button", has_text="owl")
     owl.click()
     page.wait_for_selector("#token-latents button")
