@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
@@ -26,7 +25,6 @@ from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 TEXT = "Once upon a time, there was a little owl. She lived in the forest with her mother."
 PROMPT = "Once upon a time, there was a"
 EVIL = '<img src=x onerror="alert(1)">${alert(2)}`{{value}}'
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def texts(

@@ -459,8 +459,9 @@ def test_a_pasted_repo_opens_with_its_model(visit, hub, lm, tokenizer):
     assert "tester/lm" in page.locator("#status").inner_text()
     page.wait_for_selector("#presets :text('no interpretation beside this SAE')")
     assert page.locator("#dials input").count() == 0, "a latent of another SAE stayed"
+    page.wait_for_selector("#results button", state="detached")
     find(page, "40")
-    page.locator("#results button").first.click()
+    page.locator("#results button[data-id='40']").click()
     page.wait_for_selector("#dials input[data-id='40']")
     assert "× norm" in page.locator("#dials output").inner_text()
     default, _ = generate(page, "w1 w2 w3")

@@ -126,7 +126,7 @@ def _take(news: "queue.SimpleQueue[tuple[str, BaseException | None]]") -> int:
 
 
 def _texts(bench: Workbench, panes: dict[str, _Pane]) -> Texts:
-    return Texts(*(_text(bench, panes[name]) for name in PANES))
+    return Texts(_text(bench, panes["default"]), _text(bench, panes["steered"]))
 
 
 def _text(bench: Workbench, pane: _Pane) -> str:

@@ -101,10 +101,11 @@ def _open_others(page: Page) -> None:
         return opening.opened(page, opening.find(shared.library, source, inside), method)
 
     def clear() -> tuple[Any, ...]:
-        return None, None, None, [], None
+        return None, None, None, [], None, ""
 
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     cleared = [shared.latent, page.explore.reading, page.levels.found, page.tree.walk, page.compare.view]
+    cleared.append(page.steer.results)
     for event, inside in ((head.source.input, gr.State(None)), (head.inside.input, head.inside)):
         found = event(open_sae, [head.source, inside, shared.method], page.of_sae(), **quiet)
         found.success(clear, None, cleared, **quiet)
