@@ -18,8 +18,9 @@ DESCRIPTION = """\
 Look inside an SAE of the story model in the browser, and steer with it. Needs no network. The first start trains the
 SAE (about a minute) and keeps it in the cache; later ones open at once."""
 # Part of the folder's name, so that another recipe is not mistaken for this one.
-RECIPE = "stories-1024-k16-v1"
-NUM_LATENTS, K, NUM_STORIES, MAX_TOKENS = 1024, 16, 9_000, 800_000
+RECIPE = "stories-1024-k8-v1"
+# As in `hf-msae quickstart`: sparse, and with a narrow first level, a latent more often stands for one concept.
+PREFIX_SIZES, K, NUM_STORIES, MAX_TOKENS = (32, 128, 1024), 8, 9_000, 800_000
 
 
 @dataclass
@@ -70,7 +71,9 @@ def train_story_sae(folder: Path, max_tokens: int = MAX_TOKENS) -> None:
     """Train the demo's SAE into a new folder."""
     model, tokenizer = load_story_lm()
     model.config.name_or_path = STORIES  # what the SAE records as its model
-    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=NUM_LATENTS, k=K, site="layers.2")
+    config = MatryoshkaSAEConfig(
+        hidden_size=128, num_latents=PREFIX_SIZES[-1], prefix_sizes=PREFIX_SIZES, k=K, site="layers.2"
+    )
     args = SAETrainingArguments(
         output_dir=str(folder),
         max_tokens=max_tokens,

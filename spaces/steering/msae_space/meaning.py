@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_msae.hub import STORIES
+from hf_msae.interpret.hierarchy import Edge
 from hf_msae.interpret.pages import Context, LatentPage
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.search import FiringHit, search_firing, search_labels, search_promoting
@@ -182,21 +183,32 @@ class Meaning:
     # Hierarchy
 
     def roots(self) -> list[Hit]:
-        """Latents with children and without parents, those with the most below them first."""
-        tree = self._found.hierarchy if self._found else None
-        if tree is None:
+        """Latents with children and without parents, the easiest to understand first."""
+        if self._found is None or self._found.hierarchy is None:
             return []
+        tree = self._found.hierarchy
         below = tree.descendants()
         wide = set(tree.super_parents)
         return [
             Hit(latent, f"{len(below[latent])} below" + (", suspiciously many" if latent in wide else ""))
-            for latent in tree.roots()
+            for latent in tree.roots(self._found.names)
         ]
 
-    def children(self, latent: int) -> list[Hit]:
-        """More specific latents, the best supported first."""
+    def parents(self, latent: int) -> list[Hit]:
+        """More general latents, and how much of their firings this one makes up."""
         page = self.page(latent)
-        return children_of(page) if page else []
+        return [Hit(edge.parent, f"{self._share(edge):.0%}") for edge in page.parents[:NUM_RELATIVES]] if page else []
+
+    def children(self, latent: int) -> list[Hit]:
+        """More specific latents, those that make up most of this one's firings first."""
+        page = self.page(latent)
+        return [Hit(edge.child, f"{self._share(edge):.0%}") for edge in page.children[:NUM_RELATIVES]] if page else []
+
+    def _share(self, edge: Edge) -> float:
+        """Of an edge of what is known."""
+        if self._found is None or self._found.hierarchy is None:
+            raise ValueError("An edge was given, and there is no hierarchy.")
+        return self._found.hierarchy.share(edge)
 
     # Presets
 
@@ -216,16 +228,6 @@ class Meanings:
         """What is known of this SAE; reading begins at the first call."""
         with self._lock:
             return self._of(bench)
-
-
-def parents_of(page: LatentPage) -> list[Hit]:
-    """More general latents, with what supports it."""
-    return [Hit(edge.parent, f"score {edge.score:.2f}") for edge in page.parents[:NUM_RELATIVES]]
-
-
-def children_of(page: LatentPage) -> list[Hit]:
-    """More specific latents, with what supports it."""
-    return [Hit(edge.child, f"score {edge.score:.2f}") for edge in page.children[:NUM_RELATIVES]]
 
 
 def strengths(context: Context, maximum: float) -> list[float]:

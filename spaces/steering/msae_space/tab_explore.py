@@ -12,7 +12,7 @@ from msae_space.dials import added, draw_dials, read_dials
 from msae_space.drawing import ON_CLICK
 from msae_space.library import Workbench
 from msae_space.links import MAX_TEXT
-from msae_space.meaning import Hit, Meaning, children_of, parents_of, strengths
+from msae_space.meaning import Hit, Meaning, strengths
 from msae_space.reading import Reading, are_special, read
 from msae_space.shared import Shared, told
 from msae_space.strengths import Dial, starting_value
@@ -244,13 +244,13 @@ def draw_hits(bench: Workbench, meaning: Meaning, hits: Sequence[Hit], empty: st
 
 def draw_relatives(bench: Workbench, meaning: Meaning, view: LatentPage) -> str:
     """More general and more specific latents, beside each other where there are both."""
-    parents, children = parents_of(view), children_of(view)
+    parents, children = meaning.parents(view.latent), meaning.children(view.latent)
     up = drawing.section("More general", draw_hits(bench, meaning, parents, "Nothing above it."))
     down = drawing.section("More specific", draw_hits(bench, meaning, children, "Nothing below it."))
     if not parents and not children:
         return drawing.section("More general or specific", drawing.note("No other level has a relative of it."))
     return (drawing.columns(up, down) if parents and children else up + down) + drawing.note(
-        "Score: how much oftener than by chance the general one fires where the special one does; 1 is always."
+        "Percentages: on how much of what the general one fires on, the special one fires, too."
     )
 
 
