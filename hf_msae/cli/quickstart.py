@@ -50,7 +50,7 @@ def commands(args: QuickstartArguments) -> Iterator[list[str]]:
     folder = args.output_dir
     yield ["train", *SAE, "--max-tokens", args.max_tokens, "--output-dir", folder, "--overwrite-output-dir"]
     yield ["interpret", folder, "--max-tokens", args.interpret_tokens]
-    yield ["tree", folder, "--depth", "2", "--max-children", "6"]
+    yield ["tree", folder, "--depth", "2", "--max-children", "10"]
     pages = Interpretation.load(folder)
     for word, beginning in BEGINNINGS.items():
         if search_promoting(word, pages):
