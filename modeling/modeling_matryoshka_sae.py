@@ -25,12 +25,11 @@ disk.
 # The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
 # trf-ignore: TRF041 activation, inference, apply_b_dec_to_input, log_loss, aux_loss_weight
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,34 +40,20 @@ from transformers.utils import ModelOutput
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .dense_ops import (
     HISTOGRAM_BINS,
-    JumpReLU,
     activation_histogram,
     count_above,
     decode,
-    decode_dead,
     decode_levels,
     histogram_threshold,
     pre_activations,
     select_above,
-    select_batch_topk,
     select_topk,
 )
+from .objective import ObjectiveMixin, Share, of_whole
 from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
-from .selection import ALONE, Ranks, sum_over
+from .selection import ALONE, Ranks
 from .sharing import SharingMixin
-from .sparse_ops import (
-    DENSE_DEAD_SHARE,
-    ActiveLatents,
-    GradientMemory,
-    LevelErrors,
-    Places,
-    PreActivations,
-    make_places,
-    select_exceeding,
-    select_largest,
-    select_largest_per_token,
-    tokens_at_once,
-)
+from .sparse_ops import ActiveLatents, tokens_at_once
 
 MIN_THRESHOLD = 1e-20
 # Copies of a token's latents that calibrating and measuring make on the way.
@@ -108,25 +93,6 @@ class MatryoshkaSAEOutput(ModelOutput):
     active: ActiveLatents | None = None
 
 
-class Share(NamedTuple):
-    """What one part of a batch (a micro-batch, or what one process has) must know of the whole batch.
-
-    The active latents of its tokens (None: it selects by itself), as selected from the whole batch; the whole batch's
-    mean number of active latents per token (scalar) and mean squared error of every level (G,), where the loss is not
-    linear in them: for `jumprelu`, and with `log_loss`. With them, the mean of the parts' gradients is the gradient of
-    the whole.
-    """
-
-    active: ActiveLatents | None = None
-    l0: Tensor | None = None
-    level_errors: Tensor | None = None
-
-
-def _of_whole(part: Tensor, whole: Tensor | None) -> Tensor:
-    """The value of the whole batch with the gradient of this part; the part itself where there is no more."""
-    return part if whole is None else part + (whole - part).detach()
-
-
 # trf-ignore: TRF057 (as above)
 class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
     config: MatryoshkaSAEConfig
@@ -147,7 +113,7 @@ class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
 
 
 # `push_to_hub` publishes one thing with a card, so it takes less than what it stands in for.
-class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore[misc]
+class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore[misc]
     """A sparse autoencoder whose every prefix of latents is one too.
 
     As in any module, `train()` and `eval()` choose the behaviour: in training mode `batch_topk` and `topk` select by
@@ -158,12 +124,6 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
     Besides the weights, a checkpoint holds `max_activation` and `firing_rate` per latent, (num_latents,): the units in
     which people steer, and how rare a latent is.
     """
-
-    # Set by a trainer on the CPU, where fresh memory for gradients costs as much as the gradients.
-    gradient_memory: GradientMemory | None = None
-    # Set by a trainer whose processes each hold some of the latents: the others, and the first latent that is here.
-    ranks: Ranks = ALONE
-    first_latent: int = 0
 
     def __init__(self, config: MatryoshkaSAEConfig):
         super().__init__(config)
@@ -283,7 +243,7 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
         level_losses = errors / variance
         losses = level_losses
         if self.config.log_loss:
-            losses = (_of_whole(errors, share.level_errors) / variance).log()
+            losses = (of_whole(errors, share.level_errors) / variance).log()
         sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
         loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
 
@@ -303,198 +263,6 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
             sparsity_loss=sparsity_loss.detach(),
             active=active,
         )
-
-    @staticmethod
-    def _batch_variance(x: Tensor) -> Tensor:
-        """Total variance of activations (B, d), or their mean square where there is only one to tell from."""
-        centre = x.mean(0) if x.shape[0] > 1 else torch.zeros_like(x[0])
-        return (x - centre).pow(2).sum(-1).mean().clamp_min(torch.finfo(x.dtype).tiny)
-
-    @torch.no_grad()
-    def select(
-        self,
-        hidden_states: Tensor,
-        k: float | None = None,
-        variance: Tensor | float | None = None,
-        ranks: Ranks = ALONE,
-    ) -> ActiveLatents | None:
-        """What a training step on activations (N, hidden_size) will have active; None where that is too much for the
-        sparse path, and each part of the batch may then select by itself.
-
-        For a batch that is trained on in parts. With `ranks`, whose processes have as many other activations each,
-        `batch_topk` selects from those of all; what comes back is of these. `k` and `variance` as in `forward`.
-        """
-        x = self._flat(hidden_states)
-        variance = self._batch_variance(x) if variance is None else variance
-        return self._select(x, self.config.k if k is None else k, variance, ranks)
-
-    @torch.no_grad()
-    def count_active(self, hidden_states: Tensor, active: ActiveLatents | None) -> Tensor:
-        """How many latents of `jumprelu` exceed their thresholds (scalar) on activations (N, hidden_size), of which
-        `select` gave `active`.
-        """
-        if active is not None:
-            return (active.values > self.threshold[active.latents]).sum()
-        x = self._flat(hidden_states)
-        return (pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias()) > self.threshold).sum()
-
-    @torch.no_grad()
-    def level_errors(
-        self,
-        hidden_states: Tensor,
-        active: ActiveLatents | None,
-        k: float,
-        prefix_sizes: Sequence[int] | None,
-        variance: Tensor,
-    ) -> Tensor:
-        """Mean squared error of every level, (G,), of a training step on activations (N, hidden_size), of which
-        `select` gave `active`; the other arguments as in `forward`.
-        """
-        x, (sizes, _) = self._flat(hidden_states), self._levels_of_step(prefix_sizes)
-        if active is None:
-            return self._dense_errors(x, k, sizes, variance, Share())[0]
-        return self._sparse_errors(x, active, k, sizes, variance, Share())[0]
-
-    def _subtracted_bias(self) -> Tensor | None:
-        """What is subtracted from activations before they are encoded."""
-        return self.b_dec if self.config.apply_b_dec_to_input else None
-
-    def _select(self, x: Tensor, k: float, variance: Tensor | float, ranks: Ranks = ALONE) -> ActiveLatents | None:
-        """The places where latents of x (B, d) are active, or so nearly that their thresholds have a gradient, and the
-        pre-activations there; None where these are too many for the sparse path.
-        """
-        encoded = (x - self.b_dec).detach() if self.config.apply_b_dec_to_input else x
-        activation = self.config.activation
-        if self.training and activation == "batch_topk":
-            count = max(1, round(k * x.shape[0] * ranks.size))
-            return select_largest(encoded, self.W_enc, self.b_enc, count, ranks if ranks.size > 1 else self.ranks)
-        if activation == "topk" and (self.training or self.config.inference == "topk"):
-            return select_largest_per_token(encoded, self.W_enc, self.b_enc, round(k), self.ranks)
-        threshold = self.threshold.detach()
-        if activation == "jumprelu":
-            threshold = threshold - self._bandwidth(variance, x) / 2
-        elif activation == "relu":
-            threshold = torch.zeros_like(threshold)
-        return select_exceeding(encoded, self.W_enc, self.b_enc, threshold)
-
-    def _sparse_errors(
-        self,
-        x: Tensor,
-        active: ActiveLatents,
-        k: float,
-        sizes: Sequence[int],
-        variance: Tensor | float,
-        share: Share,
-    ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
-        """Mean squared error of every level (G,), the whole reconstruction (B, d), what is active, and the sparsity
-        penalty.
-        """
-        places, memory = make_places(active, self.W_enc.shape[0]), self.gradient_memory
-        bias = self._subtracted_bias()
-        pre = PreActivations.apply(x, self.W_enc, self.b_enc, bias, active.values, memory, *places)
-        values, sparsity_loss = self._activate(pre, places, x, k, variance, share)
-        detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
-        errors, reconstruction = LevelErrors.apply(
-            x, values, self.W_dec, self.b_dec, sizes_here, detach, memory, self.ranks, *places
-        )
-        values = values.detach()
-        active = ActiveLatents(places.tokens, places.latents, values)
-        if self.config.activation == "jumprelu":
-            # Among the places are some just below their thresholds.
-            active = ActiveLatents(*(part[values > 0] for part in active))
-        return errors, reconstruction, active, sparsity_loss
-
-    def _activate(
-        self, pre: Tensor, places: Places, x: Tensor, k: float, variance: Tensor | float, share: Share
-    ) -> tuple[Tensor, Tensor]:
-        """Latent activations (n,) of pre-activations at some places, and the sparsity penalty, as
-        `_select_for_loss`.
-        """
-        if self.config.activation == "jumprelu":
-            threshold = self.threshold.to(pre.dtype)[places.latents]
-            values, active = JumpReLU.apply(pre, threshold, self._bandwidth(variance, x))
-            return values, self._l0_penalty(active.sum() / x.shape[0], k, share)
-        if self.config.activation == "relu":
-            norms = self.W_dec.norm(dim=-1)[places.latents]
-            total = sum_over((pre * norms).sum(), self.ranks)
-            return pre, total / (x.shape[0] * self._scale(variance, x) * math.sqrt(x.shape[1]))
-        return pre, pre.new_zeros(())
-
-    def _l0_penalty(self, l0: Tensor, k: float, share: Share) -> Tensor:
-        """The penalty (scalar) on active latents per token; relative, so that its size does not depend on k (Gemma
-        Scope 2 uses this form).
-        """
-        return (_of_whole(sum_over(l0, self.ranks), share.l0) / k - 1).pow(2)
-
-    def _scale(self, variance: Tensor | float, like: Tensor) -> Tensor:
-        """Standard deviation of the activations per dimension."""
-        return (torch.as_tensor(variance, dtype=like.dtype, device=like.device) / self.config.hidden_size).sqrt()
-
-    def _bandwidth(self, variance: Tensor | float, like: Tensor) -> Tensor:
-        return self.config.jumprelu_bandwidth * self._scale(variance, like)
-
-    def _dense_errors(
-        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float, share: Share
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, latent activations (B, F), and the sparsity penalty."""
-        pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
-        latents, sparsity_loss = self._select_for_loss(pre, variance, k, share)
-        errors, reconstruction = [], x
-        detach, width = self.config.detach_prefixes, latents.shape[1]
-        sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
-        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes_here, detach, self.ranks):
-            errors.append((x - reconstruction).pow(2).sum(-1).mean())
-        return torch.stack(errors), reconstruction, latents, sparsity_loss
-
-    def _dead_error(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
-        """Mean squared error (scalar) of the residual decoded from the `dead` latents (n,), `num_dead` in all
-        processes; only their rows are multiplied.
-        """
-        W_enc, b_enc, W_dec, bias = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead], self._subtracted_bias()
-        k = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
-        if k > DENSE_DEAD_SHARE * num_dead:
-            return decode_dead(residual, pre_activations(x, W_enc, b_enc, bias), W_dec, k, self.ranks)
-        encoded = (x if bias is None else x - bias).detach()
-        active = select_largest_per_token(encoded, W_enc, b_enc, k, self.ranks)
-        places = make_places(active, dead.numel())
-        values = PreActivations.apply(x, W_enc, b_enc, bias, active.values, None, *places)
-        nothing = torch.zeros_like(self.b_dec)
-        errors, _ = LevelErrors.apply(
-            residual.detach(), values, W_dec, nothing, [dead.numel()], False, None, self.ranks, *places
-        )
-        return errors[0]
-
-    def _levels_of_step(self, prefix_sizes: Sequence[int] | None) -> tuple[Sequence[int], list[float]]:
-        if prefix_sizes is None:
-            return self.config.prefix_sizes, self.config.normalized_level_weights
-        sizes = list(prefix_sizes)
-        if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)) or sizes[-1] != self.config.num_latents:
-            raise ValueError(
-                "prefix_sizes must be positive, strictly increasing and end in "
-                f"num_latents={self.config.num_latents}, got {sizes}."
-            )
-        return sizes, [1 / len(sizes)] * len(sizes)
-
-    def _select_by_rank(self, pre: Tensor, k: float) -> Tensor:
-        if self.config.activation == "batch_topk":
-            return select_batch_topk(pre, k)
-        return select_topk(pre, round(k))
-
-    def _select_for_loss(self, pre: Tensor, variance: Tensor | float, k: float, share: Share) -> tuple[Tensor, Tensor]:
-        """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
-        if self.config.activation == "jumprelu":
-            bandwidth = self._bandwidth(variance, pre)
-            latents, active = JumpReLU.apply(pre, self.threshold.to(pre.dtype), bandwidth)
-            return latents, self._l0_penalty(active.sum(-1).mean(), k, share)
-        if self.config.activation == "relu":
-            latents = torch.relu(pre)
-            norms = self.W_dec.norm(dim=-1)
-            scale = self._scale(variance, pre)
-            total = sum_over((latents @ norms).mean(), self.ranks)
-            return latents, total / (scale * math.sqrt(self.config.hidden_size))
-        if self.config.inference == "topk":
-            return select_topk(pre, round(k)), pre.new_zeros(())
-        return select_above(pre, self.threshold), pre.new_zeros(())
 
     @torch.no_grad()
     def calibrate_threshold(self, batches: Iterable[Tensor], ranks: Ranks = ALONE) -> float:
@@ -592,15 +360,6 @@ class MatryoshkaSAE(SharingMixin, MatryoshkaSAEPreTrainedModel):  # type: ignore
             return config.truncated(prefix), truncate_state(state, prefix)
         config = kwargs.pop("config", None) or MatryoshkaSAEConfig.from_pretrained(source, **hub)
         return config.truncated(prefix), read_prefix(source, prefix, **hub)
-
-    def _flat(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"Expected activations of shape (..., {self.config.hidden_size}), got {tuple(hidden_states.shape)}. "
-                f"This SAE reads {self.config.site or 'a site of that width'} of "
-                f"{self.config.base_model or 'its model'}."
-            )
-        return hidden_states.reshape(-1, self.config.hidden_size).to(self.W_enc.dtype)
 
     def _checked_prefix(self, prefix: int | None) -> int:
         if prefix is None:

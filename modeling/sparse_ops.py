@@ -17,11 +17,9 @@ With k of F latents active, only the encoder's product is dense. Everything else
 found without sorting, decoded once for all levels, and their gradients are gathered, not multiplied.
 
 1. Encode some tokens at a time and keep candidates above a threshold that a sample of the pre-activations suggests;
-the
-   exact selection is made among the candidates. The (tokens, num_latents) matrix never exists as a whole.
-2. A segmented weighted sum of decoder rows gives each group's part of the reconstruction, (tokens, levels,
-hidden_size);
-   a running sum over the groups gives every level's error.
+   the exact selection is made among the candidates. The (tokens, num_latents) matrix never exists as a whole.
+2. A segmented weighted sum of decoder rows gives each group's part of the reconstruction,
+   (tokens, levels, hidden_size); a running sum over the groups gives every level's error.
 3. Backward, a running sum from the last level to the first gives the gradient that each group's latents see. So all
    levels together cost one sparse decode and one sparse backward.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.modeling_matryoshka_sae import Share
+from hf_msae.modeling.objective import Share
 from hf_msae.modeling.selection import ALONE, Ranks
 from hf_msae.modeling.sparse_ops import ActiveLatents, GradientMemory
 from hf_msae.sites import Site

@@ -21,6 +21,7 @@ CODE = {
     "configuration_matryoshka_sae.py",
     "dense_ops.py",
     "modeling_matryoshka_sae.py",
+    "objective.py",
     "prefix_loading.py",
     "sharing.py",
     "sparse_ops.py",
