@@ -154,7 +154,7 @@ def estimate(ranks: int, tokens: int, num_latents: int, hidden_size: int, k: int
         "Adam": 8 * weights / 1e9,
         "gradients": 4 * weights / 1e9,
         "half-precision encoder": weights / 1e9,
-        # One chunk of pre-activations and the mask of those above the threshold, `sparse_ops.GPU_CHUNK` numbers.
+        # One tile of pre-activations and the mask of those above the threshold, `sparse_encoder.GPU_TILE`.
         "pre-activations": 3 * min(1 << 29, tokens * num_latents / ranks) / 1e9,
         # As they came, gathered, in float32, less the bias, in half precision.
         "activations": (2 + 2 + 4 + 4 + 2) * batch / 1e9,

@@ -53,7 +53,7 @@ from .objective import ObjectiveMixin, Share, of_whole
 from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
 from .selection import ALONE, Ranks
 from .sharing import SharingMixin
-from .sparse_ops import ActiveLatents, tokens_at_once
+from .sparse_encoder import ActiveLatents, tokens_at_once
 
 MIN_THRESHOLD = 1e-20
 # Copies of a token's latents that calibrating and measuring make on the way.

@@ -36,18 +36,8 @@ from .dense_ops import (
     select_topk,
 )
 from .selection import ALONE, Ranks, sum_over
-from .sparse_ops import (
-    DENSE_DEAD_SHARE,
-    ActiveLatents,
-    GradientMemory,
-    LevelErrors,
-    Places,
-    PreActivations,
-    make_places,
-    select_exceeding,
-    select_largest,
-    select_largest_per_token,
-)
+from .sparse_encoder import ActiveLatents, select_exceeding, select_largest, select_largest_per_token
+from .sparse_ops import DENSE_DEAD_SHARE, GradientMemory, LevelErrors, Places, PreActivations, make_places
 
 
 class Share(NamedTuple):
@@ -191,7 +181,7 @@ class ObjectiveMixin:
         active = ActiveLatents(places.tokens, places.latents, values)
         if self.config.activation == "jumprelu":
             # Among the places are some just below their thresholds.
-            active = ActiveLatents(*(part[values > 0] for part in active))
+            active = active.take(values > 0)
         return errors, reconstruction, active, sparsity_loss
 
     def _activate(

@@ -13,224 +13,52 @@
 # limitations under the License.
 """A Matryoshka step at about the price of one matrix product.
 
-With k of F latents active, only the encoder's product is dense. Everything else here touches active latents: they are
-found without sorting, decoded once for all levels, and their gradients are gathered, not multiplied.
+With k of F latents active, only the encoder's product is dense. Everything else touches active latents: they are found
+without sorting (`sparse_encoder`), decoded once for all levels, and their gradients are gathered, not multiplied.
 
-1. Encode some tokens at a time and keep candidates above a threshold that a sample of the pre-activations suggests;
-   the exact selection is made among the candidates. The (tokens, num_latents) matrix never exists as a whole.
-2. A segmented weighted sum of decoder rows gives each group's part of the reconstruction,
+1. A segmented weighted sum of decoder rows gives each group's part of the reconstruction,
    (tokens, levels, hidden_size); a running sum over the groups gives every level's error.
-3. Backward, a running sum from the last level to the first gives the gradient that each group's latents see. So all
+2. Backward, a running sum from the last level to the first gives the gradient that each group's latents see. So all
    levels together cost one sparse decode and one sparse backward.
 
 The segmented sums are torch's `embedding_bag`, and gradients of latent activations its gradient for per-sample
-weights; on CUDA, where Triton is present, both and the search for candidates are the kernels of `triton_ops`. Shapes:
-B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
+weights; on CUDA, where Triton is present, both are the kernels of `triton_ops`. Shapes: B tokens, d = hidden_size,
+F = num_latents, G levels, n active latents in all.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from transformers.utils import is_triton_available
 
-from .selection import ALONE, Ranks, among_largest
+from .selection import Ranks
+from .sparse_encoder import ActiveLatents, has_kernels
 
-# Pre-activations that exist at once, in numbers: on the CPU what stays near the caches, on a GPU what fills it.
-CPU_CHUNK = 1 << 23
-GPU_CHUNK = 1 << 29
-# How many of a chunk's pre-activations are looked at to guess the threshold.
-SAMPLES = 1 << 18
-# With a larger share of latents active the dense products are used. Measured on two CPU cores: at 1/8 the sparse path
-# takes half the time of the dense one, at 1/4 nine tenths.
-DENSE_SHARE = 1 / 8
-# The same of the auxiliary loss, where many of few latents are active: measured at width 768, 384 of 6,144 dead ones
-# take as long either way, and 384 of 16,384 half as long on the sparse path.
+# The auxiliary loss takes the dense path where a larger share of the dead latents is active: measured at width 768,
+# 384 of 6,144 dead ones take as long either way, and 384 of 16,384 half as long on the sparse path.
 DENSE_DEAD_SHARE = 1 / 16
 # Numbers of a gradient that are summed at once where its memory is there already; they pass through the caches.
 GRADIENT_BLOCK = 1 << 20
 
 
-class ActiveLatents(NamedTuple):
-    """The active latents of some tokens, ordered by token and then by latent: three tensors (n,)."""
-
-    tokens: Tensor
-    latents: Tensor
-    values: Tensor
-
-    def to_dense(self, num_tokens: int, num_latents: int) -> Tensor:
-        """Latent activations (num_tokens, num_latents)."""
-        dense = self.values.new_zeros(num_tokens, num_latents)
-        return dense.index_put((self.tokens, self.latents), self.values)
-
-    def split(self, sizes: Sequence[int]) -> "list[ActiveLatents]":
-        """Those of the first `sizes[0]` tokens, of the next `sizes[1]`, and so on; each counts its tokens from 0."""
-        ends = torch.tensor(sizes, device=self.tokens.device).cumsum(0)
-        numbers = torch.searchsorted(self.tokens, ends).diff(prepend=ends.new_zeros(1)).tolist()
-        parts = zip(*(part.split(numbers) for part in self), strict=True)
-        begins = [0, *ends[:-1].tolist()]
-        return [
-            ActiveLatents(tokens - begin, latents, values)
-            for begin, (tokens, latents, values) in zip(begins, parts, strict=True)
-        ]
-
-
-# Selection
-
-
-@torch.no_grad()
-def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, ranks: Ranks = ALONE) -> ActiveLatents:
-    """The `count` largest positive pre-activations of activations x (B, d), from which b_dec is subtracted already.
-
-    Equal to `torch.topk` of all pre-activations where no two are equal. With `ranks`, `count` is that of all processes
-    together, each of which has other tokens or other latents and gets what is active of its own.
-    """
-    share = count / (x.shape[0] * W_enc.shape[0] * ranks.size)
-    threshold: Tensor | None = None
-
-    def candidates(product: Tensor, bias: Tensor | None) -> Tensor:
-        nonlocal threshold
-        if threshold is None:
-            threshold = ranks.minimum(_sampled_threshold(product, bias, share))
-        return _places_above(product, bias, threshold)
-
-    def largest(product: Tensor, bias: Tensor | None) -> Tensor:
-        flat = (product if bias is None else product + bias).flatten()
-        places = flat.topk(min(count, flat.numel()), sorted=False).indices.sort().values
-        return places[flat[places] > 0]
-
-    active = _encode_in_chunks(x, W_enc, b_enc, candidates)
-    found = ranks.total(active.values.numel())
-    if found < count and threshold is not None and threshold > 0:
-        # The sample misled: look again, without a threshold.
-        active = _encode_in_chunks(x, W_enc, b_enc, largest)
-        found = ranks.total(active.values.numel())
-    if found > count:
-        kept = _largest_places(active.values, count, ranks)
-        active = ActiveLatents(*(part[kept] for part in active))
-    return active
-
-
-def _largest_places(values: Tensor, count: int, ranks: Ranks) -> Tensor:
-    """Which of the values (n,) are among the `count` largest over all processes: places, in order, or a mask."""
-    if ranks.size == 1:
-        return values.topk(count, sorted=False).indices.sort().values
-    return among_largest(values.unsqueeze(0), count, ranks)[0]
-
-
-@torch.no_grad()
-def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, ranks: Ranks = ALONE) -> ActiveLatents:
-    """The k largest positive pre-activations of each token of x (B, d); with `ranks`, of the same tokens in every
-    process and other latents in each.
-    """
-
-    def largest(product: Tensor, bias: Tensor | None) -> Tensor:
-        pre = product if bias is None else product + bias
-        values, latents = pre.topk(min(k, product.shape[-1]), dim=-1, sorted=False)
-        latents, order = latents.sort(dim=-1)
-        starts = torch.arange(product.shape[0], device=product.device).unsqueeze(-1) * product.shape[-1]
-        return (latents + starts)[values.gather(-1, order) > 0]
-
-    active = _encode_in_chunks(x, W_enc, b_enc, largest)
-    if ranks.size > 1:
-        begins = torch.searchsorted(active.tokens, torch.arange(x.shape[0], device=x.device))
-        columns = torch.arange(active.tokens.numel(), device=x.device) - begins[active.tokens]
-        values = active.values.new_zeros(x.shape[0], k)
-        values[active.tokens, columns] = active.values
-        kept = among_largest(values, k, ranks)[active.tokens, columns]
-        active = ActiveLatents(*(part[kept] for part in active))
-    return active
-
-
-@torch.no_grad()
-def select_exceeding(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> ActiveLatents | None:
-    """The pre-activations of x (B, d) above the threshold (F,); None where they are too many to be worth it."""
-    limit = DENSE_SHARE * x.shape[0] * W_enc.shape[0]
-    found = 0
-
-    def exceeding(product: Tensor, bias: Tensor | None) -> Tensor:
-        nonlocal found
-        places = _places_above(product, bias, threshold)
-        found += places.numel()
-        if found > limit:
-            raise _TooDense
-        return places
-
-    try:
-        return _encode_in_chunks(x, W_enc, b_enc, exceeding)
-    except _TooDense:
-        return None
-
-
-class _TooDense(Exception):
-    """Ends the search for latents that turn out to be too many."""
-
-
-def tokens_at_once(num_latents: int, device: torch.device) -> int:
-    """How many tokens' pre-activations exist at the same time."""
-    return max(1, (GPU_CHUNK if device.type == "cuda" else CPU_CHUNK) // max(1, num_latents))
-
-
-def _encode_in_chunks(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, choose: Callable[[Tensor, Tensor | None], Tensor]
-) -> ActiveLatents:
-    """What `choose` picks from the products x W_enc of some tokens at a time: places in the flattened products.
-
-    `choose` is given the products, and the bias where they do not hold it already; then it is added where something
-    was picked. On the CPU, adding it everywhere would cost a tenth of the product, and so would fresh memory for each
-    chunk; so all share one buffer.
-    """
-    device, num_latents = x.device.type, W_enc.shape[0]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    inputs, weights = x.to(dtype), W_enc.to(dtype).T
-    size = min(x.shape[0], tokens_at_once(num_latents, x.device))
-    buffer = torch.empty(size, num_latents, dtype=dtype, device=x.device)
-    bias = None if _product_takes_bias(x) else b_enc
-    found: list[tuple[Tensor, Tensor]] = []
-    with torch.autocast(device, enabled=False):
-        for part in inputs.split(size):
-            product = buffer[: part.shape[0]]
-            if bias is None:
-                torch.addmm(b_enc.to(dtype), part, weights, out=product)
-            else:
-                torch.mm(part, weights, out=product)
-            places = choose(product, bias)
-            found.append((places + len(found) * size * num_latents, product.flatten()[places].to(x.dtype)))
-    places, products = (torch.cat(parts) for parts in zip(*found, strict=True))
-    tokens = places.div(num_latents, rounding_mode="floor")
-    latents = places - tokens * num_latents
-    return ActiveLatents(tokens, latents, products if bias is None else products + bias[latents])
-
-
-def _places_above(product: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
-    """Places in the flattened product, plus bias, of what exceeds a threshold (scalar or (F,)), in order."""
-    if bias is not None:
-        threshold = threshold - bias
-    if threshold.dim() == 0 and _has_kernels(product):
-        from .triton_ops import compact_above
-
-        return compact_above(product, threshold).places
-    return (product > threshold).flatten().nonzero().squeeze(-1)
-
-
-def _product_takes_bias(x: Tensor) -> bool:
-    """Whether adding the bias is part of the matrix product: for a GPU it is, a CPU copies it to the result first."""
-    return x.is_cuda
-
-
-def _has_kernels(table: Tensor) -> bool:
-    return table.is_cuda and table.dtype != torch.float64 and is_triton_available()
-
-
 def _segment_sum(table: Tensor, rows: Tensor, weights: Tensor, begins: Tensor) -> Tensor:
     """Sums of weights[i] · table[rows[i]] over each segment, (S, d); segments begin at `begins` (S,)."""
-    if _has_kernels(table):
+    if has_kernels(table):
         from .triton_ops import segment_sum
 
         return segment_sum(table, rows, weights, begins)
     return embedding_bag(rows, table, begins, mode="sum", per_sample_weights=weights)
+
+
+def _segment_dot(grads: Tensor, table: Tensor, rows: Tensor, begins: Tensor, bags: Tensor) -> Tensor:
+    """⟨grads[bags[i]], table[rows[i]]⟩ for every place, (n,)."""
+    if has_kernels(table):
+        from .triton_ops import segment_dot
+
+        return segment_dot(grads, table, rows, bags)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, table, rows, begins, bags, 0)
 
 
 class GradientMemory:
@@ -273,32 +101,6 @@ def _parameter_gradient(
         here = slice(bounds[number], bounds[number + 1])
         target.copy_(_segment_sum(table, rows[here], weights[here], part - here.start))
     return out
-
-
-def _segment_dot(grads: Tensor, table: Tensor, rows: Tensor, begins: Tensor, bags: Tensor) -> Tensor:
-    """⟨grads[bags[i]], table[rows[i]]⟩ for every place, (n,)."""
-    if _has_kernels(table):
-        from .triton_ops import segment_dot
-
-        return segment_dot(grads, table, rows, bags)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, table, rows, begins, bags, 0)
-
-
-def _sampled_threshold(product: Tensor, bias: Tensor | None, share: float) -> Tensor:
-    """A number, not below zero, that rather more than `share` of the pre-activations exceed, judged by a sample."""
-    flat = product.flatten()
-    # An odd stride visits every latent, also where their number is a power of two.
-    stride = max(1, flat.numel() // SAMPLES) | 1
-    sample = flat[::stride]
-    if bias is not None:
-        sample = sample + bias[torch.arange(0, flat.numel(), stride, device=flat.device) % bias.shape[0]]
-    expected = sample.numel() * share
-    # Five standard deviations of the sampling, and a tenth for chunks that differ.
-    rank = min(sample.numel(), int(1.1 * expected + 5 * expected**0.5) + 8)
-    return sample.topk(rank, sorted=True).values[-1].clamp_min(0)
-
-
-# Decoding all levels, and back
 
 
 class Places(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.sparse_ops import ActiveLatents
+from hf_msae.modeling.sparse_encoder import ActiveLatents
 
 NUM_BINS = 64
 # Dense latent activations that exist at once where an SAE is too dense for the sparse path.
@@ -33,7 +33,7 @@ def active_latents(sae: MatryoshkaSAE, x: Tensor) -> ActiveLatents:
         return _dense_active(sae, x)
     if sae.config.activation == "jumprelu":
         kept = (active.values > sae.threshold[active.latents]) & (active.values > 0)
-        active = ActiveLatents(*(part[kept] for part in active))
+        active = active.take(kept)
     return active
 
 

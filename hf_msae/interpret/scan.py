@@ -28,7 +28,7 @@ from hf_msae.interpret.contexts import (
     window_hashes,
 )
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.sparse_ops import ActiveLatents
+from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.sites import Site, resolve_site, site_width
 
 # Contexts end a little after the token they were taken for: a causal model has not read what comes later.

@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.objective import Share
 from hf_msae.modeling.selection import ALONE, Ranks
-from hf_msae.modeling.sparse_ops import ActiveLatents, GradientMemory
+from hf_msae.modeling.sparse_encoder import ActiveLatents
+from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import read_tensors, write_tensors

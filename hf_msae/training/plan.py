@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_msae.data import CachedActivations
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.modeling_matryoshka_sae import MEASURED_COPIES
-from hf_msae.modeling.sparse_ops import tokens_at_once
+from hf_msae.modeling.sparse_encoder import tile_shape, tokens_at_once
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.feeds import CacheFeed, Feed
@@ -183,16 +183,17 @@ def _buffer_bytes(
 
 
 def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.device) -> int:
-    """Pre-activations come in chunks; the levels' errors and their gradients are (batch, levels, hidden_size)."""
+    """Pre-activations come in tiles; the levels' errors and their gradients are (batch, levels, hidden_size)."""
     config, batch = sae.config, args.per_device_train_batch_size
-    chunk = min(batch, tokens_at_once(config.num_latents, device)) * config.num_latents
+    tokens, parts = tile_shape(batch, config.num_latents, device)
+    tile = tokens * config.num_latents // parts
     activations = batch * config.hidden_size
     if config.activation in ("batch_topk", "topk"):
         active = round(config.k * batch)
     else:
         active = batch * config.num_latents // 10
     places = active * (4 * DOUBLE + 4 * FLOAT)
-    return 2 * FLOAT * chunk + activations * (FLOAT + 2 * DOUBLE + 3 * FLOAT * config.num_levels) + places
+    return 2 * FLOAT * tile + activations * (FLOAT + 2 * DOUBLE + 3 * FLOAT * config.num_levels) + places
 
 
 def _measuring_bytes(

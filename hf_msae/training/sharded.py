@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.dense_ops import decode_levels
 from hf_msae.modeling.selection import ALONE, Ranks, among_largest
-from hf_msae.modeling.sparse_ops import ActiveLatents
+from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.training.latent_files import read_latent_file, write_latent_file
 
 # What has a row for each latent; the decoder bias is the only other tensor of an SAE.

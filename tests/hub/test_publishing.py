@@ -24,6 +24,7 @@ CODE = {
     "objective.py",
     "prefix_loading.py",
     "sharing.py",
+    "sparse_encoder.py",
     "sparse_ops.py",
 }
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_msae.modeling.sparse_ops import ActiveLatents
+from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hypothesis import given
 from hypothesis import strategies as st
 

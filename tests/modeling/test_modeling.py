@@ -375,7 +375,7 @@ def test_parts_of_a_batch_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
     l0, threshold = sae.calibrate_threshold([x]), sae.threshold.clone()
     whole = sae.decode_levels(sae.encode(x))
-    monkeypatch.setattr("hf_msae.modeling.sparse_ops.CPU_CHUNK", 3 * 4 * 20)  # three tokens at a time
+    monkeypatch.setattr("hf_msae.modeling.sparse_encoder.CPU_CHUNK", 3 * 4 * 20)  # three tokens at a time
     assert [part.shape[0] for part in sae.in_parts(x)] == [3] * 6 + [2]
     torch.testing.assert_close(sae.reconstruct_levels(x), whole)
     assert (sae.calibrate_threshold([x]), sae.threshold.tolist()) == (l0, threshold.tolist())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hf_msae.modeling import selection
 from hf_msae.modeling.selection import ALONE, Ranks, among_largest, sum_over
-from hf_msae.modeling.sparse_ops import select_largest, select_largest_per_token
+from hf_msae.modeling.sparse_encoder import select_largest, select_largest_per_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -104,7 +104,7 @@ def test_other_tokens_in_every_process(size, k, loud, seed):
     parts = [draw(7, 5, seed=seed + rank) * (loud if rank == 0 else 1.0) for rank in range(size)]
     W_enc, b_enc, count = draw(30, 5, seed=seed + 20), draw(30, seed=seed + 21), k * 7 * size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_msae.modeling.sparse_ops.SAMPLES", 8)
+        patch.setattr("hf_msae.modeling.sparse_encoder.SAMPLES", 8)
         found = together(size, lambda ranks: select_largest(parts[ranks.rank], W_enc, b_enc, count, ranks))
     dense = torch.cat([active.to_dense(7, 30) for active in found])
     alone = select_largest(torch.cat(parts), W_enc, b_enc, count).to_dense(7 * size, 30)

@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hf_msae.modeling import sparse_ops
-from hf_msae.modeling.sparse_ops import GradientMemory, select_exceeding, select_largest, select_largest_per_token
+from hf_msae.modeling import sparse_encoder, sparse_ops
+from hf_msae.modeling.sparse_encoder import select_exceeding, select_largest, select_largest_per_token
+from hf_msae.modeling.sparse_ops import GradientMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
 properties = settings(max_examples=60, deadline=None, derandomize=True)
+# Numbers of a tile, and its most tokens.
+TILES = st.tuples(st.sampled_from([1, 64, 1 << 20]), st.sampled_from([1, 5, 1 << 11]))
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 
 
@@ -32,23 +35,24 @@ def dense_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int) -> set[tu
     num_latents=st.integers(1, 70),
     k=st.integers(1, 8),
     shift=st.sampled_from([-3.0, 0.0, 3.0]),
-    chunk=st.sampled_from([1, 64, 1 << 20]),
+    tile=TILES,
     samples=st.sampled_from([2, 16, 1 << 18]),
     bias_inside=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @properties
-def test_selection_is_topks_whatever_the_chunks_and_samples(
-    tokens, num_latents, k, shift, chunk, samples, bias_inside, seed
+def test_selection_is_topks_whatever_the_tiles_and_samples(
+    tokens, num_latents, k, shift, tile, samples, bias_inside, seed
 ):
-    """Also where the guessed threshold is far off: two samples say little, chunks of one token less."""
+    """Also where the guessed threshold is far off: two samples say little, tiles of one pre-activation less."""
     x, W_enc = draw(tokens, 5, seed=seed), draw(num_latents, 5, seed=seed + 1)
     b_enc = draw(num_latents, seed=seed + 2) + shift
     count = k * tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_ops, "CPU_CHUNK", chunk)
-        patch.setattr(sparse_ops, "SAMPLES", samples)
-        patch.setattr(sparse_ops, "_product_takes_bias", lambda x: bias_inside)
+        patch.setattr(sparse_encoder, "CPU_TILE", tile[0])
+        patch.setattr(sparse_encoder, "CPU_TILE_TOKENS", tile[1])
+        patch.setattr(sparse_encoder, "SAMPLES", samples)
+        patch.setattr(sparse_encoder, "_product_takes_bias", lambda x: bias_inside)
         active = select_largest(x, W_enc, b_enc, count)
     assert set(zip(active.tokens.tolist(), active.latents.tolist(), strict=True)) == dense_largest(
         x, W_enc, b_enc, count
@@ -59,16 +63,23 @@ def test_selection_is_topks_whatever_the_chunks_and_samples(
     assert torch.equal(order, order.sort().values)
 
 
-def test_a_misleading_first_chunk_is_noticed(monkeypatch):
-    """The first tokens are large, so the threshold guessed from them is above most of what must be kept."""
-    monkeypatch.setattr(sparse_ops, "CPU_CHUNK", 64)
-    x = draw(40, 6, seed=0)
-    x[:4] *= 100
-    W_enc, b_enc = draw(32, 6, seed=1), torch.zeros(32, dtype=torch.float64)
-    active = select_largest(x, W_enc, b_enc, 400)
-    assert active.tokens.numel() == 400
+@pytest.mark.parametrize("loud", ["tokens", "latents"])
+def test_a_misleading_first_tile_is_noticed(loud, monkeypatch):
+    """The first tile's tokens or latents are large, so the threshold guessed from them is above most of what must be
+    kept.
+    """
+    monkeypatch.setattr(sparse_encoder, "CPU_TILE", 128)
+    monkeypatch.setattr(sparse_encoder, "CPU_TILE_TOKENS", 4 if loud == "tokens" else 40)
+    x, W_enc, b_enc = draw(40, 6, seed=0), draw(32, 6, seed=1), torch.zeros(32, dtype=torch.float64)
+    if loud == "tokens":
+        x[:4] *= 100
+    else:
+        assert sparse_encoder.tile_shape(40, 32, x.device) == (40, 10)
+        W_enc[::10] *= 100
+    active = select_largest(x, W_enc, b_enc, 60)
+    assert active.tokens.numel() == 60
     assert set(zip(active.tokens.tolist(), active.latents.tolist(), strict=True)) == dense_largest(
-        x, W_enc, b_enc, 400
+        x, W_enc, b_enc, 60
     )
 
 
@@ -90,22 +101,54 @@ def test_nothing_positive_selects_nothing():
         assert [part.numel() for part in active] == [0, 0, 0]
 
 
-@given(seed=st.integers(0, 1000), k=st.integers(1, 9))
+@given(
+    tokens=st.integers(1, 12),
+    num_latents=st.integers(1, 90),
+    k=st.integers(1, 9),
+    tile=TILES,
+    loud=st.sampled_from([1.0, 30.0]),
+    seed=st.integers(0, 1000),
+)
 @properties
-def test_per_token_selection_is_topks(seed, k):
-    x, W_enc, b_enc = draw(7, 4, seed=seed), draw(9, 4, seed=seed + 1), draw(9, seed=seed + 2)
+def test_per_token_selection_is_topks_whatever_the_tiles(tokens, num_latents, k, tile, loud, seed):
+    """Also where the first tile's latents are so large that its threshold hides the others' largest."""
+    x, W_enc, b_enc = draw(tokens, 4, seed=seed), draw(num_latents, 4, seed=seed + 1), draw(num_latents, seed=seed + 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_encoder, "CPU_TILE", tile[0])
+        patch.setattr(sparse_encoder, "CPU_TILE_TOKENS", tile[1])
+        W_enc[:: sparse_encoder.tile_shape(tokens, num_latents, x.device)[1]] *= loud
+        active = select_largest_per_token(x, W_enc, b_enc, k)
     pre = torch.relu(x @ W_enc.T + b_enc)
-    values, indices = pre.topk(k, dim=-1)
+    values, indices = pre.topk(min(k, num_latents), dim=-1)
     expected = torch.zeros_like(pre).scatter(-1, indices, values)
-    torch.testing.assert_close(select_largest_per_token(x, W_enc, b_enc, k).to_dense(7, 9), expected)
+    torch.testing.assert_close(active.to_dense(tokens, num_latents), expected)
+    order = active.tokens * num_latents + active.latents
+    assert torch.equal(order, order.sort().values)
+
+
+@given(tokens=st.integers(1, 30), num_latents=st.integers(1, 70), tile=TILES, seed=st.integers(0, 1000))
+@properties
+def test_what_exceeds_thresholds_is_found_whatever_the_tiles(tokens, num_latents, tile, seed):
+    x, W_enc, b_enc = draw(tokens, 5, seed=seed), draw(num_latents, 5, seed=seed + 1), draw(num_latents, seed=seed + 2)
+    threshold = draw(num_latents, seed=seed + 3).abs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_encoder, "CPU_TILE", tile[0])
+        patch.setattr(sparse_encoder, "CPU_TILE_TOKENS", tile[1])
+        patch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
+        active = select_exceeding(x, W_enc, b_enc, threshold)
+    assert active is not None
+    pre = x @ W_enc.T + b_enc
+    torch.testing.assert_close(active.to_dense(tokens, num_latents), pre.where(pre > threshold, 0))
+    order = active.tokens * num_latents + active.latents
+    assert torch.equal(order, order.sort().values)
 
 
 def test_too_many_to_be_worth_it():
     x, W_enc, b_enc = draw(50, 4, seed=0), draw(100, 4, seed=1), torch.zeros(100, dtype=torch.float64)
     pre = x @ W_enc.T
-    threshold = torch.full((100,), float(pre.flatten().quantile(1 - sparse_ops.DENSE_SHARE - 0.01)))
+    threshold = torch.full((100,), float(pre.flatten().quantile(1 - sparse_encoder.DENSE_SHARE - 0.01)))
     assert select_exceeding(x, W_enc, b_enc, threshold) is None
-    threshold.fill_(float(pre.flatten().quantile(1 - sparse_ops.DENSE_SHARE + 0.01)))
+    threshold.fill_(float(pre.flatten().quantile(1 - sparse_encoder.DENSE_SHARE + 0.01)))
     active = select_exceeding(x, W_enc, b_enc, threshold)
     assert active is not None
     assert torch.equal(active.to_dense(50, 100) > 0, pre > threshold)
@@ -174,7 +217,7 @@ def test_loss_and_gradients_are_the_dense_ones(activation, sizes, tokens, hidden
     x = draw(tokens, hidden_size, seed=seed + 20).requires_grad_()
     inputs = [x, *sae.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_ops, "DENSE_SHARE", 1.0)
+        patch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
         output = sae(x, variance=1.7)
     assert output.active is not None
     expected = reference(sae, x, 1.7)
@@ -212,7 +255,7 @@ def test_gradients_in_kept_memory_are_the_same_and_lie_where_the_last_ones_lay(m
 @pytest.mark.parametrize("activation", ["batch_topk", "relu"])
 def test_gradcheck(activation, monkeypatch):
     """Finite differences; the selection is far from changing."""
-    monkeypatch.setattr(sparse_ops, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
     sae = make(activation, [2, 5, 11], 4, seed=3)
     x = draw(3, 4, seed=30).requires_grad_()
     parameters = dict(sae.named_parameters())
@@ -227,7 +270,7 @@ def test_gradcheck(activation, monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_inference_is_the_dense_one(activation, monkeypatch):
     """Evaluation without gradients takes the sparse path, with gradients the dense one; they agree."""
-    monkeypatch.setattr(sparse_ops, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
     sae = make(activation, [8, 300, 900], 6, seed=1).eval()
     with torch.no_grad():
         sae.b_enc.sub_(6.0)
