@@ -78,9 +78,7 @@ def test_a_misleading_first_tile_is_noticed(loud, monkeypatch):
         W_enc[::10] *= 100
     active = select_largest(x, W_enc, b_enc, 60)
     assert active.tokens.numel() == 60
-    assert set(zip(active.tokens.tolist(), active.latents.tolist(), strict=True)) == dense_largest(
-        x, W_enc, b_enc, 60
-    )
+    assert set(zip(active.tokens.tolist(), active.latents.tolist(), strict=True)) == dense_largest(x, W_enc, b_enc, 60)
 
 
 def test_ties_keep_the_count():
@@ -106,16 +104,18 @@ def test_nothing_positive_selects_nothing():
     num_latents=st.integers(1, 90),
     k=st.integers(1, 9),
     tile=TILES,
+    cached=st.sampled_from([0, 1 << 20]),
     loud=st.sampled_from([1.0, 30.0]),
     seed=st.integers(0, 1000),
 )
 @properties
-def test_per_token_selection_is_topks_whatever_the_tiles(tokens, num_latents, k, tile, loud, seed):
+def test_per_token_selection_is_topks_whatever_the_tiles(tokens, num_latents, k, tile, cached, loud, seed):
     """Also where the first tile's latents are so large that its threshold hides the others' largest."""
     x, W_enc, b_enc = draw(tokens, 4, seed=seed), draw(num_latents, 4, seed=seed + 1), draw(num_latents, seed=seed + 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_encoder, "CPU_TILE", tile[0])
         patch.setattr(sparse_encoder, "CPU_TILE_TOKENS", tile[1])
+        patch.setattr(sparse_encoder, "CACHED_WEIGHTS", cached)
         W_enc[:: sparse_encoder.tile_shape(tokens, num_latents, x.device)[1]] *= loud
         active = select_largest_per_token(x, W_enc, b_enc, k)
     pre = torch.relu(x @ W_enc.T + b_enc)
