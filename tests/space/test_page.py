@@ -185,6 +185,7 @@ def test_a_preset_is_one_click_to_its_words(visit):
     prompt = page.locator("#prompt textarea").input_value()
     assert prompt != "Once upon a time, there was a"
     assert page.locator("#dials input").count() == 1, "a preset takes the place of other latents"
+    assert page.locator("#dials .msae-pushes").inner_text() == f"leads to {', '.join(words)}"
     following = [re.match(r"\W*(\w*)", text.removeprefix(prompt))[1] for text in (default, steered)]
     assert following[1] in words
     assert following[0] not in words

@@ -97,8 +97,7 @@ def _draw(bench: Workbench, meaning: Meaning, dial: Dial, method: str) -> str:
         f'<div class="msae-ends">{"".join(f"<span>{end}</span>" for end in ends)}</div>'
     )
     hidden = ' class="msae-off"' if method == "ablate" else ""
-    promoted = meaning.promoted(dial.latent)
-    pushes = f'<p class="msae-pushes" title="{EFFECT}">directly promotes {text(promoted)}</p>' if promoted else ""
+    pushes = _draw_effect(meaning, dial.latent)
     return (
         f'<div class="msae-dial msae-hue-{level % 6}"><div class="msae-dial-head">'
         f'<button type="button" class="msae-link" data-do="latent" data-id="{dial.latent}" '
@@ -108,3 +107,11 @@ def _draw(bench: Workbench, meaning: Meaning, dial: Dial, method: str) -> str:
         f'<button type="button" class="msae-remove" data-do="remove" data-id="{dial.latent}" '
         f'aria-label="Remove latent {dial.latent}">✕</button></div>{pushes}<div{hidden}>{slider}</div></div>'
     )
+
+
+def _draw_effect(meaning: Meaning, latent: int) -> str:
+    """What turning the latent up does: as tried out, or else as its direction has it."""
+    preset, promoted = meaning.tried(latent), meaning.promoted(latent)
+    if preset is not None:
+        return f'<p class="msae-pushes" title="{text(preset.why)}">leads to {text(preset.name)}</p>'
+    return f'<p class="msae-pushes" title="{EFFECT}">directly promotes {text(promoted)}</p>' if promoted else ""

@@ -216,6 +216,11 @@ class Meaning:
         """What to try first."""
         return self._presets
 
+    def tried(self, latent: int) -> Preset | None:
+        """The preset that turns up this latent alone, where it was tried out and its words are known to follow."""
+        alone = (preset for preset in self._presets if [dial.latent for dial in preset.dials] == [latent])
+        return next((preset for preset in alone if preset.prompt is not None), None)
+
 
 class Meanings:
     """One `Meaning` for each open SAE."""
