@@ -11,9 +11,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import __version__ as transformers_version
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -71,26 +74,51 @@ class SourceArguments:
     )
 
 
-def load_language_model(args: SourceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model on this process's device (or split by `device_map`), in evaluation mode, and its tokenizer."""
+def load_language_model(
+    args: SourceArguments, tensor_parallel: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model on this process's device (or split by `device_map`, or over all processes), in evaluation mode, and
+    its tokenizer.
+    """
     name: str | Path = story_lm_path() if args.model == STORIES else args.model
     if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise ValueError(f"There is no model at {name}. Give a folder that holds a config.json, or a Hub id.")
     hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
+        places = _tensor_parallel(args, config) if tensor_parallel else {"device_map": args.device_map}
         tokenizer = _load_tokenizer(name, args.model, hub)
         causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_encoder(config.architectures)
         auto_class = AutoModelForCausalLM if causal or args.trust_remote_code else AutoModel
         dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
-        model = auto_class.from_pretrained(name, dtype=dtype, device_map=args.device_map, **hub)
+        model = auto_class.from_pretrained(name, dtype=dtype, **places, **hub)
     except OSError as error:
         raise ValueError(f"Cannot load the model {args.model!r}: {error}") from error
-    if args.device_map is None:
+    if args.device_map is None and not tensor_parallel:
         model = model.to(PartialState().device)
     if args.model == STORIES:
         model.config.name_or_path = STORIES
     return model.eval(), tokenizer
+
+
+def _tensor_parallel(args: SourceArguments, config: PreTrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` must be told to split the model over all processes."""
+    processes = PartialState().num_processes
+    if processes == 1:
+        raise ValueError(
+            "--tensor-parallel splits the language model over the processes of the run, and there is one. Launch "
+            "several: torchrun --nproc_per_node 8 -m hf_msae.cli train ..."
+        )
+    if args.device_map is not None:
+        raise ValueError("--tensor-parallel and --device-map are two ways to split a language model; choose one.")
+    if not config.get_text_config().base_model_tp_plan:
+        raise ValueError(
+            f"transformers has no tensor parallel plan for {config.model_type}, so --tensor-parallel cannot split "
+            f"{args.model!r}. --device-map auto splits any model, with a single process."
+        )
+    if tuple(int(part) for part in transformers_version.split(".")[:2]) < (5, 14):
+        return {"tp_plan": "auto"}
+    return {"distributed_config": DistributedConfig(tp_size=processes)}
 
 
 def _load_tokenizer(name: str | Path, given: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:

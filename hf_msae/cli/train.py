@@ -109,6 +109,13 @@ class RunArguments:
 
     _argument_group_name = "run"
 
+    tensor_parallel: bool = field(
+        default=False,
+        metadata={
+            "help": "Split the language model over all processes, which then run it together, instead of a copy in "
+            "each. For models that are too large for one device."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Say what the run would need in memory, disk and time, after a few probe steps, and stop."},
@@ -123,7 +130,7 @@ def run(arguments: list[str]) -> None:
     # The process group: everything after it knows its device and rank.
     PartialState(cpu=training_args.on_cpu, timeout=timedelta(seconds=training_args.ddp_timeout))
     dataset, eval_dataset = load_training_data(sources)
-    model, tokenizer = load_language_model(sources)
+    model, tokenizer = load_language_model(sources, run_args.tensor_parallel)
     saes = make_saes(model, sae_args, dataset, model_commit(sources), training_args.init_from)
     trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
     if run_args.dry_run:

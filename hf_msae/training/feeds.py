@@ -21,16 +21,27 @@ logger = logging.getLogger(__name__)
 
 
 class Feed(ABC):
-    """A process's activations of each step, `{site: (batch, hidden_size)}` of all micro-batches, without end."""
+    """A process's activations of each step, `{site: (batch, hidden_size)}` of all micro-batches, without end.
+
+    sliced: whether all processes go through one order of tokens, each taking its slice of every step's batch.
+    """
 
     description: str
+    sliced: bool = False
 
-    def __init__(self, args: SAETrainingArguments) -> None:
-        self.args = args
+    def __init__(self, args: SAETrainingArguments, rank: int, world_size: int) -> None:
+        self.args, self.rank, self.world_size = args, rank, world_size
         self.epoch = 0
         self._batches: BatchIterator | None = None
 
     def __next__(self) -> dict[Site, Tensor]:
+        batch = self._batch()
+        if not self.sliced:
+            return batch
+        own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
+        return {site: rows[own] for site, rows in batch.items()}
+
+    def _batch(self) -> dict[Site, Tensor]:
         batches = self._current()
         try:
             return next(batches)
@@ -68,7 +79,11 @@ class Feed(ABC):
 
 
 class TextFeed(Feed):
-    """Activations of documents, made while they are used; each process reads its share of the documents."""
+    """Activations of documents, made while they are used.
+
+    Each process has its share of the documents. `together`: the language model is one copy that all processes run, so
+    all have all documents, and each takes its slice of every step's batch.
+    """
 
     def __init__(
         self,
@@ -80,15 +95,17 @@ class TextFeed(Feed):
         context_length: int,
         rank: int,
         world_size: int,
+        together: bool = False,
     ) -> None:
-        super().__init__(args)
+        super().__init__(args, rank, world_size)
         self.model, self.tokenizer, self.sites, self.documents = model, tokenizer, sites, documents
-        self.context_length, self.rank, self.world_size = context_length, rank, world_size
+        self.context_length, self.sliced = context_length, together
         self.description = documents.description
 
     def _open(self, seed: int) -> ActivationStream:
+        shard, num_shards = (0, 1) if self.sliced else (self.rank, self.world_size)
         windows = TokenWindows(
-            self.documents.shard(self.rank, self.world_size),
+            self.documents.shard(shard, num_shards),
             self.tokenizer,
             context_length=self.context_length,
             pack=self.args.packing,
@@ -97,11 +114,11 @@ class TextFeed(Feed):
             self.model,
             self.sites,
             windows,
-            batch_size=self.args.tokens_per_process,
+            batch_size=self.args.tokens_per_process * self.world_size // num_shards,
             block_tokens=self.args.block_tokens,
             lm_batch_size=self.args.lm_batch_size,
             seed=seed,
-            shard=self.rank,
+            shard=shard,
             norm_outlier_multiple=self.args.norm_outlier_multiple or None,
             pad_id=pad_id(self.tokenizer),
         )
@@ -118,6 +135,8 @@ class CacheFeed(Feed):
     each shard as a whole.
     """
 
+    sliced = True
+
     def __init__(
         self,
         cache: CachedActivations,
@@ -127,9 +146,8 @@ class CacheFeed(Feed):
         rank: int,
         world_size: int,
     ) -> None:
-        super().__init__(args)
+        super().__init__(args, rank, world_size)
         self.directory, self.sites, self.skip_rows = cache.directory, sites, skip_rows
-        self.rank, self.world_size = rank, world_size
         self.description = f"the activation cache {cache.directory}"
 
     def _open(self, seed: int) -> CachedActivations:
@@ -140,10 +158,6 @@ class CacheFeed(Feed):
             sites=self.sites,
             skip_rows=self.skip_rows,
         )
-
-    def __next__(self) -> dict[Site, Tensor]:
-        own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
-        return {site: rows[own] for site, rows in super().__next__().items()}
 
     def tokens_per_pass(self) -> int:
         return self._open(self.args.seed).num_available

@@ -5,6 +5,7 @@ The two are kept apart, so that the L0 that is reported is that of a threshold w
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,12 @@ from hf_msae.training.arguments import SAETrainingArguments
 
 
 class HeldOut(ABC):
-    """Held-out activations, given anew in every pass."""
+    """Held-out activations, given anew in every pass.
+
+    together: whether all processes must ask for the same at the same time, because they run one language model.
+    """
+
+    together: bool = False
 
     @abstractmethod
     def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
@@ -34,7 +40,9 @@ class HeldOut(ABC):
 class HeldOutText(HeldOut):
     """The first documents of a dataset, through the language model whenever they are needed.
 
-    `num_documents` says how many were taken. Raises `DatasetError` where the dataset has too few tokens.
+    `together`: the language model is one copy that all processes run, so each goes through all windows, and keeps its
+    share of the activations. `num_documents` says how many were taken. Raises `DatasetError` where the dataset has too
+    few tokens.
     """
 
     def __init__(
@@ -45,8 +53,9 @@ class HeldOutText(HeldOut):
         documents: Documents,
         args: SAETrainingArguments,
         context_length: int,
+        together: bool = False,
     ) -> None:
-        self.model, self.sites, self.args = model, sites, args
+        self.model, self.sites, self.args, self.together = model, sites, args, together
         self.pad_id = pad_id(tokenizer)
         self._evaluation, used = hold_out(documents, tokenizer, context_length, args.eval_tokens, args.packing)
         rest = documents.skip(used)
@@ -54,13 +63,17 @@ class HeldOutText(HeldOut):
         self.num_documents = used + more
 
     def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        return self._harvest(self._calibration[rank::world_size])
+        return self._harvest(self._calibration, rank, world_size)
 
     def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        return self._harvest(self._evaluation[rank::world_size])
+        return self._harvest(self._evaluation, rank, world_size)
 
-    def _harvest(self, windows: Sequence[Window]) -> Iterator[Mapping[Site, Tensor]]:
-        return harvest(self.model, self.sites, windows, lm_batch_size=self.args.lm_batch_size, pad_id=self.pad_id)
+    def _harvest(self, windows: Sequence[Window], rank: int, world_size: int) -> Iterator[Mapping[Site, Tensor]]:
+        options = {"lm_batch_size": self.args.lm_batch_size, "pad_id": self.pad_id}
+        if self.together:
+            yield from islice(harvest(self.model, self.sites, windows, **options), rank, None, world_size)
+        else:
+            yield from harvest(self.model, self.sites, windows[rank::world_size], **options)
 
     def token_batches(self) -> Iterator[TokenBatch]:
         device = next(self.model.get_input_embeddings().parameters()).device

@@ -104,8 +104,12 @@ class Examiner:
         return meter
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:
-        """Of the main process, or of all, where they must run the language model in step to have the whole SAE."""
-        if self.model is None or self.model.get_output_embeddings() is None or learner.batch_ranks.rank:
+        """Of the main process, or of all, where they must run the language model in step: because each has a part of
+        it, or of the SAE.
+        """
+        if self.model is None or self.model.get_output_embeddings() is None:
+            return None
+        if learner.batch_ranks.rank and not self.held_out.together:
             return None
         batches = list(self.held_out.token_batches()) if self.args.ce_tokens else []
         return measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches) if batches else None

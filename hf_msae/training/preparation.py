@@ -90,6 +90,19 @@ def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:
     return args.context_length
 
 
+def runs_together(model: PreTrainedModel, world_size: int) -> bool:
+    """Whether the model is one tensor-parallel copy that all processes run, on the same tokens. Raises `ValueError`
+    where only some of them do.
+    """
+    parts = model.tp_size or 1
+    if parts not in (1, world_size):
+        raise ValueError(
+            f"The language model is split over {parts} processes, and the run has {world_size}. Tensor parallel "
+            "models must be split over all processes of the run."
+        )
+    return parts > 1
+
+
 def open_data(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -105,10 +118,12 @@ def open_data(
     SAEs' configurations.
     """
     held_out: HeldOut | None = None
+    together = model is not None and runs_together(model, world_size)
     if model is not None and tokenizer is not None:
         context_length = window_length(model, args)
         if eval_dataset is not None:
-            held_out = HeldOutText(model, tokenizer, sites, as_documents(eval_dataset), args, context_length)
+            documents = as_documents(eval_dataset)
+            held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length, together)
     if isinstance(train_dataset, CachedActivations):
         skip_rows = 0
         if held_out is None:
@@ -119,12 +134,12 @@ def open_data(
         raise ValueError("Training on text needs the language model and its tokenizer (processing_class).")
     documents = as_documents(train_dataset)
     if held_out is None:
-        held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length)
+        held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length, together)
         documents = documents.skip(held_out.num_documents)
     for sae in saes.values():
         sae.config.context_length = context_length
         sae.config.prepend_bos = tokenizer.bos_token_id is not None
-    feed = TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size)
+    feed = TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size, together)
     return held_out, feed, documents
 
 

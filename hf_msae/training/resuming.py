@@ -174,25 +174,22 @@ def resumed_length(state: Mapping[str, Any], args: SAETrainingArguments, count: 
 
 def load_feed(feed: Feed, states: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> None:
     """Have this process's feed go on where those of all processes stopped, whether they were as many or not."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank, world_size = (0, 1) if feed.sliced else (accelerator.process_index, accelerator.num_processes)
     if len(states) == world_size:
         feed.load_state_dict(states[rank])
         return
     state, words = deal_anew(states, rank, world_size)
     feed.load_state_dict(state)
     if accelerator.is_main_process:
-        logger.warning("%d processes go on with the work of %d. %s", world_size, len(states), words)
+        logger.warning("%d processes go on with the work of %d. %s", accelerator.num_processes, len(states), words)
 
 
 def deal_anew(feeds: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> tuple[dict[str, Any], str]:
     """The state of one of `world_size` feeds that go on where another number of feeds of documents stopped, and, in
     words, which tokens are read twice or not at all.
 
-    Documents are dealt anew from the first one that any process had not used up, so no document is left out. The order
-    of an activation cache does not depend on the number of processes.
+    Documents are dealt anew from the first one that any process had not used up, so no document is left out.
     """
-    if all("windows" not in feed["batches"] for feed in feeds):
-        return copy.deepcopy(dict(feeds[0])), "No token of the activation cache is read twice or left out."
     slowest = min(feeds, key=lambda feed: (feed["epoch"], _documents(feed)["next"]))
     state = copy.deepcopy(dict(slowest))
     batches = state["batches"]

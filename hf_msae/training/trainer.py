@@ -314,7 +314,7 @@ class SAETrainer:
             "tokens": self.state.num_input_tokens_seen,
             "tokens_per_step": self._tokens_per_step,
             "arguments": self.args.to_dict(),
-            "feeds": gather_object([self.feed.state_dict()]),
+            "feeds": self._feed_states(),
             "skipped_documents": self._skipped_documents(),
         }
         path = self.saver.save(self.state.global_step, self.learners, state)
@@ -323,6 +323,11 @@ class SAETrainer:
             if self.pusher is not None:
                 self.pusher.push_checkpoint(path, self.state.global_step)
         self._call("on_save")
+
+    def _feed_states(self) -> list[dict[str, Any]]:
+        """The places of all processes' feeds; one, where all are at the same."""
+        own = [self.feed.state_dict()]
+        return own if self.feed.sliced else gather_object(own)
 
     def _skipped_documents(self) -> list[int]:
         """The numbers of the documents that no process could read."""
