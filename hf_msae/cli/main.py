@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("hf_msae.cli.eval", "measure an SAE at every prefix, beside baselines, and write a report"),
     "toy": ("hf_msae.cli.toy", "train where the truth is known, and see what each variant does to a hierarchy"),
     "interpret": ("hf_msae.cli.interpret", "make a page for every latent: contexts, effects on the output, labels"),
+    "neuronpedia": ("hf_msae.cli.neuronpedia", "write an interpretation in the form that Neuronpedia imports"),
     "tree": ("hf_msae.cli.tree", "print the hierarchy between an SAE's levels, or write it as JSON or Graphviz"),
     "demo": ("hf_msae.cli.demo", "look inside an SAE of the story model in the browser, and steer with it"),
     "space": ("hf_msae.cli.space", "the same for an SAE of yours, on this machine or as a Space on the Hub"),
