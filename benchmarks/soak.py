@@ -15,6 +15,7 @@ import random
 import statistics
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,11 +37,18 @@ class Sampler(TrainerCallback):
     def __init__(self, minutes: float, every: int) -> None:
         self.end = time.monotonic() + 60 * minutes
         self.every = every
-        self.samples: list[tuple[float, int, int]] = []
+        # Flat, so that what measures grows by little itself.
+        self._numbers = array("d")
+
+    @property
+    def samples(self) -> list[tuple[float, int, int]]:
+        """Moment in seconds, step, and resident bytes."""
+        triples = zip(*(self._numbers[part::3] for part in range(3)), strict=True)
+        return [(moment, int(step), int(memory)) for moment, step, memory in triples]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
-            self.samples.append((time.monotonic(), state.global_step, resident("VmRSS")))
+            self._numbers.extend((time.monotonic(), state.global_step, resident("VmRSS")))
         control.should_training_stop = time.monotonic() > self.end
         return control
 
@@ -116,7 +124,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hf-msae-soak-") as folder:
         sampler, steps = train(options.minutes, Path(folder) / "run", options.every)
-    kept = sampler.samples[int(options.warm_up * len(sampler.samples)) :]
+    samples = sampler.samples
+    kept = samples[int(options.warm_up * len(samples)) :]
     if len(kept) < 2 * BLOCKS:
         raise SystemExit(f"{len(kept)} samples after the warm-up tell nothing; give more --minutes.")
     low, high = spread(kept)
@@ -129,7 +138,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if options.json:
-        Path(options.json).write_text(json.dumps(result | {"all": sampler.samples}) + "\n")
+        Path(options.json).write_text(json.dumps(result | {"all": samples}) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ from hf_msae.training.warm_start import warm_start
 
 # How many of the documents that could not be read are named in metrics.json.
 MAX_SKIPPED_NAMED = 1000
+# Entries of the log that callbacks find in `state.log_history`.
+KEPT_ENTRIES = 1000
 
 
 class TrainingDiverged(RuntimeError):
@@ -247,8 +249,10 @@ class SAETrainer:
         return {"step": self.state.global_step, "tokens": self.state.num_input_tokens_seen, **values}
 
     def _remember(self, name: str, entry: dict[str, Any]) -> None:
+        """For callbacks; what is older than the latest entries is in the file of the log alone."""
         history: list[Any] = self.state.log_history  # typed in transformers as if it held numbers only
         history.append({"name": name, **entry})
+        del history[:-KEPT_ENTRIES]
 
     def _tokens_per_second(self) -> float:
         steps = self.state.global_step - self._first_step

@@ -132,6 +132,14 @@ def test_training_lowers_the_loss_of_every_activation(train, tmp_path):
         assert errors[-1] < 0.8 * errors[0], activation
 
 
+def test_callbacks_find_the_latest_of_the_log_and_the_file_has_all(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_msae.training.trainer.KEPT_ENTRIES", 2)
+    trainer, _ = train(make_sae(), name="log", max_steps=10, logging_steps=2, save_steps=0, ce_tokens=0)
+    assert [entry["step"] for entry in trainer.state.log_history] == [8, 10]
+    lines = (tmp_path / "log" / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10]
+
+
 def test_a_crashed_run_resumes_to_the_same_bits(train, tmp_path):
     """Crash between checkpoints, inside a block of activations, with dead latents and running sums in flight."""
     sae = {"num_latents": 256, "prefix_sizes": [16, 256], "k": 3}
