@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import itertools
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,6 +105,8 @@ class Repo:
     approved: set[str] = field(default_factory=set)
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    # One commit after the other, as on the Hub: between a look at the parent and the new ref nobody else's may come.
+    committing: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE_PATTERNS)
@@ -164,6 +167,20 @@ class Repo:
 
         `deleted` names files, and folders by a closing slash.
         """
+        with self.committing:
+            return self._commit(revision, added, deleted, title, description, author, parent, pull_request)
+
+    def _commit(
+        self,
+        revision: str,
+        added: Mapping[str, File],
+        deleted: list[str],
+        title: str,
+        description: str,
+        author: str,
+        parent: str | None,
+        pull_request: bool,
+    ) -> tuple[Commit, str]:
         base = self.at(revision)
         ref = self.ref_of(revision)
         if ref is None or ref.startswith("refs/tags/"):
