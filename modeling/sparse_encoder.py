@@ -186,12 +186,12 @@ def _largest_of_whole_rows(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> A
         starts = torch.arange(pre.shape[0], device=pre.device).unsqueeze(-1) * pre.shape[1]
         return (latents + starts)[values.gather(-1, order) > 0]
 
-    return _encode_in_tiles(x, W_enc, b_enc, largest, tokens_at_once(W_enc.shape[0], x.device), 1)
+    return _encode_in_tiles(x, W_enc, b_enc, largest, (tokens_at_once(W_enc.shape[0], x.device), 1))
 
 
 def _candidates_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> ActiveLatents:
     """Positive pre-activations of x (B, d), the k largest of each token among them, and few others."""
-    tokens, parts = tile_shape(x.shape[0], W_enc.shape[0], x.device)
+    parts = tile_shape(x.shape[0], W_enc.shape[0], x.device)[1]
     thresholds: list[Tensor] = []  # of each tile of tokens, (t, 1)
 
     def candidates(tile: Tile) -> Tensor:
@@ -201,7 +201,7 @@ def _candidates_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Ac
             thresholds.append(pre.topk(rank, dim=-1).values[:, -1:].clamp_min(0))
         return (pre > thresholds[-1]).flatten().nonzero().squeeze(-1)
 
-    active = _encode_in_tiles(x, W_enc, b_enc, candidates, tokens, parts)
+    active = _encode_in_tiles(x, W_enc, b_enc, candidates)
     missing = active.tokens.bincount(minlength=x.shape[0]) < k
     short = missing & (torch.cat(thresholds).squeeze(-1) > 0)
     if not short.any():
@@ -259,11 +259,10 @@ def _encode_in_tiles(
     W_enc: Tensor,
     b_enc: Tensor,
     choose: Callable[[Tile], Tensor],
-    tokens: int | None = None,
-    parts: int | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> ActiveLatents:
-    """What `choose` picks from each tile: places in its flattened product, in order. Tiles are as `tile_shape` has
-    them, or of so many tokens and so many parts of the latents; those of the same tokens follow each other.
+    """What `choose` picks from each tile: places in its flattened product, in order. Tiles have the shape that
+    `tile_shape` says, or another one of its kind; those of the same tokens follow each other.
 
     The bias is added where something was picked. On the CPU, adding it everywhere would cost a tenth of the product,
     and so would fresh memory for each tile; so all share one buffer.
@@ -271,8 +270,7 @@ def _encode_in_tiles(
     device, num_latents = x.device.type, W_enc.shape[0]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     inputs, weights, bias = x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
-    if tokens is None or parts is None:
-        tokens, parts = tile_shape(x.shape[0], num_latents, x.device)
+    tokens, parts = shape or tile_shape(x.shape[0], num_latents, x.device)
     tokens = min(tokens, max(1, x.shape[0]))
     buffer = torch.empty(tokens * -(-num_latents // parts), dtype=dtype, device=x.device)
     with_bias = _product_takes_bias(x)

@@ -1,8 +1,6 @@
 """`hf-msae convert`: another library's checkpoint into ours, or ours into another library's form."""
 
 import logging
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +9,7 @@ from rich.console import Console
 
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.hub.exchange import FORMATS, WRITABLE, load_foreign, write_foreign
+from hf_msae.hub.formats.common import written_whole
 from hf_msae.modeling import MatryoshkaSAE
 
 DESCRIPTION = f"""\
@@ -51,7 +50,8 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"{destination} exists already; give a folder that does not, or delete it.")
     sae = _load(args)
     if args.to == "hf_msae":
-        _save_whole(sae, destination)
+        with written_whole(destination) as draft:
+            sae.save_pretrained(draft)
     else:
         write_foreign(sae, destination, args.to)
     config = sae.config
@@ -71,14 +71,3 @@ def _load(args: ConvertArguments) -> MatryoshkaSAE:
         return sae if args.prefix is None else sae.truncate(args.prefix)
     options = {} if sizes is None else {"prefix_sizes": sizes}
     return MatryoshkaSAE.from_pretrained(args.src, prefix=args.prefix, **hub, **options)
-
-
-def _save_whole(sae: MatryoshkaSAE, destination: Path) -> None:
-    """Write beside the destination and move there, so that it is whole or absent."""
-    draft = destination.with_name(destination.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        sae.save_pretrained(draft)
-        os.replace(draft, destination)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.space import check_gradio, run_space
-from hf_msae.hub import STORIES
+from hf_msae.hub import STORIES, cache_folder
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.worlds.stories import StoryWorld, load_story_lm
@@ -42,11 +42,6 @@ def run(arguments: list[str]) -> None:
         run_space([args.sae], port=args.port)
         return
     run_space([str(story_sae())], title="Matryoshka SAE: the story world", port=args.port)
-
-
-def cache_folder() -> Path:
-    """Where this user's caches of hf_msae lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-msae"
 
 
 def story_sae() -> Path:

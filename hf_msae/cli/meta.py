@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from hf_msae.data import CachedActivations
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
 from hf_msae.evaluation.meta_browser import render_browser, token_labels
+from hf_msae.hub.formats.common import written_whole
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 
@@ -182,14 +181,8 @@ def _facts(result: MetaResult, args: MetaArguments) -> dict[str, Any]:
 
 
 def _save(folder: Path, result: MetaResult, sae: MatryoshkaSAE, facts: dict[str, Any], labels: Sequence[str]) -> None:
-    """Write beside the destination and move there, so that it is whole or absent."""
-    draft = folder.with_name(folder.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with written_whole(folder) as draft:
         result.sae.save_pretrained(draft)
         (draft / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n")
         page = render_browser(result.sae, sae, facts, labels)
         (draft / BROWSER_NAME).write_text(page, encoding="utf-8")
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

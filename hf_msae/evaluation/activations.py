@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import Window, as_documents, collate, harvest, hold_out
+from hf_msae.data import Window, as_documents, harvest, hold_out
 from hf_msae.metrics import TokenBatch
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, site_width
-from hf_msae.training.held_out import pad_id
+from hf_msae.training.held_out import collated, pad_id
 
 # Dense latents of a batch are at most this many numbers: 256 MB in float32.
 LATENTS_AT_ONCE = 2**26
@@ -69,19 +69,7 @@ class TextActivations:
         """The first windows with at least `num_tokens` tokens, collated, on the model's device; all where there are
         fewer.
         """
-        device = next(self.model.get_input_embeddings().parameters()).device
-        taken = 0
-        for start in range(0, len(self.windows), self.lm_batch_size):
-            if taken >= num_tokens:
-                return
-            batch = collate(self.windows[start : start + self.lm_batch_size], self.pad_id)
-            taken += int(batch["keep"].sum())
-            mask = batch["attention_mask"]
-            yield {
-                "input_ids": batch["input_ids"].to(device),
-                "attention_mask": None if mask is None else mask.to(device),
-                "keep": batch["keep"].to(device),
-            }
+        return collated(self.model, self.windows, num_tokens, self.lm_batch_size, self.pad_id)
 
 
 def collect(
@@ -104,6 +92,12 @@ def collect(
     filler = pad_id(tokenizer)
     x = run_model(model, site, windows, filler, lm_batch_size, "Activations")
     return TextActivations(model, site, windows, filler, lm_batch_size, x, documents.description)
+
+
+def total_variance(x: Tensor) -> float:
+    """Σ‖x − x̄‖² over tokens, of activations (n, hidden_size)."""
+    doubles = x.double()
+    return (doubles.pow(2).sum() - len(x) * doubles.mean(0).pow(2).sum()).item()
 
 
 def run_model(

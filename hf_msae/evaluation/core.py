@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_msae.evaluation.activations import TextActivations, tokens_at_once
+from hf_msae.evaluation.activations import TextActivations, tokens_at_once, total_variance
 from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropies, merge
 from hf_msae.modeling import MatryoshkaSAE
 
@@ -121,7 +121,7 @@ def rate_distortion(sae: MatryoshkaSAE, x: Tensor) -> list[RatePoint]:
     """A point for every prefix and fineness of quantisation, from activations (n, hidden_size)."""
     parts = x.split(tokens_at_once(sae))
     low, high = _value_range(sae, parts)
-    total = x.double().pow(2).sum().item() - len(x) * x.double().mean(0).pow(2).sum().item()
+    total = total_variance(x)
     points = []
     for cells in QUANTISATION:
         counts = torch.zeros(sae.config.num_latents * cells, dtype=torch.float64)

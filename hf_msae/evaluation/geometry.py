@@ -68,7 +68,7 @@ def measure_geometry(sae: MatryoshkaSAE, firing_rate: Tensor) -> list[LevelGeome
         nearest, pairs = _within(decoder)
         parents = None
         if inner is not None and len(inner) < len(rows) and len(inner):
-            parents = _nearest(decoder[len(inner) :], decoder[: len(inner)])[0]
+            parents = nearest_rows(decoder[len(inner) :], decoder[: len(inner)])[0]
         results.append(
             LevelGeometry(
                 prefix=prefix,
@@ -98,7 +98,7 @@ def _within(rows: Tensor) -> tuple[float, float]:
     return nearest / len(rows), total / (len(rows) * (len(rows) - 1))
 
 
-def _nearest(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_rows(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """For each unit row (n, d) the largest cosine with one of the others (m, d), and which; (n,) each."""
     found = [(part @ others.T).max(1) for part in rows.split(ROWS_AT_ONCE)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
@@ -122,7 +122,7 @@ def measure_agreement(
         ]
         if not len(rows[0]) or not len(rows[1]):
             continue
-        there, back = _nearest(rows[0], rows[1]), _nearest(rows[1], rows[0])
+        there, back = nearest_rows(rows[0], rows[1]), nearest_rows(rows[1], rows[0])
         mutual = back[1][there[1]] == torch.arange(len(rows[0]))
         shared = 2 * int((mutual & (there[0] > SAME_COSINE)).sum()) / (len(rows[0]) + len(rows[1]))
         results.append(Agreement(one[0], two[0], prefixes, there[0].mean().item(), back[0].mean().item(), shared))

@@ -240,8 +240,13 @@ def _parts(latent: int, activations: Tensor, users: Tensor, rows: Tensor, neighb
     used = activations.nonzero().flatten()
     parts = []
     for meta_latent in used[activations[used].argsort(descending=True)].tolist():
-        column = users[:, meta_latent].masked_fill(rows == latent, 0.0)
-        order = column.argsort(descending=True, stable=True)[:neighbours]
-        others = [(int(rows[place]), column[place].item()) for place in order.tolist() if column[place] > 0]
+        others = _others(latent, users[:, meta_latent], rows, neighbours) if neighbours else []
         parts.append(Part(meta_latent, activations[meta_latent].item(), others))
     return parts
+
+
+def _others(latent: int, column: Tensor, rows: Tensor, neighbours: int) -> list[tuple[int, float]]:
+    """The latents but one with the largest activations of a meta-latent (n,), and these."""
+    column = column.masked_fill(rows == latent, 0.0)
+    order = column.argsort(descending=True, stable=True)[:neighbours]
+    return [(int(rows[place]), column[place].item()) for place in order.tolist() if column[place] > 0]

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hf_msae.evaluation.activations import TextActivations
+from hf_msae.evaluation.activations import TextActivations, total_variance
+from hf_msae.evaluation.geometry import nearest_rows
 from hf_msae.modeling import MatryoshkaSAE
 
 COSINE_CUT = 0.7
@@ -126,7 +127,7 @@ def measure_novelty(text: TextActivations, small: MatryoshkaSAE, large: Matryosh
     for x in _batches(text, small, large):
         error = x.double() - small.decode(small.encode(x))
         meter.update(error, large.encode(x), large.W_dec)
-    return meter.novelty(_nearest(large.W_dec, small.W_dec), _total_variance(text.x))
+    return meter.novelty(_nearest(large.W_dec, small.W_dec), total_variance(text.x))
 
 
 @torch.inference_mode()
@@ -139,7 +140,7 @@ def measure_level_novelty(text: TextActivations, sae: MatryoshkaSAE) -> list[Lev
         latents = sae.encode(x)
         for meter, (low, high), inner in zip(meters, pairs, sae.decode_levels(latents), strict=False):
             meter.update(x.double() - inner, latents[:, low:high], sae.W_dec[low:high])
-    total = _total_variance(text.x)
+    total = total_variance(text.x)
     return [
         LevelNovelty(high, low, meter.novelty(_nearest(sae.W_dec[low:high], sae.W_dec[:low]), total))
         for meter, (low, high) in zip(meters, pairs, strict=True)
@@ -275,7 +276,7 @@ def _walk(text: TextActivations, small: MatryoshkaSAE, large: MatryoshkaSAE, pla
                 l0 += (new[:, comes] > 0).sum().item() - (old[:, goes] > 0).sum().item()
             errors[step] += error.pow(2).sum().item()
             active[step] += l0
-    total = _total_variance(text.x)
+    total = total_variance(text.x)
     return [
         StitchPoint(
             step=name,
@@ -295,15 +296,7 @@ def _batches(text: TextActivations, small: MatryoshkaSAE, large: MatryoshkaSAE) 
 
 def _nearest(rows: Tensor, others: Tensor) -> Tensor:
     """For each decoder row (n, d) the largest cosine with another SAE's rows (m, d), float32 on the CPU."""
-    units = normalize(others.float(), dim=1)
-    parts = [(normalize(part.float(), dim=1) @ units.T).amax(1) for part in rows.split(2048)]
-    return torch.cat(parts).cpu()
-
-
-def _total_variance(x: Tensor) -> float:
-    """Σ‖x − x̄‖² over tokens."""
-    doubles = x.double()
-    return (doubles.pow(2).sum() - len(x) * doubles.mean(0).pow(2).sum()).item()
+    return nearest_rows(*(normalize(part.float(), dim=1) for part in (rows, others)))[0].cpu()
 
 
 def _check_widths(text: TextActivations, small: MatryoshkaSAE, large: MatryoshkaSAE) -> None:

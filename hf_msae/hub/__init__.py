@@ -3,6 +3,16 @@
 from hf_msae.hub.card import STORIES
 from hf_msae.hub.index import NoSAEError, SAEEntry, list_saes, load_saes
 from hf_msae.hub.publishing import PublishError, push_folder
-from hf_msae.hub.pulling import pull
+from hf_msae.hub.pulling import cache_folder, pull
 
-__all__ = ["STORIES", "NoSAEError", "PublishError", "SAEEntry", "list_saes", "load_saes", "pull", "push_folder"]
+__all__ = [
+    "STORIES",
+    "NoSAEError",
+    "PublishError",
+    "SAEEntry",
+    "cache_folder",
+    "list_saes",
+    "load_saes",
+    "pull",
+    "push_folder",
+]

@@ -1,5 +1,6 @@
 """Fetching SAEs from the Hub into a folder from which they load like any other."""
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from hf_msae.hub.formats.common import written_whole
 from hf_msae.hub.index import INDEX_NAME, NoSAEError, SAEEntry, choose, find_entries, format_index, list_saes
 from hf_msae.hub.results import CARD_NAME, WEIGHTS_NAME, read_result, save_quietly
 from hf_msae.modeling import MatryoshkaSAE
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of hf_msae lie: what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-msae"
 
 
 @dataclass(frozen=True)

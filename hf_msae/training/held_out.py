@@ -76,19 +76,7 @@ class HeldOutText(HeldOut):
             yield from harvest(self.model, self.sites, windows[rank::world_size], **options)
 
     def token_batches(self) -> Iterator[TokenBatch]:
-        device = next(self.model.get_input_embeddings().parameters()).device
-        tokens = 0
-        for start in range(0, len(self._evaluation), self.args.lm_batch_size):
-            if tokens >= self.args.ce_tokens:
-                return
-            batch = collate(self._evaluation[start : start + self.args.lm_batch_size], self.pad_id)
-            tokens += int(batch["keep"].sum())
-            mask = batch["attention_mask"]
-            yield {
-                "input_ids": batch["input_ids"].to(device),
-                "attention_mask": None if mask is None else mask.to(device),
-                "keep": batch["keep"].to(device),
-            }
+        return collated(self.model, self._evaluation, self.args.ce_tokens, self.args.lm_batch_size, self.pad_id)
 
 
 class HeldOutCache(HeldOut):
@@ -112,6 +100,27 @@ class HeldOutCache(HeldOut):
         size = self.args.per_device_train_batch_size
         for low in range(start + rank * size, stop, world_size * size):
             yield {site: rows[low : min(stop, low + size)] for site, rows in self._rows.items()}
+
+
+def collated(
+    model: PreTrainedModel, windows: Sequence[Window], num_tokens: int, lm_batch_size: int, pad_id: int
+) -> Iterator[TokenBatch]:
+    """The first windows with at least `num_tokens` tokens that count (all where there are fewer), `lm_batch_size` at a
+    time, on the model's device.
+    """
+    device = next(model.get_input_embeddings().parameters()).device
+    taken = 0
+    for start in range(0, len(windows), lm_batch_size):
+        if taken >= num_tokens:
+            return
+        batch = collate(windows[start : start + lm_batch_size], pad_id)
+        taken += int(batch["keep"].sum())
+        mask = batch["attention_mask"]
+        yield {
+            "input_ids": batch["input_ids"].to(device),
+            "attention_mask": None if mask is None else mask.to(device),
+            "keep": batch["keep"].to(device),
+        }
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_saes import copying_sae
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import TokenWindows
@@ -19,19 +20,6 @@ def sae():
     torch.manual_seed(1)
     sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[4, 16, 32], k=3)).eval()
     sae.threshold.fill_(1.0)
-    return sae
-
-
-def copying_sae(scale: float = 1.0) -> MatryoshkaSAE:
-    """Latents relu(x) and relu(-x), decoded to exactly `scale` times x."""
-    config = MatryoshkaSAEConfig(
-        hidden_size=16, num_latents=32, prefix_sizes=[16, 32], k=32, activation="relu", apply_b_dec_to_input=False
-    )
-    sae = MatryoshkaSAE(config).eval()
-    signs = torch.cat([torch.eye(16), -torch.eye(16)])
-    with torch.no_grad():
-        sae.W_enc.copy_(signs)
-        sae.W_dec.copy_(scale * signs)
     return sae
 
 

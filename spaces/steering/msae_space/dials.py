@@ -12,7 +12,7 @@ from typing import Any
 from msae_space.drawing import note, text
 from msae_space.library import SpaceError, Workbench
 from msae_space.meaning import Meaning
-from msae_space.strengths import STEP, Dial, fluent_up_to, has_maximum, limit
+from msae_space.strengths import STEP, Dial, fluent_up_to, has_maximum, limit, starting_value
 
 MAX_DIALS = 8
 MAX_FACTOR = 4.0
@@ -70,6 +70,14 @@ def added(dials: Sequence[Dial], dial: Dial) -> list[Dial]:
     if len(others) < len(dials):
         return [dial if one.latent == dial.latent else one for one in dials]
     return [*dials, dial]
+
+
+def draw_with(bench: Workbench, meaning: Meaning, dials: Sequence[Dial], latent: int, method: str) -> dict[str, Any]:
+    """The component's value with one latent more, at a strength that shows something. Raises SpaceError where there is
+    no room.
+    """
+    dial = Dial(latent, starting_value(bench, meaning.mean_norm, latent))
+    return draw_dials(bench, meaning, added(dials, dial), method)
 
 
 def draw_dials(bench: Workbench, meaning: Meaning, dials: Sequence[Dial], method: str) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class Library:
             model, tokenizer = load_story_lm()
         else:
             model, tokenizer = _from_hub(name, revision)
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+        model = model.to(_device(name)).eval()  # type: ignore[arg-type]
         self._models[name, revision], self._tokenizers[name, revision] = model, tokenizer
         return model, tokenizer
 

@@ -10,18 +10,16 @@ modules of their own that share the weights, and visitors who generate never mee
 import copy
 import hashlib
 import logging
-import os
 import re
 import shutil
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_msae.hub import STORIES
+from hf_msae.hub import STORIES, cache_folder
 from hf_msae.interpret.hierarchy import Edge
 from hf_msae.interpret.pages import Context, LatentPage
 from hf_msae.interpret.pipeline import interpret
@@ -263,11 +261,6 @@ def own_modules(model: PreTrainedModel) -> PreTrainedModel:
     """The model with modules of its own and the same weights: hooks on one do not touch the other."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-
-
-def cache_folder() -> Path:
-    """Where this user's caches lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf-msae"
 
 
 def _load(bench: Workbench) -> Interpretation | None:

@@ -13,6 +13,7 @@ from hf_msae.interpret.store import InterpretationError
 from hf_msae.sites import SiteError
 from hf_msae.steering import SteeringError
 from msae_space.library import Key, Library, SpaceError, Workbench
+from msae_space.links import MAX_TEXT
 from msae_space.meaning import Meaning, Meanings
 
 # What a visitor can mend. Anything else is a fault of ours: it is logged, and the page says only that.
@@ -40,6 +41,11 @@ class Shared:
     def meaning(self, key: list[str]) -> Meaning:
         """What is known about its latents."""
         return self.meanings.of(self.bench(key))
+
+
+def text_box(text: str, name: str, button: str) -> gr.Textbox:
+    """Where a visitor types the text that a tab looks at; `name` is its id, `button` stands beside it."""
+    return gr.Textbox(text, label="Text", lines=2, max_lines=8, max_length=MAX_TEXT, elem_id=name, submit_btn=button)
 
 
 def told(function: Callable) -> Callable:

@@ -15,10 +15,9 @@ from hf_msae.evaluation.meta import Decomposition, decompose
 from msae_space import drawing
 from msae_space.drawing import ON_CLICK
 from msae_space.library import Key, SpaceError, Workbench, short
-from msae_space.links import MAX_TEXT
 from msae_space.meaning import Meaning
 from msae_space.reading import read, read_levels
-from msae_space.shared import Shared, told
+from msae_space.shared import Shared, text_box, told
 from msae_space.zerogpu import on_gpu
 
 SAME = "the open one"
@@ -37,15 +36,7 @@ class CompareTab(NamedTuple):
 
 def build(shared: Shared, default_text: str, meta_sae: str | None) -> CompareTab:
     """The tab; call inside its `gr.Tab`."""
-    text = gr.Textbox(
-        default_text,
-        label="Text",
-        lines=2,
-        max_lines=8,
-        max_length=MAX_TEXT,
-        elem_id="compare-text",
-        submit_btn="Compare",
-    )
+    text = text_box(default_text, "compare-text", "Compare")
     with gr.Row():
         left = gr.Dropdown([], label="Left: level of the open SAE", elem_id="left-level", filterable=False)
         other = gr.Dropdown(

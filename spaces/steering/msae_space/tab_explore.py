@@ -8,14 +8,12 @@ import gradio as gr
 
 from hf_msae.interpret.pages import LatentPage, TokenEffect
 from msae_space import drawing
-from msae_space.dials import added, draw_dials, read_dials
+from msae_space.dials import draw_with, read_dials
 from msae_space.drawing import ON_CLICK
 from msae_space.library import Workbench
-from msae_space.links import MAX_TEXT
 from msae_space.meaning import Hit, Meaning, strengths
 from msae_space.reading import Reading, are_special, read
-from msae_space.shared import Shared, told
-from msae_space.strengths import Dial, starting_value
+from msae_space.shared import Shared, text_box, told
 
 ONE_LATENT = "one"
 NUM_SHOWN, NUM_CONTEXTS = 8, 8
@@ -39,15 +37,7 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     reading, token = gr.State(None), gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
-            text = gr.Textbox(
-                default_text,
-                label="Text",
-                lines=2,
-                max_lines=8,
-                max_length=MAX_TEXT,
-                elem_id="explore-text",
-                submit_btn="Read",
-            )
+            text = text_box(default_text, "explore-text", "Read")
             colour = gr.Dropdown(
                 [("the latent on the right", ONE_LATENT)],
                 value=ONE_LATENT,
@@ -85,8 +75,8 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
         bench, meaning = shared.bench(key), shared.meaning(key)
         chosen = bench.checked(int(event.id))
         if event.action == "steer":
-            dials = added(read_dials(value, bench), Dial(chosen, starting_value(bench, meaning.mean_norm, chosen)))
-            return gr.skip(), latent, draw_dials(bench, meaning, dials, method), gr.Tabs(selected="steer")
+            dials = draw_with(bench, meaning, read_dials(value, bench), chosen, method)
+            return gr.skip(), latent, dials, gr.Tabs(selected="steer")
         return gr.skip(), chosen, gr.skip(), gr.skip()
 
     for component in (tokens, details, page):

@@ -7,9 +7,8 @@ import gradio as gr
 
 from msae_space import drawing
 from msae_space.library import Workbench
-from msae_space.links import MAX_TEXT
 from msae_space.reading import LevelReading, are_special, read_levels
-from msae_space.shared import Shared, told
+from msae_space.shared import Shared, text_box, told
 
 EXPLANATION = (
     "The model's activations are replaced by what the first latents reconstruct, on every token. Colour shows how far "
@@ -32,15 +31,7 @@ def build(shared: Shared, default_text: str) -> LevelsTab:
     found = gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
-            text = gr.Textbox(
-                default_text,
-                label="Text",
-                lines=2,
-                max_lines=8,
-                max_length=MAX_TEXT,
-                elem_id="levels-text",
-                submit_btn="Measure",
-            )
+            text = text_box(default_text, "levels-text", "Measure")
         with gr.Column(scale=6, min_width=320):
             level = gr.Slider(1, 2, 1, step=1, label="Level", elem_id="level")
     gr.HTML(drawing.note(EXPLANATION))

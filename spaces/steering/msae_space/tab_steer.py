@@ -8,13 +8,13 @@ import gradio as gr
 
 from hf_msae.steering import Steering
 from msae_space import drawing
-from msae_space.dials import SCRIPT, TEMPLATE, added, draw_dials, read_dials
+from msae_space.dials import SCRIPT, TEMPLATE, draw_dials, draw_with, read_dials
 from msae_space.drawing import ON_CLICK
 from msae_space.generation import Runs, Texts, stream
 from msae_space.library import Key, SpaceError, Workbench
 from msae_space.links import MAX_NEW_TOKENS, MAX_TEXT, POSITIONS, View, as_python
 from msae_space.shared import Shared, told
-from msae_space.strengths import METHODS, Dial, edits, starting_value
+from msae_space.strengths import METHODS, Dial, edits
 from msae_space.zerogpu import find_zerogpu, on_gpu
 
 RUNS = Runs()
@@ -52,10 +52,6 @@ class SteerTab(NamedTuple):
     controls: Controls
     presets: gr.HTML
     results: gr.HTML
-    query: gr.Textbox
-    go: gr.Button
-    generate: Any
-    outputs: list[Any]
 
 
 def build_dials() -> tuple[gr.HTML, gr.Dropdown]:
@@ -133,10 +129,9 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         if event.action == "latent":
             return gr.skip(), latent, gr.Tabs(selected="explore")
         if event.action == "remove":
-            dials = [dial for dial in dials if dial.latent != latent]
-        else:
-            dials = added(dials, Dial(latent, starting_value(bench, meaning.mean_norm, latent)))
-        return draw_dials(bench, meaning, dials, method), gr.skip(), gr.skip()
+            kept = [dial for dial in dials if dial.latent != latent]
+            return draw_dials(bench, meaning, kept, method), gr.skip(), gr.skip()
+        return draw_with(bench, meaning, dials, latent, method), gr.skip(), gr.skip()
 
     for component in (results, shared.dials):
         component.click(
@@ -179,7 +174,7 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         show_progress="hidden",
         api_visibility="private",
     )
-    return SteerTab(controls, presets, results, query, go, generate, outputs)
+    return SteerTab(controls, presets, results)
 
 
 def _fitting(value: float, method: str) -> float:

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from msae_space import drawing
-from msae_space.dials import added, draw_dials, read_dials
+from msae_space.dials import draw_with, read_dials
 from msae_space.drawing import ON_CLICK
 from msae_space.library import Workbench
 from msae_space.meaning import Meaning
 from msae_space.shared import Shared, told
-from msae_space.strengths import Dial, starting_value
 from msae_space.tab_explore import draw_contexts, draw_head, draw_hits, draw_relatives
 
 NUM_ROOTS = 40
@@ -39,8 +38,8 @@ def build(shared: Shared) -> TreeTab:
             return [], *nothing[1:]
         latent = bench.checked(int(event.id))
         if event.action == "steer":
-            dials = added(read_dials(value, bench), Dial(latent, starting_value(bench, meaning.mean_norm, latent)))
-            return nothing[0], draw_dials(bench, meaning, dials, method), gr.Tabs(selected="steer"), nothing[3]
+            dials = draw_with(bench, meaning, read_dials(value, bench), latent, method)
+            return nothing[0], dials, gr.Tabs(selected="steer"), nothing[3]
         if event.action == "page":
             return nothing[0], nothing[1], gr.Tabs(selected="explore"), latent
         if latent in path:

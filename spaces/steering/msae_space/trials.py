@@ -80,9 +80,7 @@ def find_places(bench: Workbench, model: PreTrainedModel, mean_norm: float, cand
     words = torch.tensor([is_word(bench.decode([token])) for token in range(clean.shape[-1])], device=clean.device)
     in_order = (clean > IN_ORDER) & words & (clean.mean((0, 1)) < MAX_SHARE_OF_TEXT)
     # Where a sentence begins, almost any word is in order, and none says much.
-    ends = torch.tensor(
-        [[bench.decode([token]).strip()[-1:] in (".", "!", "?") for token in row] for row in ids.tolist()]
-    )
+    ends = torch.tensor([[bench.decode([token]).strip()[-1:] in ENDS for token in row] for row in ids.tolist()])
     places = []
     for latent in candidates:
         value = starting_value(bench, mean_norm, latent, PLACE_SHARE)
