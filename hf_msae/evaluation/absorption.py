@@ -215,7 +215,8 @@ def main_latents(
     features = data.features(encode, at_once, columns)
     places = torch.searchsorted(columns, candidates)
     together = fit_probes(features, train, places)
-    strength = together.direction * features.double().std(0)[places]
+    seen = train.rows[train.weights > 0].unique()
+    strength = together.direction * features[seen].double().std(0)[places]
     strength.scatter_(1, _best_alone(features, train, places)[:, None], torch.inf)
     ordered = torch.gather(places, 1, strength.argsort(dim=1, descending=True))
     counts = torch.ones(len(differences), dtype=torch.int64)

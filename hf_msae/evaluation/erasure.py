@@ -75,21 +75,19 @@ def measure_perturbation(
 ) -> list[PerturbationScore]:
     """TPP at every prefix; empty where fewer than three classes can be probed."""
     scores: list[PerturbationScore] = []
-    encode, at_once = encoder_of(sae)
+    encode, _ = encoder_of(sae)
     for split in splits:
         classes = choose_classes(data, split)
         if len(classes) < MIN_CLASSES:
             continue
-        rises = mean_differences(data, encode, at_once, split)[classes].clamp_min(0)
         weights = sae.W_dec.double().cpu() @ split.probes.direction[classes].T
-        effects = rises.double() * weights.T
+        orders = order_latents(data, sae, split, classes)
         before = split.scores.accuracy[classes]
         drops = {
             (prefix, count): torch.zeros(len(classes), len(classes), dtype=torch.float64)
             for prefix in sae.config.prefix_sizes
             for count in counts
         }
-        orders = {prefix: effects[:, :prefix].argsort(dim=1, descending=True) for prefix in sae.config.prefix_sizes}
         for place, concept in enumerate(classes):
             latents = data.features_of(encode, split.test.rows[concept]).double()
             contributions = latents * weights[:, place]
@@ -110,8 +108,19 @@ def measure_perturbation(
     return scores
 
 
+def order_latents(
+    data: LabelledActivations, sae: MatryoshkaSAE, split: Split, classes: Sequence[int]
+) -> dict[int, Tensor]:
+    """For each prefix its latents in the order in which they are ablated for each class, (num_classes, prefix): by how
+    much they rise with the class on training examples, times what they write along its probe.
+    """
+    rises = mean_differences(data, *encoder_of(sae), split)[classes].clamp_min(0).double()
+    effects = rises * (sae.W_dec.double().cpu() @ split.probes.direction[classes].T).T
+    return {prefix: effects[:, :prefix].argsort(dim=1, descending=True) for prefix in sae.config.prefix_sizes}
+
+
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """A label A and a spurious one B: training samples of A where B goes along with it and where it does not, one of
     B, and test samples of A; each of a single concept.
     """
@@ -136,18 +145,15 @@ def measure_removal(
     left_out = 0
     for seed in seeds:
         found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
-        pairs = _draw_pairs(data, seed)
+        pairs = draw_pairs(data, seed)
         for pair in pairs:
             biased, balanced = fit_probes(data.raw, pair.biased), fit_probes(data.raw, pair.balanced)
-            spurious = fit_probes(data.raw, pair.of_spurious)
             base = _accuracy(biased.logits(data.raw, pair.test), pair.test)
             best = _accuracy(balanced.logits(data.raw, pair.test), pair.test)
             if best - base < MIN_BIAS:
                 left_out += seed == seeds[0]
                 continue
-            rows, half = pair.of_spurious.rows[0], pair.of_spurious.rows.shape[1] // 2
-            difference = latents[rows[:half]].mean(0) - latents[rows[half:]].mean(0)
-            effects = (difference * (decoder @ spurious.direction[0])).abs()
+            effects = spurious_effects(latents, decoder, pair.of_spurious, fit_probes(data.raw, pair.of_spurious))
             for prefix in sae.config.prefix_sizes:
                 order = effects[:prefix].argsort(descending=True)
                 for count in counts:
@@ -158,6 +164,15 @@ def measure_removal(
             base, after, best = (sum(values) / len(results) for values in zip(*results, strict=True))
             scores.append(RemovalScore(prefix, count, seed, len(results), share, base, after, best))
     return scores, left_out
+
+
+def spurious_effects(latents: Tensor, decoder: Tensor, sample: Samples, probe: Probes) -> Tensor:
+    """How far each latent moves a probe of one label between the examples of its training sample that have the label
+    and those that lack it, (num_latents,).
+    """
+    rows, half = sample.rows[0], sample.rows.shape[1] // 2
+    difference = latents[rows[:half]].mean(0) - latents[rows[half:]].mean(0)
+    return (difference * (decoder @ probe.direction[0])).abs()
 
 
 def _accuracy(logits: Tensor, sample: Samples) -> float:
@@ -171,7 +186,7 @@ def _ablated_accuracy(
     return _accuracy(probe.logits(data.raw, test) - moved, test)
 
 
-def _draw_pairs(data: LabelledActivations, seed: int) -> list[_Pair]:
+def draw_pairs(data: LabelledActivations, seed: int) -> list[Pair]:
     """Every ordered pair of labels whose four combinations all have enough documents."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
@@ -183,7 +198,7 @@ def _draw_pairs(data: LabelledActivations, seed: int) -> list[_Pair]:
     return pairs
 
 
-def _draw_pair(data: LabelledActivations, one: int, two: int, generator: torch.Generator) -> _Pair | None:
+def _draw_pair(data: LabelledActivations, one: int, two: int, generator: torch.Generator) -> Pair | None:
     has_one, has_two = data.labels[:, one], data.labels[:, two]
     cells = []
     for first, second in ((has_one, has_two), (has_one, ~has_two), (~has_one, has_two), (~has_one, ~has_two)):
@@ -201,7 +216,7 @@ def _draw_pair(data: LabelledActivations, one: int, two: int, generator: torch.G
         rows = torch.cat(parts)[None]
         return Samples(rows, torch.ones_like(rows, dtype=torch.float64))
 
-    return _Pair(
+    return Pair(
         biased=sample(both, neither),
         balanced=sample(both[:half], only_one[:half], only_two[:half], neither[:half]),
         of_spurious=sample(both[:half], only_two[:half], only_one[:half], neither[:half]),

@@ -89,12 +89,8 @@ def measure_probing(
         hidden_size = data.x.shape[1]
         whole = (split.scores.accuracy[split.usable].mean().item(), split.scores.f1[split.usable].mean().item())
         scores.append(ProbingScore("whole activation", hidden_size, hidden_size, split.seed, *whole))
-        references: dict[str, tuple[Encoder, int]] = {
-            "activation dimensions": (lambda x: x, TOKENS_AT_ONCE),
-            "principal components": (_principal_components(data.x), TOKENS_AT_ONCE),
-        }
-        for name, (encode, at_once) in references.items():
-            scores += _probe(data, name, encode, at_once, [hidden_size], split, ks)[0]
+        for name, encode in reference_features(data, split).items():
+            scores += _probe(data, name, encode, TOKENS_AT_ONCE, [hidden_size], split, ks)[0]
         for name, sae in saes.items():
             found, of_concepts = _probe(data, name, *encoder_of(sae), sae.config.prefix_sizes, split, ks)
             scores += found
@@ -110,6 +106,27 @@ def measure_probing(
     )
 
 
+def reference_features(data: LabelledActivations, split: Split) -> dict[str, Encoder]:
+    """What an SAE's latents are compared with, made without test examples."""
+    return {
+        "activation dimensions": lambda x: x,
+        "principal components": _principal_components(_training_activations(data, split)),
+    }
+
+
+def _training_activations(data: LabelledActivations, split: Split) -> Tensor:
+    """The activations (n, hidden_size) of all training examples' tokens."""
+    training = _training_examples(data, split)
+    return data.x[training if data.example_of is None else training[data.example_of]]
+
+
+def _training_examples(data: LabelledActivations, split: Split) -> Tensor:
+    """Which examples any concept's probe is trained on, (num_examples,) bool."""
+    training = torch.zeros(data.num_examples, dtype=torch.bool)
+    training[split.train.rows[split.train.weights > 0]] = True
+    return training
+
+
 def _principal_components(x: Tensor) -> Encoder:
     doubles = x.double()
     mean = doubles.mean(0)
@@ -121,10 +138,18 @@ def _principal_components(x: Tensor) -> Encoder:
 
 def mean_differences(data: LabelledActivations, encode: Encoder, at_once: int, split: Split) -> Tensor:
     """Mean with the concept − mean without it of every feature, (num_concepts, width), on training examples."""
-    training = torch.zeros(data.num_examples, dtype=torch.bool)
-    training[split.train.rows[split.train.weights > 0]] = True
-    with_it, without_it = data.class_means(encode, at_once, training)
+    with_it, without_it = data.class_means(encode, at_once, _training_examples(data, split))
     return with_it - without_it
+
+
+def choose_features(
+    data: LabelledActivations, encode: Encoder, at_once: int, split: Split, prefixes: Sequence[int], count: int
+) -> dict[int, Tensor]:
+    """For each prefix the features among the first ones that differ most with and without each usable concept on
+    training examples, the largest difference first, (num_usable, at most count).
+    """
+    differences = mean_differences(data, encode, at_once, split).abs()[split.usable]
+    return {prefix: differences[:, :prefix].topk(min(count, prefix), dim=1).indices for prefix in prefixes}
 
 
 def _probe(
@@ -139,9 +164,7 @@ def _probe(
     """Scores of every prefix and k, and each concept's accuracy at the last prefix with the smallest k."""
     usable = split.usable.nonzero().flatten().tolist()
     train, test = split.train.of(usable), split.test.of(usable)
-    differences = mean_differences(data, encode, at_once, split).abs()[usable]
-    most = max(ks)
-    tops = {prefix: differences[:, :prefix].topk(min(most, prefix), dim=1).indices for prefix in prefixes}
+    tops = choose_features(data, encode, at_once, split, prefixes, max(ks))
     columns = torch.cat([top.flatten() for top in tops.values()]).unique()
     features = data.features(encode, at_once, columns)
     scores, of_concepts = [], torch.zeros(data.num_concepts, dtype=torch.float64)
