@@ -44,6 +44,8 @@ from hf_msae.interpret.scan import Firings
 from hf_msae.modeling import MatryoshkaSAE
 
 SHUFFLES = 20
+# Numbers of a (pairs, hidden_size) product that exist at once.
+NUMBERS_AT_ONCE = 1 << 22
 
 
 def find_hierarchy(sae: MatryoshkaSAE, firings: Firings, settings: HierarchySettings | None = None) -> Hierarchy:
@@ -200,7 +202,7 @@ def residual_scores(
     """
     decoder = sae.W_dec.detach().double().cpu()
     firings, scores = cofirings.firings, []
-    for places in torch.arange(len(parents)).split(max(1, (1 << 22) // decoder.shape[1])):
+    for places in torch.arange(len(parents)).split(max(1, NUMBERS_AT_ONCE // decoder.shape[1])):
         parent, child = parents[places], children[places]
         count = cofirings.count[child].double().clamp_min(1).unsqueeze(1)
         of_parent = sums.activation[places].unsqueeze(1) / count * decoder[parent]

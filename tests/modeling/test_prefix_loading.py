@@ -91,6 +91,11 @@ class TestEqualsTheTruncatedWhole:
             loaded = MatryoshkaSAE.from_pretrained(source, prefix=prefix, subfolder=subfolder)
             assert_same(loaded, sae.truncate(prefix))
 
+    @pytest.mark.parametrize("chunk", [7000, 1 << 40])
+    def test_pieces_of_any_size(self, pushed: str, sae: MatryoshkaSAE, monkeypatch, chunk: int):
+        monkeypatch.setattr(ranged, "CHUNK", chunk)
+        assert_same(MatryoshkaSAE.from_pretrained(REPO, prefix=256), sae.truncate(256))
+
     @given(
         prefix=st.integers(1, 64), num_latents=st.integers(1, 64), hidden=st.integers(1, 9), seed=st.integers(0, 99)
     )

@@ -3,9 +3,11 @@
     python -m torch.distributed.run --nproc_per_node 2 runs_of_processes.py plan.json
 
 The plan says which SAEs are trained, a whole grid in one run because starting processes takes longer than the run, on
-a cache of activations or on texts and a model.
+a cache of activations or on texts and a model. It may set constants of hf_msae's modules, such as the size of a
+message.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -47,6 +49,9 @@ def main(plan: dict[str, Any]) -> None:
     from hf_msae.training import SAETrainer, SAETrainingArguments
 
     torch.set_num_threads(1)
+    for name, value in plan.get("constants", {}).items():
+        module, constant = name.rsplit(".", 1)
+        setattr(importlib.import_module(module), constant, value)
     logging.basicConfig(level=logging.WARNING)
     model = tokenizer = None
     if "model" in plan:

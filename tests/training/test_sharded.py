@@ -105,6 +105,20 @@ def test_micro_batches_of_all_processes_are_one_batch(folder, tmp_path):
         assert_same_run(tmp_path / "run", folder / "1", form)
 
 
+@pytest.mark.parametrize("shard_latents", [False, True])
+def test_messages_of_any_size_carry_the_same(folder, tmp_path, shard_latents):
+    """With 700 the matrices' gradients travel by themselves, as those of real dictionaries do, and the vectors' share
+    a message; rows come a few at a time to the process that writes.
+    """
+    forms = ("batch_topk", "jumprelu")
+    constants = {f"hf_msae.training.collectives.{name}": 700 for name in ("PACK", "PIECE_BYTES")}
+    args = SETTINGS | {"shard_latents": shard_latents, "per_device_train_batch_size": BATCHES[2]}
+    plan = {"cache": str(folder / "cache"), "saes": {form: SAES[form] for form in forms}, "constants": constants}
+    launch(2, plan | {"args": args | {"output_dir": str(tmp_path / "run")}})
+    for form in forms:
+        assert_same_run(tmp_path / "run", folder / "1", form)
+
+
 def test_more_processes_than_latents_are_refused():
     class Three(type(ALONE)):
         size = 3
