@@ -18,15 +18,18 @@ def make_sae(seed: int = 0, **changes) -> MatryoshkaSAE:
 
 
 @pytest.fixture
-def source(tmp_path):
-    """A saved SAE whose decoder rows are not of norm 1."""
+def source(tmp_path, x):
+    """A saved SAE whose decoder rows are not of norm 1, measured on x."""
     sae = make_sae(1)
     with torch.no_grad():
         sae.W_dec *= torch.rand(64, 1) + 0.5
         sae.b_enc.normal_(0, 0.1)
         sae.b_dec.normal_()
     sae.calibrate_threshold([torch.randn(1000, 16)])
-    sae.eval().save_pretrained(tmp_path / "source")
+    latents = sae.eval().encode(x)
+    sae.max_activation.copy_(latents.max(0).values)
+    sae.firing_rate.copy_((latents > 0).float().mean(0))
+    sae.save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
 
@@ -50,6 +53,9 @@ def test_the_same_width_computes_the_same(source, x):
     for prefix in (8, 24, 64):
         assert torch.allclose(reconstruct(sae, x, prefix), reconstruct(initial, x, prefix), atol=1e-5)
     assert int((sae.encode(x) > 0).sum()) > 0
+    # What was measured is in the units of the new rows, and is what measuring again gives.
+    assert torch.allclose(sae.max_activation, sae.encode(x).max(0).values, atol=1e-5)
+    assert torch.allclose(sae.firing_rate, (sae.encode(x) > 0).float().mean(0))
 
 
 def test_a_wider_one_is_cut_to_its_prefix(source, x):

@@ -1,0 +1,97 @@
+"""Definitions once more, token by token and in plain loops, on random input that has every case at once.
+
+Hand-made examples have one main latent, one nearest row, one weight; so an error in what happens with several hides.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.evaluation.absorption import absorption_of
+from hf_msae.evaluation.geometry import measure_agreement
+from hf_msae.evaluation.progressive import fit_power_law
+
+SEEDS = range(8)
+
+
+@pytest.mark.parametrize("num_main", [1, 2, 4])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_absorption_with_several_main_latents(seed, num_main):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(60, 9, generator=generator).clamp_min(0)
+    latents[:30, :num_main] = 0  # full absorption needs all of them silent, which is rare
+    cosines = torch.tensor([0.6, 0.3, 0.2, 0.5, 0.4, 0.15, 0.06, 0.01, -0.4])
+    projections = latents * cosines * 2
+    whole = torch.randn(60, generator=generator) + 0.8  # of some examples it is negative
+    found = absorption_of(latents, projections, whole, cosines, list(range(num_main)))
+    full, shares = 0, 0.0
+    for row in range(60):
+        of_main = max(0.0, sum(projections[row, j].item() for j in range(num_main)))
+        target = max(whole[row].item(), 1e-12)
+        others = [(projections[row, j].item(), cosines[j].item()) for j in range(num_main, 9)]
+        silent = all(latents[row, j] <= 0 for j in range(num_main))
+        strongest = max(value if cosine >= 0.025 else 0.0 for value, cosine in others)
+        full += silent and strongest / target >= 0.4
+        absorbers = sum(sorted((max(0.0, v) for v, cosine in others if cosine >= 0.1), reverse=True)[:3])
+        absorbed = min(absorbers, max(0.0, whole[row].item() - of_main)) if absorbers / target >= 0.4 else 0.0
+        shares += absorbed / max(absorbed + of_main, 1e-12)
+    assert found == pytest.approx((full / 60, shares / 60), abs=1e-6)
+    assert 0 < full < 60
+    assert 0.05 < shares / 60 < 0.95
+
+
+def random_sae(seed: int, num_latents: int) -> MatryoshkaSAE:
+    config = MatryoshkaSAEConfig(
+        hidden_size=5, num_latents=num_latents, prefix_sizes=[num_latents // 3, num_latents], k=2
+    )
+    sae = MatryoshkaSAE(config).eval()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)))
+    return sae
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_agreement_counts_rows_that_are_each_others_nearest(seed):
+    """In five dimensions many rows have a near one that is nearer to another, or is dead."""
+    one, two = random_sae(seed, 30), random_sae(seed + 100, 24)
+    generator = torch.Generator().manual_seed(seed)
+    rates = [(torch.rand(len(sae.W_dec), generator=generator) < 0.8).float() for sae in (one, two)]
+    for found in measure_agreement(("one", one, rates[0]), ("two", two, rates[1])):
+        rows = [
+            [
+                row.detach().double() / row.norm().item()
+                for row, rate in zip(sae.W_dec[:size], its, strict=False)
+                if rate
+            ]
+            for sae, its, size in zip((one, two), rates, found.prefixes, strict=True)
+        ]
+        cosines = [[(a @ b).item() for b in rows[1]] for a in rows[0]]
+        there = [max(range(len(rows[1])), key=lambda j, i=i: cosines[i][j]) for i in range(len(rows[0]))]
+        back = [max(range(len(rows[0])), key=lambda i, j=j: cosines[i][j]) for j in range(len(rows[1]))]
+        mutual = [i for i, j in enumerate(there) if back[j] == i and cosines[i][j] > 0.7]
+        assert found.shared == pytest.approx(2 * len(mutual) / (len(rows[0]) + len(rows[1])))
+        assert found.one_to_two == pytest.approx(sum(map(max, cosines)) / len(rows[0]), abs=1e-6)
+        columns = [max(line[j] for line in cosines) for j in range(len(rows[1]))]
+        assert found.two_to_one == pytest.approx(sum(columns) / len(rows[1]), abs=1e-6)
+        # Nearest in one direction only, which a weaker definition would count.
+        assert any(back[j] != i and cosines[i][j] > 0.7 for i, j in enumerate(there)) or found.prefixes[0] == 10
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_power_law_is_a_weighted_line_in_logarithms(seed):
+    """Against numpy's fit, whose weights multiply the residuals before they are squared."""
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.cat([torch.exp(2 * torch.randn(50, generator=generator)), torch.zeros(7)]).double()
+    found = fit_power_law(importance, 3, 40)
+    values = np.sort(importance.numpy())[::-1][2:40]
+    ranks, logs = np.arange(3.0, 41.0), np.log(values)
+    for x, r2 in ((np.log(ranks), found.r2), (ranks, found.r2_exponential)):
+        slope, intercept = np.polyfit(x, logs, 1, w=ranks**-0.5)
+        middle = np.average(logs, weights=1 / ranks)
+        left = np.average((logs - slope * x - intercept) ** 2, weights=1 / ranks)
+        assert r2 == pytest.approx(1 - left / np.average((logs - middle) ** 2, weights=1 / ranks))
+    slope, intercept = np.polyfit(np.log(ranks), logs, 1, w=ranks**-0.5)
+    assert (found.exponent, found.scale) == (pytest.approx(-slope), pytest.approx(math.exp(intercept)))
