@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.sites import Site, replace
+from hf_msae.sites import Site, in_this_thread, replace
 
 # What the language model is run with: as it is, ablated in two ways, or with the prefix of an SAE, (name, prefix).
 Key = tuple[str, int]
@@ -174,12 +174,12 @@ class _Splice:
             seen.append(hidden)
             return hidden
 
-        with replace(self.model, {self.site: record}):
+        with replace(self.model, {self.site: record}, in_this_thread()):
             return self.model(**self.inputs).logits, seen[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits with the activations at the site replaced."""
-        with replace(self.model, {self.site: lambda _: hidden}):
+        with replace(self.model, {self.site: lambda _: hidden}, in_this_thread()):
             return self.model(**self.inputs).logits
 
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_msae.process_wide import eager
+
 # Each entry is one module of a layer under its possible paths, most specific first. BERT-like attention and output
 # blocks add the residual and normalise before they return, so the projection inside them is the sublayer's own output.
 _SUBLAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -144,8 +146,8 @@ def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dic
     is captured at its first run. Dropout follows the model's mode: call `model.eval()` first.
 
     The model is called as it was passed, so that the hooks of accelerate move the inputs as usual; the head still
-    never runs, because the forward stops before it. The hooks are removed whatever happens. They are on the model, so
-    no other thread may run the same model meanwhile.
+    never runs, because the forward stops before it. A compiled model runs uncompiled. The hooks are removed whatever
+    happens, and look at this thread's forward only.
 
     Raises SiteError for a site that the model does not have, that the forward does not run, or that holds something
     other than (batch, sequence, hidden).
@@ -168,7 +170,8 @@ def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dic
     visits = {site: lambda hidden, site=site: keep(site, hidden) for site in wanted}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = {"use_cache": False, **inputs}
-    with _hooked(model, visits, prepend=False, is_active=_always), torch.no_grad(), suppress(_AllCapturedError):
+    hooked = _hooked(model, visits, prepend=False, is_active=in_this_thread())
+    with hooked, torch.no_grad(), suppress(_AllCapturedError):
         model(**inputs)
     missed = sorted(str(site) for site in wanted - captured.keys())
     if missed:
@@ -177,6 +180,12 @@ def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dic
             "pass through (a container such as a ModuleList is never run itself)"
         )
     return {site: captured[site] for site in sites}
+
+
+def in_this_thread() -> Callable[[], bool]:
+    """Asks whether the code now running is in the thread that called this."""
+    here = threading.get_ident()
+    return lambda: threading.get_ident() == here
 
 
 def _always() -> bool:
@@ -198,9 +207,10 @@ def replace(
 
     In `generate` with a cache, `fn` first sees the whole prompt and then one token at a time, each token once.
     Contexts nest; at one site the edit entered last is applied first. `capture` and `output_hidden_states` see all
-    edits. The hooks are removed on leaving, whatever happened. They are on the model, not on the thread: whoever runs
-    the same model meanwhile is edited as well, unless `is_active` knows whose forward it is, as in `steering`. With
-    gradient checkpointing the backward pass runs the layers again, and belongs inside the context too.
+    edits. A compiled model runs uncompiled, since what was compiled before knows nothing of the edits. The hooks are
+    removed on leaving, whatever happened. They are on the model, not on the thread: whoever runs the same model
+    meanwhile is edited as well, unless `is_active` knows whose forward it is (`in_this_thread()`, or as in
+    `steering`). With gradient checkpointing the backward pass runs the layers again, and belongs inside the context.
 
     Raises SiteError on entering, for a site that the model does not have; and in the forward, where `fn` returns
     another shape, dtype or device, or where the site holds something other than (batch, sequence, hidden).
@@ -285,6 +295,8 @@ def _hooked(
     is_active: Callable[[], bool],
 ) -> Iterator[None]:
     with ExitStack() as stack:
+        # Before any hook is there, and until none is: no thread may compile a model with the hooks in it.
+        stack.enter_context(eager())
         for site, visit in visits.items():
             if not isinstance(site, Site):
                 raise SiteError(f"expected a Site, given {site!r}; make one with resolve_site(model, {site!r})")

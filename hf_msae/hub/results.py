@@ -8,7 +8,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from hf_msae.hub.card import choose_latent, dataset_name
 from hf_msae.hub.curves import NAME as CURVES_NAME
@@ -16,6 +15,7 @@ from hf_msae.hub.curves import can_draw, draw_curves
 from hf_msae.hub.index import CONFIG_NAME, NoSAEError, describe_contents, find_entries, is_ours
 from hf_msae.metrics import LevelMetrics, Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.process_wide import no_transformers_bars
 
 WEIGHTS_NAME = "model.safetensors"
 METRICS_NAME = "metrics.json"
@@ -49,13 +49,8 @@ class Result:
 
 def save_quietly(sae: MatryoshkaSAE, folder: Path) -> None:
     """`save_pretrained` without its progress bar, which would tear others apart."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with no_transformers_bars():
         sae.save_pretrained(folder)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def grid_folders(folder: Path) -> dict[str, Path]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
-from hf_msae.sites import replace, resolve_site
+from hf_msae.process_wide import forward_mode
+from hf_msae.sites import in_this_thread, replace, resolve_site
 
 # Elements of the (latents, vocabulary) product that exist at once.
 EFFECTS_AT_ONCE = 1 << 25
@@ -108,19 +109,21 @@ def _push_forward(model: PreTrainedModel, head: nn.Module, primal: Tensor, tange
     the given tangent.
     """
     reached: list[Tensor] = []
+    is_ours = in_this_thread()
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        reached.append(args[0])
-        raise _Reached
+        if is_ours():
+            reached.append(args[0])
+            raise _Reached
 
     last = resolve_site(model, "layers.-1")
     weight = next(model.get_input_embeddings().parameters())
     tokens = torch.zeros(len(primal), 1, dtype=torch.long, device=weight.device)
     handle = head.register_forward_pre_hook(keep)
     try:
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_mode():
             dual = forward_ad.make_dual(primal, tangent)
-            with replace(model, {last: lambda _: dual}), suppress(_Reached):
+            with replace(model, {last: lambda _: dual}, is_ours), suppress(_Reached):
                 model(input_ids=tokens, use_cache=False)
             found = forward_ad.unpack_dual(reached[0]).tangent
             return torch.zeros_like(reached[0]) if found is None else found

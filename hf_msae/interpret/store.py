@@ -7,7 +7,6 @@ are.
 """
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -26,9 +25,9 @@ from hf_msae.interpret.writing import (
     LABELS_NAME,
     VERSION,
     Source,
-    quiet_datasets,
     shards,
 )
+from hf_msae.process_wide import no_data_warning, no_datasets_bars
 
 
 class InterpretationError(ValueError):
@@ -74,7 +73,7 @@ class Interpretation:
         """The rows, a memory-mapped `datasets.Dataset`."""
         from datasets import Dataset
 
-        with quiet_datasets():
+        with no_datasets_bars():
             rows = Dataset.from_parquet([str(path) for path in shards(self.folder)])
         if len(rows) != len(self):
             raise InterpretationError(
@@ -127,9 +126,7 @@ class Interpretation:
         """
         path = "/".join(filter(None, ((subfolder or "").strip("/"), FOLDER_NAME)))
         try:
-            with warnings.catch_warnings():
-                # That these are data beside a model is as it should be.
-                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            with no_data_warning():
                 commit = HfApi(token=token).upload_folder(
                     repo_id=repo_id,
                     folder_path=self.folder,

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hf_msae.interpret.effects import LogitEffects, decode_tokens, nearest_laten
 from hf_msae.interpret.hierarchy import Hierarchy
 from hf_msae.interpret.scan import Scan
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.process_wide import no_datasets_bars
 
 FOLDER_NAME = "interpretation"
 INDEX_NAME = "interpretation.json"
@@ -78,27 +78,13 @@ def write_interpretation(
 def _write_rows(folder: Path, rows: "_Rows", num_latents: int) -> None:
     from datasets import Dataset
 
-    with quiet_datasets():
+    with no_datasets_bars():
         starts = range(0, num_latents, LATENTS_PER_FILE)
         for number, start in enumerate(starts):
             part = [rows.row(latent) for latent in range(start, min(start + LATENTS_PER_FILE, num_latents))]
             columns = {name: [row[name] for row in part] for name in part[0]}
             name = f"latents-{number:05d}-of-{len(starts):05d}.parquet"
             Dataset.from_dict(columns, features=row_features()).to_parquet(folder / name)
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which would tear ours apart."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def row_features() -> Any:

@@ -11,8 +11,7 @@ site.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.objective import Share
 from hf_msae.modeling.selection import ALONE, Ranks
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.modeling.sparse_ops import GradientMemory
+from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import read_tensors, write_tensors
@@ -308,10 +307,10 @@ class Learner:
     def write_model(self, folder: Path | None) -> None:
         """Write the SAE as `save_pretrained` does; without a folder, send what the process that writes needs."""
         if isinstance(self.sae, ShardedSAE):
-            with no_progress_bars():
+            with no_transformers_bars():
                 self.sae.write(folder)
         elif folder is not None:
-            with no_progress_bars():
+            with no_transformers_bars():
                 self.sae.save_pretrained(folder)
 
     def write_state(self, folder: Path | None) -> None:
@@ -382,15 +381,3 @@ class Learner:
         self._log_sums = state["log"]["sums"].to(device)
         self._log_levels = state["log"]["levels"].to(device)
         self._log_steps = state["log"]["steps"]
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Saving without the progress bars of transformers, which would tear the training's apart."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
