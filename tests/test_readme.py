@@ -393,6 +393,29 @@ def test_the_marked_python_of_the_readme_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+# What the README's example leaves in memory, what it left on disk, and what the SAE in memory is saved as by hand.
+HELD_AND_SAVED = """
+import torch
+from hf_msae.sites import capture, resolve_site
+texts = StoryWorld(seed=5).documents(4)
+inputs = tokenizer([text[:200] for text in texts], return_tensors="pt", padding=True)
+site = resolve_site(model, sae.config.site)
+x = capture(model, [site], **inputs)[site]
+sae.save_pretrained("runs/by-hand")
+l0 = (sae.encode(x) > 0).sum(-1).float().mean()
+assert 8 < l0 < 32, l0
+for folder in ("runs/python", "runs/by-hand"):
+    assert torch.equal(MatryoshkaSAE.from_pretrained(folder).encode(x), sae.encode(x)), folder
+"""
+
+
+def test_the_readmes_sae_is_in_memory_what_it_is_on_disk(tmp_path: Path) -> None:
+    example = next(block for block in read_blocks((ROOT / "README.md").read_text()) if ".train()" in block.code)
+    assert example.runs
+    done = run_python("README.md", [example, Block("python", 1, HELD_AND_SAVED, True)], tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_in_the_text_exist(document: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -207,6 +207,7 @@ class Learner:
         config, device = self.sae.config, self.accelerator.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
+        config.measured = None  # it was of the weights before this step
         x = self._all_activations(activations).to(torch.float32)
         self._update_moments(x)
         options = {

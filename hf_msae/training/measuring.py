@@ -1,13 +1,14 @@
 """Measuring SAEs in the middle and at the end of training, as a reader of the checkpoint would find them.
 
-In training `batch_topk` and `topk` select by rank; a reader selects by threshold. So whatever is saved or measured is
-first calibrated on held-out activations, and the learner gets its own threshold back afterwards.
+In training `batch_topk` and `topk` select by rank; a reader selects by threshold. So whatever is saved, measured or
+shown to callbacks as such is first calibrated on held-out activations. In the middle of training the learner gets its
+own threshold back afterwards; at the end the SAE stays as it was measured.
 
 Several processes share the held-out tokens, or, where each has some of the latents, go through all of them together;
 the numbers come out the same. Cross-entropy alone is left to the main process where it has the whole SAE.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,33 +45,34 @@ class Examiner:
         # Per learner the step after which its threshold was last set, and that threshold.
         self._thresholds: dict[str, tuple[int, Tensor]] = {}
 
-    def calibrate(self, learner: Learner, step: int) -> None:
-        """Find the threshold that a reader gets after `step` steps; `calibrated` then needs no other process."""
-        with self.calibrated(learner, step):
-            pass
-
-    @contextmanager
-    def calibrated(self, learner: Learner, step: int) -> Iterator[None]:
-        """The learner's SAE as a reader gets it after `step` steps: in evaluation mode, its threshold set on held-out
-        activations.
+    def settle(self, learner: Learner, step: int) -> None:
+        """Leave the learner's SAE as a reader gets it after `step` steps: in evaluation mode, its threshold set on
+        held-out activations. All processes come to one threshold, and find it once for a step.
         """
         sae, ranks = learner.sae, learner.batch_ranks
-        training_threshold = sae.threshold.detach().clone()
         sae.eval()
         known = self._thresholds.get(learner.name)
         with torch.no_grad():
             if known is not None and known[0] == step:
                 sae.threshold.copy_(known[1])
-            else:
-                batches = self.held_out.calibration(ranks.rank, ranks.size)
-                sae.calibrate_threshold((batch[learner.site].to(sae.device) for batch in batches), ranks)
-                self._thresholds[learner.name] = (step, sae.threshold.detach().clone())
+                return
+            batches = self.held_out.calibration(ranks.rank, ranks.size)
+            sae.calibrate_threshold((batch[learner.site].to(sae.device) for batch in batches), ranks)
+            self._thresholds[learner.name] = (step, sae.threshold.detach().clone())
+
+    @contextmanager
+    def calibrated(self, learners: Sequence[Learner], step: int) -> Iterator[None]:
+        """The learners' SAEs as `settle` leaves them, and afterwards as they were, for training to go on."""
+        before = [(learner.sae.training, learner.sae.threshold.detach().clone()) for learner in learners]
         try:
+            for learner in learners:
+                self.settle(learner, step)
             yield
         finally:
-            sae.train()
-            with torch.no_grad():
-                sae.threshold.copy_(training_threshold)
+            for learner, (training, threshold) in zip(learners, before, strict=True):
+                learner.sae.train(training)
+                with torch.no_grad():
+                    learner.sae.threshold.copy_(threshold)
 
     def measure(self, learner: Learner) -> Measurement:
         """Measure a calibrated SAE, and record in it what only measuring can tell: per-latent firing rates and maxima,

@@ -53,6 +53,8 @@ FREE_ARGUMENTS = frozenset(
 )
 # What transformers writes into a configuration when it is saved.
 BY_SAVING = frozenset({"architectures", "auto_map", "dtype", "transformers_version"})
+# What a run finds out, which is no part of what the SAE is.
+FOUND_OUT = frozenset({"measured"})
 
 
 def on_main(accelerator: Accelerator, compute: Callable[[], Result]) -> Result:
@@ -114,7 +116,7 @@ def check_same_run(
             changed.append(f"{name}: not among the SAEs of the checkpoint")
             continue
         ours, theirs = config.to_diff_dict(), type(config).from_pretrained(folder).to_diff_dict()
-        for key in sorted((ours.keys() | theirs.keys()) - BY_SAVING):
+        for key in sorted((ours.keys() | theirs.keys()) - BY_SAVING - FOUND_OUT):
             if ours.get(key) != theirs.get(key):
                 changed.append(f"{key} of {name}: {theirs.get(key)!r} then, {ours.get(key)!r} now")
     if changed:

@@ -5,19 +5,22 @@ older checkpoints stay, and the next save may find room.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import DiskFullError, remove_old_checkpoints, write_checkpoint
 from hf_msae.training.collectives import OneWriter
 from hf_msae.training.learner import Learner
 from hf_msae.training.measuring import Examiner
 from hf_msae.training.resuming import on_main
+from hf_msae.training.sharded import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +40,25 @@ class Saver:
 
     def save(self, step: int, learners: Sequence[Learner], state: dict[str, Any]) -> Path | None:
         """The checkpoint of a step, written by the main process while all call this; None where the disk is full."""
-        for learner in learners:
-            self.examiner.calibrate(learner, step)
+        with self.examiner.calibrated(learners, step):
+            pass  # all processes find the thresholds together; writing then needs no other process for them
         path: Path | None = None
         with self.one_writer(step, learners) as writer:
             if self.accelerator.is_main_process:
                 path = self._write(step, learners, state, writer)
         return on_main(self.accelerator, lambda: path)
+
+    def hand_over(
+        self, step: int, learners: Sequence[Learner], given: Mapping[str, MatryoshkaSAE], base: Path
+    ) -> None:
+        """End of training: leave each SAE that was given as a reader finds it under `base`, where it was saved."""
+        for learner in learners:
+            self.examiner.settle(learner, step)
+            learner.finish()
+            sae = given[learner.name]
+            if sae is not learner.sae:  # each process trained some of the latents
+                sae.load_state_dict(load_file(self.folder(base, learner.name) / WEIGHTS_NAME))
+                sae.eval()
 
     def _write(self, step: int, learners: Sequence[Learner], state: dict[str, Any], writer: OneWriter) -> Path | None:
         def write(draft: Path) -> None:
@@ -69,5 +84,5 @@ class Saver:
         return OneWriter(learners[0].sae.ranks, jobs)
 
     def _write_model(self, learner: Learner, step: int, folder: Path | None) -> None:
-        with self.examiner.calibrated(learner, step):
+        with self.examiner.calibrated([learner], step):
             learner.write_model(folder)

@@ -9,6 +9,7 @@ goes on in `resuming`, the Hub in `pushing`, what the run leaves behind in `resu
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -67,7 +68,8 @@ class SAETrainer:
             `CachedActivations`.
         eval_dataset: documents to measure on; by default the first ones of `train_dataset` are held out.
         processing_class: the model's tokenizer.
-        callbacks: `transformers.TrainerCallback`s; they see the first SAE as `model`.
+        callbacks: `transformers.TrainerCallback`s; they see the first SAE as `model`, in `on_save`, `on_evaluate` and
+            `on_train_end` as it was saved and measured, else as it is being trained.
 
     Raises at once, before any long work: `SiteError` for a site that does not exist, `DatasetError` for data that
     cannot be used, `ValueError` for sizes that do not fit, `CheckpointError` for an output directory that holds
@@ -158,7 +160,8 @@ class SAETrainer:
     # The loop
 
     def train(self) -> dict[str, Measurement]:
-        """Train to the end, measure on held-out data, save everything; returns each SAE's measurement.
+        """Train to the end, measure on held-out data, save everything; returns each SAE's measurement. The SAEs that
+        the trainer was given are then what was measured and saved.
 
         Raises `TrainingInterrupted` after Ctrl-C or SIGTERM, with a checkpoint saved, and `TrainingDiverged` when
         activations or a loss are not finite.
@@ -283,6 +286,7 @@ class SAETrainer:
 
     def _stop(self, signal_number: int) -> None:
         self._save_checkpoint()
+        self._hand_over_checkpoint()
         step, name = self.state.global_step, signal.Signals(signal_number).name
         saved = f"saved {self.output_dir / f'checkpoint-{step}'}."
         if self.accelerator.is_main_process and self._saved_step != step:
@@ -298,6 +302,15 @@ class SAETrainer:
         """A checkpoint of the steps taken, when data ends the run. Of several processes one alone cannot save."""
         if self.accelerator.num_processes == 1 and self.state.global_step > self._first_step:
             self._save_checkpoint()
+            self._hand_over_checkpoint()
+
+    def _hand_over_checkpoint(self) -> None:
+        if self._saved_step == self.state.global_step:
+            self._hand_over(self.output_dir / f"checkpoint-{self._saved_step}")
+
+    def _hand_over(self, folder: Path) -> None:
+        """Nobody trains on: the SAEs that were given are now what a reader finds in `folder`."""
+        self.saver.hand_over(self.state.global_step, self.learners, self.saes, folder)
 
     # Checkpoints
 
@@ -326,7 +339,8 @@ class SAETrainer:
             self._saved_step = self.state.global_step
             if self.pusher is not None:
                 self.pusher.push_checkpoint(path, self.state.global_step)
-        self._call("on_save")
+        with self._as_readers_find_them():
+            self._call("on_save")
 
     def _feed_states(self) -> list[dict[str, Any]]:
         """The places of all processes' feeds; one, where all are at the same."""
@@ -356,12 +370,16 @@ class SAETrainer:
     def evaluate(self) -> dict[str, Measurement]:
         """Measure every SAE as it is now on the held-out tokens, with calibrated thresholds, and record what only
         measuring can tell in it: per-latent firing rates and maxima, L0 and FVE per prefix. All processes must call
-        this; cross-entropies are given to the main one."""
-        measurements = {}
-        for learner in self.learners:
-            with self.examiner.calibrated(learner, self.state.global_step):
-                measurements[learner.name] = self.examiner.measure(learner)
-        return measurements
+        this; cross-entropies are given to the main one. Raises `RuntimeError` before training."""
+        if not self.learners:
+            raise RuntimeError(
+                "evaluate() measures what was trained; call train() first. `hf-msae eval` measures an SAE that exists."
+            )
+        with self._as_readers_find_them():
+            return {learner.name: self.examiner.measure(learner) for learner in self.learners}
+
+    def _as_readers_find_them(self) -> AbstractContextManager[None]:
+        return self.examiner.calibrated(self.learners, self.state.global_step)
 
     def _measure_in_passing(self) -> None:
         for name, measurement in self.evaluate().items():
@@ -369,7 +387,8 @@ class SAETrainer:
             entry = self._entry({"eval_levels": levels})
             self.log.write(name, entry)
             self._remember(name, entry)
-        self._call("on_evaluate", metrics={})
+        with self._as_readers_find_them():
+            self._call("on_evaluate", metrics={})
 
     # The end
 
@@ -402,9 +421,8 @@ class SAETrainer:
                         )
                 self.log.write_index({name: asdict(measurement) for name, measurement in measurements.items()})
         self.accelerator.wait_for_everyone()
-        for learner in self.learners:
-            learner.finish()
-        self._call("on_train_end")
+        self._hand_over(self.output_dir)
+        self._call("on_train_end", model=next(iter(self.saes.values())))
         self.log.close()
         if self.pusher is not None:
             self.pusher.push_result()
