@@ -2,6 +2,7 @@
 
 from hf_msae.data.cache import CachedActivations, CacheError, cache_activations, is_activation_cache
 from hf_msae.data.documents import Document, Documents, as_documents, load_documents
+from hf_msae.data.fingerprints import differences, fingerprint
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.stream import ActivationError, ActivationStream, BatchIterator, harvest
 from hf_msae.data.windows import TokenBatch, TokenWindows, Window, collate, count_tokens, hold_out
@@ -22,6 +23,8 @@ __all__ = [
     "cache_activations",
     "collate",
     "count_tokens",
+    "differences",
+    "fingerprint",
     "harvest",
     "hold_out",
     "is_activation_cache",

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.stream import ActivationStream, BatchIterator, seeded_generator
 from hf_msae.sites import Site
 
@@ -78,6 +79,7 @@ class _CacheWriter:
         self.unfinished = _unfinished(directory)
         self.shard_batches = shard_batches
         self.max_tokens = max_tokens
+        self.data = fingerprint(stream.windows.documents)
         self.shards: list[dict[str, Any]] = []
         self.hidden_sizes: dict[str, int] = {}
         self.dtypes: dict[str, str] = {}
@@ -103,6 +105,7 @@ class _CacheWriter:
             "base_model": model.name_or_path,
             "tokenizer": windows.tokenizer.name_or_path,
             "dataset": windows.documents.description,
+            "data": self.data,
             "context_length": windows.context_length,
             "pack": windows.pack,
             "batch_size": self.stream.batch_size,
@@ -235,6 +238,11 @@ class CachedActivations(BatchIterator):
         tokens = [shard["num_tokens"] for shard in self.index["shards"]]
         order = {"seed": self.seed, "rank": self.rank, "world_size": self.world_size, "skipped": self._skipped}
         return order | {"shard_tokens": tokens}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this cache from others, wherever it lies; as `data.fingerprint` does of documents."""
+        shards = [self.directory / shard["file"] for shard in self.index["shards"]]
+        return {"kind": "an activation cache", **of_files([self.directory / INDEX, *shards])}
 
     def first_rows(self, num_rows: int) -> dict[Site, Tensor]:
         """The first rows of the cache, `{site: (num_rows, hidden_size)}`: the same whatever the seed and rank.

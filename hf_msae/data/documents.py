@@ -16,6 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.utils import httpx
+
 from hf_msae.data.sources import (
     Cursor,
     DatasetError,
@@ -307,7 +310,10 @@ def _local_source(path: Path, split: str, separator: str | None, streaming: bool
         return FileSource(paths, separator)
     if any(file.suffix in TEXT_SUFFIXES for file in paths):
         raise DatasetError(f"{path} mixes parquet with text files; give the path of the files of one kind")
-    return _datasets_source(str(path), "parquet", data_files=[str(file) for file in paths], streaming=streaming)
+    source = _datasets_source(str(path), "parquet", data_files=[str(file) for file in paths], streaming=streaming)
+    if isinstance(source, StreamSource):
+        source.files = paths
+    return source
 
 
 def _local_files(path: Path, split: str) -> list[Path]:
@@ -348,7 +354,18 @@ def _hub_source(dataset: str, name: str | None, split: str, revision: str | None
             "dataset (owner/name)"
         )
     tried = f"{nothing} and the Hub dataset {dataset!r}"
-    return _datasets_source(tried, dataset, name=name, split=split, revision=revision, streaming=streaming)
+    source = _datasets_source(tried, dataset, name=name, split=split, revision=revision, streaming=streaming)
+    if isinstance(source, StreamSource):
+        source.commit = _commit(dataset, revision)
+    return source
+
+
+def _commit(dataset: str, revision: str | None) -> str | None:
+    """Of a Hub dataset as it is read now; None where the Hub cannot tell, because it is read from the cache."""
+    try:
+        return HfApi().dataset_info(dataset, revision=revision).sha
+    except (OSError, httpx.HTTPError):
+        return None
 
 
 def _datasets_source(tried: str, *args: Any, split: str = "train", streaming: bool, **kwargs: Any) -> Source:

@@ -8,9 +8,11 @@ that order never changes.
 
 A row that cannot be read (bytes that are no text, a line that is no JSON) is an `UnreadableRow`, after which a cursor
 goes on with the next one. A stream comes over a network, which fails now and then, so it is opened again at the same
-row after a while, a few times.
+row after a while, a few times; errors of the data itself, or of the code that reads it, are told at once. A position
+that cannot be one of this source (it is of another kind, or lies within a line) is refused.
 """
 
+import io
 import json
 import logging
 import time
@@ -24,6 +26,8 @@ END_OF_TEXT = "<|endoftext|>"
 CHUNK_BYTES = 1 << 20
 # How long a stream that failed is left alone, before each further attempt to read the same row.
 RETRY_WAITS_S = (0.5, 2.0, 8.0, 30.0)
+# What no network causes.
+NO_NETWORK_ERRORS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ArithmeticError)
 
 
 class DatasetError(ValueError):
@@ -64,6 +68,8 @@ class SequenceSource:
         self.num_documents: int | None = len(rows)
 
     def open(self, position: int | None = None) -> "SequenceCursor":
+        if not isinstance(position, int | None):
+            raise _elsewhere(position, "a row's number")
         return SequenceCursor(self.rows, position or 0)
 
 
@@ -101,7 +107,12 @@ class FileSource:
         self.num_documents: int | None = None
 
     def open(self, position: Sequence[int] | None = None) -> "FileCursor":
-        file_number, offset = position or (0, 0)
+        position = [0, 0] if position is None else position
+        if not isinstance(position, list | tuple) or [type(number) for number in position] != [int, int]:
+            raise _elsewhere(position, "a file's number and a byte in it")
+        file_number, offset = position
+        if file_number >= len(self.paths):
+            raise _elsewhere(position, f"a place in one of {len(self.paths)} files")
         return FileCursor(self, file_number, offset)
 
 
@@ -149,16 +160,24 @@ class StreamSource:
     position. A stream that was shuffled with a buffer resumes without the buffer's rows (a limit of `datasets`).
 
     Where reading fails, the row is tried again after each of `retry_waits` (seconds).
+
+    Attributes:
+        files: what it reads from this machine, where that is known.
+        commit: of the Hub's dataset, where that is known.
     """
 
     def __init__(self, dataset: Any, retry_waits: Sequence[float] = RETRY_WAITS_S) -> None:
         self.dataset = dataset
         self.retry_waits = retry_waits
+        self.files: Sequence[Path] = ()
+        self.commit: str | None = None
         self.num_documents: int | None = None
         self.start = dataset.state_dict()
         self.latest: StreamCursor | None = None
 
     def open(self, position: dict[str, Any] | None = None) -> "StreamCursor":
+        if not isinstance(position, dict | None):
+            raise _elsewhere(position, "a stream's state")
         self.latest = StreamCursor(self, self.start if position is None else position)
         return self.latest
 
@@ -175,14 +194,19 @@ class StreamCursor:
         waits = iter(self.source.retry_waits)
         while True:
             try:
-                self.started = True
                 for row in self.rows:
+                    self.started = True
                     return row
                 raise EOFError
             except EOFError:
                 raise
-            # What fails may be a connection, a server or a decoder, each with errors of its own.
+            # What fails may be a connection or a server, each with errors of its own.
             except Exception as error:
+                if isinstance(error, NO_NETWORK_ERRORS) and not isinstance(error, OSError):
+                    raise DatasetError(
+                        f"The streamed dataset cannot be read ({type(error).__name__}: {error}). Its files, or the "
+                        "code that reads them, are not what they were taken for; reading again would give the same."
+                    ) from error
                 self._try_again(error, next(waits, None))
 
     def _try_again(self, error: Exception, wait: float | None) -> None:
@@ -215,6 +239,13 @@ class StreamCursor:
         return self.source.dataset.state_dict() if self.started else self.opened_at
 
 
+def _elsewhere(position: Any, expected: str) -> DatasetError:
+    return DatasetError(
+        f"the place {str(position)[:80]} is not one of this data, which goes on from {expected}; give the data that "
+        "was read before"
+    )
+
+
 def _open_pieces(
     path: Path, offset: int, separator: str | None
 ) -> tuple[Iterator[tuple[Any, int]], Callable[[Path, Any, int], Any]]:
@@ -223,14 +254,28 @@ def _open_pieces(
     if path.suffix == ".txt":
         if separator is None and END_OF_TEXT.encode() in handle.read(CHUNK_BYTES):
             separator = END_OF_TEXT
-        handle.seek(offset)
+        _go_to(path, handle, offset, (separator or "\n").encode())
         if separator is None:
             return _paragraphs(handle, offset), _parse_text
         return _separated(handle, offset, separator.encode()), _parse_text
     if path.suffix == ".json" and handle.read(CHUNK_BYTES).lstrip()[:1] == b"[":
         return _array_items(path, handle, offset), _parse_object
-    handle.seek(offset)
+    _go_to(path, handle, offset, b"\n")
     return _lines(handle, offset), _parse_line
+
+
+def _go_to(path: Path, handle: BinaryIO, offset: int, end: bytes) -> None:
+    """Go to where a document begins: at the start of a file, its end, or after what ends documents."""
+    size = handle.seek(0, io.SEEK_END)
+    begin = max(0, offset - len(end))
+    handle.seek(begin)
+    if offset not in (0, size) and (offset > size or handle.read(offset - begin) != end):
+        handle.close()
+        raise DatasetError(
+            f"byte {offset:,} of {path} ({size:,} bytes) is not where a document begins, so this is not the file that "
+            "was read before. Give that one, or start anew."
+        )
+    handle.seek(offset)
 
 
 def _separated(handle: BinaryIO, offset: int, separator: bytes) -> Iterator[tuple[bytes, int]]:

@@ -29,7 +29,13 @@ class SAETrainingArguments:
             "const": "last",
         },
     )
-
+    allow_other_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the data is not that of the checkpoint; other training data is read from its "
+            "beginning."
+        },
+    )
     init_from: str | None = field(
         default=None,
         metadata={

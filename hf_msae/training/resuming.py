@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from hf_msae.data import differences
 from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, find_checkpoint, read_state
@@ -31,6 +32,7 @@ FREE_ARGUMENTS = frozenset(
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
+        "allow_other_data",
         "max_steps",
         "max_tokens",
         "per_device_train_batch_size",
@@ -53,6 +55,7 @@ FREE_ARGUMENTS = frozenset(
 )
 # What transformers writes into a configuration when it is saved.
 BY_SAVING = frozenset({"architectures", "auto_map", "dtype", "transformers_version"})
+FROM_BEGINNING = " It is read from its beginning, but for what is held out."
 # What a run finds out, which is no part of what the SAE is.
 FOUND_OUT = frozenset({"measured"})
 
@@ -124,6 +127,37 @@ def check_same_run(
             f"{checkpoint.path} belongs to another run ({'; '.join(changed)}). Resume with the arguments of that run, "
             "or start anew in another output directory."
         )
+
+
+def check_same_data(
+    checkpoint: Checkpoint, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None, allow_other: bool
+) -> bool:
+    """Whether the training data, of this fingerprint, is what the checkpoint's run read, so that it goes on there.
+
+    Other data is refused with a `CheckpointError`, or, where it is allowed, read from its beginning.
+    """
+    then = checkpoint.state.get("data")
+    if then is None:
+        logger.warning(
+            "%s was written before checkpoints said which data they belong to; it is taken for the same.",
+            checkpoint.path,
+        )
+        return True
+    found = {
+        "to train on": differences(then["train"], train),
+        "to measure on": differences(then["eval"] or {}, evaluation or {}),
+    }
+    changed = "; ".join(f"{what}, {words}" for what, words in found.items() if words)
+    if changed and not allow_other:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with other data ({changed}). Give the data of that run; or go on with "
+            "this, from its beginning, with --allow-other-data (allow_other_data=True)."
+        )
+    if changed:
+        logger.warning(
+            "The data is not that of %s (%s).%s", checkpoint.path, changed, FROM_BEGINNING * bool(found["to train on"])
+        )
+    return not found["to train on"]
 
 
 # How long

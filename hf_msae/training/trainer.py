@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object, tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from hf_msae.data import ActivationError, DatasetError
+from hf_msae.data import ActivationError, CachedActivations, DatasetError, fingerprint
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.training.arguments import SAETrainingArguments
@@ -36,6 +36,7 @@ from hf_msae.training.results import RunLog, check_output_dir, prepare_output_di
 from hf_msae.training.resuming import (
     Checkpoint,
     Length,
+    check_same_data,
     check_same_run,
     choose_checkpoint,
     load_feed,
@@ -111,6 +112,8 @@ class SAETrainer:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        self._data: dict[str, Any] = {}
         self.examiner = Examiner(model, held_out, args)
         self.saver = Saver(self.output_dir, args, self.accelerator, self.examiner, single=len(self.saes) == 1)
         self.state = TrainerState(
@@ -167,6 +170,7 @@ class SAETrainer:
         activations or a loss are not finite.
         """
         checkpoint = None
+        self._data = on_main(self.accelerator, self._fingerprints)
         if self.args.resume_from_checkpoint:
             checkpoint = choose_checkpoint(self.args.resume_from_checkpoint, self.output_dir, self.accelerator)
             self._length = resumed_length(checkpoint.state, self.args, self._count_steps)
@@ -331,6 +335,7 @@ class SAETrainer:
             "tokens": self.state.num_input_tokens_seen,
             "tokens_per_step": self._tokens_per_step,
             "arguments": self.args.to_dict(),
+            "data": self._data,
             "feeds": self._feed_states(),
             "skipped_documents": self._skipped_documents(),
         }
@@ -341,6 +346,12 @@ class SAETrainer:
                 self.pusher.push_checkpoint(path, self.state.global_step)
         with self._as_readers_find_them():
             self._call("on_save")
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """Which data this run reads; of streams before any pass of its own."""
+        measured_on = None if self._eval_dataset is None else fingerprint(self._eval_dataset)
+        cache = self._train_dataset if isinstance(self._train_dataset, CachedActivations) else None
+        return {"train": cache.fingerprint() if cache else fingerprint(self.documents), "eval": measured_on}
 
     def _feed_states(self) -> list[dict[str, Any]]:
         """The places of all processes' feeds; one, where all are at the same."""
@@ -356,10 +367,12 @@ class SAETrainer:
         path, state = checkpoint.path, checkpoint.state
         configs = {self.folder(path, name): sae.config for name, sae in self.saes.items()}
         check_same_run(checkpoint, self.args, configs, self._tokens_per_step)
+        same_data = check_same_data(checkpoint, self._data["train"], self._data["eval"], self.args.allow_other_data)
         for learner in self.learners:
             learner.read(self.folder(path, learner.name))
-        load_feed(self.feed, state["feeds"], self.accelerator)
-        if self.documents is not None:
+        if same_data:
+            load_feed(self.feed, state["feeds"], self.accelerator)
+        if same_data and self.documents is not None:
             self.documents.unreadable.update(state["skipped_documents"])
         self.state.global_step = self._first_step = state["step"]
         self.state.num_input_tokens_seen = state["tokens"]

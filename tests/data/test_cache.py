@@ -175,6 +175,12 @@ def test_an_interrupted_cache_is_no_cache_and_is_continued(cached, make_stream, 
             CachedActivations(directory, batch_size=8)
         with pytest.raises(CacheError, match=r"unfinished cache with another seed \(0, now 5\)"):
             cache_activations(make_stream(seed=5), directory, max_tokens=840, shard_tokens=200)
+        other = make_stream()
+        path = tmp_path / other.windows.documents.source.paths[0].name
+        path.write_text("w1 " + other.windows.documents.source.paths[0].read_text())
+        other.windows.documents.source.paths = [path]  # by the same name
+        with pytest.raises(CacheError, match=r"unfinished cache with another data"):
+            cache_activations(other, directory, max_tokens=840, shard_tokens=200)
     assert written == {2: 0, 9: 2, 14: 3}[passes]
     cache_activations(make_stream(), directory, max_tokens=840, shard_tokens=200)
     assert json.loads((directory / "index.json").read_text()) == json.loads((cached / "index.json").read_text())
