@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-sys.path.append(str(Path(__file__).parent))  # for local_hub: pytest's importlib mode adds nothing by itself
+sys.path.append(str(Path(__file__).parent))  # for what lies here: pytest's importlib mode adds nothing
 
 from local_hub.server import LocalHub
 
@@ -47,6 +48,9 @@ from transformers import (  # noqa: E402
 )
 
 torch.set_num_threads(1)
+# Hypothesis must not take a busy machine for a slow function.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CHAT_TEMPLATE = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import HANG_SECONDS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--batch-size", "64", "--hidden-size", "16", "--num-latents", "512", "--k", "4", "--threads", "1"]
@@ -27,7 +28,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from patience import HANG_SECONDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,7 +104,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import A_MOMENT, HANG_SECONDS
 from small_saes import copying_sae
 from torch import Tensor, nn
 
@@ -164,12 +165,12 @@ def test_one_action_in_the_middle_of_another_gives_what_each_gives_alone(lm, act
 
     def meanwhile() -> None:
         waiting.append(in_thread(actions[inner]))
-        waiting[0](timeout=1.0)  # it may have to wait for the outer one
+        waiting[0](timeout=A_MOMENT)  # it may have to wait for the outer one
 
     handle = amid(lm.model.layers[0], meanwhile)
     try:
         found = actions[outer]()
-        assert torch.equal(waiting[0](timeout=60.0), alone[inner])
+        assert torch.equal(waiting[0](timeout=HANG_SECONDS), alone[inner])
     finally:
         handle.remove()
     assert torch.equal(found, alone[outer])

@@ -28,6 +28,7 @@ import pytest
 import torch.distributed.run
 from accelerate.commands.launch import launch_command_parser
 from huggingface_hub.errors import StrictDataclassError
+from patience import HANG_SECONDS
 from transformers import HfArgumentParser
 
 from hf_msae.cli.main import COMMANDS, overview
@@ -239,7 +240,7 @@ def run_python(document: str, blocks: list[Block], folder: Path) -> subprocess.C
     code = json.dumps([[block.line, block.code] for block in blocks if block.runs])
     command = [sys.executable, "-c", RUNNER, document, code]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 # The checks themselves, on documents that are known to be right or wrong

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import HANG_SECONDS, until
 from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE
@@ -124,26 +124,23 @@ def test_killed_between_checkpoints_it_resumes_to_the_same_bits(folder, tmp_path
     whole = process(command(folder, tmp_path / "whole", *arguments))
     victim = process(command(folder, tmp_path / "killed", *arguments))
     log = tmp_path / "killed" / "training_log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and '"step": 90,' in log.read_text()) and victim.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: (log.exists() and '"step": 90,' in log.read_text()) or victim.poll() is not None)
     victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
+    assert victim.wait(HANG_SECONDS) == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint-80").is_dir()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     resumed = process(command(folder, tmp_path / "killed", *arguments, "--resume-from-checkpoint"))
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert whole.wait() == 0, whole.stderr.read()
+    assert resumed.wait(HANG_SECONDS) == 0, resumed.stderr.read()
+    assert whole.wait(HANG_SECONDS) == 0, whole.stderr.read()
     ours = load_file(tmp_path / "whole" / "model.safetensors")
     theirs = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_two_processes_train_and_save_once(folder, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     trained = process(command(folder, tmp_path / "two", "--save-steps", "5"), launcher)
-    output, errors = trained.communicate(timeout=180)
+    output, errors = trained.communicate(timeout=HANG_SECONDS)
     assert trained.returncode == 0, errors
     assert output.count("Saved to") == 1
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANG_SECONDS
 
 from hf_msae.cli.main import main
 from hf_msae.cli.toy import (
@@ -157,7 +158,7 @@ def test_the_benchmark_writes_the_tables_of_the_docs(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "a.json").read_text())["settings"]["parent"]

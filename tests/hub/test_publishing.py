@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.index import NoSAEError, list_saes
@@ -142,7 +143,8 @@ def test_a_machine_without_hf_msae_loads_both_kinds_of_place(hub, tmp_path):
     torch.save(x, tmp_path / "x.pt")
     places = ["tester/one", "", "tester/many", "a/b"]
     trial = [sys.executable, "-c", TRIAL, str(tmp_path / "x.pt"), str(tmp_path / "out.pt"), *places]
-    done = subprocess.run(trial, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(trial, capture_output=True, text=True, env=environment, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = torch.load(tmp_path / "out.pt")
     assert len(outputs) == 2

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from local_hub.store import HubError
+from patience import HANG_SECONDS
 
 CHUNK = 1 << 16
 
@@ -34,7 +36,8 @@ class Fault:
     after `skip` that go well.
 
     `status` is answered in place of the right answer; or the connection breaks after `drop_after` bytes of the body,
-    of the upload where there is one, else of the download; or, with `ranges=False`, the whole file is sent.
+    of the upload where there is one, else of the download; or, with `ranges=False`, the whole file is sent. With
+    `until`, all of that comes only when the event is set.
     """
 
     pattern: str
@@ -44,6 +47,7 @@ class Fault:
     drop_after: int | None = None
     retry_after: int | None = None
     ranges: bool = True
+    until: threading.Event | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
         if body is None:
             return self.break_off()
         self.body = body
+        if self.fault is not None and self.fault.until is not None:
+            self.fault.until.wait(HANG_SECONDS)
         try:
             if self.fault is not None and self.fault.status is not None:
                 raise HubError(self.fault.status, "a fault that the test asked for")

@@ -9,6 +9,7 @@ from pathlib import Path
 import hf_msae.modeling
 import pytest
 import torch
+from patience import HANG_SECONDS
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -121,7 +122,7 @@ def read_elsewhere(checkpoint: Path, activations: torch.Tensor, tmp_path_factory
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -11,6 +11,7 @@ from hf_msae.modeling.selection import ALONE, Ranks, among_largest, sum_over
 from hf_msae.modeling.sparse_encoder import select_largest, select_largest_per_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import HANG_SECONDS
 from torch import Tensor
 
 properties = settings(max_examples=40, deadline=None, derandomize=True)
@@ -44,7 +45,7 @@ class ThreadRanks(Ranks):
 
 def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """What `work` gives to each of so many threads."""
-    barrier, table = threading.Barrier(size, timeout=60), [None] * size
+    barrier, table = threading.Barrier(size, timeout=HANG_SECONDS), [None] * size
     results: list[Any] = [None] * size
 
     def run(rank: int) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import HANG_SECONDS
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -262,7 +263,7 @@ def test_in_the_interpreter() -> None:
         cwd=SOURCE.parents[1],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

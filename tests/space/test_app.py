@@ -16,6 +16,7 @@ from msae_space.library import Key, SpaceError, Workbench
 from msae_space.links import View, as_python, read_query
 from msae_space.reading import MAX_TOKENS, activations, encode_text, read, read_levels, surprise
 from msae_space.strengths import FLUENT_SHARE, Dial, edits, fluent_up_to, limit, starting_value
+from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.metrics import measure_cross_entropy
@@ -334,7 +335,9 @@ def test_copied_python_prints_the_steered_text(bench):
     code = as_python(bench, view)
     steering = Steering(edits(bench, view.dials, view.method))
     expected = PROMPT + texts(bench, steering, seed=4, tokens=15).steered
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
+    )
     assert ran.stdout.strip() == expected.strip()
 
 

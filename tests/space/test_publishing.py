@@ -17,6 +17,7 @@ from msae_space import drawing
 from msae_space.library import NUM_OPEN, Key, Library, SpaceError, Workbench
 from msae_space.settings import Settings, read_settings
 from msae_space.zerogpu import on_gpu
+from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
@@ -95,7 +96,7 @@ def test_nobody_waits_for_what_somebody_else_loads(story_sae, tmp_path):
         def _load(self, key: Key) -> Workbench:
             if key == slow:
                 began.set()
-                assert go_on.wait(60)
+                assert go_on.wait(HANG_SECONDS)
             return super()._load(key)
 
     library = Slow((here.source, slow.source))
@@ -103,7 +104,7 @@ def test_nobody_waits_for_what_somebody_else_loads(story_sae, tmp_path):
     loading = [threading.Thread(target=library.open, args=(slow,)) for _ in range(2)]
     for thread in loading:
         thread.start()
-    assert began.wait(60)
+    assert began.wait(HANG_SECONDS)
     assert library.open(here) is first, "it was not had while another was loaded"
     go_on.set()
     for thread in loading:
@@ -219,7 +220,7 @@ def test_everything_works_in_the_processes_that_zerogpu_forks(tmp_path, bench, s
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=HANG_SECONDS,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     pipe = SteeredPipeline(bench.model, bench.tokenizer, bench.sae, Steering([LatentEdit(7, 1.5)]))
@@ -274,7 +275,7 @@ def test_a_pushed_space_runs_the_package_that_it_carries(tmp_path, story_sae):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert ran.returncode == 0, ran.stderr
     *places, site = ran.stdout.split()

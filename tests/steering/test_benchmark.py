@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
@@ -66,7 +67,7 @@ def test_it_runs_on_an_sae_of_the_story_model(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "numbers.json").read_text())

@@ -4,6 +4,7 @@ from threading import Thread
 
 import pytest
 import torch
+from patience import HANG_SECONDS
 from transformers import TextGenerationPipeline, TextIteratorStreamer
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -93,7 +94,7 @@ def test_chats_are_steered_but_not_their_marks(lm, build_tokenizer, make_sae):
 
 def test_a_streamer_gets_the_steered_text_from_another_thread(pipe):
     expected = pipe(PROMPTS[0], return_full_text=False, **GREEDY)[0]["generated_text"]
-    streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=HANG_SECONDS)
     thread = Thread(target=pipe, args=(PROMPTS[0],), kwargs={"streamer": streamer, **GREEDY})
     thread.start()
     assert "".join(streamer) == expected

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 
-def launch(num_processes: int, plan: dict[str, Any], timeout: float = 300) -> str:
+def launch(num_processes: int, plan: dict[str, Any]) -> str:
     """Execute a plan by so many processes, and give what they wrote to stderr."""
+    from patience import HANG_SECONDS  # the processes themselves do not find it
+
     path = Path(plan["args"]["output_dir"]).with_suffix(".plan")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan))
@@ -32,7 +34,7 @@ def launch(num_processes: int, plan: dict[str, Any], timeout: float = 300) -> st
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import time
 from typing import Any
 
 import pytest
 import torch
+from patience import calls_of
 
 from hf_msae.worlds.features import TOYS, FeatureWorld, Forest, Node, group, make_directions, random_forest
 
@@ -183,15 +183,8 @@ def test_impossible_worlds_are_refused(make, message):
         make()
 
 
-def test_sampling_is_fast():
-    """A million samples of 20 features took 0.17 s of one core; ten times that is allowed for busy machines, measured
-    in the processor time of this process.
-    """
-    world, threads = TOYS["tree"]().world, torch.get_num_threads()
-    torch.set_num_threads(1)
-    start = time.process_time()
-    samples = world.sample(1_000_000)
-    seconds = time.process_time() - start
-    torch.set_num_threads(threads)
-    assert samples.x.shape == (1_000_000, 20)
-    assert seconds < 1.7
+def test_a_million_samples_are_drawn_at_once():
+    """Not one by one, nor feature by feature of each."""
+    world = TOYS["tree"]().world
+    assert world.sample(1_000_000).x.shape == (1_000_000, 20)
+    assert calls_of(lambda: world.sample(100_000)) < 1_000
