@@ -11,8 +11,14 @@ import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.absorption import absorption_of
+from hf_msae.evaluation.activations import TextActivations
+from hf_msae.evaluation.core import rate_distortion
+from hf_msae.evaluation.erasure import measure_perturbation, order_latents
 from hf_msae.evaluation.geometry import measure_agreement
+from hf_msae.evaluation.labelled import LabelledActivations
+from hf_msae.evaluation.probing import make_split
 from hf_msae.evaluation.progressive import fit_power_law
+from hf_msae.evaluation.stitching import measure_novelty
 
 SEEDS = range(8)
 
@@ -95,3 +101,87 @@ def test_a_power_law_is_a_weighted_line_in_logarithms(seed):
         assert r2 == pytest.approx(1 - left / np.average((logs - middle) ** 2, weights=1 / ranks))
     slope, intercept = np.polyfit(np.log(ranks), logs, 1, w=ranks**-0.5)
     assert (found.exponent, found.scale) == (pytest.approx(-slope), pytest.approx(math.exp(intercept)))
+
+
+def rough_sae(seed: int, num_latents: int = 20, width: int = 6) -> MatryoshkaSAE:
+    """Random, with decoder rows of all lengths."""
+    config = MatryoshkaSAEConfig(hidden_size=width, num_latents=num_latents, prefix_sizes=[7, num_latents], k=5)
+    sae = MatryoshkaSAE(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for rows in (sae.W_enc, sae.W_dec):
+            rows.copy_(torch.randn(rows.shape, generator=generator) * (0.3 + torch.rand(len(rows), 1)))
+    sae.threshold.fill_(0.3)
+    return sae
+
+
+def text_of(x: torch.Tensor) -> TextActivations:
+    return TextActivations(None, None, [], 0, 1, x, "made up")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gain_is_the_error_that_goes_with_one_latent_more(seed):
+    small, large = rough_sae(seed), rough_sae(seed + 10, 26)
+    x = torch.randn(120, 6, generator=torch.Generator().manual_seed(seed))
+    gain = measure_novelty(text_of(x), small, large).gain
+    total = (x - x.mean(0)).double().square().sum()
+    error, latents = (x - small.decode(small.encode(x))).detach().double(), large.encode(x).detach().double()
+    for latent in range(26):
+        without = error - latents[:, latent, None] * large.W_dec[latent].detach().double()
+        expected = (error.square().sum() - without.square().sum()) / total
+        assert gain[latent].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_codes_are_the_middles_of_cells(seed):
+    """Rate and distortion, value by value: cells of equal width from a latent's least active value to its largest."""
+    sae, x = rough_sae(seed), torch.randn(150, 6, generator=torch.Generator().manual_seed(seed))
+    latents = sae.encode(x).detach()
+    total = (x - x.mean(0)).double().square().sum().item()
+    for point in rate_distortion(sae, x):
+        coded, bits = torch.zeros_like(latents), 0.0
+        for latent in range(point.prefix):
+            active = latents[:, latent] > 0
+            values = latents[active, latent]
+            share = active.double().mean().item()
+            bits += sum(-p * math.log2(p) for p in (share, 1 - share) if p > 0)
+            if not len(values):
+                continue
+            low, width = values.min().item(), (values.max() - values.min()).item() / point.cells
+            places = [min(int((value - low) / max(width, 1e-30)), point.cells - 1) for value in values.tolist()]
+            coded[active, latent] = torch.tensor([low + (place + 0.5) * width for place in places])
+            shares = [places.count(place) / len(places) for place in set(places)]
+            bits -= share * sum(p * math.log2(p) for p in shares)
+        left = (x - sae.decode(coded)).double().square().sum().item()
+        assert point.bits == pytest.approx(bits, abs=1e-6)
+        assert point.fve == pytest.approx(1 - left / total, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_perturbation_is_what_ablating_does_to_each_probe(seed):
+    """TPP by taking a class's latents out of the reconstruction and asking every probe again."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.nn.functional.one_hot(torch.randint(4, (3000,), generator=generator), 4).bool()
+    x = labels.float() @ torch.randn(4, 6, generator=generator) * 2 + torch.randn(3000, 6, generator=generator)
+    data = LabelledActivations(x, labels, ["a", "b", "c", "d"], torch.arange(3000) // 10, "four classes")
+    sae, split = rough_sae(seed), make_split(data, seed)
+    found = measure_perturbation(data, sae, [split], counts=[3])
+    classes = [c for c in range(4) if split.scores.f1[c] > 0.6]
+    classes.sort(key=lambda c: -int(labels[:, c].sum()))
+    orders = order_latents(data, sae, split, classes)
+    for score in found:
+        drops = torch.zeros(len(classes), len(classes), dtype=torch.float64)
+        for i in range(len(classes)):
+            taken = orders[score.prefix][i, :3]
+            kept = sae.encode(x).detach()
+            moved = x - kept[:, taken] @ sae.W_dec[taken].detach()
+            for j, probed in enumerate(classes):
+                rows, weights = split.test.rows[probed], split.test.weights[probed]
+                logits = moved[rows].double() @ split.probes.direction[probed] + split.probes.bias[probed]
+                right = (logits > 0) == split.test.targets.bool()
+                after = right[weights > 0].double().mean()
+                drops[i, j] = max(0.0, (split.scores.accuracy[probed] - after).item())
+        others = [drops[i, j].item() for i in range(len(classes)) for j in range(len(classes)) if i != j]
+        assert score.intended == pytest.approx(drops.diagonal().mean().item(), abs=0.01)
+        assert score.unintended == pytest.approx(sum(others) / len(others), abs=0.004)
+        assert score.unintended > 0.02

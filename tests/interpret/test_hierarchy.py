@@ -52,7 +52,7 @@ def test_counts_do_not_depend_on_the_blocks(dense, monkeypatch):
 
 
 def test_sums_equal_those_over_the_shared_tokens(dense):
-    first, second = torch.tensor([0, 3, 0, 5, 3]), torch.tensor([9, 17, 12, 9, 17])
+    first, second = torch.tensor([0, 3, 0, 5, 3, 17]), torch.tensor([9, 17, 12, 9, 17, 3])
     sums = Cofirings(firings_of(dense), 20).sums(first, second)
     for index, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
         shared = (dense[:, a] > 0) & (dense[:, b] > 0)
