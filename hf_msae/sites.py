@@ -239,6 +239,9 @@ class _Tap:
     is_active: Callable[[], bool]
     _forward: threading.local = field(default_factory=threading.local)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
+        return self
+
     @property
     def layer_shape(self) -> torch.Size | None:
         """(batch, sequence) of the layer around the site, while it runs."""
@@ -294,14 +297,21 @@ def _hooked(
     prepend: bool,
     is_active: Callable[[], bool],
 ) -> Iterator[None]:
+    # A copy of the model made meanwhile takes its hooks along, so they end with the context, not with their removal.
+    is_open = [True]
+
+    def acts() -> bool:
+        return bool(is_open) and is_active()
+
     with ExitStack() as stack:
+        stack.callback(is_open.clear)
         # Before any hook is there, and until none is: no thread may compile a model with the hooks in it.
         stack.enter_context(eager())
         for site, visit in visits.items():
             if not isinstance(site, Site):
                 raise SiteError(f"expected a Site, given {site!r}; make one with resolve_site(model, {site!r})")
             path = resolve_site(model, site).path
-            module, layer, tap = model.get_submodule(path), _layer_around(model, path), _Tap(site, visit, is_active)
+            module, layer, tap = model.get_submodule(path), _layer_around(model, path), _Tap(site, visit, acts)
             if layer is not None and layer is not module:
                 handle = layer.register_forward_pre_hook(tap.on_layer, with_kwargs=True)
                 stack.callback(handle.remove)

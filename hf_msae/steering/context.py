@@ -11,16 +11,18 @@ The price: a thread started inside the context is outside of it. Open the contex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, replace, resolve_site
 from hf_msae.steering.directions import Direction
 from hf_msae.steering.edits import Edit, SteeringError, Units, check_edits, deltas, latent_edits
+from hf_msae.steering.generation import watched
 from hf_msae.steering.positions import Positions, TokenTracker, check_positions, find_special_ids
 
 DeltaFunction = Callable[[Tensor], Tensor]
@@ -123,12 +125,15 @@ def _steered(
     special_ids: Iterable[int] | None,
 ) -> Iterator[None]:
     check_positions(positions)
-    if model.config.is_encoder_decoder:
+    outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if outermost is None:
+        raise SteeringError(f"a {type(model).__name__} holds no model of transformers, and only those are steered.")
+    if outermost.config.is_encoder_decoder:
         raise SteeringError(
-            f"{type(model).__name__} has an encoder and a decoder, each with tokens of its own; steering takes models "
-            "with one sequence of tokens."
+            f"{type(outermost).__name__} has an encoder and a decoder, each with tokens of its own; steering "
+            "takes models with one sequence of tokens."
         )
-    tracker = TokenTracker(positions, find_special_ids(model, special_ids))
+    tracker = TokenTracker(positions, find_special_ids(outermost, special_ids))
     edits = {site: _edit(tracker, functions) for site, functions in by_site.items() if functions}
     if not edits:
         yield
@@ -139,15 +144,21 @@ def _steered(
 
     # While another thread enters or leaves its own steering, torch may call a hook without `kwargs`: it marks a hook
     # as taking them only after it is on the module.
-    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    def on_call(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, is_outermost: bool
+    ) -> None:
         if kwargs is not None and is_active():
-            tracker.on_call(module, args, kwargs, is_outermost=module is model)
+            tracker.on_call(module, args, kwargs, is_outermost)
 
     with ExitStack() as stack:
+        # First of all: it sees to it that nothing compiled runs while there are hooks.
+        stack.enter_context(replace(model, edits, is_active))
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
-                stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
-        stack.enter_context(replace(model, edits, is_active))
+                hook = partial(on_call, is_outermost=module is outermost)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if isinstance(module, GenerationMixin):
+                stack.enter_context(watched(module, tracker.on_generate, is_active))
         _OPEN.set((*_OPEN.get(), tracker))
         # Not by a token: what opened in one context may close in another, as generators do.
         stack.callback(lambda: _OPEN.set(tuple(other for other in _OPEN.get() if other is not tracker)))

@@ -1,14 +1,17 @@
 """Which tokens are steered: found anew for every forward of the model, from what it was called with.
 
-Padding and special tokens (BOS above all, whose activations are outliers in most models) never are. Whether a token is
-of the prompt or generated is told by the cache: a forward with an empty one begins a prompt. Where none is passed, a
-forward of one token more than the last that begins with the prompt goes on from it, as `generate(use_cache=False)`.
+Padding and special tokens (BOS above all, whose activations are outliers in most models) never are. In `generate`, the
+prompt is what it was given (see `generation`). In a forward outside of it, the prompt is what stands in an empty cache
+or in none, and single tokens behind it are generated. Where neither tells, "all" tokens can be steered, and anything
+else is refused.
 """
 
 import inspect
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.generation import Request
 
 Positions = Literal["all", "prompt", "generated"] | slice | Tensor
 NAMES = ("all", "prompt", "generated")
@@ -23,27 +27,59 @@ SPECIAL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
-class _Prompt:
-    """The prompt that is being continued: its tokens (batch, width) where known, and which of them were chosen."""
-
-    width: int
-    input_ids: Tensor | None = None
-    chosen: Tensor | None = None
-
-
-@dataclass
 class _Call:
-    """One forward: its tokens (batch, time) if it got tokens, which are no padding, and how many are in the cache."""
+    """One forward: its tokens (batch, time) if it got tokens; which are no padding, None where its mask does not say;
+    how many are in the cache; and the cache, None where none was passed.
+    """
 
     input_ids: Tensor | None
-    real: Tensor
+    shape: torch.Size
+    device: torch.device
+    real: Tensor | None
     past: int
-    has_cache: bool
+    cache: Any
 
     @property
     def num_columns(self) -> int:
         """How many tokens the sequence has by now, padding included."""
-        return self.past + self.real.shape[1]
+        return self.past + self.shape[1]
+
+
+@dataclass
+class _Text:
+    """A prompt and what follows it, as the forwards so far tell.
+
+    first: the column of the prompt's first token; virtual tokens that were put into the cache stand before it.
+    width: of the prompt. chosen: which of its tokens a slice or a mask means, (batch, width).
+    input_ids: the prompt, where it is known and no cache is used. cache: a weak reference to the one that is.
+    end: the number of columns after the last forward.
+    """
+
+    first: int
+    width: int
+    chosen: Tensor | None
+    input_ids: Tensor | None
+    cache: weakref.ref[Any] | None
+    end: int
+
+    def goes_on(self, call: _Call) -> bool:
+        """Whether a forward is about this text. The cache that a model made in the first one is known from then on."""
+        if call.cache is None:
+            ids, before = call.input_ids, self.input_ids
+            if self.cache is not None or ids is None or before is None or ids.shape[1] < before.shape[1]:
+                return False
+            return len(ids) == len(before) and torch.equal(ids[:, : before.shape[1]], before)
+        if self.cache is None and call.past == self.end:
+            self.cache = weakref.ref(call.cache)
+        return self.cache is not None and self.cache() is call.cache
+
+
+@dataclass
+class _Generation:
+    """A running `generate`: what it was asked, and its text as soon as the model has been called."""
+
+    request: Request
+    text: _Text | None = None
 
 
 @dataclass(eq=False)
@@ -61,18 +97,31 @@ class TokenTracker:
     special_ids: Tensor
     _seen: threading.local = field(default_factory=threading.local)
 
+    @contextmanager
+    def on_generate(self, request: Request) -> Iterator[None]:
+        """Around a call of `generate`. One inside another that goes on from its prompt (drafts of early layers) has
+        the same prompt.
+        """
+        outer: _Generation | None = self._seen.__dict__.get("generation")
+        if outer is not None and request.goes_on_from(outer.request):
+            request = replace(outer.request, num_cached=request.num_cached)
+        self._seen.generation = _Generation(request)
+        try:
+            yield
+        finally:
+            self._seen.generation = outer
+
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_outermost: bool) -> None:
         """Read a call of the model or of a model inside it: some heads pass over the base model, to a decoder."""
         given = _arguments(module, args, kwargs)
         input_ids = given.get("input_ids")
         if not is_outermost and (input_ids is None or input_ids is self._seen.__dict__.get("input_ids")):
             return
-        last = self._seen.__dict__.get("num_columns", 0)
-        call = _read_call(given, num_seen=last)
-        allowed = call.real
+        call = _read_call(given, num_seen=self._seen.__dict__.get("num_columns", 0))
+        allowed = self._real_by_request(call) if call.real is None else call.real
         if input_ids is not None:
             allowed = allowed & ~torch.isin(input_ids, self.special_ids.to(input_ids.device))
-        self._seen.steered = allowed & self._selected(call, last)
+        self._seen.steered = allowed & self._selected(call)
         self._seen.num_columns, self._seen.input_ids = call.num_columns, input_ids
 
     def steered(self, hidden: Tensor) -> Tensor:
@@ -89,28 +138,76 @@ class TokenTracker:
             )
         return steered.to(hidden.device)
 
-    def _selected(self, call: _Call, last: int) -> Tensor:
-        if isinstance(self.positions, str) and self.positions == "all":
-            return torch.ones_like(call.real)
-        prompt = self._prompt(call, last)
-        columns = torch.arange(call.past, call.num_columns, device=call.real.device)
-        if isinstance(self.positions, str):
-            return (columns < prompt.width) == (self.positions == "prompt")
-        if prompt.chosen is None:
-            return torch.zeros_like(call.real)
-        # One column more, for everything behind the prompt.
-        chosen = nn.functional.pad(prompt.chosen, (0, 1))
-        return chosen[:, columns.clamp(max=prompt.width)]
+    def _real_by_request(self, call: _Call) -> Tensor:
+        """Which tokens (batch, time) are no padding by what `generate` was given; all of them outside of it."""
+        real = torch.ones(call.shape, dtype=torch.bool, device=call.device)
+        generation: _Generation | None = self._seen.__dict__.get("generation")
+        if generation is not None:
+            prompt = generation.request.real_of(call.shape[0])[:, call.past : call.num_columns]
+            real[:, : prompt.shape[1]] = prompt.to(call.device)
+        return real
 
-    def _prompt(self, call: _Call, last: int) -> _Prompt:
-        """The prompt that this call begins or goes on from, where the last call ended with `last` tokens."""
-        known: _Prompt | None = self._seen.__dict__.get("prompt")
-        if call.past and known is None:
-            known = _Prompt(call.past)  # its cache was filled before the steering began
-        if known is None or not (call.past or (call.num_columns == last + 1 and _goes_on(call, known))):
-            known = _Prompt(call.real.shape[1], call.input_ids, self._chosen(call.real))
-        self._seen.prompt = known
-        return known
+    def _selected(self, call: _Call) -> Tensor:
+        """Which tokens of a call (batch, time) the positions mean, padding or not."""
+        if isinstance(self.positions, str) and self.positions == "all":
+            return torch.ones(call.shape, dtype=torch.bool, device=call.device)
+        generation: _Generation | None = self._seen.__dict__.get("generation")
+        text = self._of_forward(call) if generation is None else self._of_generation(generation, call)
+        text.end = call.num_columns
+        places = torch.arange(call.past, call.num_columns, device=call.device) - text.first
+        if isinstance(self.positions, str):
+            return ((places < text.width) == (self.positions == "prompt")).expand(call.shape)
+        assert text.chosen is not None
+        # One column more, for everything behind the prompt.
+        return nn.functional.pad(text.chosen, (0, 1))[:, places.clamp(max=text.width)]
+
+    def _of_generation(self, generation: _Generation, call: _Call) -> _Text:
+        """The text of a call in `generate`. Raises SteeringError where it is another text than `generate` was given,
+        or one in which the prompt's tokens cannot be found.
+        """
+        request = generation.request
+        if generation.text is not None:
+            if generation.text.goes_on(call):
+                return generation.text
+            raise SteeringError(
+                "generate ran the model on a second text (as guidance with a negative prompt does), so which of its "
+                "tokens are the prompt is not known; steer positions='all'."
+            )
+        first = -1 if request.num_cached is None else call.past - request.num_cached
+        if first < 0 or (call.input_ids is None) != request.has_embeds:
+            raise SteeringError(
+                "generate began with a cache that does not say how many tokens it holds, or with a learned prompt of "
+                "embeddings, so which tokens are the prompt is not known; steer positions='all'."
+            )
+        generation.text = self._begin(call, request.real_of(call.shape[0]).to(call.device), first)
+        return generation.text
+
+    def _of_forward(self, call: _Call) -> _Text:
+        """The text of a call outside of `generate`."""
+        text: _Text | None = self._seen.__dict__.get("text")
+        if not call.past:
+            real = call.real
+            if real is None and isinstance(self.positions, slice):
+                raise SteeringError(
+                    "the attention mask does not say which tokens are padding, and a slice is counted without it; "
+                    "pass a mask (batch, tokens) or (batch, 1, tokens, tokens), or positions as a bool tensor."
+                )
+            real = torch.ones(call.shape, dtype=torch.bool, device=call.device) if real is None else real
+            text = self._begin(call, real, first=0)
+        elif text is None or call.shape[1] > 1 or not text.goes_on(call):
+            raise SteeringError(
+                f"the model was called with {call.shape[1]} tokens behind a cache of {call.past}, so whether they are "
+                "of the prompt or generated is not known; begin with an empty cache inside the steering and go on by "
+                "single tokens, use generate, or steer positions='all'."
+            )
+        self._seen.text = text
+        return text
+
+    def _begin(self, call: _Call, real: Tensor, first: int) -> _Text:
+        """A text whose prompt (batch, width) begins in this call, or in the cache before it."""
+        ids = None if call.input_ids is None or call.cache is not None else call.input_ids[:, : real.shape[1]]
+        cache = None if call.cache is None else weakref.ref(call.cache)
+        return _Text(first, real.shape[1], self._chosen(real), ids, cache, call.num_columns)
 
     def _chosen(self, real: Tensor) -> Tensor | None:
         """Which tokens of a prompt (batch, width) a slice or a mask means."""
@@ -168,24 +265,38 @@ def _read_call(given: Mapping[str, Any], num_seen: int) -> _Call:
     tokens = embeds if input_ids is None else input_ids
     if tokens is None:
         raise SteeringError("the model was called without input_ids and without inputs_embeds.")
-    batch, time = tokens.shape[:2]
+    shape, mask = tokens.shape[:2], given.get("attention_mask")
     keys, state = given.get("past_key_values"), given.get("cache_params")
-    has_cache = keys is not None or state is not None
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= time:
-        return _Call(input_ids, mask[:, -time:].to(tokens.device) != 0, mask.shape[1] - time, has_cache)
-    # With a static cache, `generate` passes a mask that no longer says what is padding; then the padding token's id
-    # alone keeps it from being steered.
-    real = torch.ones((batch, time), dtype=torch.bool, device=tokens.device)
-    if keys is None and isinstance(state, Cache):
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= shape[1]:
+        past = mask.shape[1] - shape[1]
+    elif keys is None and isinstance(state, Cache):
         # A state-space model's cache does not know how many tokens it has seen; without a call before, at least one.
-        return _Call(input_ids, real, max(1, num_seen) if state.has_previous_state() else 0, has_cache)
-    return _Call(input_ids, real, 0 if keys is None else int(keys.get_seq_length()), has_cache)
+        past = max(1, num_seen) if state.has_previous_state() else 0
+    else:
+        past = 0 if keys is None else int(keys.get_seq_length())
+    real = _real_tokens(mask, shape, past, tokens.device)
+    return _Call(input_ids, shape, tokens.device, real, past, state if keys is None else keys)
 
 
-def _goes_on(call: _Call, prompt: _Prompt) -> bool:
-    """Whether a call without a cache has the prompt's tokens at its beginning, and more."""
-    ids, before = call.input_ids, prompt.input_ids
-    if call.has_cache or ids is None or before is None or len(ids) != len(before) or ids.shape[1] <= prompt.width:
-        return False
-    return torch.equal(ids[:, : prompt.width], before)
+def _real_tokens(mask: Any, shape: torch.Size, past: int, device: torch.device) -> Tensor | None:
+    """Which tokens of a call (batch, time) are no padding by its attention mask, None where that does not say.
+
+    A mask of tokens by tokens (batch, 1, time, past and time) has it on its diagonal, since real tokens see
+    themselves. `generate` passes such masks with a static cache, in some models one for each kind of layer.
+    """
+    batch, time = shape
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    if isinstance(mask, Mapping):
+        found = (_real_tokens(one, shape, past, device) for one in mask.values())
+        return next((real for real in found if real is not None), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2 and mask.shape[1] >= time:
+        return mask[:, -time:].to(device) != 0
+    if mask.ndim != 4 or mask.shape[2] != time or mask.shape[3] < past + time:
+        return None
+    own = mask[:, 0].diagonal(past, 1, 2)[:, :time].to(device)
+    # Of floating-point masks, which are added to the scores, zero means seen.
+    own = own == 0 if own.is_floating_point() else own != 0
+    return own.expand(batch, -1)
