@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
-from hf_msae.data.stream import capture_counted
-from hf_msae.data.windows import DocumentEncoder
+from hf_msae.data.forward import capture_counted
+from hf_msae.data.windows import DocumentEncoder, pad_id
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.edges import filter_edges, find_candidates
 from hf_msae.interpret.hierarchy import Edge, HierarchySettings
-from hf_msae.interpret.scan import find_site, pad_id, scan
+from hf_msae.interpret.scan import find_site, scan
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts
 
 LABEL_SEED, EDGE_SEED = 1_003, 1_004

@@ -2,8 +2,9 @@
 
 These numbers are measured the same way during training, at its end and afterwards, so they live below all of those.
 Two passes over the same windows: the first compares activations with their reconstructions, the second runs the model
-with reconstructions in place of activations. Special positions (`keep` false) take no part: they are left unreplaced
-in the second pass and counted in no number. Sums are accumulated in float64.
+with reconstructions in place of activations. Special positions (`keep` false) and outliers (attention sinks, beyond
+the SAE's `norm_limit`) take no part: they are left unreplaced in the second pass and counted in no number. Sums are
+accumulated in float64.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.data import within_limit
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, in_this_thread, replace
 
@@ -60,7 +62,8 @@ class Measurement:
 
     `ce_*` are cross-entropies in nats per token: of the model as it is, with the site set to zero, and set to the mean
     activation. `ce_recovered` of a level compares with zero, `ce_recovered_mean` with the mean, which is the harder
-    test. `kl_zero` and `kl_mean` are the divergences that these two ablations cause.
+    test. `kl_zero` and `kl_mean` are the divergences that these two ablations cause. `outliers` tokens were left out,
+    because their activations' norm is beyond the SAE's limit.
     """
 
     levels: list[LevelMetrics]
@@ -71,14 +74,20 @@ class Measurement:
     ce_mean: float | None = None
     kl_zero: float | None = None
     kl_mean: float | None = None
+    outliers: int = 0
 
 
 @dataclass
 class ReconstructionMeter:
-    """Accumulates, batch by batch, what the activation-side numbers of one SAE need."""
+    """Accumulates, batch by batch, what the activation-side numbers of one SAE need.
+
+    norm_limit: activations with a larger norm are left out, and counted as `num_outliers`; None or 0 for none.
+    """
 
     sae: MatryoshkaSAE
+    norm_limit: float | None = None
     num_tokens: int = 0
+    num_outliers: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +106,9 @@ class ReconstructionMeter:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in activations (n, hidden_size)."""
-        for part in self.sae.in_parts(x.to(self.sae.device, self.sae.dtype)):
+        inlying = x[within_limit(x, self.norm_limit)]
+        self.num_outliers += len(x) - len(inlying)
+        for part in self.sae.in_parts(inlying.to(self.sae.device, self.sae.dtype)):
             self._take_in(part)
 
     def _take_in(self, x: Tensor) -> None:
@@ -219,10 +230,15 @@ class _Sums:
 
 
 def measure_cross_entropy(
-    model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, mean: Tensor, batches: Iterable[TokenBatch]
+    model: PreTrainedModel,
+    site: Site,
+    sae: MatryoshkaSAE,
+    mean: Tensor,
+    batches: Iterable[TokenBatch],
+    norm_limit: float | None = None,
 ) -> Measurement:
     """[`measure_cross_entropies`] of a single SAE."""
-    return measure_cross_entropies(model, site, {"": sae}, mean, batches)[""]
+    return measure_cross_entropies(model, site, {"": sae}, mean, batches, norm_limit)[""]
 
 
 @torch.inference_mode()
@@ -232,6 +248,7 @@ def measure_cross_entropies(
     saes: Mapping[str, MatryoshkaSAE],
     mean: Tensor,
     batches: Iterable[TokenBatch],
+    norm_limit: float | None = None,
 ) -> dict[str, Measurement]:
     """Cross-entropy of the language model with the site replaced by each prefix's reconstruction, by zero, and by the
     mean, and how far its predictions then are from those of the model as it is.
@@ -240,7 +257,8 @@ def measure_cross_entropies(
         saes: SAEs of this site, by name; the model as it is and its ablations are run once for all of them.
         mean: mean activation, (hidden_size,).
         batches: collated windows, with `input_ids`, `attention_mask` (or None) and `keep`, each (batch, sequence).
-            A position counts where it was replaced and its next token is not special.
+            A position counts where it and the next one were replaced.
+        norm_limit: positions with activations of a larger norm are not replaced; None or 0 for none.
     Returns for each SAE a [`Measurement`] whose levels hold only the numbers measured here.
     """
     levels = [(name, prefix) for name, sae in saes.items() for prefix in sae.config.prefix_sizes]
@@ -250,9 +268,10 @@ def measure_cross_entropies(
         inputs = {"input_ids": batch["input_ids"]}
         if batch["attention_mask"] is not None:
             inputs["attention_mask"] = batch["attention_mask"]
-        counted = keep[:, :-1] & keep[:, 1:]
         splice = _Splice(model, site, inputs)
         clean, hidden = splice.clean()
+        keep = keep & within_limit(hidden, norm_limit).to(keep.device)
+        counted = keep[:, :-1] & keep[:, 1:]
         sums.add(CLEAN, clean, clean, batch["input_ids"], counted)
         where = keep.to(hidden.device).unsqueeze(-1)
         for name, replacement in _replacements(saes, hidden, mean):
@@ -299,7 +318,7 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
     """Both passes' numbers in one."""
     levels = meter.levels()
     if cross_entropy is None:
-        return Measurement(levels, meter.num_tokens)
+        return Measurement(levels, meter.num_tokens, outliers=meter.num_outliers)
     for level, other in zip(levels, cross_entropy.levels, strict=True):
         level.ce_recovered = other.ce_recovered
         level.ce_recovered_mean = other.ce_recovered_mean
@@ -314,6 +333,7 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
         cross_entropy.ce_mean,
         cross_entropy.kl_zero,
         cross_entropy.kl_mean,
+        meter.num_outliers,
     )
 
 

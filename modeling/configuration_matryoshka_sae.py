@@ -119,6 +119,10 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         Whether each token window began with the tokenizer's BOS token. Special tokens never reach the SAE.
     context_length (`int`, *optional*):
         Tokens in a window.
+    norm_limit (`float`, *optional*):
+        The largest norm of an activation that counted, in training and in everything that was measured: what is beyond
+        is an attention sink. 0 where all counted; None where it is not known, as of other libraries' SAEs. It says
+        which tokens to look at; what the SAE computes does not depend on it.
     converted_from (`str`, *optional*):
         The library whose checkpoint this was.
     measured (`dict`, *optional*):
@@ -151,6 +155,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     site: str | None = None
     prepend_bos: bool = True
     context_length: int | None = None
+    norm_limit: float | int | None = None
     converted_from: str | None = None
     measured: dict | None = None
 
@@ -226,6 +231,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         for name in ("aux_loss_weight", "sparsity_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
+        if self.norm_limit is not None and not 0 <= self.norm_limit < math.inf:
+            raise ValueError(f"norm_limit must be finite and not negative (0 is no limit), got {self.norm_limit}.")
         if not 0 < self.jumprelu_bandwidth < math.inf:
             raise ValueError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
         if not 0 < self.pareto_alpha <= 1:

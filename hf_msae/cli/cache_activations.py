@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
-from hf_msae.data import ActivationStream, CachedActivations, TokenWindows, cache_activations
+from hf_msae.data import (
+    ActivationStream,
+    CachedActivations,
+    TokenWindows,
+    cache_activations,
+    find_norm_limits,
+    pad_id,
+)
+from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE
 from hf_msae.sites import resolve_site
 
 DESCRIPTION = """\
@@ -29,7 +37,8 @@ class CacheArguments:
     lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
     batch_size: int = field(default=4096, metadata={"help": "Rows written at once."})
     norm_outlier_multiple: float | None = field(
-        default=10.0, metadata={"help": "Drop tokens whose norm exceeds this multiple of the median; 0 keeps all."}
+        default=NORM_OUTLIER_MULTIPLE,
+        metadata={"help": "Drop tokens whose norm exceeds this multiple of the median; 0 keeps all."},
     )
     seed: int = field(default=0, metadata={"help": "Fixes the order."})
 
@@ -44,16 +53,23 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"--dataset {sources.dataset} is an activation cache already; give text.")
     model, tokenizer = load_language_model(sources)
     windows = TokenWindows(documents, tokenizer, context_length=args.context_length, pack=args.packing)
+    sites = [resolve_site(model, site) for site in args.site]
+    options = {"lm_batch_size": args.lm_batch_size, "pad_id": pad_id(tokenizer)}
+    limits = find_norm_limits(model, sites, windows, multiple=args.norm_outlier_multiple, **options)
     stream = ActivationStream(
         model,
-        [resolve_site(model, site) for site in args.site],
+        sites,
         windows,
         batch_size=args.batch_size,
         block_tokens=args.block_tokens,
         lm_batch_size=args.lm_batch_size,
         seed=args.seed,
-        norm_outlier_multiple=args.norm_outlier_multiple or None,
+        norm_limits=limits,
+        pad_id=pad_id(tokenizer),
     )
     folder = cache_activations(stream, args.output_dir, max_tokens=args.max_tokens, shard_tokens=args.shard_tokens)
     index = CachedActivations(folder, batch_size=1)
-    print(f"Wrote {index.num_available:,} tokens to {folder}. Train on them with: hf-msae train --dataset {folder}")
+    outliers = index.index["num_outliers"]
+    left_out = f" ({outliers:,} outliers were left out)" if outliers else ""
+    print(f"Wrote {index.num_available:,} tokens to {folder}{left_out}.")
+    print(f"Train on them with: hf-msae train --dataset {folder}")

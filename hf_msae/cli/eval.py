@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
+from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, check_multiple
 from hf_msae.evaluation import Evaluation, Subject, collect, evaluate, write_report
 from hf_msae.evaluation.activations import TextActivations, check_fits
 from hf_msae.evaluation.baselines import (
@@ -34,7 +35,7 @@ from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
 from hf_msae.evaluation.suite import DEFAULT_METRICS, METRICS, OF_CONCEPTS, check_metrics
 from hf_msae.evaluation.tables import all_tables
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.sites import Site, resolve_site
+from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.preparation import window_length
 
@@ -112,6 +113,13 @@ class EvalArguments:
     context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: as in training."})
     packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
     lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    norm_outlier_multiple: float | None = field(
+        default=NORM_OUTLIER_MULTIPLE,
+        metadata={
+            "help": "Leave out tokens whose norm exceeds this multiple of the median, where the SAE does not record a "
+            "limit of its own; 0 keeps all."
+        },
+    )
     stories: int = field(
         default=600, metadata={"help": "Stories whose words are labelled, for concept metrics; 0 skips these."}
     )
@@ -127,6 +135,7 @@ class EvalArguments:
         self.baselines = [name for name in self.baselines if name != "none"]
         check_metrics(self.metrics)
         check_baselines(self.baselines)
+        check_multiple(self.norm_outlier_multiple)
         least = {"baseline_seeds": 1, "eval_tokens": 2, "rate_tokens": 2, "lm_batch_size": 1, "splits": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
@@ -169,8 +178,10 @@ def run(arguments: list[str]) -> None:
         context_length=context_length,
         packing=args.packing,
         lm_batch_size=args.lm_batch_size,
+        norm_limit=config.norm_limit,
+        norm_outlier_multiple=args.norm_outlier_multiple,
     )
-    labelled, of_documents = _labelled(args, pairs, model, tokenizer, site, context_length)
+    labelled, of_documents = _labelled(args, pairs, text, tokenizer, context_length)
     subjects += _baselines(args, training, subjects[0], text, model, tokenizer, documents, eval_documents)
     result = evaluate(
         subjects,
@@ -249,12 +260,13 @@ def _training_arguments(args: EvalArguments, folder: Path) -> SAETrainingArgumen
 def _labelled(
     args: EvalArguments,
     pairs: list[tuple[str, str]] | None,
-    model: PreTrainedModel,
+    text: TextActivations,
     tokenizer: PreTrainedTokenizerBase,
-    site: Site,
     context_length: int,
 ) -> tuple[LabelledActivations | None, LabelledActivations | None]:
+    model, site = text.model, text.site
     options: dict[str, Any] = {"context_length": context_length, "lm_batch_size": args.lm_batch_size}
+    options["norm_limit"] = text.norm_limit
     if not set(args.metrics) & set(OF_CONCEPTS):
         return None, None
     if pairs is not None:
@@ -324,6 +336,8 @@ def _facts(
         "site": str(text.site),
         "dataset": text.description,
         "tokens": text.num_tokens,
+        "outliers": text.num_outliers,
+        "norm_limit": round(text.norm_limit, 4),
         "context_length": context_length,
         "seconds": round(seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

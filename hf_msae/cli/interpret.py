@@ -19,6 +19,7 @@ from hf_msae.cli.sources import (
     load_training_data,
 )
 from hf_msae.data import CachedActivations, Documents
+from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE
 from hf_msae.interpret.labels import LabelError, Labeller
 from hf_msae.interpret.pages import Label
 from hf_msae.interpret.pipeline import interpret
@@ -53,6 +54,13 @@ class InterpretArguments:
     context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: the SAE's."})
     packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
     lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    norm_outlier_multiple: float | None = field(
+        default=NORM_OUTLIER_MULTIPLE,
+        metadata={
+            "help": "Leave out tokens whose norm exceeds this multiple of the median, where the SAE does not record a "
+            "limit of its own; 0 keeps all."
+        },
+    )
     labels_model: str | None = field(
         default=None, metadata={"help": "A chat model that names latents, and is tested on its names."}
     )
@@ -81,6 +89,7 @@ def run(arguments: list[str]) -> None:
         context_length=args.context_length,
         packing=args.packing,
         lm_batch_size=args.lm_batch_size,
+        norm_outlier_multiple=args.norm_outlier_multiple,
     )
     if labeller is not None:
         write_labels(labeller, interpretation, args.num_labels)
@@ -142,7 +151,9 @@ def _output_folder(args: InterpretArguments) -> Path:
 
 def _show(interpretation: Interpretation, sae: str) -> None:
     """A few latents of each level, and what to do next."""
-    table = Table(title=f"{interpretation.source.num_tokens:,} tokens of {interpretation.source.dataset}")
+    source = interpretation.source
+    left_out = f" ({source.num_outliers:,} with outlying norms left out)" if source.num_outliers else ""
+    table = Table(title=f"{source.num_tokens:,} tokens of {source.dataset}{left_out}")
     for title in ("latent", "level", "density", "reacts to", "promotes"):
         table.add_column(title, justify="right" if title in ("latent", "level", "density") else "left")
     for latent in _spread(interpretation.source.prefix_sizes):

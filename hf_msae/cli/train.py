@@ -266,6 +266,8 @@ def report(trainer: SAETrainer, measurements: dict[str, Measurement], model_name
         counted = f"{measurement.tokens:,} held-out tokens"
         if measurement.ce_tokens:
             counted += f", cross-entropy on {measurement.ce_tokens:,}"
+        if measurement.outliers:
+            counted += f"; {measurement.outliers:,} with outlying norms (attention sinks) left out"
         console.print(f"\n[bold]{name}[/bold], measured on {counted}", soft_wrap=True)
         table = Table()
         for column in header:

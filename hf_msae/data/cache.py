@@ -93,6 +93,7 @@ class _CacheWriter:
                 progress.update(len(batches) * self.stream.batch_size)
         index = {"format": FORMAT, "version": VERSION, "num_tokens": self.stream.num_tokens, "shards": self.shards}
         index |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes, **self._settings()}
+        index |= {"num_outliers": self.stream.num_filtered}
         _write_json(self.unfinished / INDEX, index)
         self.unfinished.rename(self.directory)
         (self.directory / PROGRESS).unlink()
@@ -243,6 +244,13 @@ class CachedActivations(BatchIterator):
         """What tells this cache from others, wherever it lies; as `data.fingerprint` does of documents."""
         shards = [self.directory / shard["file"] for shard in self.index["shards"]]
         return {"kind": "an activation cache", **of_files([self.directory / INDEX, *shards])}
+
+    def norm_limit(self, site: Site) -> float | None:
+        """The largest norm that counted at a site when the cache was written, 0 where all did; None where an older
+        version wrote it and it is not known.
+        """
+        limits = self.index.get("norm_limits")
+        return None if limits is None else limits.get(str(site), 0.0)
 
     def first_rows(self, num_rows: int) -> dict[Site, Tensor]:
         """The first rows of the cache, `{site: (num_rows, hidden_size)}`: the same whatever the seed and rank.

@@ -19,7 +19,7 @@ import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -27,13 +27,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.data.forward import ActivationError, activation_norms, capture_counted, check_eval, groups, sent
 from hf_msae.data.sources import DatasetError
-from hf_msae.data.windows import TokenWindows, Window, collate
-from hf_msae.sites import Site, capture, resolve_site
-
-
-class ActivationError(ValueError):
-    """The language model gave activations that no dictionary can be trained on."""
+from hf_msae.data.windows import TokenWindows, Window
+from hf_msae.sites import Site, resolve_site
 
 
 class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
@@ -45,6 +42,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
     Attributes:
         num_tokens: rows handed out so far, those before a resume included.
         num_dropped: rows at the end of the data that did not fill a batch.
+        num_filtered: tokens left out as outliers.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -53,6 +51,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         self.batch_size = batch_size
         self.num_tokens = 0
         self.num_dropped = 0
+        self.num_filtered = 0
         self._block: dict[Site, Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)
         self._position = 0
@@ -80,7 +79,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         while missing:
             rows = self._order[self._position : self._position + missing]
             if len(rows):
-                parts.append({site: block[_sent(rows, block.device)] for site, block in self._block.items()})
+                parts.append({site: block[sent(rows, block.device)] for site, block in self._block.items()})
                 self._position += len(rows)
                 missing -= len(rows)
             elif not self._next_block():
@@ -142,8 +141,8 @@ class ActivationStream(BatchIterator):
         block_tokens: tokens that count in a block; more mixes better and takes more memory (see the module).
         lm_batch_size: windows per forward pass.
         seed, shard: with the block number these fix the permutation; give each process its rank as `shard`.
-        norm_outlier_multiple: drop tokens whose activation at any site has a norm above this multiple of the block's
-            median at that site (attention sinks reach 100 times); None keeps all.
+        norm_limits: the largest norm of an activation that counts, by site, as `find_norm_limits` finds it; a token
+            beyond it at any site is dropped at all of them. None and 0 keep all.
         pad_id: the token that fills short windows; never attended to.
         ahead: whether to harvest a block while the one before it is used; None where the model is on CUDA.
 
@@ -153,7 +152,7 @@ class ActivationStream(BatchIterator):
 
     Attributes:
         num_tokens, num_dropped: as in `BatchIterator`.
-        num_filtered: tokens dropped as outliers, in all blocks begun so far.
+        num_filtered: as there, in all blocks begun so far.
 
     Raises:
         ValueError: the model is in training mode, or a number is out of range.
@@ -172,7 +171,7 @@ class ActivationStream(BatchIterator):
         lm_batch_size: int = 16,
         seed: int = 0,
         shard: int = 0,
-        norm_outlier_multiple: float | None = 10.0,
+        norm_limits: Mapping[Site, float | None] | None = None,
         pad_id: int = 0,
         ahead: bool | None = None,
     ) -> None:
@@ -181,11 +180,7 @@ class ActivationStream(BatchIterator):
             raise ValueError("sites is empty: name at least one site, such as 'layers.4'")
         if block_tokens < 1 or lm_batch_size < 1:
             raise ValueError(f"block_tokens ({block_tokens}) and lm_batch_size ({lm_batch_size}) must be at least 1")
-        if norm_outlier_multiple is not None and norm_outlier_multiple <= 1:
-            raise ValueError(
-                f"norm_outlier_multiple must be above 1 (or None for no filter), got {norm_outlier_multiple}"
-            )
-        _check_eval(model)
+        check_eval(model)
         self.model = model
         self.sites = list(dict.fromkeys(resolve_site(model, site) for site in sites))
         self.windows = windows
@@ -193,9 +188,8 @@ class ActivationStream(BatchIterator):
         self.lm_batch_size = lm_batch_size
         self.seed = seed
         self.shard = shard
-        self.norm_outlier_multiple = norm_outlier_multiple
+        self.norm_limits = {site: limit for site, limit in (norm_limits or {}).items() if limit}
         self.pad_id = pad_id
-        self.num_filtered = 0
         self.ahead = model.device.type == "cuda" if ahead is None else ahead
         self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" and self.ahead else None
         # Buffers of blocks that are used up, to be filled again.
@@ -227,7 +221,7 @@ class ActivationStream(BatchIterator):
             "block_tokens": self.block_tokens,
             "seed": self.seed,
             "shard": self.shard,
-            "norm_outlier_multiple": self.norm_outlier_multiple,
+            "norm_limits": {str(site): limit for site, limit in self.norm_limits.items()},
         }
 
     def _place(self) -> dict[str, Any]:
@@ -287,7 +281,7 @@ class ActivationStream(BatchIterator):
         windows = self._take_windows(self._reader)
         if not windows:
             return None
-        passes = list(_groups(windows, self.lm_batch_size))
+        passes = list(groups(windows, self.lm_batch_size))
         block = _Block(self._next_number, begins, self.windows.state_dict(), passes)
         self._next_number += 1
         if self._buffers:
@@ -330,11 +324,8 @@ class ActivationStream(BatchIterator):
                     size = (self.block_tokens + self.windows.context_length, activations.shape[-1])
                     block.buffers[site] = activations.new_empty(size)
                 block.buffers[site][before : block.rows] = activations
-                # In float32 at least, where squares of float16 values do not overflow; pass by pass, because on the
-                # CPU this makes a float32 copy.
-                wide = torch.promote_types(activations.dtype, torch.float32)
-                norms = torch.linalg.vector_norm(activations, dim=-1, dtype=wide)
-                block.norms.setdefault(site, []).append(norms)
+                # Pass by pass, because on the CPU this makes a float32 copy.
+                block.norms.setdefault(site, []).append(activation_norms(activations))
 
     def _inliers(self, block: "_Block") -> Tensor:
         """Bool (tokens,) on the CPU: tokens that no site finds outlying."""
@@ -342,8 +333,8 @@ class ActivationStream(BatchIterator):
         for site, parts in block.norms.items():
             norms = torch.cat(parts)
             self._check_finite(site, norms, block)
-            if self.norm_outlier_multiple is not None:
-                inlying &= (norms <= self.norm_outlier_multiple * norms.median()).cpu()
+            if site in self.norm_limits:
+                inlying &= (norms <= self.norm_limits[site]).cpu()
         return inlying
 
     def _check_finite(self, site: Site, norms: Tensor, block: "_Block") -> None:
@@ -357,60 +348,6 @@ class ActivationStream(BatchIterator):
             )
 
 
-def harvest(
-    model: PreTrainedModel, sites: Sequence[Site], windows: Iterable[Window], *, lm_batch_size: int, pad_id: int = 0
-) -> Iterator[dict[Site, Tensor]]:
-    """Activations of the tokens that count, in the order of the windows, one forward pass at a time.
-
-    Yields:
-        `{site: (tokens that count in the pass, hidden_size)}`, on the device where the model gives them. Passes over
-        windows without any such token are left out.
-
-    Raises:
-        ValueError: the model is in training mode, where dropout would change its activations.
-    """
-    _check_eval(model)
-    for group in _groups(windows, lm_batch_size):
-        captured = capture_counted(model, sites, group, pad_id)
-        if captured is not None:
-            yield captured
-
-
-def capture_counted(
-    model: PreTrainedModel, sites: Sequence[Site], windows: Sequence[Window], pad_id: int
-) -> dict[Site, Tensor] | None:
-    """`{site: (tokens that count, hidden_size)}` of one forward pass; None where no token counts."""
-    _check_eval(model)
-    weight = next(model.get_input_embeddings().parameters())
-    # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    batch = collate(windows, pad_id)
-    rows = batch["keep"].flatten().nonzero().flatten()
-    if not len(rows):
-        return None
-    inputs = {"input_ids": _sent(batch["input_ids"], device)}
-    if batch["attention_mask"] is not None:
-        inputs["attention_mask"] = _sent(batch["attention_mask"], device)
-    captured = capture(model, sites, **inputs)
-    return {site: captured[site].flatten(0, 1)[_sent(rows, captured[site].device)] for site in sites}
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on another device; to a GPU from pinned memory, which does not wait for the queue before it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    group: list[Window] = []
-    for window in windows:
-        group.append(window)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def seeded_generator(*numbers: int) -> torch.Generator:
     """A CPU generator (the same numbers on every device) whose seed mixes all of `numbers`.
 
@@ -418,10 +355,3 @@ def seeded_generator(*numbers: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def _check_eval(model: PreTrainedModel) -> None:
-    if model.training:
-        raise ValueError(
-            "the language model is in training mode, where dropout changes its activations; call model.eval() first"
-        )

@@ -274,6 +274,12 @@ class TokenBatch(TypedDict):
     keep: Tensor
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill short windows with; it is masked, so that any will do where the tokenizer names none."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
+
+
 def collate(windows: Sequence[Window], pad_id: int) -> TokenBatch:
     """One batch for the language model, padded on the right.
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import Window, as_documents, harvest, hold_out
+from hf_msae.data import Window, as_documents, harvest, hold_out, pad_id, within_limit
+from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, activation_norms, leave_out, norm_limit_of
 from hf_msae.metrics import TokenBatch
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, site_width
-from hf_msae.training.held_out import collated, pad_id
+from hf_msae.training.held_out import collated
 
 # Dense latents of a batch are at most this many numbers: 256 MB in float32.
 LATENTS_AT_ONCE = 2**26
@@ -45,7 +46,8 @@ def tokens_at_once(sae: MatryoshkaSAE) -> int:
 class TextActivations:
     """Token windows and the activations of their tokens that count.
 
-    x: (num_tokens, hidden_size) float32 on the CPU, in the order of the windows.
+    x: (num_tokens, hidden_size) float32 on the CPU, in the order of the windows. norm_limit: activations with a larger
+    norm do not count, and are not in x; there were `num_outliers`. 0 for no limit.
     """
 
     model: PreTrainedModel
@@ -55,6 +57,8 @@ class TextActivations:
     lm_batch_size: int
     x: Tensor
     description: str
+    norm_limit: float = 0.0
+    num_outliers: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -82,16 +86,26 @@ def collect(
     context_length: int,
     packing: bool = True,
     lm_batch_size: int = 16,
+    norm_limit: float | None = None,
+    norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
 ) -> TextActivations:
-    """Run the language model over the first documents that have `num_tokens` tokens that count.
+    """Run the language model over the first documents that have `num_tokens` tokens that count, outliers included.
 
-    documents: `Documents`, or what `as_documents` takes. Raises `DatasetError` where they have fewer tokens.
+    documents: `Documents`, or what `as_documents` takes. norm_limit: beyond which activations do not count (0 for
+    none), as an SAE's configuration records it; by default `norm_outlier_multiple` times the median norm. Raises
+    `DatasetError` where the documents have fewer tokens.
     """
     documents = as_documents(documents)
     windows, _ = hold_out(documents, tokenizer, context_length, num_tokens, packing)
     filler = pad_id(tokenizer)
     x = run_model(model, site, windows, filler, lm_batch_size, "Activations")
-    return TextActivations(model, site, windows, filler, lm_batch_size, x, documents.description)
+    if norm_limit is None:
+        norm_limit = norm_limit_of(activation_norms(x), site, norm_outlier_multiple)
+    inlying = within_limit(x, norm_limit)
+    kept = leave_out(windows, inlying)
+    outliers = len(x) - int(inlying.sum())
+    description = documents.description
+    return TextActivations(model, site, kept, filler, lm_batch_size, x[inlying], description, norm_limit, outliers)
 
 
 def total_variance(x: Tensor) -> float:

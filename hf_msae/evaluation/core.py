@@ -9,7 +9,7 @@ entropies come from the same tokens, so those of latents that fire a few times a
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -89,7 +89,7 @@ def measure_core(
         rate = meters[name].firing_rate.cpu()
         coded = text.x[:rate_tokens]
         results[name] = CoreResult(
-            measurement=merge(meters[name], cross_entropies.get(name)),
+            measurement=replace(merge(meters[name], cross_entropies.get(name)), outliers=text.num_outliers),
             density=density(rate, sae.config.prefix_sizes),
             rate_distortion=rate_distortion(sae, coded),
             rate_tokens=len(coded),

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import Window
-from hf_msae.data.windows import DocumentEncoder
+from hf_msae.data import Window, within_limit
+from hf_msae.data.windows import DocumentEncoder, pad_id
 from hf_msae.evaluation.activations import run_model, tokens_at_once
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site
-from hf_msae.training.held_out import pad_id
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, concept_spans
 
 # Stories that neither the story model (seed 0, checked on seed 1) nor an SAE trained by default (seed 0) has seen.
@@ -132,12 +131,14 @@ def story_examples(
     context_length: int,
     lm_batch_size: int = 16,
     seed: int = STORY_SEED,
+    norm_limit: float | None = None,
 ) -> tuple[LabelledActivations, LabelledActivations]:
     """Tokens with their concepts, and the same stories as documents with what happens in them.
 
     The second has a label for each sex of the hero, side of the house and kind of weather: facts of a whole story that
-    are independent of each other. Concepts with fewer than `MIN_EXAMPLES` tokens are left out. Raises `ValueError` for
-    a slow tokenizer, which knows no offsets.
+    are independent of each other. Concepts with fewer than `MIN_EXAMPLES` tokens are left out, and so are tokens whose
+    activation's norm is beyond `norm_limit` (None or 0 for none). Raises `ValueError` for a slow tokenizer, which
+    knows no offsets.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -157,6 +158,9 @@ def story_examples(
         names_of += [word for word, keep in zip(words, windows[-1].keep.tolist(), strict=False) if keep]
     x = run_model(model, site, windows, pad_id(tokenizer), lm_batch_size, "Labelled stories")
     document_of = torch.repeat_interleave(torch.tensor([int(window.keep.sum()) for window in windows]))
+    inlying = within_limit(x, norm_limit)
+    x, document_of = x[inlying], document_of[inlying]
+    names_of = [names for names, kept in zip(names_of, inlying.tolist(), strict=True) if kept]
     facts = [_facts(story.facts) for story in stories]
     return (
         _token_examples(x, names_of, document_of, f"{num_stories:,} stories, words labelled by the grammar"),
@@ -225,8 +229,10 @@ def labelled_documents(
     description: str,
     context_length: int,
     lm_batch_size: int = 16,
+    norm_limit: float | None = None,
 ) -> LabelledActivations:
-    """Examples from (text, label) pairs; labels with fewer than `MIN_EXAMPLES` texts are left out.
+    """Examples from (text, label) pairs; labels with fewer than `MIN_EXAMPLES` texts are left out, and so are tokens
+    whose activation's norm is beyond `norm_limit` (None or 0 for none).
 
     Raises `ValueError` where fewer than two labels are left.
     """
@@ -246,6 +252,8 @@ def labelled_documents(
         )
     x = run_model(model, site, windows, pad_id(tokenizer), lm_batch_size, "Labelled documents")
     example_of = torch.repeat_interleave(torch.tensor([int(window.keep.sum()) for window in windows]))
+    inlying = within_limit(x, norm_limit)
+    x, example_of = x[inlying], example_of[inlying]
     return LabelledActivations(x, matrix, names, torch.arange(len(windows)), description, example_of=example_of)
 
 

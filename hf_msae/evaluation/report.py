@@ -21,6 +21,7 @@ SHOWN_FACTS = {
     "site": "site",
     "dataset": "text",
     "tokens": "tokens",
+    "outliers": "tokens with outlying norms, left out",
     "context_length": "context length",
     "labelled": "labelled data",
     "splits": "splits of the labelled data",

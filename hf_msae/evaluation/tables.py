@@ -111,6 +111,8 @@ def core_table(result: Evaluation) -> Table:
         return values
 
     note = f"On {first.tokens:,} tokens"
+    if first.outliers:
+        note += f" ({first.outliers:,} with outlying norms, attention sinks, left out)"
     if first.ce_clean is not None and first.ce_zero is not None and first.ce_mean is not None:
         note += (
             f"; cross-entropy (CE, nats per token) and KL on {first.ce_tokens:,}. The model as it is has CE "

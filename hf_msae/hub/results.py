@@ -140,7 +140,7 @@ def _measured_by_run(metrics: Mapping[str, Any], config: MatryoshkaSAEConfig) ->
     recorded = (config.measured or {}).get("fve", ())
     if not levels or [round(level.fve, 5) for level in levels] != list(recorded):
         return None
-    names = ("tokens", "ce_tokens", "ce_clean", "ce_zero", "ce_mean")
+    names = ("tokens", "ce_tokens", "ce_clean", "ce_zero", "ce_mean", "outliers")
     return Measurement(levels, **{name: metrics[name] for name in names if name in metrics})
 
 

@@ -15,8 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import ActivationError, TokenWindows, Window
-from hf_msae.data.stream import capture_counted
+from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, within_limit
+from hf_msae.data.forward import (
+    NORM_OUTLIER_MULTIPLE,
+    activation_norms,
+    capture_counted,
+    check_multiple,
+    leave_out,
+    norm_limit_of,
+)
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
 from hf_msae.interpret.contexts import (
     NO_TOKEN,
@@ -59,7 +66,9 @@ class Firings:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass collected. references: (n, width) activations behind the last layer, for `LogitEffects`."""
+    """What one pass collected. references: (n, width) activations behind the last layer, for `LogitEffects`.
+    num_outliers: tokens left out because their activation's norm is beyond `norm_limit`, 0 for no limit.
+    """
 
     statistics: LatentStatistics
     top: ContextStore
@@ -68,6 +77,8 @@ class Scan:
     references: Tensor
     description: str
     context_length: int
+    norm_limit: float | None = None
+    num_outliers: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +100,7 @@ def scan(
     sampled_contexts: int = 24,
     context_tokens: int = 32,
     record_tokens: int = 200_000,
+    norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
 ) -> Scan:
     """Read documents until `max_tokens` tokens that count have passed, or the documents end.
 
@@ -99,6 +111,8 @@ def scan(
         context_length: tokens per window; by default what the SAE was trained with, or else 256.
         top_contexts, sampled_contexts: contexts per latent. context_tokens: tokens in each.
         record_tokens: how many of the first tokens are kept for the hierarchy.
+        norm_outlier_multiple: where the SAE records no limit, activations of this many times the median norm are left
+            out as outliers; None or 0 keeps all.
 
     Raises:
         ValueError: the SAE does not fit the model, or a number is not positive.
@@ -111,29 +125,35 @@ def scan(
     ):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    place = find_site(model, sae, site)
+    check_multiple(norm_outlier_multiple)
+    place, limit = find_site(model, sae, site), sae.config.norm_limit
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
     windows = TokenWindows(documents, tokenizer, context_length=length, pack=packing)
     collector = _Collector(sae, top_contexts, sampled_contexts, context_tokens, record_tokens)
     last = resolve_site(model, "layers.-1")
-    references = torch.empty(0)
+    references, num_outliers = torch.empty(0), 0
     with logging.tqdm(total=max_tokens, desc="Reading", unit=" tokens", unit_scale=True) as progress:
         for group in _groups(windows, lm_batch_size):
             captured = capture_counted(model, [place] if len(references) else [place, last], group, pad_id(tokenizer))
             if captured is None:
                 continue
-            if not len(references):
-                references = _spread(captured[last])
             x = captured[place]
             if not x.isfinite().all():
                 raise ActivationError(f"Activations at {place} are NaN or infinite; load the model in float32.")
-            collector.add(group, x)
+            if limit is None:
+                limit = norm_limit_of(activation_norms(x), place, norm_outlier_multiple)
+            inlying = within_limit(x, limit)
+            if not len(references):
+                references = _spread(captured[last][inlying.to(captured[last].device)])
+            num_outliers += len(x) - int(inlying.sum())
+            collector.add(leave_out(group, inlying), x[inlying])
             progress.update(len(x))
             if collector.statistics.num_tokens >= max_tokens:
                 break
     top, sampled = collector.top, collector.sampled
     description = windows.documents.description
-    return Scan(collector.statistics, top, sampled, collector.firings(), references, description, length)
+    firings = collector.firings()
+    return Scan(collector.statistics, top, sampled, firings, references, description, length, limit, num_outliers)
 
 
 def find_site(model: PreTrainedModel, sae: MatryoshkaSAE, name: str | None = None) -> Site:
@@ -153,12 +173,6 @@ def find_site(model: PreTrainedModel, sae: MatryoshkaSAE, name: str | None = Non
             f"{sae.config.base_model or 'an unrecorded model'}; give that model, and its site."
         )
     return place
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill short windows with; it is masked, so that any will do where the tokenizer names none."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
 
 
 class _Collector:

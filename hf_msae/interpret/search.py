@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data.stream import capture_counted
-from hf_msae.data.windows import DocumentEncoder
+from hf_msae.data.forward import capture_counted, within_limit
+from hf_msae.data.windows import DocumentEncoder, pad_id
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.effects import decode_tokens
-from hf_msae.interpret.scan import find_site, pad_id
+from hf_msae.interpret.scan import find_site
 from hf_msae.interpret.store import Interpretation
 from hf_msae.modeling import MatryoshkaSAE
 
@@ -82,8 +82,9 @@ def search_firing(
     window = encoder.window(encoded[0])
     captured = capture_counted(model, [site], [window], pad_id(tokenizer))
     assert captured is not None  # the text has tokens that count
-    active = active_latents(sae, captured[site].to(sae.device))
-    ids = window.input_ids[window.keep].tolist()
+    inlying = within_limit(captured[site], interpretation.source.norm_limit)
+    active = active_latents(sae, captured[site][inlying].to(sae.device))
+    ids = window.input_ids[window.keep][inlying.cpu()].tolist()
     tokens = decode_tokens(tokenizer, ids)
     density, maximum = interpretation.column("density"), interpretation.column("max_activation")
     hits = []

@@ -31,7 +31,9 @@ NUM_NEAREST = 8
 
 @dataclass(frozen=True)
 class Source:
-    """What was interpreted, on what."""
+    """What was interpreted, on what. num_outliers: tokens that were left out because their activation's norm is beyond
+    `norm_limit` (0: no limit; None: written by a version that had none).
+    """
 
     num_latents: int
     prefix_sizes: list[int]
@@ -40,6 +42,8 @@ class Source:
     dataset: str
     base_model: str | None = None
     site: str | None = None
+    norm_limit: float | None = None
+    num_outliers: int = 0
     version: int = VERSION
 
 
@@ -66,6 +70,8 @@ def write_interpretation(
         dataset=scan.description,
         base_model=config.base_model,
         site=config.site,
+        norm_limit=scan.norm_limit,
+        num_outliers=scan.num_outliers,
     )
     with written_whole(folder) as draft:
         _write_rows(draft, _Rows(scan, sae, tokenizer, effects), config.num_latents)

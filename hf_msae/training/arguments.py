@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, check_multiple
+
 
 @dataclass
 class SAETrainingArguments:
@@ -112,10 +114,10 @@ class SAETrainingArguments:
     )
     lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the language model."})
     norm_outlier_multiple: float | None = field(
-        default=10.0,
+        default=NORM_OUTLIER_MULTIPLE,
         metadata={
-            "help": "Drop tokens whose activation norm exceeds this multiple of the median (attention sinks); 0 "
-            "keeps all."
+            "help": "Leave out tokens whose activation norm exceeds this multiple of the median (attention sinks), in "
+            "training and in everything that is measured; 0 keeps all."
         },
     )
 
@@ -189,6 +191,7 @@ class SAETrainingArguments:
                 f"train on "
                 "more tokens or take a smaller per_device_train_batch_size."
             )
+        check_multiple(self.norm_outlier_multiple)
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit must be at least 1 or None, got {self.save_total_limit}.")
         if self.overwrite_output_dir and self.resume_from_checkpoint:

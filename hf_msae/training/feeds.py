@@ -12,10 +12,18 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import ActivationStream, BatchIterator, CachedActivations, Documents, TokenWindows, count_tokens
+from hf_msae.data import (
+    ActivationStream,
+    BatchIterator,
+    CachedActivations,
+    Documents,
+    TokenWindows,
+    count_tokens,
+    pad_id,
+)
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
-from hf_msae.training.held_out import pad_id
+from hf_msae.training.held_out import HeldOut
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +32,7 @@ class Feed(ABC):
     """A process's activations of each step, `{site: (batch, hidden_size)}` of all micro-batches, without end.
 
     sliced: whether all processes go through one order of tokens, each taking its slice of every step's batch.
+    norm_limits: the largest norm that counts at each site, 0 for none; to be set before the first batch.
     """
 
     description: str
@@ -32,7 +41,14 @@ class Feed(ABC):
     def __init__(self, args: SAETrainingArguments, rank: int, world_size: int) -> None:
         self.args, self.rank, self.world_size = args, rank, world_size
         self.epoch = 0
+        self.norm_limits: dict[Site, float | None] = {}
         self._batches: BatchIterator | None = None
+        self._earlier_outliers = 0
+
+    @property
+    def num_outliers(self) -> int:
+        """How many tokens this process has dropped because their norm is beyond the limit."""
+        return self._earlier_outliers + (0 if self._batches is None else self._batches.num_filtered)
 
     def __next__(self) -> dict[Site, Tensor]:
         batch = self._batch()
@@ -47,6 +63,7 @@ class Feed(ABC):
             return next(batches)
         except StopIteration:
             self.epoch += 1
+            self._earlier_outliers += batches.num_filtered
             logger.warning(
                 "The data ended after %s tokens; pass %d begins.", f"{batches.num_tokens:,}", self.epoch + 1
             )
@@ -55,11 +72,12 @@ class Feed(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the latest batch, JSON-able."""
-        return {"epoch": self.epoch, "batches": self._current().state_dict()}
+        return {"epoch": self.epoch, "batches": self._current().state_dict(), "outliers": self._earlier_outliers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch after which `state` was taken."""
         self.epoch = state["epoch"]
+        self._earlier_outliers = state.get("outliers", 0)
         self._batches = None
         self._current().load_state_dict(state["batches"])
 
@@ -68,6 +86,10 @@ class Feed(ABC):
             # The multiplier keeps the passes of neighbouring seeds apart.
             self._batches = self._open(self.args.seed * 1_000_003 + self.epoch)
         return self._batches
+
+    def find_norm_limits(self, held_out: HeldOut) -> dict[Site, float | None]:
+        """At each site the norm beyond which activations are outliers: found on held-out text."""
+        return held_out.find_norm_limits(self.args.norm_outlier_multiple)
 
     @abstractmethod
     def _open(self, seed: int) -> BatchIterator:
@@ -119,7 +141,7 @@ class TextFeed(Feed):
             lm_batch_size=self.args.lm_batch_size,
             seed=seed,
             shard=shard,
-            norm_outlier_multiple=self.args.norm_outlier_multiple or None,
+            norm_limits=self.norm_limits,
             pad_id=pad_id(self.tokenizer),
         )
 
@@ -158,6 +180,11 @@ class CacheFeed(Feed):
             sites=self.sites,
             skip_rows=self.skip_rows,
         )
+
+    def find_norm_limits(self, held_out: HeldOut) -> dict[Site, float | None]:
+        """Those by which the cache was written: outliers are not in it."""
+        cache = self._open(self.args.seed)
+        return {site: cache.norm_limit(site) for site in self.sites}
 
     def tokens_per_pass(self) -> int:
         return self._open(self.args.seed).num_available

@@ -10,7 +10,7 @@ from itertools import islice
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import CachedActivations, Documents, Window, collate, harvest, hold_out
+from hf_msae.data import CachedActivations, Documents, Window, collate, find_norm_limits, harvest, hold_out, pad_id
 from hf_msae.metrics import TokenBatch
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
@@ -31,6 +31,10 @@ class HeldOut(ABC):
     @abstractmethod
     def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
         """One process's share of the activations for measuring."""
+
+    @abstractmethod
+    def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
+        """At each site the norm beyond which activations are outliers, 0 for none, None where it is not known."""
 
     @abstractmethod
     def token_batches(self) -> Iterator[TokenBatch]:
@@ -75,6 +79,10 @@ class HeldOutText(HeldOut):
         else:
             yield from harvest(self.model, self.sites, windows[rank::world_size], **options)
 
+    def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
+        options = {"multiple": multiple, "lm_batch_size": self.args.lm_batch_size, "pad_id": self.pad_id}
+        return dict(find_norm_limits(self.model, self.sites, self._evaluation, **options))
+
     def token_batches(self) -> Iterator[TokenBatch]:
         return collated(self.model, self._evaluation, self.args.ce_tokens, self.args.lm_batch_size, self.pad_id)
 
@@ -86,12 +94,16 @@ class HeldOutCache(HeldOut):
         self.args = args
         self.num_rows = args.eval_tokens + args.calibration_tokens
         self._rows = cache.first_rows(self.num_rows)
+        self._norm_limits = {site: cache.norm_limit(site) for site in cache.sites}
 
     def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
         return self._slices(self.args.eval_tokens, self.num_rows, rank, world_size)
 
     def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
         return self._slices(0, self.args.eval_tokens, rank, world_size)
+
+    def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
+        return self._norm_limits
 
     def token_batches(self) -> Iterator[TokenBatch]:
         return iter(())
@@ -121,9 +133,3 @@ def collated(
             "attention_mask": None if mask is None else mask.to(device),
             "keep": batch["keep"].to(device),
         }
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill short windows with; it is masked, so that any will do where the tokenizer names none."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)

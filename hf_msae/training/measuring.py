@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.data import within_limit
 from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropy, merge
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.held_out import HeldOut
@@ -57,7 +58,8 @@ class Examiner:
                 sae.threshold.copy_(known[1])
                 return
             batches = self.held_out.calibration(ranks.rank, ranks.size)
-            sae.calibrate_threshold((batch[learner.site].to(sae.device) for batch in batches), ranks)
+            kept = (x[within_limit(x, sae.config.norm_limit)] for x in (batch[learner.site] for batch in batches))
+            sae.calibrate_threshold((x.to(sae.device) for x in kept), ranks)
             self._thresholds[learner.name] = (step, sae.threshold.detach().clone())
 
     @contextmanager
@@ -95,10 +97,11 @@ class Examiner:
     @torch.inference_mode()
     def _reconstruction(self, learner: Learner) -> ReconstructionMeter:
         sae, ranks = learner.sae, learner.batch_ranks
-        meter = _ShardMeter(sae) if isinstance(sae, ShardedSAE) else ReconstructionMeter(sae)
+        kind = _ShardMeter if isinstance(sae, ShardedSAE) else ReconstructionMeter
+        meter = kind(sae, sae.config.norm_limit)  # type: ignore[arg-type]
         for batch in self.held_out.evaluation(ranks.rank, ranks.size):
             meter.update(batch[learner.site])
-        meter.num_tokens = ranks.total(meter.num_tokens)
+        meter.num_tokens, meter.num_outliers = ranks.total(meter.num_tokens), ranks.total(meter.num_outliers)
         meter.sums = {name: ranks.sum(total) for name, total in meter.sums.items()}
         meter.max_activation = ranks.maximum(meter.max_activation)
         if meter.num_tokens == 0:
@@ -114,4 +117,7 @@ class Examiner:
         if learner.batch_ranks.rank and not self.held_out.together:
             return None
         batches = list(self.held_out.token_batches()) if self.args.ce_tokens else []
-        return measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches) if batches else None
+        if not batches:
+            return None
+        limit = learner.sae.config.norm_limit
+        return measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches, limit)

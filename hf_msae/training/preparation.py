@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import CachedActivations, Documents, as_documents
-from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.collectives import ranks_of
@@ -141,6 +142,27 @@ def open_data(
         sae.config.prepend_bos = tokenizer.bos_token_id is not None
     feed = TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size, together)
     return held_out, feed, documents
+
+
+def set_norm_limits(
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    feed: Feed,
+    held_out: HeldOut,
+    resumed: Mapping[str, MatryoshkaSAEConfig],
+) -> None:
+    """Say which activations are outliers, to the feed and in every SAE's configuration: as in the checkpoint that the
+    run goes on from (`resumed`, the configurations in it), else as the main process finds it.
+    """
+    limits: dict[Site, float | None]
+    if resumed:
+        limits = {sites[name]: config.norm_limit for name, config in resumed.items()}
+    else:
+        # All processes look, for they may run one language model together. What they find differs by rounding.
+        limits = broadcast_object_list([feed.find_norm_limits(held_out)])[0]
+    feed.norm_limits = limits
+    for name, sae in saes.items():
+        sae.config.norm_limit = limits.get(sites[name])
 
 
 def make_learners(

@@ -23,14 +23,21 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_msae.data import ActivationError, CachedActivations, DatasetError, fingerprint
 from hf_msae.metrics import Measurement
-from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import explain_full_disk, list_checkpoints
 from hf_msae.training.interrupts import InterruptFlag, TrainingInterrupted
 from hf_msae.training.learner import Learner
 from hf_msae.training.measuring import Examiner
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
-from hf_msae.training.preparation import count_steps, make_learners, named_saes, open_data, resolve_sites
+from hf_msae.training.preparation import (
+    count_steps,
+    make_learners,
+    named_saes,
+    open_data,
+    resolve_sites,
+    set_norm_limits,
+)
 from hf_msae.training.pushing import Pusher
 from hf_msae.training.results import RunLog, check_output_dir, prepare_output_dir, write_results
 from hf_msae.training.resuming import (
@@ -181,6 +188,7 @@ class SAETrainer:
             on_main(self.accelerator, self._open_pusher)
         self.plan().warn()
         prepare_output_dir(self.output_dir, self.args, self.accelerator)
+        set_norm_limits(self.saes, self.sites, self.feed, self.examiner.held_out, self._configs(checkpoint))
         self.learners = self._make_learners()
         self.log.open(self.args)
         if checkpoint is not None:
@@ -363,6 +371,17 @@ class SAETrainer:
         own = self.documents.unreadable if self.documents is not None else set()
         return sorted(set(gather_object(sorted(own))))
 
+    def _configs(self, checkpoint: Checkpoint | None) -> dict[str, MatryoshkaSAEConfig]:
+        """The configurations in a checkpoint of those SAEs of this run that it has, by name."""
+        if checkpoint is None:
+            return {}
+        folders = {name: self.folder(checkpoint.path, name) for name in self.saes}
+        return {
+            name: MatryoshkaSAEConfig.from_pretrained(folder)
+            for name, folder in folders.items()
+            if (folder / "config.json").is_file()
+        }
+
     def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint.path, checkpoint.state
         configs = {self.folder(path, name): sae.config for name, sae in self.saes.items()}
@@ -413,6 +432,7 @@ class SAETrainer:
             "tokens_per_second": round(self._tokens_per_second(), 1),
             "training_seconds": round(self._training_seconds, 1),
             "dataset": self.feed.description,
+            "training_outliers": self.feed.num_outliers,
             "learning_rate": learner.learning_rate,
             "skipped_documents": {"count": len(skipped), "numbers": skipped[:MAX_SKIPPED_NAMED]},
         }

@@ -19,9 +19,9 @@ from hf_msae.data import (
     DatasetError,
     TokenWindows,
     cache_activations,
+    forward,
     is_activation_cache,
     load_documents,
-    stream,
 )
 from hf_msae.sites import Site
 
@@ -150,7 +150,7 @@ def test_resumed_equals_uninterrupted(cached, stop, batch_size, rank):
 
 
 def interrupt_after(monkeypatch, passes: int) -> None:
-    original, calls = stream.capture, []
+    original, calls = forward.capture, []
 
     def capture(*args, **kwargs):
         calls.append(1)
@@ -158,7 +158,7 @@ def interrupt_after(monkeypatch, passes: int) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stream, "capture", capture)
+    monkeypatch.setattr(forward, "capture", capture)
 
 
 @pytest.mark.parametrize("passes", [2, 9, 14])
@@ -189,7 +189,7 @@ def test_an_interrupted_cache_is_no_cache_and_is_continued(cached, make_stream, 
 
 
 def test_the_end_of_the_data_ends_the_cache(make_stream, texts, tmp_path):
-    made = make_stream(norm_outlier_multiple=None)
+    made = make_stream()
     directory = cache_activations(made, tmp_path / "all", max_tokens=10**6)
     total = sum(len(text.split()) for text in texts[:60])
     assert CachedActivations(directory, batch_size=16).num_available == total // 16 * 16

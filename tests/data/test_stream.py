@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from hf_msae.data import ActivationError, ActivationStream, DatasetError, TokenWindows, harvest, stream, windows
+from hf_msae.data import (
+    ActivationError,
+    ActivationStream,
+    DatasetError,
+    TokenWindows,
+    find_norm_limits,
+    forward,
+    harvest,
+    windows,
+)
+from hf_msae.data.stream import seeded_generator
 from hf_msae.sites import Site, resolve_site
 
 SITES = ["embeddings", "layers.0"]
@@ -23,7 +33,7 @@ def make_stream(lm, tokenizer, texts):
     """Streams over the first 60 documents in small blocks of 100 tokens."""
 
     def make(model=lm, sites=SITES, *, documents=texts[:60], pack=True, **changes) -> ActivationStream:
-        options = {"batch_size": 32, "block_tokens": 100, "lm_batch_size": 3, "norm_outlier_multiple": None} | changes
+        options = {"batch_size": 32, "block_tokens": 100, "lm_batch_size": 3} | changes
         return ActivationStream(
             model, sites, TokenWindows(documents, tokenizer, context_length=16, pack=pack), **options
         )
@@ -109,11 +119,11 @@ def test_padding_does_not_reach_an_encoder(tokenizer, texts):
 
 def test_seed_shard_and_block_each_change_the_permutation():
     orders = [
-        torch.randperm(50, generator=stream.seeded_generator(*numbers)).tolist()
+        torch.randperm(50, generator=seeded_generator(*numbers)).tolist()
         for numbers in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
     ]
     assert len({tuple(order) for order in orders}) == 5
-    again = torch.randperm(50, generator=stream.seeded_generator(0, 0, 0)).tolist()
+    again = torch.randperm(50, generator=seeded_generator(0, 0, 0)).tolist()
     assert again == orders[0]
 
 
@@ -137,9 +147,11 @@ def test_resumed_equals_uninterrupted(
 ):
     def fresh(ahead: bool = False) -> ActivationStream:
         found = TokenWindows(texts[:40], tokenizer, context_length=16)
-        options = {"batch_size": batch_size, "block_tokens": block_tokens, "norm_outlier_multiple": multiple}
+        options = {"batch_size": batch_size, "block_tokens": block_tokens, "norm_limits": limits}
         return ActivationStream(lm, SITES, found, lm_batch_size=4, ahead=ahead, **options)
 
+    some = list(TokenWindows(texts[:40], tokenizer, context_length=16))
+    limits = find_norm_limits(lm, [resolve_site(lm, site) for site in SITES], some, multiple=multiple)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "DOCUMENTS_PER_BATCH", 7)
         whole = fresh()
@@ -163,19 +175,19 @@ def test_resuming_harvests_one_block_at_most(make_stream, monkeypatch):
     state = made.state_dict()
     assert state["block"] >= 2
     passes = []
-    monkeypatch.setattr(stream, "capture", lambda *a, **k: passes.append(1) or original(*a, **k))
+    monkeypatch.setattr(forward, "capture", lambda *a, **k: passes.append(1) or original(*a, **k))
     resumed = make_stream(batch_size=25)
     resumed.load_state_dict(state)
     # A block of 100 tokens is at most 8 windows here, and a pass takes 3 of them.
     assert 1 <= len(passes) <= 3
 
 
-original = stream.capture
+original = forward.capture
 
 
 def test_harvesting_ahead_spreads_a_block_over_the_batches_of_the_one_before(make_stream, monkeypatch):
     passes = []
-    monkeypatch.setattr(stream, "capture", lambda *a, **k: passes.append(1) or original(*a, **k))
+    monkeypatch.setattr(forward, "capture", lambda *a, **k: passes.append(1) or original(*a, **k))
     counts = {}
     for ahead in (False, True):
         made = make_stream(batch_size=10, block_tokens=100, lm_batch_size=1, ahead=ahead)
@@ -201,7 +213,7 @@ def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, 
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stream, "capture", interrupted)
+    monkeypatch.setattr(forward, "capture", interrupted)
     made, seen = make_stream(ahead=ahead), []
     with pytest.raises(KeyboardInterrupt):
         seen.extend(made)  # extend keeps what came before the interrupt
@@ -219,7 +231,9 @@ def test_outliers_at_any_site_are_dropped_and_counted(make_stream, lm, texts, si
     count = " ".join(texts[:60]).split().count("w7")
     total = sum(len(text.split()) for text in texts[:60])
     # The MLP reads a normalised input, so w7 is an outlier at the embeddings only.
-    made = make_stream(model, sites, batch_size=1, norm_outlier_multiple=10.0)
+    places = [resolve_site(model, site) for site in sites]
+    limits = find_norm_limits(model, places, make_stream(model, sites).windows)
+    made = make_stream(model, sites, batch_size=1, norm_limits=limits)
     norms = torch.cat([batch[EMBEDDINGS] for batch in made]).norm(dim=1)
     assert count > 5
     assert made.num_filtered == count
@@ -261,7 +275,7 @@ def test_bad_arguments_name_what_was_given(make_stream, lm):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         make_stream(batch_size=0)
     with pytest.raises(ValueError, match="norm_outlier_multiple must be above 1"):
-        make_stream(norm_outlier_multiple=0.5)
+        find_norm_limits(lm, [LAYER], [], multiple=0.5)
     with pytest.raises(ValueError, match="name at least one site"):
         make_stream(sites=[])
     with pytest.raises(DatasetError, match=r"the data ends after 2 activations, fewer than one batch of 32"):
@@ -275,7 +289,7 @@ def test_a_real_model_gives_each_word_of_the_stories(stories260k, shared_data):
     lm = copy.deepcopy(lm).double()  # so that rounding cannot change the order in which rows are compared
     stories = (shared_data / "tinystories.txt").read_text(encoding="utf-8")[:8_000].split("<|endoftext|>")
     found = TokenWindows(stories, tokenizer, context_length=128)
-    made = ActivationStream(lm, ["layers.2"], found, batch_size=1, block_tokens=2000, norm_outlier_multiple=None)
+    made = ActivationStream(lm, ["layers.2"], found, batch_size=1, block_tokens=2000)
     given_out = torch.cat([batch[made.sites[0]] for batch in made])
     kept = []
     for window in TokenWindows(stories, tokenizer, context_length=128):

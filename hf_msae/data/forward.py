@@ -1,0 +1,167 @@
+"""One forward pass of the language model over token windows: the activations of the tokens that count.
+
+A few tokens of a text, the first one of a window above all, serve a model as attention sinks; their activations reach
+a hundred times the norm of others and say nothing of the text. A dictionary that has to reconstruct them is ruled by
+them, and so is every number that is measured with them. So one limit of the norm is found for a site, before
+anything is trained, and everything goes by it: training, calibration, measuring, pages, maxima. It stands in the SAE's
+configuration.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_msae.data.windows import Window, collate
+from hf_msae.sites import Site, capture
+
+# How many times the median norm an activation may have, unless said otherwise. Ordinary ones stay within 3 times.
+NORM_OUTLIER_MULTIPLE = 10.0
+# The norms of so many tokens tell the median well.
+NORM_TOKENS = 10_000
+
+
+class ActivationError(ValueError):
+    """The language model gave activations that no dictionary can be trained on."""
+
+
+def activation_norms(x: Tensor) -> Tensor:
+    """Norms (n,) of activations (n, hidden_size), in float32 at least, where squares of float16 do not overflow."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def within_limit(x: Tensor, norm_limit: float | None) -> Tensor:
+    """Which of the activations (..., hidden_size) are no outliers, bool (...); all where the limit is None or 0."""
+    if not norm_limit:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    norms = activation_norms(x)
+    # What is NaN or infinite is no attention sink but a fault, which must be seen by whoever reads the rest.
+    return (norms <= norm_limit) | ~norms.isfinite()
+
+
+def leave_out(windows: Sequence[Window], inlying: Tensor) -> list[Window]:
+    """The windows, in which outliers no longer count; inlying: of all tokens that count, bool (n,)."""
+    counts = [int(window.keep.sum()) for window in windows]
+    found = []
+    for window, part in zip(windows, inlying.cpu().split(counts), strict=True):
+        keep = window.keep.clone()
+        keep[window.keep] = part
+        found.append(Window(window.input_ids, keep))
+    return found
+
+
+def find_norm_limits(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    windows: Iterable[Window],
+    *,
+    multiple: float | None = NORM_OUTLIER_MULTIPLE,
+    lm_batch_size: int = 16,
+    pad_id: int = 0,
+) -> dict[Site, float]:
+    """For each site the norm beyond which an activation is an outlier: `multiple` times the median of the first 10,000
+    tokens that count; 0, which is no limit, where `multiple` is None or 0.
+
+    Raises:
+        ValueError: `multiple` is not above 1.
+        ActivationError: no token counts, or activations are NaN or infinite.
+    """
+    if not multiple:
+        return dict.fromkeys(sites, 0.0)
+    check_multiple(multiple)
+    norms: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    tokens = 0
+    for captured in harvest(model, sites, windows, lm_batch_size=lm_batch_size, pad_id=pad_id):
+        for site, x in captured.items():
+            norms[site].append(activation_norms(x).cpu())
+        tokens += len(norms[sites[0]][-1])
+        if tokens >= NORM_TOKENS:
+            break
+    empty = torch.empty(0)
+    return {site: norm_limit_of(torch.cat([empty, *parts]), site, multiple) for site, parts in norms.items()}
+
+
+def norm_limit_of(norms: Tensor, site: Site, multiple: float | None = NORM_OUTLIER_MULTIPLE) -> float:
+    """`multiple` times the median of the first 10,000 of some norms (n,); 0 where `multiple` is None or 0.
+
+    Raises as `find_norm_limits` does.
+    """
+    if not multiple:
+        return 0.0
+    check_multiple(multiple)
+    norms = norms[:NORM_TOKENS]
+    if not len(norms) or not norms.isfinite().all():
+        found = f"{int((~norms.isfinite()).sum()):,} of {len(norms):,} are NaN or infinite" if len(norms) else "none"
+        raise ActivationError(
+            f"The usual norm of activations at {site} cannot be told: {found}. A float16 model often overflows: load "
+            "it in bfloat16 or float32. Else check its weights, and whether the text has tokens that are not special."
+        )
+    return multiple * norms.median().item()
+
+
+def check_multiple(multiple: float | None) -> None:
+    """Raises `ValueError` for a multiple of the median that would take ordinary activations for outliers."""
+    if multiple and multiple <= 1:
+        raise ValueError(f"norm_outlier_multiple must be above 1 (or 0 for no filter), got {multiple}")
+
+
+def harvest(
+    model: PreTrainedModel, sites: Sequence[Site], windows: Iterable[Window], *, lm_batch_size: int, pad_id: int = 0
+) -> Iterator[dict[Site, Tensor]]:
+    """Activations of the tokens that count, in the order of the windows, one forward pass at a time.
+
+    Yields:
+        `{site: (tokens that count in the pass, hidden_size)}`, on the device where the model gives them. Passes over
+        windows without any such token are left out.
+
+    Raises:
+        ValueError: the model is in training mode, where dropout would change its activations.
+    """
+    check_eval(model)
+    for group in groups(windows, lm_batch_size):
+        captured = capture_counted(model, sites, group, pad_id)
+        if captured is not None:
+            yield captured
+
+
+def capture_counted(
+    model: PreTrainedModel, sites: Sequence[Site], windows: Sequence[Window], pad_id: int
+) -> dict[Site, Tensor] | None:
+    """`{site: (tokens that count, hidden_size)}` of one forward pass; None where no token counts."""
+    check_eval(model)
+    weight = next(model.get_input_embeddings().parameters())
+    # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    batch = collate(windows, pad_id)
+    rows = batch["keep"].flatten().nonzero().flatten()
+    if not len(rows):
+        return None
+    inputs = {"input_ids": sent(batch["input_ids"], device)}
+    if batch["attention_mask"] is not None:
+        inputs["attention_mask"] = sent(batch["attention_mask"], device)
+    captured = capture(model, sites, **inputs)
+    return {site: captured[site].flatten(0, 1)[sent(rows, captured[site].device)] for site in sites}
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on another device; to a GPU from pinned memory, which does not wait for the queue before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    group: list[Window] = []
+    for window in windows:
+        group.append(window)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def check_eval(model: PreTrainedModel) -> None:
+    if model.training:
+        raise ValueError(
+            "the language model is in training mode, where dropout changes its activations; call model.eval() first"
+        )
