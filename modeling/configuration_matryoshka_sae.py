@@ -22,33 +22,46 @@ import math
 from itertools import pairwise
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
+
+from .untrusted import DTYPES, read_json, shown
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 INFERENCE = ("threshold", "topk")
 LEVEL_WEIGHTS = ("uniform", "size")
 PREFIX_SAMPLING = ("fixed", "pareto")
-# The nested sizes used when none are given: every level doubles the dictionary.
-DEFAULT_PREFIX_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-# Keys that transformers itself puts into a configuration without declaring them as fields.
-TRANSFORMERS_KEYS = frozenset(
+# The nested sizes used when none are given are the dictionary's over these: every level doubles it.
+DEFAULT_PREFIX_DIVISORS = (16, 8, 4, 2, 1)
+# Every level costs a pass over the activations, in training and in all that measures.
+MAX_LEVELS = 1024
+# What a latent's index is stored as, where pages and steerings name it.
+MAX_SIZE = 2**31 - 1
+# Keys that transformers puts into a configuration without declaring them as fields, of which an SAE keeps these,
+KEPT_KEYS = frozenset({"auto_map", "model_type", "name_or_path", "torch_dtype"})
+# and to which these, or the classes of a classifier, mean nothing: they are left out.
+IGNORED_KEYS = frozenset(
     {
         "attn_implementation",
-        "auto_map",
         "experts_implementation",
-        "model_type",
-        "name_or_path",
         "num_labels",
         "output_attentions",
         "per_layer_config",
-        "torch_dtype",
+        "quantization_config",
     }
 )
+IGNORED_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 def default_prefix_sizes(num_latents: int) -> list[int]:
     """Sizes 1/16, 1/8, 1/4, 1/2 and all of `num_latents`; sizes that coincide in a tiny dictionary are given once."""
-    return sorted({max(1, int(num_latents * fraction)) for fraction in DEFAULT_PREFIX_FRACTIONS})
+    return sorted({max(1, num_latents // divisor) for divisor in DEFAULT_PREFIX_DIVISORS})
+
+
+def _too_many(levels: int) -> str:
+    return (
+        f"prefix_sizes must be at most {MAX_LEVELS:,} levels, got {levels:,}: each costs a pass over the activations."
+    )
 
 
 # trf-ignore: TRF057 (the docstring is written by hand: it must read the same where the file is remote code)
@@ -163,25 +176,66 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        self._refuse_unknown_keys(kwargs)
+        kwargs = self._known_keys(kwargs)
+        for name in IGNORED_FIELDS:
+            setattr(self, name, None)
+        self._refuse_other_dtypes(kwargs.get("torch_dtype"))
         self.prefix_sizes = list(self.prefix_sizes) or default_prefix_sizes(self.num_latents)
         if not isinstance(self.level_weights, str):
             self.level_weights = list(self.level_weights)
         super().__post_init__(**kwargs)
 
-    def _refuse_unknown_keys(self, kwargs: dict) -> None:
-        unknown = sorted(key for key in kwargs if key not in TRANSFORMERS_KEYS and not key.startswith("_"))
+    def _known_keys(self, kwargs: dict) -> dict:
+        unknown = sorted(key for key in kwargs if key not in KEPT_KEYS | IGNORED_KEYS and not key.startswith("_"))
         if unknown:
             known = ", ".join(sorted(type(self).__annotations__))
-            raise ValueError(f"MatryoshkaSAEConfig got unknown key(s) {', '.join(unknown)}. Known keys: {known}.")
+            raise ValueError(f"MatryoshkaSAEConfig got unknown key(s) {shown(unknown)[1:-1]}. Known keys: {known}.")
+        return {key: value for key, value in kwargs.items() if key in KEPT_KEYS}
+
+    def _refuse_other_dtypes(self, torch_dtype: object) -> None:
+        for value in (self.dtype, torch_dtype):
+            if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}.")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but any file that holds no JSON object raises `ValueError` or `OSError`, in words."""
+        try:
+            content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (RecursionError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The config.json of {pretrained_model_name_or_path} holds no JSON object that can be read "
+                f"({error}). Save or download it again."
+            ) from error
+        return content, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; so many levels that only checking them would take long raise `ValueError` at once."""
+        sizes = config_dict.get("prefix_sizes")
+        if isinstance(sizes, list | tuple) and len(sizes) > MAX_LEVELS:
+            raise ValueError(_too_many(len(sizes)))
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in transformers, with the checks of `from_pretrained`."""
+        try:
+            return cls.from_dict(read_json(json_file))
+        except StrictDataclassError as error:
+            # A folder may hold many; the error's own words do not say which.
+            raise ValueError(f"{json_file}: {error.__cause__ or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{json_file}: {error}") from error
 
     # Each method named validate_* runs after construction and again before saving, in alphabetical order.
 
     def validate_counts(self):
-        for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes"):
+        for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes", "context_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if value is not None and not 1 <= value <= MAX_SIZE:
+                bound = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
+                raise ValueError(f"{name} must be {bound}, got {value!r:.40}.")
         if not 0 < self.k <= self.num_latents:
             raise ValueError(
                 f"k must be above 0 and at most num_latents={self.num_latents}, got {self.k}: it is the mean number "
@@ -190,14 +244,16 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
 
     def validate_prefix_sizes(self):
         sizes = self.prefix_sizes
+        if len(sizes) > MAX_LEVELS:
+            raise ValueError(_too_many(len(sizes)))
         if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
             raise ValueError(
-                f"prefix_sizes must be positive and strictly increasing, got {sizes}. They are sizes of nested "
+                f"prefix_sizes must be positive and strictly increasing, got {shown(sizes)}. They are sizes of nested "
                 "prefixes (64, 128, 256), not increments (64, 64, 128)."
             )
         if sizes[-1] != self.num_latents:
             raise ValueError(
-                f"The last of prefix_sizes must be num_latents={self.num_latents}, got {sizes}. Append "
+                f"The last of prefix_sizes must be num_latents={self.num_latents}, got {shown(sizes)}. Append "
                 f"{self.num_latents} or set num_latents={sizes[-1]}."
             )
 
@@ -221,8 +277,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
                 )
         elif len(weights) != len(self.prefix_sizes) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(
-                f"level_weights must be {len(self.prefix_sizes)} numbers, one per prefix of {self.prefix_sizes}, none "
-                f"negative, all finite and not all zero; got {weights}."
+                f"level_weights must be {len(self.prefix_sizes)} numbers, one per prefix of "
+                f"{shown(self.prefix_sizes)}, none negative, all finite and not all zero; got {shown(weights)}."
             )
         if self.prefix_sampling == "pareto" and (weights != "uniform" or self.balance is not None):
             raise ValueError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
@@ -237,6 +293,19 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             raise ValueError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
         if not 0 < self.pareto_alpha <= 1:
             raise ValueError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
+
+    def validate_measured(self):
+        measured = self.measured or {}
+        for name, value in measured.items():
+            numbers = value if isinstance(value, list) else [value]
+            right = len(numbers) <= self.num_levels and all(isinstance(one, int | float | str) for one in numbers)
+            if not right or (name in ("l0", "fve") and (type(value) is not list or str in map(type, value))):
+                raise ValueError(
+                    f"measured must hold the number of `tokens`, and lists of a number per level as `l0` and `fve`; "
+                    f"got {shown([repr(one)[:40] for one in numbers])} as {name}."
+                )
+        if type(measured.get("tokens", 0)) is not int or len(measured.get("l0", ())) < len(measured.get("fve", ())):
+            raise ValueError("measured must hold a whole number of `tokens`, and as many numbers as `l0` as as `fve`.")
 
     def validate_topk(self):
         if "topk" in (self.activation, self.inference) and int(self.k) != self.k:

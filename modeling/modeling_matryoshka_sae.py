@@ -25,8 +25,8 @@ disk.
 # The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
 # trf-ignore: TRF041 activation, inference, apply_b_dec_to_input, log_loss, aux_loss_weight
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -50,10 +51,11 @@ from .dense_ops import (
     select_topk,
 )
 from .objective import ObjectiveMixin, Share, of_whole
-from .prefix_loading import HUB_ARGUMENTS, read_prefix, truncate_state
+from .prefix_loading import HUB_ARGUMENTS, read_state, truncate_state
 from .selection import ALONE, Ranks
 from .sharing import SharingMixin
 from .sparse_encoder import ActiveLatents, tokens_at_once
+from .untrusted import check_shapes, check_values, inside, weight_shapes
 
 MIN_THRESHOLD = 1e-20
 # Copies of a token's latents that calibrating and measuring make on the way.
@@ -306,29 +308,30 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, prefix: int | None = None, output_loading_info=False, **kwargs
     ):
-        """As in transformers, with three differences: weights that are missing, unexpected or of another shape raise
-        `ValueError`; `prefix=m` reads only the first m rows of the file, from disk or over the network, and gives what
-        `truncate(m)` of the whole model would; and where hf_msae is installed, checkpoints of other libraries are
-        recognised and converted, for which `prefix_sizes` may say what their files do not.
+        """As in transformers, with three differences: weights that are missing, unexpected, of another shape, not
+        finite or not floating-point numbers raise `ValueError`, before more memory is taken than the file has;
+        `prefix=m` reads only the first m rows of the file, from disk or over the network, and gives what `truncate(m)`
+        of the whole model would; and where hf_msae is installed, checkpoints of other libraries are recognised and
+        converted, for which `prefix_sizes` may say what their files do not.
+
+        Weights are read from safetensors only, never from a pickle.
         """
         source = pretrained_model_name_or_path
-        read = cls._read_apart(source, prefix, kwargs)
-        if read is not None:
-            config, state = read
+        if source is not None and "state_dict" not in kwargs:
+            config, state = cls._read(source, prefix, kwargs)
             kwargs = {"dtype": config.dtype or state["W_dec"].dtype, **kwargs, "config": config, "state_dict": state}
-        # Weights of another shape are let through only to be named in the error below.
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = super().from_pretrained(source if read is None else None, *model_args, **kwargs)
+            del state
+            given = None
+        else:
+            given = source
+        if kwargs.get("config") is not None and kwargs.get("state_dict") is not None:
+            where = "the state_dict" if source is None else str(source)
+            _check_weights(kwargs["state_dict"], kwargs["config"], where)
+        loaded: Any = super().from_pretrained(given, *model_args, **kwargs, output_loading_info=True)
         model, info = loaded
         model.config.name_or_path = str(source)
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        problems = [f"{kind}: {sorted(info[kind])}" for kind in kinds if info[kind]]
-        if problems:
-            raise ValueError(
-                f"The weights in {source} are not those of a MatryoshkaSAE ({'; '.join(problems)}). "
-                "Check that config.json and model.safetensors belong together."
-            )
-        # transformers leaves weights on the CPU inside the mapped file, where they begin anywhere, and a product of
+        kwargs.clear()
+        # Weights that were not converted lie inside the mapped file, where they begin anywhere, and a product of
         # matrices sums in an order that depends on where they begin. Copies begin where all new tensors do: so a
         # prefix equals the whole, and a loaded model the saved one, to the last bit, whatever becomes of the file.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -337,29 +340,29 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _read_apart(
+    def _read(
         cls, source: str | Path, prefix: int | None, kwargs: dict
-    ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]] | None:
-        """Configuration and weights of what transformers cannot read by itself: a prefix, another library's
-        checkpoint. None for anything else. Takes the arguments that it used out of `kwargs`.
+    ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]]:
+        """Configuration and weights of a checkpoint of ours or of another library. Takes the arguments that it used
+        out of `kwargs`.
         """
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        foreign = None
-        if cls.exchange is not None and source is not None and "config" not in kwargs:
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        if hub.get("subfolder"):
+            hub["subfolder"] = inside(hub["subfolder"])
+        config = kwargs.pop("config", None)
+        if cls.exchange is not None and config is None:
             foreign = cls.exchange.read_if_foreign(source, kwargs.get("prefix_sizes"), **hub)
-        if foreign is None and prefix is None:
-            return None
-        for key in hub:
-            kwargs.pop(key)
-        if foreign is not None:
-            kwargs.pop("prefix_sizes", None)
-        if prefix is None:
-            return foreign
-        if foreign is not None:
-            config, state = foreign
-            return config.truncated(prefix), truncate_state(state, prefix)
-        config = kwargs.pop("config", None) or MatryoshkaSAEConfig.from_pretrained(source, **hub)
-        return config.truncated(prefix), read_prefix(source, prefix, **hub)
+            if foreign is not None:
+                kwargs.pop("prefix_sizes", None)
+                config, state = foreign
+                return (config, state) if prefix is None else (config.truncated(prefix), truncate_state(state, prefix))
+        # Remote code's configuration may be of another copy of these files than its model is.
+        if not isinstance(config, PreTrainedConfig):
+            names = {field.name for field in fields(MatryoshkaSAEConfig)} - {"dtype"}
+            changes = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+            config = MatryoshkaSAEConfig.from_pretrained(config or source, **hub, **changes)
+        part = config if prefix is None else config.truncated(prefix)
+        return part, read_state(source, config, prefix, **hub)
 
     def _checked_prefix(self, prefix: int | None) -> int:
         if prefix is None:
@@ -367,6 +370,13 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         if not 1 <= prefix <= self.config.num_latents:
             raise ValueError(f"prefix must be from 1 to num_latents={self.config.num_latents}, got {prefix}.")
         return prefix
+
+
+def _check_weights(state: Mapping[str, Tensor], config: MatryoshkaSAEConfig, where: str) -> None:
+    """Raises `ValueError` for weights that are not those of this configuration, or not numbers to compute with."""
+    shapes = weight_shapes(config.num_latents, config.hidden_size)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, where)
+    check_values(state, where)
 
 
 __all__ = ["MatryoshkaSAE", "MatryoshkaSAEOutput", "MatryoshkaSAEPreTrainedModel"]

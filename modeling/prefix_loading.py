@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading the first rows of a checkpoint: `from_pretrained(..., prefix=m)`.
+"""Reading a checkpoint's weights, whole or their first rows: `from_pretrained(..., prefix=m)`.
+
+What the files say they hold is compared with the configuration before anything is read, so that loading takes no more
+memory than the files; transformers would make room for whatever the configuration asks for.
 
 `W_enc` and `W_dec` are stored as (num_latents, hidden_size), so the first m latents are the first bytes of each tensor
 of a safetensors file. From a folder they are read as slices. From the Hub only those bytes are asked for, by HTTP
@@ -24,10 +27,11 @@ The etag is that of the whole file's content, so a commit that only edits the ca
 second kind of file tells it without asking. A larger prefix, or the whole file in the Hub's own cache, serves as well.
 """
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,14 +42,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file, logging
 
+from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .ranged_files import Place, RemoteFile, damaged, read_places, written_whole
+from .untrusted import PER_LATENT, check_shapes, inside, read_json, shown, weight_shapes
 
 logger = logging.get_logger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-# Tensors with a row per latent; the only other one is b_dec.
-PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
+SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+# How a file of first rows begins.
+KEPT = "first-"
 # Arguments of `from_pretrained` that say where and how a file is found.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -55,68 +62,88 @@ def truncate_state(state: Mapping[str, Tensor], prefix: int) -> dict[str, Tensor
     return {name: tensor[:prefix] if name in PER_LATENT else tensor for name, tensor in state.items()}
 
 
-def read_prefix(source: str | os.PathLike, prefix: int, **hub: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, of those with a row per latent the first `prefix` rows.
+def read_state(
+    source: str | os.PathLike, config: MatryoshkaSAEConfig, prefix: int | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose whole configuration is `config`, of those with a row per latent the first
+    `prefix` rows.
 
-    `source` is a folder or a repo of the Hub, `hub` are some of `HUB_ARGUMENTS`. What had to be downloaded is logged.
-    Raises `ValueError` for a damaged file or one with fewer rows, `FileNotFoundError` where there are no weights (or
-    not on this machine, with `local_files_only` or offline), and `OSError` for a repo that cannot be reached.
+    `source` is a folder or a repo of the Hub, `hub` are some of `HUB_ARGUMENTS`. What had to be downloaded in part is
+    logged. Raises `ValueError` for a damaged file, or one that does not hold what the configuration describes,
+    `FileNotFoundError` where there are no weights (or not on this machine, with `local_files_only` or offline), and
+    `OSError` for a repo that cannot be reached.
     """
+    shapes = weight_shapes(config.num_latents, config.hidden_size)
     if os.path.isdir(source):
-        files = _local_files(Path(source) / (hub.get("subfolder") or ""))
+        files = _local_files(Path(source) / inside(hub.get("subfolder") or ""), shapes)
     else:
-        files = _hub_files(_Repo.find(str(source), **hub), prefix)
-    state: dict[str, Tensor] = {}
-    for path in files:
-        state |= _read_file(path, prefix)
-    return state
-
-
-def _first_rows(place: Place, prefix: int, where: str) -> Place:
-    """The part of a tensor that the first `prefix` latents need."""
-    if place.name not in PER_LATENT:
-        return place
-    if not place.shape or place.shape[0] < prefix:
+        files = _hub_files(_Repo.find(str(source), **hub), shapes, None if prefix == config.num_latents else prefix)
+    found = {path: _local_places(path) for path in files}
+    rows = {place.name: _whole_shape(path, place, prefix, shapes) for path in files for place in found[path]}
+    check_shapes(rows, shapes, str(files[0] if len(files) == 1 else files[0].parent))
+    if len(rows) < sum(map(len, found.values())):
         raise ValueError(
-            f"{where} holds {place.name} of shape {place.shape}, but the first {prefix:,} latents were asked for. "
-            "Check that config.json and the weights belong together."
+            f"Several of the files {', '.join(map(str, files))} hold the same tensor; save the SAE again."
         )
-    stop = place.start + place.size // place.shape[0] * prefix
-    return place._replace(shape=(prefix, *place.shape[1:]), stop=stop)
+    return dict(chain.from_iterable(_read_file(path, prefix).items() for path in files))
 
 
-def _read_file(path: Path, prefix: int) -> dict[str, Tensor]:
-    where = str(path)
+def _local_places(path: Path) -> list[Place]:
     with open(path, "rb") as content:
 
         def read(start: int, stop: int) -> bytes:
             content.seek(start)
             return content.read(stop - start)
 
-        for place in read_places(read, path.stat().st_size, where):
-            _first_rows(place, prefix, where)
+        return read_places(read, path.stat().st_size, str(path))
+
+
+def _whole_shape(
+    path: Path, place: Place, prefix: int | None, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """The shape of a tensor in the whole checkpoint: a file of first rows has fewer."""
+    cut = prefix is not None and path.name.startswith(KEPT) and place.name in PER_LATENT and place.shape
+    whole = shapes.get(place.name, ())
+    return (whole[0], *place.shape[1:]) if cut and whole and prefix <= place.shape[0] <= whole[0] else place.shape
+
+
+def _first_rows(place: Place, prefix: int) -> Place:
+    """The part of a tensor that the first `prefix` latents need."""
+    if place.name not in PER_LATENT:
+        return place
+    stop = place.start + place.size // place.shape[0] * prefix
+    return place._replace(shape=(prefix, *place.shape[1:]), stop=stop)
+
+
+def _read_file(path: Path, prefix: int | None) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
+            if prefix is None:
+                return {key: file.get_tensor(key) for key in keys}
             return {key: file.get_slice(key)[:prefix] if key in PER_LATENT else file.get_tensor(key) for key in keys}
     except SafetensorError as error:
-        raise damaged(where, str(error)) from error
+        raise damaged(str(path), str(error)) from error
 
 
-def _shards(index: Path, where: str) -> list[str]:
-    """The files that an index names."""
+def _shards(index: Path, where: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The files that an index names, each beside it. Raises `ValueError` for an index of anything but an SAE."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        astray = [name for name in names if PurePosixPath(name).name != name]
+        places = dict(read_json(index, where)["weight_map"])
+        names = sorted({str(name) for name in places.values()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"it cannot be read ({error})"
         raise ValueError(f"{where} is no index of safetensors files: {problem}. Save or upload it again.") from error
+    astray = [name for name in names if not SHARD.fullmatch(name)]
     if astray:
-        raise ValueError(f"{where} names files outside its folder ({', '.join(astray)}), so none of them is read.")
+        raise ValueError(
+            f"{where} names other files than safetensors beside it ({shown(astray)[1:-1]}), so none of them is read."
+        )
+    check_shapes({name: shapes.get(name, ()) for name in places}, shapes, where)
     return names
 
 
-def _local_files(folder: Path) -> list[Path]:
+def _local_files(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Path]:
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     index = folder / INDEX_NAME
@@ -124,7 +151,7 @@ def _local_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: there are no weights to read."
         )
-    files = [folder / name for name in _shards(index, str(index))]
+    files = [folder / name for name in _shards(index, str(index), shapes)]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise FileNotFoundError(f"{index} names files that are not in the folder: {', '.join(absent)}.")
@@ -158,14 +185,15 @@ class _Repo:
         force_download: bool = False,
     ) -> "_Repo":
         """Settle the commit, by the configuration: it was read just before, and the weights must be of its commit."""
-        where = {"subfolder": subfolder or "", "revision": revision, "cache_dir": cache_dir}
+        subfolder = inside(subfolder or "")
+        where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
         config = cached_file(repo_id, "config.json", token=token, local_files_only=local_files_only, **where)
         if config is None:
-            raise FileNotFoundError(f"{repo_id} holds no {PurePosixPath(subfolder or '') / 'config.json'}.")
-        commit = Path(config).parents[len(PurePosixPath(subfolder or "").parts)].name
+            raise FileNotFoundError(f"{repo_id} holds no {PurePosixPath(subfolder) / 'config.json'}.")
+        commit = Path(config).parents[len(PurePosixPath(subfolder).parts)].name
         cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
         offline = local_files_only or is_offline_mode()
-        return cls(repo_id, commit, subfolder or "", token, cache, offline, force_download)
+        return cls(repo_id, commit, subfolder, token, cache, offline, force_download)
 
     def path_of(self, name: str) -> str:
         """A file's path in the repo."""
@@ -198,12 +226,12 @@ class _Repo:
         return self.cache / "hf_msae--prefixes" / self.id.replace("/", "--")
 
 
-def _hub_files(repo: _Repo, prefix: int) -> list[Path]:
-    """Files on this machine that together hold at least the first `prefix` rows."""
+def _hub_files(repo: _Repo, shapes: Mapping[str, tuple[int, ...]], prefix: int | None) -> list[Path]:
+    """Files on this machine that together hold at least the first `prefix` rows, or all."""
     index = repo.cached(INDEX_NAME)
     if index is None:
         try:
-            return [_hub_file(repo, WEIGHTS_NAME, prefix)]
+            return [_hub_file(repo, WEIGHTS_NAME, shapes, prefix)]
         except EntryNotFoundError as error:
             absent = error
         try:
@@ -213,10 +241,11 @@ def _hub_files(repo: _Repo, prefix: int) -> list[Path]:
         except EntryNotFoundError:
             where = f"{repo.path_of(WEIGHTS_NAME)} nor {repo.path_of(INDEX_NAME)}"
             raise FileNotFoundError(f"{repo.id} holds neither {where} at {repo.commit}.") from None
-    return [_hub_file(repo, name, prefix) for name in _shards(index, f"{repo.path_of(INDEX_NAME)} of {repo.id}")]
+    names = _shards(index, f"{repo.path_of(INDEX_NAME)} of {repo.id}", shapes)
+    return [_hub_file(repo, name, shapes, prefix) for name in names]
 
 
-def _hub_file(repo: _Repo, name: str, prefix: int) -> Path:
+def _hub_file(repo: _Repo, name: str, shapes: Mapping[str, tuple[int, ...]], prefix: int | None) -> Path:
     """A file on this machine with at least the first `prefix` rows of one in the repo.
 
     Raises `EntryNotFoundError` where the repo has no such file, or this machine none and may not ask.
@@ -224,6 +253,8 @@ def _hub_file(repo: _Repo, name: str, prefix: int) -> Path:
     whole = repo.cached(name)
     if whole is not None:
         return whole
+    if prefix is None:
+        return repo.download(name)
     note = repo.prefixes / "commits" / repo.commit / f"{repo.path_of(name)}.etag"
     if not repo.force and note.is_file():
         kept = _kept(repo.prefixes / note.read_text(encoding="utf-8"), prefix)
@@ -241,7 +272,7 @@ def _hub_file(repo: _Repo, name: str, prefix: int) -> Path:
         logger.warning("The server of %s sends whole files only: downloading %s.", repo.id, repo.path_of(name))
         return repo.download(name)
     kept = None if repo.force else _kept(repo.prefixes / remote.etag, prefix)
-    path = kept or _fetch_prefix(repo, remote, name, prefix)
+    path = kept or _fetch_prefix(repo, remote, name, shapes, prefix)
     if path.parent == repo.prefixes / remote.etag:
         with written_whole(note) as partial:
             partial.write_text(remote.etag, encoding="utf-8")
@@ -250,26 +281,28 @@ def _hub_file(repo: _Repo, name: str, prefix: int) -> Path:
 
 def _kept(folder: Path, prefix: int) -> Path | None:
     """The smallest file in a folder of prefixes that holds the one asked for."""
-    sizes = [int(path.stem.removeprefix("first-")) for path in folder.glob("first-*.safetensors")]
+    sizes = [int(path.stem.removeprefix(KEPT)) for path in folder.glob(f"{KEPT}*.safetensors")]
     enough = [size for size in sizes if size >= prefix]
-    return folder / f"first-{min(enough)}.safetensors" if enough else None
+    return folder / f"{KEPT}{min(enough)}.safetensors" if enough else None
 
 
-def _fetch_prefix(repo: _Repo, remote: RemoteFile, name: str, prefix: int) -> Path:
+def _fetch_prefix(
+    repo: _Repo, remote: RemoteFile, name: str, shapes: Mapping[str, tuple[int, ...]], prefix: int
+) -> Path:
     """Download the first `prefix` rows to the cache, or the whole file where they are all of it."""
     places = remote.read_places()
-    wanted = [_first_rows(place, prefix, remote.where) for place in places]
+    check_shapes({place.name: place.shape for place in places}, shapes, remote.where, whole=False)
+    wanted = [_first_rows(place, prefix) for place in places]
     if wanted == places:
         return repo.download(name)
-    path = repo.prefixes / remote.etag / f"first-{prefix}.safetensors"
+    path = repo.prefixes / remote.etag / f"{KEPT}{prefix}.safetensors"
     remote.save(wanted, path)
-    num_latents = max(place.shape[0] for place in places if place.name in PER_LATENT)
     logger.warning(
         "Read %.1f MB of the %.1f MB of %s: the first %s of %s latents.",
         sum(place.size for place in wanted) / 1e6,
         remote.size / 1e6,
         remote.where,
         f"{prefix:,}",
-        f"{num_latents:,}",
+        f"{shapes['W_enc'][0]:,}",
     )
     return path

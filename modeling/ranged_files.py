@@ -14,11 +14,15 @@
 """Parts of safetensors files, wherever they lie: what is where in one, and reading it over HTTP by ranges.
 
 All requests go through huggingface_hub's own session, so that proxies, certificates and offline mode hold here too.
-Its retries are used as they are, but for every kind of failure: which of them it tries again by itself differs between
-its versions, and the library below it, which names them, does so too.
+Its retries are used as they are, but for every failure of the connection: which of them it tries again by itself
+differs between its versions. Redirects that never end are no such failure.
+
+A header is believed only where its tensors are the file, each byte once: what is asked for is then never more than the
+file.
 """
 
 import json
+import math
 import os
 import re
 import uuid
@@ -29,15 +33,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import constants
-from huggingface_hub.utils import hf_raise_for_status, http_backoff, http_stream_backoff, tqdm
+from huggingface_hub.utils import hf_raise_for_status, http_backoff, http_stream_backoff, httpx, tqdm
 from safetensors import SafetensorError, safe_open
+
+from .untrusted import parse_json
 
 # A broken connection costs at most this many bytes twice; it is what huggingface_hub itself reads at a time.
 CHUNK = 10 * 1024 * 1024
 # Enough for the header of any checkpoint of ours, so that most are read by one request.
 FIRST_READ = 4096
-# What safetensors allows.
-MAX_HEADER = 100_000_000
+# An SAE has seven tensors; safetensors itself would allow 100 MB.
+MAX_HEADER = 1 << 20
+# Bytes of one number, by the names that safetensors gives.
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 1),
+}
 
 
 class Place(NamedTuple):
@@ -65,7 +78,7 @@ def damaged(where: str, problem: str) -> ValueError:
 def read_places(read: Callable[[int, int], bytes], size: int, where: str) -> list[Place]:
     """The tensors of a safetensors file of `size` bytes, in the order of the file; `read(start, stop)` gives bytes.
 
-    Raises `ValueError` where the header is damaged or describes a file of another size.
+    Raises `ValueError` where the header is damaged, or its tensors are not the rest of the file, one after the other.
     """
     if size < 8:
         raise damaged(where, f"it has {size} bytes, fewer than the 8 in which one begins")
@@ -73,21 +86,28 @@ def read_places(read: Callable[[int, int], bytes], size: int, where: str) -> lis
     if end > min(size, MAX_HEADER):
         raise damaged(where, f"its first 8 bytes announce a header up to byte {end:,}, and it has {size:,} bytes")
     try:
-        header = json.loads(read(8, end))
+        header = parse_json(read(8, end), "its header")
         places = [_place(name, entry, end) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise damaged(where, f"its header cannot be read ({error})") from error
     described = max((place.stop for place in places), default=end)
     if described != size:
         raise damaged(where, f"its header describes {described:,} bytes, and it has {size:,}")
-    return sorted(places, key=lambda place: place.start)
+    places.sort(key=lambda place: (place.start, place.stop))
+    for place, start in zip(places, [end, *(place.stop for place in places)], strict=False):
+        if place.start != start:
+            raise damaged(where, f"{place.name} begins at byte {place.start:,} and not where the one before ends")
+    return places
 
 
 def _place(name: str, entry: Any, data_start: int) -> Place:
     start, stop = entry["data_offsets"]
-    if not 0 <= start <= stop:
-        raise ValueError(f"{name} lies from {start} to {stop}")
-    return Place(name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
+    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    if dtype not in ITEM_BYTES or any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+        raise ValueError(f"{name} is said to be {dtype} of shape {shape} from {start} to {stop}")
+    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name}, {dtype} of shape {shape}, does not take the bytes from {start} to {stop}")
+    return Place(name, dtype, shape, data_start + start, data_start + stop)
 
 
 @contextmanager
@@ -122,7 +142,11 @@ class RemoteFile:
         asking = {**headers, "Range": "bytes=0-0"}
         # Streamed, so that a server that would send all of it is stopped in time.
         with http_stream_backoff(
-            "GET", url, headers=asking, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=Exception
+            "GET",
+            url,
+            headers=asking,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=httpx.TransportError,
         ) as response:
             status = response.status_code
         if status == 416:
@@ -144,7 +168,11 @@ class RemoteFile:
         """
         asking = {**self.headers, "Range": f"bytes={start}-{stop - 1}"}
         response = http_backoff(
-            "GET", self.url, headers=asking, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=Exception
+            "GET",
+            self.url,
+            headers=asking,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=httpx.TransportError,
         )
         hf_raise_for_status(response)
         sent = (response.status_code, response.headers.get("Content-Range"), len(response.content))

@@ -36,8 +36,9 @@ class Fault:
     after `skip` that go well.
 
     `status` is answered in place of the right answer; or the connection breaks after `drop_after` bytes of the body,
-    of the upload where there is one, else of the download; or, with `ranges=False`, the whole file is sent. With
-    `until`, all of that comes only when the event is set.
+    of the upload where there is one, else of the download; or, with `ranges=False`, the whole file is sent; or a
+    redirect to `location`, "" for the address that was asked. With `until`, all of that comes only when the event is
+    set.
     """
 
     pattern: str
@@ -48,6 +49,7 @@ class Fault:
     retry_after: int | None = None
     ranges: bool = True
     until: threading.Event | None = None
+    location: str | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -84,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.fault is not None and self.fault.status is not None:
                 raise HubError(self.fault.status, "a fault that the test asked for")
+            if self.fault is not None and self.fault.location is not None:
+                return self.send(302, b"", {"Location": self.fault.location or self.path})
             self.answer(url.path)
         except HubError as error:
             self.send_problem(error)

@@ -9,6 +9,7 @@ import torch
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling import prefix_loading as loading
 from hf_msae.modeling import ranged_files as ranged
+from hf_msae.modeling.untrusted import PER_LATENT, weight_shapes
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given, settings
@@ -31,6 +32,8 @@ def make_sae(dtype: torch.dtype = torch.float32, seed: int = 0, num_latents: int
     with torch.no_grad():
         for tensor in (*sae.parameters(), *sae.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        for tensor in (sae.threshold, sae.max_activation, sae.firing_rate):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
     # `threshold` and the statistics stay in float32, whatever the weights are.
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(sae, name).data = getattr(sae, name).data.to(dtype)
@@ -45,7 +48,7 @@ def push(sae: MatryoshkaSAE, folder: Path, subfolder: str = "", **how) -> str:
 
 def row_bytes(sae: MatryoshkaSAE, prefix: int) -> int:
     state = sae.state_dict()
-    return sum(state[name][0].nbytes * prefix for name in loading.PER_LATENT)
+    return sum(state[name][0].nbytes * prefix for name in PER_LATENT)
 
 
 def assert_same(loaded: MatryoshkaSAE, expected: MatryoshkaSAE) -> None:
@@ -106,22 +109,19 @@ class TestEqualsTheTruncatedWhole:
         """Whatever the shapes, and where in the file each tensor lies."""
         folder = tmp_path_factory.mktemp("rows")
         generator = torch.Generator().manual_seed(seed)
-        shapes = {"W_enc": (num_latents, hidden), "b_enc": (num_latents,), "W_dec": (num_latents, hidden)}
+        prefix = min(prefix, num_latents)
+        config = MatryoshkaSAEConfig(hidden_size=hidden, num_latents=num_latents, k=1)
         state = {
-            name: torch.randn(shape, generator=generator) for name, shape in (shapes | {"b_dec": (hidden,)}).items()
+            name: torch.randn(shape, generator=generator) for name, shape in weight_shapes(num_latents, hidden).items()
         }
         save_file(state, folder / "model.safetensors")
         content = (folder / "model.safetensors").read_bytes()
-        if prefix > num_latents:
-            with pytest.raises(ValueError, match=f"the first {prefix} latents were asked for"):
-                loading.read_prefix(folder, prefix)
-            return
         places = ranged.read_places(lambda start, stop: content[start:stop], len(content), "file")
         for place in places:
-            part = loading._first_rows(place, prefix, "file")
+            part = loading._first_rows(place, prefix)
             rows = torch.frombuffer(bytearray(content[part.start : part.stop]), dtype=torch.float32).view(part.shape)
             assert torch.equal(rows, loading.truncate_state(state, prefix)[place.name])
-        read = loading.read_prefix(folder, prefix)
+        read = loading.read_state(folder, config, prefix)
         assert all(torch.equal(read[name], loading.truncate_state(state, prefix)[name]) for name in state)
 
     def test_revisions(self, hub, pushed: str, sae: MatryoshkaSAE, tmp_path: Path):
@@ -365,8 +365,9 @@ class TestDamage:
         HfApi().create_repo(REPO)
         HfApi().upload_folder(repo_id=REPO, folder_path=tmp_path)
         source = tmp_path if place == "disk" else REPO
-        with pytest.raises(ValueError, match=r"of shape \(300.*first 400 latents were asked for"):
-            MatryoshkaSAE.from_pretrained(source, prefix=400)
+        for prefix in (64, 400, None):
+            with pytest.raises(ValueError, match=r"mismatched_keys: .*'W_dec', \(300, 32\), \(512, 32\)"):
+                MatryoshkaSAE.from_pretrained(source, prefix=prefix)
 
     @pytest.mark.parametrize("place", ["disk", "hub"])
     def test_no_weights(self, hub, pushed: str, tmp_path: Path, place: str):
@@ -382,7 +383,10 @@ class TestDamage:
         [
             ("[]", "no index of safetensors files"),
             ("{", "no index of safetensors files"),
-            ('{"weight_map": {"W_enc": "../../elsewhere.safetensors"}}', "names files outside its folder"),
+            (
+                '{"weight_map": {"W_enc": "../../elsewhere.safetensors"}}',
+                "names other files than safetensors beside it",
+            ),
         ],
     )
     def test_damaged_index(self, hub, sae: MatryoshkaSAE, tmp_path: Path, index: str, message: str, place: str):
