@@ -4,7 +4,6 @@
 """
 
 import importlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.utils import cached_file
 
 from hf_msae.hub.formats.common import Files, Foreign, FormatError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +107,9 @@ def _config_content(files: Files, hub: dict[str, Any]) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise FormatError(f"{path} is no JSON ({error}); download it again.") from error
-    return content if isinstance(content, dict) else {}
+        raise FormatError(str(error)) from error
 
 
 def _listed(files: Files) -> str:

@@ -6,7 +6,7 @@ choose by, so that a repo of hundreds of SAEs is listed by one request; every pu
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -19,9 +19,11 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.untrusted import inside, parse_json, read_json
 from hf_msae.sites import Site
 
 INDEX_NAME = "sae_index.json"
@@ -75,27 +77,43 @@ def format_index(entries: Sequence[SAEEntry]) -> str:
     return json.dumps({"version": VERSION, "saes": [asdict(entry) for entry in ordered]}, indent=2) + "\n"
 
 
-def parse_index(text: str, where: str) -> list[SAEEntry]:
+def parse_index(text: str | bytes, where: str) -> list[SAEEntry]:
     """The entries of `sae_index.json`. Raises `NoSAEError` where it is no such index, or of a later version."""
-    known = {field.name for field in fields(SAEEntry)}
     try:
-        index = json.loads(text)
+        index = parse_json(text, INDEX_NAME)
         if index["version"] > VERSION:
             raise NoSAEError(
                 f"{INDEX_NAME} of {where} has version {index['version']}, and this hf_msae knows up to {VERSION}: "
                 "update hf_msae."
             )
-        return [SAEEntry(**{key: value for key, value in entry.items() if key in known}) for entry in index["saes"]]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        entries = [_read_entry(entry) for entry in index["saes"]]
+        return [entry for entry in entries if not any(map(UNFINISHED.fullmatch, entry.subfolder.split("/")))]
+    except NoSAEError:
+        raise
+    except (ValueError, StrictDataclassError, KeyError, TypeError, AttributeError) as error:
         raise NoSAEError(
             f"{INDEX_NAME} of {where} is no index of SAEs ({type(error).__name__}: {error}); delete it from the repo, "
             "and the next push makes it anew."
         ) from error
 
 
+def _read_entry(values: Mapping[str, Any]) -> SAEEntry:
+    """One entry of the index, checked as its configuration would be. Raises what is wrong with it."""
+    entry = SAEEntry(**{field.name: values[field.name] for field in fields(SAEEntry) if field.name in values})
+    if inside(entry.subfolder) != entry.subfolder or re.search(r"(^|/)[.-]", entry.subfolder):
+        raise ValueError(f"{entry.subfolder!r} is no folder of an SAE")
+    names = [field.name for field in fields(SAEEntry)][1:-2]
+    MatryoshkaSAEConfig(**{name: getattr(entry, name) for name in names})
+    if not all(value is None or isinstance(value, int | float) for value in (entry.l0, entry.fve)):
+        raise TypeError(f"l0 and fve are numbers, got {entry.l0!r} and {entry.fve!r}")
+    return entry
+
+
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A key that sorts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def list_saes(
@@ -127,7 +145,7 @@ def find_entries(source: str | Path, **hub: Any) -> list[SAEEntry]:
         except EntryNotFoundError:
             patterns = [CONFIG_NAME, f"*/{CONFIG_NAME}"]
             return _entries_of_folder(Path(snapshot_download(str(source), allow_patterns=patterns, **hub)))
-        return parse_index(Path(index).read_text(), str(source))
+        return parse_index(Path(index).read_bytes(), str(source))
 
 
 def _entries_of_folder(folder: Path) -> list[SAEEntry]:
@@ -136,7 +154,10 @@ def _entries_of_folder(folder: Path) -> list[SAEEntry]:
         parts = path.relative_to(folder).parts[:-1]
         if any(UNFINISHED.fullmatch(part) for part in parts) or not is_ours(path):
             continue
-        config = MatryoshkaSAEConfig.from_json_file(path)
+        try:
+            config = MatryoshkaSAEConfig.from_json_file(path)
+        except ValueError as error:
+            raise NoSAEError(str(error)) from error
         entries.append(make_entry(PurePosixPath(*parts).as_posix() if parts else "", config))
     return sorted(entries, key=lambda entry: natural_order(entry.subfolder))
 
@@ -144,10 +165,10 @@ def _entries_of_folder(folder: Path) -> list[SAEEntry]:
 def model_type(path: Path) -> str | None:
     """The `model_type` that a `config.json` names, None where it names none."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError:
+        found = read_json(path).get("model_type")
+    except (ValueError, OSError):
         return None
-    return content.get("model_type") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def is_ours(path: Path) -> bool:

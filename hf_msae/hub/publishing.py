@@ -30,6 +30,7 @@ from hf_msae.hub.index import (
 )
 from hf_msae.hub.results import CARD_NAME, GENERATED, METRICS_NAME, Result, grid_folders, read_result, save_quietly
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.untrusted import inside
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +149,13 @@ def _checked_api(repo_id: str, token: str | bool | None) -> HfApi:
 
 
 def _clean(subfolder: str | None) -> str:
-    parts = [part for part in (subfolder or "").split("/") if part]
-    if any(part.startswith(".") for part in parts):
+    try:
+        cleaned = inside(subfolder or "")
+    except ValueError as error:
+        raise PublishError(str(error)) from error
+    if any(part[0] in ".-" for part in cleaned.split("/") if part):
         raise PublishError(f"The subfolder {subfolder!r} must be a path below the repo's root, such as layers.12/16k.")
-    return "/".join(parts)
+    return cleaned
 
 
 # The push

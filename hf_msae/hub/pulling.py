@@ -1,6 +1,8 @@
 """Fetching SAEs from the Hub into a folder from which they load like any other."""
 
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +13,27 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_do
 
 from hf_msae.hub.card import write_model_card
 from hf_msae.hub.formats.common import written_whole
-from hf_msae.hub.index import INDEX_NAME, NoSAEError, SAEEntry, choose, find_entries, format_index, list_saes
-from hf_msae.hub.results import CARD_NAME, WEIGHTS_NAME, read_result, save_quietly
+from hf_msae.hub.index import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    NoSAEError,
+    SAEEntry,
+    choose,
+    find_entries,
+    format_index,
+    list_saes,
+)
+from hf_msae.hub.results import CARD_NAME, CODE_NAMES, GENERATED, WEIGHTS_NAME, read_result, save_quietly
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.untrusted import inside, shown
+
+logger = logging.getLogger(__name__)
+
+FILES_OF_AN_SAE = {
+    *(CONFIG_NAME, WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", CARD_NAME, *GENERATED, *CODE_NAMES),
+    *("steering.json", "evaluation.json", "meta_sae.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "CITATION.cff"),
+}
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def cache_folder() -> Path:
@@ -49,6 +69,9 @@ def pull(
     An SAE chosen by `subfolder` becomes the folder itself; otherwise each keeps its folder. With `prefix`, only the
     first latents of each are fetched, and a card is written for what then is a smaller SAE.
 
+    Only what belongs to an SAE is copied: people start Python in such a folder, and any file of code in it would be
+    imported in place of the module of its name. What was left out is logged.
+
     Raises `NoSAEError` for a repo, revision, subfolder or site that is not there, `ValueError` for a prefix that is no
     prefix of one of them, and `FileExistsError` where the folder exists and is not empty.
     """
@@ -79,7 +102,7 @@ def _chosen(repo_id: str, subfolder: str | None, sites: Sequence[str] | None, hu
     entries = list_saes(repo_id, **hub)
     if subfolder is not None:
         there = ", ".join(entry.subfolder or "the root" for entry in entries)
-        entries = [entry for entry in entries if entry.subfolder == subfolder.strip("/")]
+        entries = [entry for entry in entries if entry.subfolder == inside(subfolder)]
         if not entries:
             raise NoSAEError(f"{repo_id} has no SAE in {subfolder!r}; there are: {there}.")
     return choose(entries, sites)
@@ -92,12 +115,21 @@ def _fetch_files(repo_id: str, places: Mapping[str, str], draft: Path, hub: Mapp
     revision = HfApi(token=hub["token"]).model_info(repo_id, revision=hub["revision"]).sha
     names = HfApi(token=hub["token"]).list_repo_files(repo_id, revision=revision)
     folders = {*places} | ({""} if all(place == sub for sub, place in places.items()) else set())
-    wanted = [name for name in names if _folder_of(name) in folders and name not in (".gitattributes", INDEX_NAME)]
+    there = [name for name in names if _folder_of(name) in folders and name not in (".gitattributes", INDEX_NAME)]
+    wanted = [name for name in there if _belongs(PurePosixPath(name).name)]
+    if len(wanted) < len(there):
+        strange = sorted(map(repr, set(there) - set(wanted)))
+        logger.warning("Not fetched from %s, since it is no part of an SAE: %s", repo_id, shown(strange)[1:-1])
     snapshot = Path(snapshot_download(repo_id, revision=revision, token=hub["token"], allow_patterns=wanted))
     for name in wanted:
         here = draft / places.get(_folder_of(name), "") / PurePosixPath(name).name
         here.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(snapshot / name, here)
+
+
+def _belongs(name: str) -> bool:
+    """Whether a file of that name is a part of an SAE, or says something of it, and is nothing that runs by itself."""
+    return name in FILES_OF_AN_SAE or SHARD.fullmatch(name) is not None
 
 
 def _folder_of(name: str) -> str:

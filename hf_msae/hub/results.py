@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_msae import modeling
 from hf_msae.hub.card import choose_latent, dataset_name
 from hf_msae.hub.curves import NAME as CURVES_NAME
 from hf_msae.hub.curves import can_draw, draw_curves
 from hf_msae.hub.index import CONFIG_NAME, NoSAEError, describe_contents, find_entries, is_ours
 from hf_msae.metrics import LevelMetrics, Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.prefix_loading import read_state
+from hf_msae.modeling.untrusted import check_values, parse_json, read_json
 from hf_msae.process_wide import no_transformers_bars
 
 WEIGHTS_NAME = "model.safetensors"
@@ -22,10 +24,16 @@ METRICS_NAME = "metrics.json"
 ARGUMENTS_NAME = "training_arguments.json"
 LOG_NAME = "training_log.jsonl"
 CARD_NAME = "README.md"
+# The code that lies beside every SAE; other files of code, whoever put them there, are no part of one.
+CODE_NAMES = frozenset(path.name for path in Path(modeling.__file__).parent.glob("*.py")) - {"__init__.py"}
 # What a push may take away again where a later one has none.
 GENERATED = (METRICS_NAME, ARGUMENTS_NAME, LOG_NAME, CURVES_NAME)
 # Arguments that name places on the author's machine.
 PRIVATE_ARGUMENTS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "run_name")
+# What is drawn and written of them, by its type.
+NUMBERS = ("tokens", "ce_tokens", "ce_clean", "ce_zero", "ce_mean", "training_tokens", "steps", "learning_rate")
+OTHERS = {"dataset": str, "versions": dict}
+DRAWN = ("tokens", "loss", "l0", "dead")
 RUN_FACTS = ("dataset", "training_tokens", "steps", "learning_rate", "tokens_per_second")
 
 
@@ -71,16 +79,19 @@ def read_result(folder: Path, beside: Path | None = None) -> Result:
 
     Raises `NoSAEError` where the folder lacks weights or code, or where the weights are truncated.
     """
-    config = MatryoshkaSAEConfig.from_json_file(folder / CONFIG_NAME)
+    try:
+        config = MatryoshkaSAEConfig.from_json_file(folder / CONFIG_NAME)
+    except ValueError as error:
+        raise NoSAEError(str(error)) from error
     max_activation, firing_rate = _read_statistics(folder, config)
-    code = {path.name: path for path in sorted(folder.glob("*.py"))}
+    code = {path.name: path for path in sorted(folder.glob("*.py")) if path.name in CODE_NAMES}
     if not code:
         raise NoSAEError(
             f"{folder} lacks the code that loads the SAE where hf_msae is not installed. Load it and save it again "
             "with save_pretrained."
         )
     run = beside if beside is not None else folder
-    metrics = _read_json(run / METRICS_NAME)
+    metrics = _read_metrics(run / METRICS_NAME)
     by_run = _measured_by_run(metrics, config)
     training = _run_facts(metrics) if by_run is not None else {}
     arguments = _public_arguments(_read_json(run / ARGUMENTS_NAME)) if training else {}
@@ -116,20 +127,29 @@ def _read_statistics(folder: Path, config: MatryoshkaSAEConfig) -> tuple[Tensor,
     if not path.is_file():
         raise NoSAEError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}; save the SAE again.")
     try:
-        with safe_open(path, framework="pt") as file:
-            shape = tuple(file.get_slice("W_dec").get_shape())
-            statistics = file.get_tensor("max_activation"), file.get_tensor("firing_rate")
-    except SafetensorError as error:
-        raise NoSAEError(
-            f"{path} ({path.stat().st_size:,} bytes) does not hold the whole weights of an SAE ({error}); fetch or "
-            "save it again."
-        ) from error
-    if shape != (config.num_latents, config.hidden_size):
-        raise NoSAEError(
-            f"{folder}: {CONFIG_NAME} is of an SAE of {config.num_latents} latents and hidden size "
-            f"{config.hidden_size}, but W_dec in {WEIGHTS_NAME} is {shape}. They do not belong together."
-        )
-    return statistics
+        state = read_state(folder, config)
+        check_values(state, str(path))
+    except ValueError as error:
+        raise NoSAEError(str(error)) from error
+    return state["max_activation"], state["firing_rate"]
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    """The numbers that a run or an evaluation left, of the types that they have there; empty where there are none."""
+    metrics = _read_json(path)
+    try:
+        levels = [LevelMetrics(**level) for level in metrics.get("levels", ())]
+        numbers = {name: metrics[name] for name in NUMBERS if metrics.get(name) is not None}
+        numbers |= {
+            f"{name} of a level": one for level in levels for name, one in asdict(level).items() if one is not None
+        }
+        wrong = [name for name, value in numbers.items() if type(value) not in (int, float)]
+        wrong += [name for name, kind in OTHERS.items() if not isinstance(metrics.get(name, kind()), kind)]
+        if wrong:
+            raise TypeError(f"{wrong[0]} is of another type")
+    except TypeError as error:
+        raise NoSAEError(f"{path} is not as a training run writes it ({error}); mend it or take it away.") from error
+    return metrics
 
 
 def _measured_by_run(metrics: Mapping[str, Any], config: MatryoshkaSAEConfig) -> Measurement | None:
@@ -176,20 +196,28 @@ def _read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log. Raises `NoSAEError` where one is no object of numbers."""
     # A run that was killed may have left half a line at the end.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = [line for line in path.read_bytes().splitlines() if line.endswith(b"}")]
+    try:
+        entries = [parse_json(line, "a line") for line in lines]
+        for entry in entries:
+            drawn = [entry[name] for name in DRAWN] if "loss" in entry else []
+            drawn += [*entry.get("level_losses", ()), *(level["fve"] for level in entry.get("eval_levels", ()))]
+            if any(type(value) not in (int, float) for value in (entry.get("tokens", 0), *drawn)):
+                raise TypeError(f"of a step, {', '.join(DRAWN)} are numbers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NoSAEError(f"{path} is no log of a training run ({error}); mend it or take it away.") from error
+    return entries
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise NoSAEError(f"{path} is no valid JSON ({error}); mend it or take it away.") from error
-    if not isinstance(content, dict):
-        raise NoSAEError(f"{path} must hold a JSON object, got a {type(content).__name__}; mend it or take it away.")
-    return content
+        return read_json(path)
+    except ValueError as error:
+        raise NoSAEError(f"{error} Mend it or take it away.") from error
 
 
 def _as_json(content: Mapping[str, Any]) -> bytes:

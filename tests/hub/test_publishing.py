@@ -331,12 +331,12 @@ def test_a_folder_without_an_sae_says_what_it_holds(hub, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "does not hold the whole weights"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "does not hold the whole weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "not a complete safetensors file"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "not a complete safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no model\.safetensors"),
-        (lambda folder: make_sae(num_latents=32, prefix_sizes=[32]).config.save_pretrained(folder), "do not belong"),
+        (lambda folder: make_sae(num_latents=32, prefix_sizes=[32]).config.save_pretrained(folder), "belong together"),
         (lambda folder: [path.unlink() for path in folder.glob("*.py")], "lacks the code"),
-        (lambda folder: (folder / "metrics.json").write_text("{"), "no valid JSON"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "no JSON that can be read"),
     ],
 )
 def test_a_spoilt_folder_is_refused_before_anything_is_sent(hub, tmp_path, spoil, said):

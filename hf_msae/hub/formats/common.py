@@ -4,7 +4,6 @@ A format's reader sees a `Files`, so that a folder and a repo of the Hub are one
 the values of a configuration, tensors in our orientation, and what a user should know about the conversion.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
 NAMED_FOLDERS = 12
@@ -43,6 +44,9 @@ class Files:
     token: str | bool | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subfolder", inside(self.subfolder))
 
     @property
     def is_local(self) -> bool:
@@ -153,7 +157,7 @@ def peek_json(files: Files, name: str) -> dict[str, Any]:
     if name not in files.names:
         return {}
     try:
-        content = json.loads(files.path(name).read_text(encoding="utf-8"))
+        content = parse_json(files.path(name).read_bytes(), name)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -162,9 +166,9 @@ def peek_json(files: Files, name: str) -> dict[str, Any]:
 def read_json(files: Files, name: str) -> dict[str, Any]:
     """The JSON object in a file. Raises `FormatError` where it is none."""
     try:
-        content = json.loads(files.path(name).read_text(encoding="utf-8"))
+        content = parse_json(files.path(name).read_bytes(), f"{name} of {files}")
     except ValueError as error:
-        raise FormatError(f"{name} of {files} is not valid JSON ({error}); fetch it again.") from None
+        raise FormatError(str(error)) from None
     if not isinstance(content, dict):
         raise FormatError(f"{name} of {files} should hold an object {{...}}, but holds a {type(content).__name__}.")
     return content
