@@ -37,8 +37,8 @@ class SteeredPipeline(TextGenerationPipeline):
         kwargs: as for `TextGenerationPipeline`.
 
     One argument is added to the call: `seed=`. Text is then sampled with randomness of its own (see `sampling`), so
-    that it depends on nobody else; `temperature`, `top_k` and `top_p` act as usual. `with_steering` gives the same
-    pipeline with another steering and costs nothing: a server makes one for each request.
+    that it depends on nobody else; `temperature`, `top_k` and `top_p` act as usual, and each prompt gets one answer.
+    `with_steering` gives the same pipeline with another steering and costs nothing: a server makes one a request.
     """
 
     def __init__(
@@ -112,6 +112,13 @@ class SteeredPipeline(TextGenerationPipeline):
             chosen["temperature"] = self._default_generation_config.temperature
         if generate_kwargs.pop("do_sample", True) is False:
             chosen["temperature"] = 0
+        for name, given in (("num_return_sequences", config.num_return_sequences), ("num_beams", config.num_beams)):
+            number = generate_kwargs.get(name, given)
+            if chosen["temperature"] != 0 and (number or 1) > 1:
+                raise SteeringError(
+                    f"seed= samples one answer to each prompt, got {name}={number}; call once for each of several "
+                    "seeds, or leave the seed out."
+                )
         # Whatever `generate` takes besides generation parameters (a streamer, say) is left over.
         others = config.update(**generate_kwargs, do_sample=False)
         config.temperature = config.top_k = config.top_p = None

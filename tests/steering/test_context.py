@@ -297,20 +297,6 @@ def test_steering_only_generated_tokens_leaves_the_first_step_and_only_the_promp
         assert not torch.allclose(generate(llama)[1][:, 0], plain[:, 0], atol=1e-2)
 
 
-def test_beams_and_several_answers_follow_their_prompts(llama, sae):
-    mask = torch.tensor([[False, True, True, False, False, False], [False] * 6])
-    with steer(llama, sae, {1: 3.0}, positions=mask):
-        output = llama.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, pad_token_id=0,
-                                num_beams=3, num_return_sequences=2, do_sample=False)  # fmt: skip
-    for row in range(2):
-        with steer(llama, sae, {1: 3.0}, positions=mask[row]):
-            alone = llama.generate(IDS[row : row + 1], attention_mask=torch.ones(1, 6), max_new_tokens=4,
-                                   pad_token_id=0, num_beams=3, num_return_sequences=2, do_sample=False)  # fmt: skip
-        for one, other in zip(alone, output[2 * row : 2 * row + 2], strict=True):
-            length = min(len(one), len(other))
-            assert torch.equal(one[:length], other[:length])
-
-
 # Where
 
 

@@ -81,18 +81,19 @@ def as_embeddings(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str
 
 
 ONE = (1,)
+# An even number of beams for two prompts: with three, a mask that is repeated in the wrong order goes unnoticed.
 MODES = {
     "greedy": Mode(),
     "no cache": Mode(with_options(use_cache=False)),
     "sampled": Mode(with_options(do_sample=True, num_return_sequences=3)),
-    "beams": Mode(with_options(num_beams=3, num_return_sequences=2)),
-    "sampled beams": Mode(with_options(num_beams=3, num_return_sequences=2, do_sample=True)),
-    "beams without a cache": Mode(with_options(num_beams=3, num_return_sequences=2, use_cache=False)),
+    "beams": Mode(with_options(num_beams=4, num_return_sequences=2)),
+    "sampled beams": Mode(with_options(num_beams=4, num_return_sequences=2, do_sample=True)),
+    "beams without a cache": Mode(with_options(num_beams=4, num_return_sequences=2, use_cache=False)),
     "chunks": Mode(with_options(prefill_chunk_size=3)),
     "single tokens": Mode(with_options(prefill_chunk_size=1)),
     "chunks and beams": Mode(with_options(prefill_chunk_size=2, num_beams=2)),
     "static": Mode(with_options(cache_implementation="static")),
-    "static and beams": Mode(with_options(cache_implementation="static", num_beams=3)),
+    "static and beams": Mode(with_options(cache_implementation="static", num_beams=4)),
     "static and chunks": Mode(with_options(cache_implementation="static", prefill_chunk_size=2)),
     "prompt lookup": Mode(with_options(prompt_lookup_num_tokens=3), ONE),
     "assistant": Mode(with_assistant, ONE),

@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 import torch
 from patience import HANG_SECONDS
-from transformers import TextGenerationPipeline, TextIteratorStreamer
+from transformers import GenerationConfig, TextGenerationPipeline, TextIteratorStreamer
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import capture, resolve_site
@@ -131,6 +131,18 @@ def test_a_seed_fixes_the_text_and_nothing_else(pipe):
     assert pipe(PROMPTS[0], seed=3, top_k=1, max_new_tokens=8) == greedy
     batch = pipe([PROMPTS[0]] * 2, seed=3, max_new_tokens=20, batch_size=2)
     assert batch == [first, pipe(PROMPTS[0], seed=4, max_new_tokens=20)]
+
+
+@pytest.mark.parametrize("options", [{"num_return_sequences": 3}, {"num_beams": 2}])
+def test_a_seed_is_for_one_answer(pipe, options):
+    name, number = next(iter(options.items()))
+    with pytest.raises(SteeringError, match=rf"one answer to each prompt, got {name}={number}; call once"):
+        pipe(PROMPTS[0], seed=3, **options)
+    config = GenerationConfig(max_new_tokens=8, do_sample=True, **options)
+    with pytest.raises(SteeringError, match=f"got {name}={number}"):
+        pipe(PROMPTS[0], seed=3, generation_config=config)
+    if name == "num_beams":  # nothing is sampled
+        assert pipe(PROMPTS[0], seed=3, **options, **GREEDY) == pipe(PROMPTS[0], **options, **GREEDY)
 
 
 def test_it_loads_from_a_folder_with_its_language_model(tmp_path, pipe, story_sae):
