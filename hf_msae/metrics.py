@@ -14,6 +14,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hf_msae.data import within_limit
 from hf_msae.modeling import MatryoshkaSAE
@@ -32,6 +33,16 @@ class TokenBatch(TypedDict):
     input_ids: Tensor
     attention_mask: Tensor | None
     keep: Tensor
+
+
+def predicts_next_token(model: PreTrainedModel) -> bool:
+    """Whether the model's cross-entropy on the next token means something: it has a head, and is neither an encoder,
+    which sees that token, nor an encoder–decoder.
+    """
+    has_head = model.get_output_embeddings() is not None and model.can_generate()
+    kind = model.config.model_type
+    sees_all = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and model.config.to_dict().get("is_decoder") is False
+    return has_head and not sees_all and not model.config.is_encoder_decoder
 
 
 @dataclass

@@ -406,6 +406,10 @@ def _layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ) from None
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = [(path, module) for path, module in lists if len(module) == count]
+    # A model that also reads images has a stack for them; the one for text lies beside the token embedding.
+    embedding = model.get_input_embeddings()
+    beside = next(path for path, module in model.named_modules() if module is embedding).rpartition(".")[0] + "."
+    stacks = [(path, module) for path, module in stacks if path.startswith(beside)] or stacks
     depth = min((path.count(".") for path, _ in stacks), default=0)
     shallowest = [(path, module) for path, module in stacks if path.count(".") == depth]
     if len(shallowest) != 1:

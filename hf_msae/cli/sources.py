@@ -8,8 +8,6 @@ import torch
 from accelerate import PartialState
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,10 +15,10 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 from transformers.distributed import DistributedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from hf_msae.cli.language_models import load_weights
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
 from hf_msae.hub import STORIES
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
@@ -51,8 +49,7 @@ class SourceArguments:
         default=None,
         metadata={
             "help": "A Hub dataset (streamed), a .txt, .jsonl or .parquet file or a folder of them, a dataset saved "
-            "to "
-            "disk, or an activation cache. Default: the story world with the story model."
+            "to disk, or an activation cache. Default: the story world with the story model."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -88,10 +85,8 @@ def load_language_model(
         config = AutoConfig.from_pretrained(name, **hub)
         places = _tensor_parallel(args, config) if tensor_parallel else {"device_map": args.device_map}
         tokenizer = _load_tokenizer(name, args.model, hub)
-        causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _is_encoder(config.architectures)
-        auto_class = AutoModelForCausalLM if causal or args.trust_remote_code else AutoModel
         dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
-        model = auto_class.from_pretrained(name, dtype=dtype, **places, **hub)
+        model = load_weights(name, config, dtype=dtype, **places, **hub)
     except OSError as error:
         raise ValueError(f"Cannot load the model {args.model!r}: {error}") from error
     if args.device_map is None and not tensor_parallel:
@@ -147,10 +142,6 @@ def model_commit(args: SourceArguments) -> str | None:
     return extract_commit_hash(path, None)
 
 
-def _is_encoder(architectures: list[str] | None) -> bool:
-    return any(name.endswith("ForMaskedLM") for name in architectures or [])
-
-
 def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
     """What `SAETrainer` takes as `train_dataset` and `eval_dataset`."""
     if args.dataset is None:
@@ -183,8 +174,7 @@ def _eval_data(args: SourceArguments) -> Any:
     if same and Path(source).is_file():
         raise ValueError(
             f"--eval-split {args.eval_split}: {source} is a single file without splits. Give --eval-dataset, or "
-            f"nothing: "
-            "the first documents are then held out."
+            "nothing: the first documents are then held out."
         )
     return load_documents(
         source,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once, total_variance
-from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropies, merge
+from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropies, merge, predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
 
 QUANTISATION = (4, 16, 64)
@@ -70,7 +70,7 @@ def measure_core(
 ) -> dict[str, CoreResult]:
     """Measure SAEs of one site on the same tokens.
 
-    ce_tokens: how many tokens to run the spliced language model on; 0, or a model without a head, skips it.
+    ce_tokens: how many tokens to run the spliced language model on; 0 skips it, as a model that predicts none does.
     rate_tokens: how many tokens to code.
     """
     meters: dict[str, ReconstructionMeter] = {}
@@ -79,7 +79,7 @@ def measure_core(
         for x in text.batches(sae):
             meters[name].update(x)
     cross_entropies: dict[str, Measurement] = {}
-    if ce_tokens and text.model.get_output_embeddings() is not None:
+    if ce_tokens and predicts_next_token(text.model):
         mean = next(iter(meters.values())).mean
         batches = list(text.token_batches(ce_tokens))
         shown = logging.tqdm(batches, desc="Cross-entropy", unit=" batch")

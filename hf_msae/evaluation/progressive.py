@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.representation import linear_cka, pair_ranks, rank_correlation
-from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
+from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy, predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 
 ORDERS = ("own", "energy", "contribution", "frequency")
@@ -178,7 +178,7 @@ def measure_progressive(
 
     sizes: numbers of latents, increasing; those above an SAE's own are left out, and its whole is always added.
     orders: of `ORDERS`; "own" is the order in the file, which only nesting gives a meaning.
-    ce_tokens: how many tokens to run the spliced language model on; 0, or a model without a head, skips it.
+    ce_tokens: how many tokens to run the spliced language model on; 0 skips it, as a model that predicts none does.
     rsa_tokens: tokens in each of `rsa_draws` draws for the representational similarity.
     Raises `ValueError` for orders that are not known and for SAEs of another width than the activations.
     """
@@ -242,7 +242,7 @@ def _measure_levels(
     for x in text.batches(sae):
         meter.update(x)
     functional = None
-    if ce_tokens and text.model.get_output_embeddings() is not None:
+    if ce_tokens and predicts_next_token(text.model):
         functional = measure_cross_entropy(text.model, text.site, sae, meter.mean, text.token_batches(ce_tokens))
     similar = [_similarities(draw, sae) for draw in draws]
     points = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.data import within_limit
-from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropy, merge
+from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropy, merge, predicts_next_token
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.held_out import HeldOut
 from hf_msae.training.learner import Learner
@@ -112,7 +112,7 @@ class Examiner:
         """Of the main process, or of all, where they must run the language model in step: because each has a part of
         it, or of the SAE.
         """
-        if self.model is None or self.model.get_output_embeddings() is None:
+        if self.model is None or not predicts_next_token(self.model):
             return None
         if learner.batch_ranks.rank and not self.held_out.together:
             return None

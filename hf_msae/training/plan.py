@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from hf_msae.data import CachedActivations
+from hf_msae.metrics import predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.modeling_matryoshka_sae import MEASURED_COPIES
 from hf_msae.modeling.sparse_encoder import tile_shape, tokens_at_once
@@ -206,7 +207,7 @@ def _measuring_bytes(
     at_once = min(tokens, tokens_at_once(MEASURED_COPIES * config.num_latents, device))
     latents = at_once * config.num_latents * (4 * FLOAT + 1)
     levels = tokens * config.hidden_size * (config.num_levels * 2 * FLOAT + 3 * DOUBLE)
-    if model is None or model.get_output_embeddings() is None or not args.ce_tokens:
+    if model is None or not predicts_next_token(model) or not args.ce_tokens:
         return latents + levels
     vocabulary = model.config.get_text_config().vocab_size
     logits = 4 * tokens * vocabulary * model.dtype.itemsize + 4 * 1024 * vocabulary * FLOAT
