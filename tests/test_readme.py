@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed.run
 from accelerate.commands.launch import launch_command_parser
+from command_parsers import parser_of
 from huggingface_hub.errors import StrictDataclassError
 from patience import HANG_SECONDS
-from transformers import HfArgumentParser
 
 from hf_msae.cli.main import COMMANDS, overview
 from hf_msae.cli.parser import parse
+from hf_msae.cli.sources import SourceArguments
 from hf_msae.cli.train import SAEArguments, make_saes, next_steps
 from hf_msae.worlds.stories import load_story_lm
 
@@ -99,27 +100,6 @@ def read_commands(code: str) -> Iterator[list[str]]:
 
 
 # Commands
-
-
-class _ReachedError(Exception):
-    """Carries the parser out of a command that is about to use it."""
-
-    def __init__(self, parser: HfArgumentParser) -> None:
-        self.parser = parser
-
-
-def parser_of(command: str) -> HfArgumentParser:
-    """The parser that `hf-msae COMMAND` makes: the command runs up to the place where it parses."""
-
-    def stop(parser: HfArgumentParser, arguments: list[str]) -> None:
-        raise _ReachedError(parser)
-
-    module = importlib.import_module(COMMANDS[command][0])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "parse", stop)
-        with pytest.raises(_ReachedError) as reached:
-            module.run([])
-    return reached.value.parser
 
 
 @cache
@@ -426,9 +406,23 @@ def test_flags_in_the_text_exist(document: str) -> None:
     assert flags <= all_flags() | script_flags() | launcher_flags() | {"--help", "--version"}
 
 
-@pytest.mark.parametrize("model", ["stories", "owner/model"])
-def test_the_commands_that_the_program_proposes_are_right(model: str, tmp_path: Path) -> None:
-    steps = next_steps(Path("runs/first"), model)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"model": "owner/model", "dataset": "owner/text", "dataset_name": "en", "dataset_revision": "abc"},
+        {"model": "models/lm", "dataset": "a folder/it's.txt", "separator": "## \\n", "trust_remote_code": True},
+        {"model": "owner/model", "dataset": "chats.jsonl", "messages_column": "turns", "model_dtype": "bfloat16"},
+    ],
+)
+def test_the_commands_that_the_program_proposes_are_right(given: dict[str, Any], tmp_path: Path) -> None:
+    steps = next_steps(Path("runs/my first"), SourceArguments(**given))
     assert len(list(read_commands(steps.split("Next:")[1]))) == 3
     check_shell(steps.split("Next:")[1], tmp_path)
+    assert "..." not in steps
+    for line in steps.split("Next:")[1].strip().splitlines()[:2]:
+        command, *arguments = shlex.split(line.split("      #")[0])[1:]
+        sources = [values for values in parse(parser_of(command), arguments) if isinstance(values, SourceArguments)]
+        known = {name: value for name, value in given.items() if name != "model"}
+        assert {name: getattr(sources[0], name) for name in known} == known
     check_shell(overview().split("examples:")[1], tmp_path)

@@ -2,13 +2,15 @@
 
 `transformers.HfArgumentParser` turns dataclass fields into flags. Three things are added: numbers as people write them
 (500M, 65_536, 2k, 1/32), lists that may be given at once or by repeating the flag, and `--config run.yaml`, whose keys
-are the flags' names and which flags override.
+are the flags' names and which flags override. `~` in front of a path is the user's home, wherever the shell leaves it
+(in `--flag=~/x`, in YAML); in texts it stays.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -41,6 +43,10 @@ def parse_int(text: str) -> int:
     return int(number)
 
 
+# Arguments that are texts, and no paths or names.
+TEXTS = frozenset(
+    {"prompt", "towards", "separator", "title", "commit_message", "release_title", "creator", "run_name", "hub_token"}
+)
 METAVARS: dict[Any, str] = {parse_int: "N", parse_float: "X"}
 
 
@@ -78,9 +84,10 @@ def build_parser(command: str, description: str, dataclasses: Sequence[Any]) -> 
         description=description,
         formatter_class=HelpFormatter,
     )
-    converters = {int: parse_int, float: parse_float}
+    converters: dict[Any, Any] = {int: parse_int, float: parse_float, str: os.path.expanduser}
     for action in parser._actions:
-        action.type = converters.get(action.type, action.type)  # type: ignore[arg-type, call-overload]
+        if action.type is not str or action.dest not in TEXTS:
+            action.type = converters.get(action.type, action.type)
         # Flags may be written with either sign; showing both would double the help.
         action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
         if action.choices is None and action.nargs != 0:
@@ -100,23 +107,26 @@ def parse(parser: HfArgumentParser, arguments: list[str]) -> tuple[Any, ...]:
     finder.add_argument("--config")
     config, _ = finder.parse_known_args(arguments)
     if config.config is not None:
-        parser.set_defaults(**_read_yaml(parser, Path(config.config)))
+        parser.set_defaults(**_read_yaml(parser, Path(config.config).expanduser()))
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(list(parser.dataclass_types))]
 
 
 def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
-    """A file's values, converted as flags are."""
+    """A file's values, converted as flags are; a null leaves the default, where None is no value."""
     if not path.is_file():
         raise ValueError(f"There is no configuration file {path}.")
     values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got a {type(values).__name__}.")
     actions = {action.dest: action for action in parser._actions}
+    kinds = {name: kind for dataclass in parser.dataclass_types for name, kind in get_type_hints(dataclass).items()}
     converted = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in actions:
             raise ValueError(f"{path} has an unknown key {key!r}. `{parser.prog} --help` lists the known ones.")
+        if value is None and type(None) not in get_args(kinds.get(name)):
+            continue
         converted[name] = _convert(actions[name], value, path)
     return converted
 

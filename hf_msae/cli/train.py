@@ -2,8 +2,9 @@
 
 import itertools
 import logging
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -15,12 +16,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data, model_commit
-from hf_msae.data import CachedActivations
+from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data, model_commit
+from hf_msae.data import CachedActivations, is_activation_cache
 from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
+from hf_msae.training.launching import check_trackers
+from hf_msae.training.results import check_output_dir
 from hf_msae.training.warm_start import read_initial_config, wider_prefix_sizes
 
 # Fields of SAEArguments that are fields of the configuration, as they are.
@@ -129,6 +132,10 @@ def run(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # The process group: everything after it knows its device and rank.
     PartialState(cpu=training_args.on_cpu, timeout=timedelta(seconds=training_args.ddp_timeout))
+    # Before anything is loaded; the trainer checks again.
+    check_trackers(training_args.report_to)
+    if PartialState().is_main_process and not run_args.dry_run:
+        check_output_dir(Path(training_args.output_dir), training_args)
     dataset, eval_dataset = load_training_data(sources)
     model, tokenizer = load_language_model(sources, run_args.tensor_parallel)
     saes = make_saes(model, sae_args, dataset, model_commit(sources), training_args.init_from)
@@ -138,7 +145,7 @@ def run(arguments: list[str]) -> None:
         return
     measurements = trainer.train()
     if PartialState().is_main_process:
-        report(trainer, measurements, sources.model)
+        report(trainer, measurements, sources)
 
 
 def rehearse(trainer: SAETrainer) -> None:
@@ -258,7 +265,7 @@ def _level_weights(values: list[str]) -> str | list[float]:
     return [float(Fraction(value)) for value in values]
 
 
-def report(trainer: SAETrainer, measurements: dict[str, Measurement], model_name: str) -> None:
+def report(trainer: SAETrainer, measurements: dict[str, Measurement], sources: SourceArguments) -> None:
     """The table of each SAE, where it lies, and what to do next."""
     console = Console(highlight=False)
     for name, measurement in measurements.items():
@@ -278,15 +285,31 @@ def report(trainer: SAETrainer, measurements: dict[str, Measurement], model_name
     first = trainer.folder(trainer.output_dir, next(iter(measurements)))
     saved = [str(trainer.folder(trainer.output_dir, name)) for name in measurements]
     console.print("Saved to " + ", ".join(saved), soft_wrap=True)
-    console.print(next_steps(first, model_name), soft_wrap=True)
+    console.print(next_steps(first, sources), soft_wrap=True)
 
 
-def next_steps(folder: Path, model_name: str) -> str:
-    """Three commands that follow from a first run."""
-    given = "" if model_name == STORIES else " --dataset ..."
+def next_steps(folder: Path, sources: SourceArguments) -> str:
+    """Three commands that follow from a first run, as they are to be typed."""
+    first, given = shlex.quote(str(folder)), _given_again(sources)
     return f"""
 Next:
-  hf-msae interpret {folder}{given}      # a page for every latent; then `hf-msae tree`, `steer`
-  hf-msae eval {folder}{given}      # every metric at every level, beside baselines, as a report
+  hf-msae interpret {first}{given}      # a page for every latent; then `hf-msae tree`, `steer`
+  hf-msae eval {first}{given}      # every metric at every level, beside baselines, as a report
   hf-msae train --model gpt2 --dataset Salesforce/wikitext --dataset-name wikitext-103-raw-v1 --max-tokens 20M \
 --output-dir runs/gpt2      # your own model"""
+
+
+def _given_again(sources: SourceArguments) -> str:
+    """The flags that name the data, and how the model is loaded; which one it is the SAE says. An activation cache
+    holds no text to read, so text is left for people to fill in.
+    """
+    flags = ""
+    for known in fields(sources):
+        value = getattr(sources, known.name)
+        if value == known.default or known.name in ("model", "model_revision"):
+            continue
+        if known.name == "dataset" and is_activation_cache(value):
+            value = "..."
+        flag = f" --{known.name.replace('_', '-')}"
+        flags += flag if value is True else f"{flag} {shlex.quote(value)}"
+    return flags

@@ -156,6 +156,11 @@ def is_hub_id(name: str) -> bool:
     return name != STORIES and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
+def public_name(name: str) -> str:
+    """The name of a model or an SAE for others: of a folder on somebody's disk, its own name only."""
+    return name if name == STORIES or is_hub_id(name) else f"path/to/{Path(name).name}"
+
+
 def hub_dataset(description: str | None) -> str | None:
     """The Hub id at the beginning of a dataset's description, if there is one."""
     first = (description or "").split(" ")[0]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_msae import modeling
-from hf_msae.hub.card import choose_latent, dataset_name
+from hf_msae.hub.card import choose_latent, dataset_name, public_name
 from hf_msae.hub.curves import NAME as CURVES_NAME
 from hf_msae.hub.curves import can_draw, draw_curves
 from hf_msae.hub.index import CONFIG_NAME, NoSAEError, describe_contents, find_entries, is_ours
@@ -83,6 +83,10 @@ def read_result(folder: Path, beside: Path | None = None) -> Result:
         config = MatryoshkaSAEConfig.from_json_file(folder / CONFIG_NAME)
     except ValueError as error:
         raise NoSAEError(str(error)) from error
+    content: Path | bytes = folder / CONFIG_NAME
+    if config.base_model is not None and config.base_model != public_name(config.base_model):
+        config.base_model = public_name(config.base_model)
+        content = _as_json(_read_json(folder / CONFIG_NAME) | {"base_model": config.base_model})
     max_activation, firing_rate = _read_statistics(folder, config)
     code = {path.name: path for path in sorted(folder.glob("*.py")) if path.name in CODE_NAMES}
     if not code:
@@ -94,9 +98,9 @@ def read_result(folder: Path, beside: Path | None = None) -> Result:
     metrics = _read_metrics(run / METRICS_NAME)
     by_run = _measured_by_run(metrics, config)
     training = _run_facts(metrics) if by_run is not None else {}
-    arguments = _public_arguments(_read_json(run / ARGUMENTS_NAME)) if training else {}
+    arguments = public_arguments(_read_json(run / ARGUMENTS_NAME)) if training else {}
     log = _read_log(run) if training else []
-    files: dict[str, Path | bytes] = {CONFIG_NAME: folder / CONFIG_NAME, WEIGHTS_NAME: folder / WEIGHTS_NAME, **code}
+    files: dict[str, Path | bytes] = {CONFIG_NAME: content, WEIGHTS_NAME: folder / WEIGHTS_NAME, **code}
     if training:
         levels = [level for level in metrics["levels"] if level["prefix"] in config.prefix_sizes]
         files[METRICS_NAME] = _as_json(metrics | training | {"levels": levels})
@@ -181,8 +185,10 @@ def _run_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: metrics[name] for name in RUN_FACTS} | {"dataset": dataset_name(metrics["dataset"])}
 
 
-def _public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in PRIVATE_ARGUMENTS}
+def public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was told, without places on the machine where it ran."""
+    public = {name: value for name, value in arguments.items() if name not in PRIVATE_ARGUMENTS}
+    return public | {name: public_name(public[name]) for name in ("init_from",) if public.get(name)}
 
 
 def _read_log(run: Path) -> list[dict[str, Any]]:

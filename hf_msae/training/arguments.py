@@ -4,12 +4,16 @@ Names are those of `transformers.TrainingArguments` wherever the meaning is the 
 activation, its loss) is in `MatryoshkaSAEConfig`; what it is trained on is given to the trainer.
 """
 
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
 from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, check_multiple
+
+# What `resume_from_checkpoint` may be besides a folder, as words.
+RESUME_WORDS = {"true": "last", "false": None, "none": None}
 
 
 @dataclass
@@ -26,7 +30,7 @@ class SAETrainingArguments:
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A checkpoint folder, or 'last' for the newest one in the output directory.",
+            "help": "A checkpoint folder, or 'last' (or true) for the newest one in the output directory.",
             "nargs": "?",
             "const": "last",
         },
@@ -161,12 +165,20 @@ class SAETrainingArguments:
     )
 
     report_to: list[str] = field(
-        default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, ...", "action": "extend"}
+        default_factory=list,
+        metadata={
+            "help": "Trackers: tensorboard, wandb, trackio, ..., all that are installed, or none.",
+            "action": "extend",
+        },
     )
     run_name: str | None = field(default=None, metadata={"help": "Name of the run for trackers."})
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
 
     def __post_init__(self) -> None:
+        self._take_habits()
+        for name, kind in get_type_hints(type(self)).items():
+            if getattr(self, name) is None and type(None) not in get_args(kind):
+                raise ValueError(f"{name} must not be None; leave it out for its default.")
         positive = (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -188,8 +200,7 @@ class SAETrainingArguments:
         if self.max_tokens is not None and self.max_tokens < self.per_device_train_batch_size:
             raise ValueError(
                 f"max_tokens={self.max_tokens:,} is less than one batch of {self.per_device_train_batch_size:,}; "
-                f"train on "
-                "more tokens or take a smaller per_device_train_batch_size."
+                "train on more tokens or take a smaller per_device_train_batch_size."
             )
         check_multiple(self.norm_outlier_multiple)
         if self.save_total_limit is not None and self.save_total_limit < 1:
@@ -200,6 +211,16 @@ class SAETrainingArguments:
             )
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(f"hub_model_id={self.hub_model_id!r} is of use only with push_to_hub.")
+
+    def _take_habits(self) -> None:
+        """What people write for `transformers.TrainingArguments`, in the form that is used here."""
+        if str(self.resume_from_checkpoint).lower() in RESUME_WORDS:
+            self.resume_from_checkpoint = RESUME_WORDS[str(self.resume_from_checkpoint).lower()]
+        for name in ("output_dir", "resume_from_checkpoint", "init_from"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+        trackers = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        self.report_to = [] if trackers == ["none"] else trackers
 
     @property
     def on_cpu(self) -> bool:

@@ -6,6 +6,7 @@ All that can be wrong with the arguments comes out here, before long work.
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import CachedActivations, Documents, as_documents
+from hf_msae.hub import STORIES
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training.arguments import SAETrainingArguments
@@ -72,8 +74,14 @@ def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSA
                 sae.config.prefix_sizes[0],
             )
         sae.config.site = str(sites[name])
-        sae.config.base_model = model.config.name_or_path or None
+        sae.config.base_model = from_anywhere(model.config.name_or_path) or None
     return sites
+
+
+def from_anywhere(name: str | None) -> str | None:
+    """The name of a model or an SAE; of a folder its whole path, which also tells it from a repo on the Hub."""
+    is_folder = name is not None and name not in ("", STORIES) and Path(name).is_dir()
+    return os.path.abspath(name) if is_folder and name else name
 
 
 def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:

@@ -15,10 +15,12 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from hf_msae.hub.card import choose_latent, write_model_card
+from hf_msae.hub.results import public_arguments
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, is_full_disk, list_checkpoints
+from hf_msae.training.preparation import from_anywhere
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +29,16 @@ METRICS_NAME = "metrics.json"
 ARGUMENTS_NAME = "training_arguments.json"
 
 
-def check_output_dir(path: Path, args: SAETrainingArguments, accelerator: Accelerator) -> None:
+def check_output_dir(path: Path, args: SAETrainingArguments) -> None:
     """Refuse an output directory in which another run left its results, unless they are to be deleted."""
-    if accelerator.is_main_process:
-        traces = _traces(path)
-        if path.exists() and not path.is_dir():
-            raise CheckpointError(f"The output directory {path} is a file; give a folder.")
-        if traces and not args.overwrite_output_dir and not args.resume_from_checkpoint:
-            raise CheckpointError(
-                f"{path} holds another run ({', '.join(traces)}). Give --resume-from-checkpoint to go on with it, "
-                "--overwrite-output-dir to delete it, or another --output-dir."
-            )
+    traces = _traces(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"The output directory {path} is a file; give a folder.")
+    if traces and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+        raise CheckpointError(
+            f"{path} holds another run ({', '.join(traces)}). Give --resume-from-checkpoint to go on with it, "
+            "--overwrite-output-dir to delete it, or another --output-dir."
+        )
 
 
 def prepare_output_dir(path: Path, args: SAETrainingArguments, accelerator: Accelerator) -> None:
@@ -69,7 +70,9 @@ class RunLog:
     def open(self, args: SAETrainingArguments) -> None:
         """Begin to log; nothing is written by processes other than the main one."""
         if args.report_to:
-            flat = {name: value for name, value in args.to_dict().items() if isinstance(value, int | float | str)}
+            # Trackers send it to other machines.
+            public = public_arguments(args.to_dict())
+            flat = {name: value for name, value in public.items() if isinstance(value, int | float | str)}
             self.accelerator.init_trackers(args.run_name or self.output_dir.name, config=flat)
         if self.accelerator.is_main_process:
             self._file = (self.output_dir / LOG_NAME).open("ab", buffering=0)
@@ -157,7 +160,10 @@ def write_results(
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     metrics = {**asdict(measurement), **extra, "versions": versions}
     _write_json(draft / METRICS_NAME, metrics)
-    _write_json(draft / ARGUMENTS_NAME, args.to_dict())
+    arguments = args.to_dict()
+    if args.init_from is not None:
+        arguments["init_from"] = from_anywhere(args.init_from)
+    _write_json(draft / ARGUMENTS_NAME, arguments)
     with safe_open(draft / "model.safetensors", framework="pt") as weights:
         latent = choose_latent(weights.get_tensor("max_activation"), weights.get_tensor("firing_rate"))
     write_model_card(
@@ -168,7 +174,7 @@ def write_results(
         versions,
         source=str(folder),
         latent=latent,
-        arguments=args.to_dict(),
+        arguments=arguments,
     )
     for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)

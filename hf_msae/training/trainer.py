@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import explain_full_disk, list_checkpoints
 from hf_msae.training.interrupts import InterruptFlag, TrainingInterrupted
+from hf_msae.training.launching import as_launched, check_trackers
 from hf_msae.training.learner import Learner
 from hf_msae.training.measuring import Examiner
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
@@ -80,8 +81,8 @@ class SAETrainer:
             `on_train_end` as it was saved and measured, else as it is being trained.
 
     Raises at once, before any long work: `SiteError` for a site that does not exist, `DatasetError` for data that
-    cannot be used, `ValueError` for sizes that do not fit, `CheckpointError` for an output directory that holds
-    another run, `WarmStartError` for an `init_from` that does not fit.
+    cannot be used, `ValueError` for sizes that do not fit or a tracker that is not installed, `WarmStartError` for an
+    `init_from` that does not fit; `train` raises `CheckpointError` for an output directory that holds another run.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class SAETrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.model, self.args, self.tokenizer = model, args, processing_class
+        self.model, self.tokenizer = model, processing_class
+        check_trackers(args.report_to)
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
             cpu=args.on_cpu,
@@ -102,8 +104,8 @@ class SAETrainer:
             project_dir=str(self.output_dir / "trackers"),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
+        self.args = args = as_launched(args, self.accelerator)
         self.saes = named_saes(sae)
-        check_output_dir(self.output_dir, args, self.accelerator)
         self.sites = resolve_sites(model, self.saes)
         if args.init_from is not None:
             for item in self.saes.values():
@@ -169,13 +171,17 @@ class SAETrainer:
 
     # The loop
 
-    def train(self) -> dict[str, Measurement]:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> dict[str, Measurement]:
         """Train to the end, measure on held-out data, save everything; returns each SAE's measurement. The SAEs that
-        the trainer was given are then what was measured and saved.
+        the trainer was given are then what was measured and saved. `resume_from_checkpoint` is as in the arguments,
+        over which it takes precedence.
 
         Raises `TrainingInterrupted` after Ctrl-C or SIGTERM, with a checkpoint saved, and `TrainingDiverged` when
         activations or a loss are not finite.
         """
+        if resume_from_checkpoint is not None:
+            self.args = replace(self.args, resume_from_checkpoint=str(resume_from_checkpoint))
+        on_main(self.accelerator, lambda: check_output_dir(self.output_dir, self.args))
         checkpoint = None
         self._data = on_main(self.accelerator, self._fingerprints)
         if self.args.resume_from_checkpoint:

@@ -2,14 +2,17 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from patience import until
 from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.hub.publishing import PublishError, prepare_repo
+from hf_msae.data import load_documents
+from hf_msae.hub.publishing import PublishError, prepare_repo, push_folder
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
 REPO = "tester/owls"
@@ -51,6 +54,44 @@ def test_the_result_is_pushed_at_the_end(hub, train, tmp_path):
     assert torch.equal(pushed.W_dec, local["W_dec"])
     assert "metrics.json" in hub.files(REPO)
     assert not hub.repo(REPO).private
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_place_on_this_machine_is_published(hub, tmp_path, lm, tokenizer, texts, monkeypatch, relative):
+    """Neither in what is pushed at the end, nor with every save, nor by hand, nor in what trackers are told."""
+    secret = tmp_path / "private-place"
+    lm.save_pretrained(secret / "lm")
+    (secret / "texts.txt").write_text("\n\n".join(texts))
+    first = make_sae()
+    first.config.site = "model.layers.0:output"
+    first.save_pretrained(secret / "first")
+    monkeypatch.chdir(secret)
+    root = "." if relative else str(secret)
+    model = type(lm).from_pretrained(f"{root}/lm").eval()
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**make_sae().config.to_diff_dict() | {"site": "layers.0"}))
+    settings = {"max_steps": 4, "per_device_train_batch_size": 64, "block_tokens": 300, "context_length": 32}
+    settings |= {"eval_tokens": 400, "calibration_tokens": 200, "ce_tokens": 0, "save_steps": 2, "use_cpu": True}
+    args = SAETrainingArguments(
+        output_dir=f"{root}/run", init_from="first" if relative else f"{root}/first", push_to_hub=True,
+        hub_model_id=REPO, hub_strategy="every_save", report_to=["tensorboard"], disable_tqdm=True, **settings,
+    )  # fmt: skip
+    documents = load_documents("texts.txt" if relative else f"{root}/texts.txt")
+    SAETrainer(model, sae, args, documents, processing_class=tokenizer).train()
+    monkeypatch.chdir(tmp_path)  # where nothing tells a relative path from a repo's name
+    sae.push_to_hub("tester/by-hand")
+    push_folder(secret / "run", "tester/folder")
+    for repo in (REPO, "tester/by-hand", "tester/folder"):
+        folder = Path(snapshot_download(repo))
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert b"private-place" not in path.read_bytes(), path
+        arguments = folder / "training_arguments.json"
+        if arguments.is_file():
+            assert json.loads(arguments.read_text())["init_from"] == "path/to/first"
+        assert json.loads((folder / "config.json").read_text())["base_model"] == "path/to/lm"
+    events = b"".join(path.read_bytes() for path in (secret / "run" / "trackers").rglob("*") if path.is_file())
+    assert events
+    assert b"private-place" not in events
+    assert json.loads((secret / "run" / "config.json").read_text())["base_model"] == str(secret / "lm")
 
 
 def test_every_save_is_pushed_too_and_state_stays_at_home(hub, train, tmp_path):
