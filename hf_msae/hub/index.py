@@ -30,7 +30,7 @@ INDEX_NAME = "sae_index.json"
 CONFIG_NAME = "config.json"
 VERSION = 1
 # Folders of a run whose contents are no result.
-UNFINISHED = re.compile(r"checkpoint-\d+|last-checkpoint|\..+")
+UNFINISHED = re.compile(r"checkpoint-\d+(\..+)?|last-checkpoint|\..+")
 # How the token embedding's module is called across architectures.
 EMBEDDINGS = ("embeddings", "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared")
 ATTENTION = re.compile(r"(\w+_)?attn|(\w+_)?attention(\.(output\.)?dense|\.attn)?")

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
 PATTERN = re.compile(r"checkpoint-(\d+)")
+DRAFT_PATTERN = re.compile(r"\.checkpoint-(\d+)\.part")
+# Files of these kinds are read when a run goes on.
+READ_SUFFIXES = (".json", ".safetensors", ".pt")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors tells the system's error in words, not as an OSError.
 FULL_IN_WORDS = re.compile(r"No space left on device|quota exceeded|File too large", re.IGNORECASE)
@@ -51,18 +54,20 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def find_checkpoint(name: str, output_dir: Path) -> Path:
+def find_checkpoint(name: str, output_dir: Path, check: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `last`, the newest one that is undamaged.
 
-    Newer ones that are damaged are named in a warning and renamed to `checkpoint-N.damaged`. Raises `CheckpointError`
-    where none is left, or where the folder that was named is damaged.
+    Newer ones that are damaged are named in a warning and renamed to `checkpoint-N.damaged`. `check` raises
+    `ValueError` for a state that is none. Raises `CheckpointError` where none is left, or where the folder that was
+    named is damaged.
     """
     if name != "last":
         path = Path(name)
         if not (path / STATE_NAME).is_file():
             raise CheckpointError(f"{path} is not a checkpoint: it has no {STATE_NAME}. Give a folder checkpoint-N.")
-        verify(path)
+        verify(path, check)
         return path
+    _finish_renaming(output_dir)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         raise CheckpointError(
@@ -71,7 +76,7 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     damage = []
     for path in reversed(checkpoints):
         try:
-            verify(path)
+            verify(path, check)
         except CheckpointError as error:
             damage.append((path, str(error)))
             continue
@@ -87,10 +92,36 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     )
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises `CheckpointError` where a checkpoint is not what was written."""
+def _finish_renaming(output_dir: Path) -> None:
+    """Where a kill came when a checkpoint was whole but not yet in its place, put it there."""
+    newest = max((_step(path) for path in list_checkpoints(output_dir)), default=-1)
+    drafts = [path for path in output_dir.glob(".checkpoint-*.part") if DRAFT_PATTERN.fullmatch(path.name)]
+    for draft in drafts:
+        if _step(draft) <= newest:
+            continue
+        try:
+            verify(draft)
+        except CheckpointError:
+            continue
+        draft.rename(output_dir / f"checkpoint-{_step(draft)}")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(".").removesuffix(".part").split("-")[1])
+
+
+def verify(checkpoint: Path, check: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Raises `CheckpointError` where a checkpoint is not what was written, or where `check` raises `ValueError` for
+    its state.
+    """
     state = read_state(checkpoint)
-    for name, expected in state["files"].items():
+    try:
+        if check is not None:
+            check(state)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {STATE_NAME} {error}.") from error
+    listed = state["files"]
+    for name, expected in listed.items():
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None
         if size != expected["size"]:
@@ -98,6 +129,10 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(f"{checkpoint} is damaged: {name} {found}.")
         if _hash(path) != expected["sha256"]:
             raise CheckpointError(f"{checkpoint} is damaged: the contents of {name} are not what was written.")
+    for path in checkpoint.rglob("*"):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.suffix in READ_SUFFIXES and name not in (*listed, STATE_NAME):
+            raise CheckpointError(f"{checkpoint} is damaged: {STATE_NAME} does not say what {name} must be.")
 
 
 def _hash(path: Path) -> str:
@@ -118,7 +153,9 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     """
     final = output_dir / f"checkpoint-{step}"
     draft = output_dir / f".checkpoint-{step}.part"
-    shutil.rmtree(draft, ignore_errors=True)
+    former = output_dir / f".checkpoint-{step}.former.part"
+    for leaving in (draft, former):
+        shutil.rmtree(leaving, ignore_errors=True)
     try:
         with explain_full_disk(output_dir, f"the checkpoint of step {step}"):
             draft.mkdir(parents=True)
@@ -127,11 +164,16 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
             sizes = {str(p.relative_to(draft)): {"size": p.stat().st_size, "sha256": _hash(p)} for p in files}
             _write_state(draft / STATE_NAME, state | {"files": sizes})
             _flush(draft)
+            # One of that step may be there, where a run went on from an earlier one.
+            if final.exists():
+                final.rename(former)
+            draft.rename(final)
     except BaseException:
+        if former.exists() and not final.exists():
+            former.rename(final)
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
+    shutil.rmtree(former, ignore_errors=True)
     _sync(output_dir)
     return final
 
@@ -221,25 +263,36 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is not None:
         for path in list_checkpoints(output_dir)[:-limit]:
             # Renamed first: a kill in the middle of the removal must not leave half of a checkpoint under its name.
-            going = path.with_name(f".{path.name}.part")
-            path.rename(going)
-            shutil.rmtree(going)
+            going = path.with_name(f".{path.name}.going.part")
+            try:
+                path.rename(going)
+            except OSError as error:  # no reason to end a run whose newest checkpoint is written
+                logger.warning("%s could not be removed: %s", path, error)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 # Reading
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state of a checkpoint."""
+    """The trainer's state of a checkpoint; what it says of the checkpoint's files is there and of the right form."""
     path = checkpoint / STATE_NAME
     try:
         state = json.loads(path.read_text())
-        digest = state.pop("digest")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint} is damaged: {STATE_NAME} cannot be read ({error}).") from error
-    if digest != _digest(state):
+    if not isinstance(state, dict) or state.pop("digest", None) != _digest(state):
         raise CheckpointError(f"{checkpoint} is damaged: the contents of {STATE_NAME} are not what was written.")
+    files = state.get("files")
+    if not isinstance(files, dict) or not files or not all(map(_is_listed, files, files.values())):
+        raise CheckpointError(f"{checkpoint} is damaged: {STATE_NAME} does not say what its files must be.")
     return state
+
+
+def _is_listed(name: str, entry: Any) -> bool:
+    """Whether an entry names a file of the checkpoint, with its size and hash."""
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(entry, dict) and isinstance(entry.get("size"), int) and "sha256" in entry
 
 
 def read_tensors(path: Path) -> Any:

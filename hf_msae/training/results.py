@@ -176,6 +176,8 @@ def write_results(
         latent=latent,
         arguments=arguments,
     )
+    # Without it nobody takes the folder for an SAE while old and new files are mixed.
+    (folder / "config.json").unlink(missing_ok=True)
     for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     draft.rmdir()

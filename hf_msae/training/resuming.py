@@ -87,8 +87,56 @@ def choose_checkpoint(name: str, output_dir: Path, accelerator: Accelerator) -> 
 
     Raises `CheckpointError` where there is none that is undamaged.
     """
-    path = on_main(accelerator, lambda: find_checkpoint(name, output_dir))
+    path = on_main(accelerator, lambda: find_checkpoint(name, output_dir, check_state))
     return Checkpoint(path, read_state(path))
+
+
+# What a trainer's state holds, by example.
+STATE_FORM = {
+    "step": 1,
+    "first_max_steps": 1,
+    "extensions": [],
+    "tokens": 1,
+    "tokens_per_step": 1,
+    "arguments": {"max_steps": 1},
+    "feeds": [{"epoch": 0, "batches": {}}],
+    "skipped_documents": [0],
+}
+
+
+def check_state(state: Any) -> None:
+    """Raises `ValueError`, in words that go on from the file's name, for what is no trainer's state."""
+    require_form(state, STATE_FORM)
+    for pair in state["extensions"]:
+        require_form(pair, [0], "extensions")
+        if len(pair) != 2:
+            raise ValueError(f"holds an extension that is no pair: {pair}")
+    if min(state["step"], state["tokens"], state["first_max_steps"]) < 0:
+        raise ValueError("counts steps or tokens below zero")
+    if "max_tokens" not in state["arguments"] or not state["feeds"] or state["tokens_per_step"] < 1:
+        raise ValueError("lacks a run's length, its place in the data, or its tokens per step")
+    data = state.get("data", {"train": {}, "eval": None})
+    require_form(data, {"train": {}})
+    if not isinstance(data.get("eval", 0), dict | None):
+        raise ValueError("does not say which data was measured on")
+
+
+def require_form(value: Any, example: Any, name: str = "it") -> None:
+    """Raises `ValueError` where a value is not of the example's form: dicts with (at least) its keys, lists of items
+    like its first. None stands for anything, and so does an empty list for its items.
+    """
+    if example is None:
+        return
+    if type(value) is not type(example) and (type(value), type(example)) != (int, float):
+        raise ValueError(f"holds for {name} {str(value)[:40]!r}, expected {type(example).__name__}")
+    if isinstance(example, dict):
+        for key, inner in example.items():
+            if key not in value:
+                raise ValueError(f"has no {key!r} in {name}")
+            require_form(value[key], inner, key)
+    if isinstance(example, list):
+        for item in value:
+            require_form(item, example[0] if example else None, name)
 
 
 def check_same_run(
@@ -211,6 +259,8 @@ def resumed_length(state: Mapping[str, Any], args: SAETrainingArguments, count: 
 def load_feed(feed: Feed, states: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> None:
     """Have this process's feed go on where those of all processes stopped, whether they were as many or not."""
     rank, world_size = (0, 1) if feed.sliced else (accelerator.process_index, accelerator.num_processes)
+    for state in states:  # each is of the form of a fresh one
+        require_form(state, feed.state_dict(), "a place in the data")
     if len(states) == world_size:
         feed.load_state_dict(states[rank])
         return

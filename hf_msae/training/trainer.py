@@ -25,7 +25,7 @@ from hf_msae.data import ActivationError, CachedActivations, DatasetError, finge
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
-from hf_msae.training.checkpoints import explain_full_disk, list_checkpoints
+from hf_msae.training.checkpoints import CheckpointError, explain_full_disk, list_checkpoints
 from hf_msae.training.interrupts import InterruptFlag, TrainingInterrupted
 from hf_msae.training.launching import as_launched, check_trackers
 from hf_msae.training.learner import Learner
@@ -396,7 +396,12 @@ class SAETrainer:
         for learner in self.learners:
             learner.read(self.folder(path, learner.name))
         if same_data:
-            load_feed(self.feed, state["feeds"], self.accelerator)
+            try:
+                load_feed(self.feed, state["feeds"], self.accelerator)
+            except (ValueError, TypeError, LookupError) as error:
+                raise CheckpointError(
+                    f"{path} does not say where in the data the run goes on: {error}. Resume from another checkpoint."
+                ) from error
         if same_data and self.documents is not None:
             self.documents.unreadable.update(state["skipped_documents"])
         self.state.global_step = self._first_step = state["step"]
