@@ -20,8 +20,9 @@ from hf_msae.worlds.stories import StoryWorld, load_story_lm
 sys.path.insert(0, str(space_folder()))
 
 if TYPE_CHECKING:
-    from msae_space.library import Library, Workbench
+    from msae_space.library import Library
     from msae_space.meaning import Meaning
+    from msae_space.workbench import Workbench
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,7 +68,7 @@ def library(story_sae: Path) -> "Library":
 
 @pytest.fixture(scope="session")
 def bench(library: "Library", story_sae: Path) -> "Workbench":
-    from msae_space.library import Key
+    from msae_space.workbench import Key
 
     return library.open(Key(str(story_sae)))
 

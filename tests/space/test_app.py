@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msae_space.dials import MAX_DIALS, added, draw_dials, read_dials
+from msae_space.dials import added, draw_dials, read_dials
 from msae_space.generation import Runs, stream
-from msae_space.library import Key, SpaceError, Workbench
 from msae_space.links import View, as_python, read_query
 from msae_space.reading import MAX_TOKENS, activations, encode_text, read, read_levels, surprise
-from msae_space.strengths import FLUENT_SHARE, Dial, edits, fluent_up_to, limit, starting_value
+from msae_space.strengths import FLUENT_SHARE, MAX_DIALS, Dial, edits, fluent_up_to, limit, starting_value
+from msae_space.workbench import Key, Language, SpaceError, Workbench
 from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -110,7 +110,7 @@ def test_what_is_read_is_not_disturbed_by_others(bench):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("  ", "no text"), ("owl " * MAX_TOKENS, f"reads up to {MAX_TOKENS}")], ids=["empty", "long"]
+    ("text", "words"), [("  ", "is empty"), ("owl " * MAX_TOKENS, f"reads up to {MAX_TOKENS}")], ids=["empty", "long"]
 )
 def test_texts_that_cannot_be_read(bench, text, words):
     with pytest.raises(SpaceError, match=words):
@@ -155,7 +155,7 @@ def test_text_streams_and_is_that_of_the_pipeline(bench):
 def test_the_first_new_word_keeps_its_space(bench, lm, tokenizer):
     """Many tokenizers drop the space before the first token that they decode, and transformers' pipeline with them."""
     sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[32], k=4, site="layers.0"))
-    other = replace(bench, key=Key("w"), sae=sae.eval(), model=lm, tokenizer=tokenizer)
+    other = replace(bench, key=Key("w"), sae=sae.eval(), language=Language.of(lm, tokenizer))
     *_, last = stream(other, "w1 w2 w3", Steering(), seed=0, temperature=0.7, max_new_tokens=8)
     pipe = SteeredPipeline(lm, tokenizer, sae, Steering())
     answer = pipe("w1 w2 w3", seed=0, temperature=0.7, max_new_tokens=8)[0]["generated_text"]
@@ -226,13 +226,13 @@ def test_a_visitor_ends_only_their_own_run():
 
 def test_the_band_is_a_share_of_the_activations_length(bench, meaning):
     x, _ = activations(bench, encode_text(bench, TEXT))
-    assert meaning.mean_norm == pytest.approx(x[1:].norm(dim=-1).mean().item(), rel=0.15)
-    norm, sae = meaning.mean_norm, bench.sae
+    assert bench.mean_norm == pytest.approx(x[1:].norm(dim=-1).mean().item(), rel=0.15)
+    norm, sae = bench.mean_norm, bench.sae
     for latent in range(20):
-        shift = fluent_up_to(bench, norm, latent) * (sae.max_activation[latent] * sae.W_dec[latent]).norm().item()
+        shift = fluent_up_to(bench, latent) * (sae.max_activation[latent] * sae.W_dec[latent]).norm().item()
         assert shift == pytest.approx(FLUENT_SHARE * norm)
-        assert 0 < starting_value(bench, norm, latent) < fluent_up_to(bench, norm, latent) + 0.05
-        assert starting_value(bench, norm, latent) < limit(bench, norm, latent)
+        assert 0 < starting_value(bench, latent) < fluent_up_to(bench, latent) + 0.05
+        assert starting_value(bench, latent) < limit(bench, latent)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_the_band_is_a_share_of_the_activations_length(bench, meaning):
         ({"dials": [{"latent": 256, "value": 1}]}, "latents 0 to 255"),
         ({"dials": [{"latent": -1, "value": 1}]}, "latents 0 to 255"),
         ({"dials": [{"latent": 1, "value": "nan"}]}, "finite"),
-        ({"dials": [{"latent": 1}]}, "unreadable"),
+        ({"dials": [{"latent": 1}]}, "must be a finite number"),
         ({"dials": 3}, "unreadable"),
         ([1], "unreadable"),
         ({"dials": [{"latent": one, "value": 1} for one in range(MAX_DIALS + 1)]}, f"Up to {MAX_DIALS}"),
@@ -255,16 +255,16 @@ def test_dials_from_a_browser_are_checked(bench, value, words):
 def test_latents_without_a_maximum_are_steered_in_shares_of_the_activation(bench, meaning):
     """As those of checkpoints from other libraries, which do not say it."""
     foreign = replace(bench, maxima=[0.0] * 256)
-    assert fluent_up_to(foreign, meaning.mean_norm, 3) == FLUENT_SHARE
+    assert fluent_up_to(foreign, 3) == FLUENT_SHARE
     assert edits(foreign, [Dial(3, 0.4)], "add") == [LatentEdit(3, 0.4, "add", "norm")]
     assert "× norm" in draw_dials(foreign, meaning, [Dial(3, 0.4)], "add")["html"]
     code = as_python(foreign, View(foreign.key, prompt=PROMPT, dials=(Dial(3, 0.4),)))
     assert "LatentEdit(3, 0.4, method='add', units='norm')" in code
     # On tokens of mean length, the same shift.
-    strong = [fluent_up_to(one, meaning.mean_norm, 3) for one in (bench, foreign)]
+    strong = [fluent_up_to(one, 3) for one in (bench, foreign)]
     shifts = [
         strong[0] * (bench.sae.max_activation[3] * bench.sae.W_dec[3]).norm().item(),
-        strong[1] * meaning.mean_norm,
+        strong[1] * bench.mean_norm,
     ]
     assert shifts[0] == pytest.approx(shifts[1])
 

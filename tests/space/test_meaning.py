@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from msae_space import drawing
-from msae_space.library import Key, SpaceError
-from msae_space.meaning import READING, Meaning, own_modules
+from msae_space.meaning import READING, Meaning
 from msae_space.presets import Preset, by_promotion, published
 from msae_space.reading import activations, encode_text, read
 from msae_space.strengths import Dial, edits
 from msae_space.trials import MIN_MOVED, find_places
+from msae_space.workbench import Key, SpaceError, own_modules
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.space import space_folder
@@ -146,7 +146,7 @@ def test_presets_are_kept_for_the_next_start(bench, meaning):
 
 
 def test_places_are_where_the_text_is_open(bench, meaning):
-    places = find_places(bench, meaning._model, meaning.mean_norm, range(32))
+    places = find_places(bench, meaning._model, range(32))
     assert [place.moved for place in places] == sorted((place.moved for place in places), reverse=True)
     for place in places[:3]:
         ids = bench.tokenizer(place.prompt, return_tensors="pt").input_ids
@@ -157,7 +157,7 @@ def test_places_are_where_the_text_is_open(bench, meaning):
 
 
 def test_presets_by_promotion_share_no_word(bench, meaning):
-    presets = by_promotion(bench, meaning._found, meaning.mean_norm)
+    presets = by_promotion(bench, meaning._found)
     words = [word for preset in presets for word in preset.name.split(", ")]
     assert len(words) == len(set(words)) == 3 * len(presets)
     for preset in presets:

@@ -5,16 +5,24 @@ The list is one HTML component whose value is `{"html": ..., "dials": [{"latent"
 keeps `dials` up to date while sliders move; what comes back from a browser is checked before it is used.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from msae_space.asked import MAX_NUMBER, UNREADABLE, number, whole
 from msae_space.drawing import note, text
-from msae_space.library import SpaceError, Workbench
 from msae_space.meaning import Meaning
-from msae_space.strengths import STEP, Dial, fluent_up_to, has_maximum, limit, starting_value
+from msae_space.strengths import (
+    MAX_DIALS,
+    MAX_STRENGTH,
+    STEP,
+    Dial,
+    fluent_up_to,
+    has_maximum,
+    limit,
+    starting_value,
+)
+from msae_space.workbench import SpaceError, Workbench
 
-MAX_DIALS = 8
 MAX_FACTOR = 4.0
 EFFECT = "The words whose logits it raises most by itself, later layers left out"
 
@@ -51,15 +59,18 @@ show();
 
 def read_dials(value: Any, bench: Workbench) -> list[Dial]:
     """The dials of a component's value. Raises SpaceError for what no page of ours sends."""
-    try:
-        dials = [Dial(int(one["latent"]), float(one["value"])) for one in (value or {}).get("dials", [])]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise SpaceError("The sliders sent something unreadable; reload the page.") from error
-    if any(not math.isfinite(dial.value) for dial in dials):
-        raise SpaceError("A strength must be a finite number.")
-    if len(dials) > MAX_DIALS:
+    sent = (value if isinstance(value, dict) else {"dials": None}).get("dials", [])
+    if not isinstance(sent, list) or not all(isinstance(one, dict) for one in sent):
+        raise SpaceError(UNREADABLE)
+    if len(sent) > MAX_DIALS:
         raise SpaceError(f"Up to {MAX_DIALS} latents are steered at once; more rarely help.")
-    return [Dial(bench.checked(dial.latent), dial.value) for dial in dials]
+    return [
+        Dial(
+            bench.checked(whole(one.get("latent"), "A latent", -MAX_NUMBER, MAX_NUMBER)),
+            number(one.get("value"), "A strength", -MAX_STRENGTH, MAX_STRENGTH),
+        )
+        for one in sent
+    ]
 
 
 def added(dials: Sequence[Dial], dial: Dial) -> list[Dial]:
@@ -76,7 +87,7 @@ def draw_with(bench: Workbench, meaning: Meaning, dials: Sequence[Dial], latent:
     """The component's value with one latent more, at a strength that shows something. Raises SpaceError where there is
     no room.
     """
-    dial = Dial(latent, starting_value(bench, meaning.mean_norm, latent))
+    dial = Dial(latent, starting_value(bench, latent))
     return draw_dials(bench, meaning, added(dials, dial), method)
 
 
@@ -90,8 +101,8 @@ def draw_dials(bench: Workbench, meaning: Meaning, dials: Sequence[Dial], method
 def _draw(bench: Workbench, meaning: Meaning, dial: Dial, method: str) -> str:
     name, level = meaning.name(dial.latent), bench.level_of(dial.latent)
     scaled = method == "scale"
-    end = MAX_FACTOR if scaled else limit(bench, meaning.mean_norm, dial.latent)
-    fluent = end if scaled else min(end, fluent_up_to(bench, meaning.mean_norm, dial.latent))
+    end = MAX_FACTOR if scaled else limit(bench, dial.latent)
+    fluent = end if scaled else min(end, fluent_up_to(bench, dial.latent))
     low = 0.0 if scaled else -end
     unit = "× as active" if scaled else "× max" if has_maximum(bench, dial.latent) else "× norm"
     share = fluent / end

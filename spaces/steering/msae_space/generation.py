@@ -14,8 +14,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_msae.steering import SteeredPipeline, Steering
-from msae_space.library import Workbench
 from msae_space.reading import surprise
+from msae_space.workbench import Workbench
+from msae_space.zerogpu import on_gpu
 
 PANES = ("default", "steered")
 
@@ -111,6 +112,9 @@ def stream(
         stopped.set()
         for thread in threads:
             thread.join()
+
+
+lent_stream = on_gpu(stream)
 
 
 def _take(news: "queue.SimpleQueue[tuple[str, BaseException | None]]") -> int:

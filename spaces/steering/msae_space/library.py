@@ -1,95 +1,43 @@
-"""The SAEs that are open, each with its language model: loaded once, shared by all who look at them, few at a time.
-
-Nothing here changes after it is loaded, so it is safe to share. What a visitor does is kept in the page's own state.
+"""The SAEs that are open, each with its language model: loaded once, shared by all who look at them, and as many as
+the machine's memory has room for.
 """
 
-import os
+import copyreg
+import gc
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_msae import MatryoshkaSAE, SAEEntry, list_saes
 from hf_msae.hub import STORIES
-from hf_msae.sites import Site, resolve_site
+from hf_msae.hub.index import NoSAEError
+from hf_msae.sites import SiteError, resolve_site
 from hf_msae.worlds.stories import load_story_lm
+from msae_space.memory import machine_bytes
+from msae_space.rehearsal import rehearse
+from msae_space.workbench import Key, Language, SpaceError, Workbench, first_line, sae_bytes
 from msae_space.zerogpu import find_zerogpu
 
-NUM_OPEN = 3
-# Room for activations, caches and the SAE beside the language model's weights.
+# Room for activations and caches, and for what a file takes while it is read.
 SPARE_BYTES = 2 * 2**30
-
-
-class SpaceError(ValueError):
-    """What a visitor asked for and cannot have, in words."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """Which SAE: a Hub repo or a folder, and the subfolder in it."""
-
-    source: str
-    subfolder: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Workbench:
-    """An SAE and the language model whose activations it reads.
-
-    maxima, firing_rates, row_norms: one a latent; in plain numbers, because on ZeroGPU the SAE's own can be read only
-    while a GPU is lent.
-    """
-
-    key: Key
-    sae: MatryoshkaSAE
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    site: Site
-    special_ids: frozenset[int]
-    maxima: list[float]
-    firing_rates: list[float]
-    row_norms: list[float]
-
-    def __post_init__(self) -> None:
-        _KNOWN[self.key] = self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """By name: models are too large to send to the process that ZeroGPU forks, and lie in its memory already."""
-        return _again, (self.key,)
-
-    @property
-    def prefix_sizes(self) -> list[int]:
-        return list(self.sae.config.prefix_sizes)
-
-    def level_of(self, latent: int) -> int:
-        """The first level that has the latent."""
-        return next(level for level, size in enumerate(self.prefix_sizes) if latent < size)
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Tokens as text."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special))
-
-    def checked(self, latent: int) -> int:
-        """The latent; raises SpaceError where the SAE has none of that number."""
-        if not 0 <= latent < self.sae.config.num_latents:
-            raise SpaceError(f"This SAE has latents 0 to {self.sae.config.num_latents - 1:,}; there is no {latent:,}.")
-        return latent
-
+BUSY = "Others are using what is open here, and there is no room beside it. Try again in a minute."
 
 _KNOWN: weakref.WeakValueDictionary[Key, Workbench] = weakref.WeakValueDictionary()
 
@@ -100,23 +48,61 @@ def _again(key: Key) -> Workbench:
 
 @lru_cache(maxsize=1)
 def _reopened(key: Key) -> Workbench:
-    """One that was opened after this process was forked."""
-    return Library((key.source,)).open(key)
+    """One that was opened after this process was forked, and tried there."""
+    return Library((key.source,)).load(key)
+
+
+# By name: models are too large to send to the process that ZeroGPU forks, and lie in its memory already.
+copyreg.pickle(Workbench, lambda bench: (_again, (bench.key,)))
+
+
+class Companion(Protocol):
+    """What belongs to an open SAE, and is closed with it. is_working: it needs the SAE now, in the background."""
+
+    @property
+    def is_working(self) -> bool: ...
+
+
+Kind = TypeVar("Kind", bound=Companion)
+
+
+@dataclass(eq=False)
+class _Opened:
+    """A workbench, who has it now, and what goes with it."""
+
+    bench: Workbench
+    loans: "weakref.WeakSet[Workbench]" = field(default_factory=weakref.WeakSet)
+    companion: "Companion | None" = None
+
+    @property
+    def is_used(self) -> bool:
+        return len(self.loans) > 0 or (self.companion is not None and self.companion.is_working)
 
 
 class Library:
-    """Opens SAEs and keeps the latest few. `own` are those that the Space offers; others must be Hub repos, so that a
-    visitor reads no folder of the machine.
+    """Opens SAEs, and keeps them as long as there is room. `own` are those that the Space offers; others must be Hub
+    repos, so that a visitor reads no folder of the machine.
+
+    Args:
+        budget: bytes for all that is open; by default the machine's memory but for SPARE_BYTES. Where there is no room
+            for another SAE, those that nobody has asked for the longest are closed; what somebody uses is never.
     """
 
-    def __init__(self, own: tuple[str, ...]) -> None:
+    def __init__(self, own: tuple[str, ...], budget: int | None = None) -> None:
         self.own = own
-        self._open: OrderedDict[Key, Workbench] = OrderedDict()
-        self._models: weakref.WeakValueDictionary[tuple[str, str | None], PreTrainedModel]
-        self._models = weakref.WeakValueDictionary()
-        self._tokenizers: dict[tuple[str, str | None], PreTrainedTokenizerBase] = {}
+        self.budget = machine_bytes() - SPARE_BYTES if budget is None else budget
+        self._open: OrderedDict[Key, _Opened] = OrderedDict()
+        self._languages: weakref.WeakValueDictionary[tuple[str, str | None], Language] = weakref.WeakValueDictionary()
         # Loading takes long, and those whose SAE is open must not wait for it.
-        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._lock, self._loading = threading.RLock(), threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is open."""
+        with self._lock:
+            benches = [one.bench for one in self._open.values()]
+        languages = {id(bench.language): bench.language.num_bytes for bench in benches}
+        return sum(bench.num_bytes for bench in benches) + sum(languages.values())
 
     def entries(self, source: str) -> list[SAEEntry]:
         """The SAEs of a repo or folder. Raises SpaceError, or hf_msae's NoSAEError, in words."""
@@ -130,55 +116,153 @@ class Library:
                 ) from error
             if Path(source).exists():
                 raise SpaceError("This Space opens Hub repos only; write owner/name.")
-        return list_saes(source)
+        return _read(source, lambda: list_saes(source))
 
     def open(self, key: Key) -> Workbench:
-        """The SAE with its language model, loaded at the first call. Raises SpaceError in words."""
-        found = self._find(key)
+        """The SAE with its language model, loaded at the first call. It stays open as long as somebody holds what is
+        returned. Raises SpaceError in words.
+        """
+        found = self._lent(key)
         if found is not None:
             return found
         with self._loading:
-            found = self._find(key) or self._load(key)
+            found = self._lent(key)
+            if found is not None:
+                return found
+            loaded = _KNOWN[key] = self.load(key)
+            loaded = _KNOWN[key] = replace(loaded, mean_norm=rehearse(loaded))
             with self._lock:
-                self._open[key] = found
-                while len(self._open) > NUM_OPEN:
-                    self._open.popitem(last=False)
+                self._open[key] = _Opened(loaded)
+                found = self._lent(key)
+            if found is None or not self._make_room(0):  # its index may have said less than there is
+                self._close(key)
+                raise SpaceError(f"The SAE {key.source} needs about {_size(loaded.num_bytes)}. {BUSY}")
             return found
 
-    def _find(self, key: Key) -> Workbench | None:
+    def companion(self, bench: Workbench, kind: type[Kind]) -> Kind:
+        """What belongs to an SAE that `open` gave, made at the first call."""
         with self._lock:
-            if key in self._open:
-                self._open.move_to_end(key)
-            return self._open.get(key)
+            opened = self._open[bench.key]
+            if not isinstance(opened.companion, kind):
+                # Of what is kept here rather than of a loan, which would count as use for ever.
+                opened.companion = kind(opened.bench)
+            return opened.companion
 
-    def _load(self, key: Key) -> Workbench:
-        subfolders = [entry.subfolder for entry in self.entries(key.source)]
-        if key.subfolder not in subfolders:
-            raise SpaceError(f"{key.source} has no SAE {key.subfolder!r}; there are {', '.join(subfolders)}.")
-        sae = MatryoshkaSAE.from_pretrained(key.source, subfolder=key.subfolder).eval()
+    def _lent(self, key: Key) -> Workbench | None:
+        with self._lock:
+            if key not in self._open:
+                return None
+            self._open.move_to_end(key)
+            loan = replace(self._open[key].bench)
+            self._open[key].loans.add(loan)
+            return loan
+
+    def _make_room(self, needed: int) -> bool:
+        """Closes what nobody uses, the longest unasked for first, until so many bytes are free; whether they are."""
+        if self.num_bytes + needed <= self.budget:
+            return True
+        # Whoever is done may still be held by a cycle of Python's.
+        gc.collect()
+        with self._lock:
+            for key in [key for key, opened in self._open.items() if not opened.is_used]:
+                if self.num_bytes + needed <= self.budget:
+                    break
+                self._close(key)
+        gc.collect()
+        return self.num_bytes + needed <= self.budget
+
+    def _close(self, key: Key) -> None:
+        with self._lock:
+            self._open.pop(key, None)
+
+    def load(self, key: Key) -> Workbench:
+        """The SAE and its language model as their files have them, not tried yet, for `open`. Raises SpaceError."""
+        entries = {entry.subfolder: entry for entry in self.entries(key.source)}
+        if key.subfolder not in entries:
+            raise SpaceError(f"{key.source} has no SAE {key.subfolder[:100]!r}; there are {', '.join(entries)[:500]}.")
+        entry = entries[key.subfolder]
+        needed = sae_bytes(2 * 4 * entry.num_latents * entry.hidden_size, entry.num_latents)
+        self._check_room(f"The SAE {key.source}", needed)
+        sae = _read(
+            key.source, lambda: MatryoshkaSAE.from_pretrained(key.source, subfolder=key.subfolder).eval().float()
+        )
         name = sae.config.base_model
         if name is None or sae.config.site is None:
             raise SpaceError(f"{key.source} does not say which language model it reads, so it cannot be shown.")
         if key.source not in self.own:
             _check_repo(name)
-        model, tokenizer = self._language_model(name, sae.config.base_model_revision)
-        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special = frozenset(added | set(tokenizer.all_special_ids))
-        site = resolve_site(model, sae.config.site)
-        numbers = (sae.max_activation.tolist(), sae.firing_rate.tolist(), sae.W_dec.norm(dim=-1).tolist())
-        return Workbench(key, sae.to(model.device, torch.float32), model, tokenizer, site, special, *numbers)
+        return _workbench(key, sae, self._language(name, sae.config.base_model_revision, needed))
 
-    def _language_model(self, name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        found = self._models.get((name, revision))
+    def _check_room(self, what: str, needed: int) -> None:
+        """Before anything so large is read. Raises SpaceError where it has no room."""
+        if needed > self.budget:
+            raise SpaceError(
+                f"{what} needs about {_size(needed + SPARE_BYTES)} here; this machine has "
+                f"{_size(self.budget + SPARE_BYTES)}. Duplicate the Space on larger hardware, or choose a smaller one."
+            )
+        if not self._make_room(needed):
+            raise SpaceError(f"{what} needs about {_size(needed)}. {BUSY}")
+
+    def _language(self, name: str, revision: str | None, beside: int) -> Language:
+        """The language model; `beside` bytes are taken by the SAE that reads it."""
+        found = self._languages.get((name, revision))
         if found is not None:
-            return found, self._tokenizers[name, revision]
+            return found
         if name == STORIES:
             model, tokenizer = load_story_lm()
         else:
-            model, tokenizer = _from_hub(name, revision)
-        model = model.to(_device(name)).eval()  # type: ignore[arg-type]
-        self._models[name, revision], self._tokenizers[name, revision] = model, tokenizer
-        return model, tokenizer
+            model, tokenizer = self._from_hub(name, revision, beside)
+        found = Language.of(model.to(_device(name)).eval(), tokenizer)  # type: ignore[arg-type]
+        self._languages[name, revision] = found
+        return found
+
+    def _from_hub(
+        self, name: str, revision: str | None, beside: int
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        # The name comes out of somebody's configuration: its code is never run.
+        hub: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        try:
+            config = AutoConfig.from_pretrained(name, **hub)
+            number = _num_parameters(config)
+            self._check_room(f"{name} has {number / 1e9:.1f} billion parameters and", number * dtype.itemsize + beside)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+            return model, AutoTokenizer.from_pretrained(name, **hub)
+        except SpaceError:
+            raise
+        except Exception as error:  # the files are anybody's, and so is what they make of a reader
+            raise SpaceError(
+                f"The language model {name!r} of this SAE cannot be loaded here: {first_line(error)} (A gated model "
+                "needs the Space's owner to accept its licence and to set the secret HF_TOKEN; models with code of "
+                "their own are not run.)"
+            ) from error
+
+
+def _workbench(key: Key, sae: MatryoshkaSAE, language: Language) -> Workbench:
+    tokenizer = language.tokenizer
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = frozenset(added | set(tokenizer.all_special_ids))
+    try:
+        site = resolve_site(language.model, str(sae.config.site))
+    except SiteError as error:
+        raise SpaceError(f"{key.source} cannot be shown: {error}") from error
+    numbers = (sae.max_activation.tolist(), sae.firing_rate.tolist(), sae.W_dec.norm(dim=-1).tolist())
+    return Workbench(key, sae.to(language.model.device), language, site, special, *numbers, mean_norm=1.0)
+
+
+Result = TypeVar("Result")
+
+
+def _read(source: str, reading: Callable[[], Result]) -> Result:
+    """What somebody's files hold; whatever is wrong with them is told in words."""
+    try:
+        return reading()
+    except NoSAEError:
+        raise
+    except Exception as error:  # the files are anybody's, and so is what they make of a reader
+        raise SpaceError(
+            f"{source} cannot be read: {first_line(error)} Choose another, or have its owner publish it again."
+        ) from error
 
 
 def _device(name: str) -> str:
@@ -192,25 +276,6 @@ def short(source: str) -> str:
     return Path(source).name if Path(source).is_dir() else source
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # The name comes out of somebody's configuration: its code is never run.
-    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-        _check_memory(name, config, dtype)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
-        return model, AutoTokenizer.from_pretrained(name, **hub)
-    except SpaceError:
-        raise
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-        raise SpaceError(
-            f"The language model {name!r} of this SAE cannot be loaded here: {_first_line(error)} (A gated model "
-            "needs the Space's owner to accept its licence and to set the secret HF_TOKEN; models with code of their "
-            "own are not run.)"
-        ) from error
-
-
 def _check_repo(name: str) -> None:
     """Refuses folders of this machine, which somebody else's SAE has no business to name."""
     try:
@@ -221,22 +286,12 @@ def _check_repo(name: str) -> None:
         raise SpaceError(f"This SAE reads the language model {name!r}, which is a folder, not a Hub repo.")
 
 
-def _check_memory(name: str, config: Any, dtype: torch.dtype) -> None:
-    """Refuses a model that cannot fit before its weights are fetched."""
+def _num_parameters(config: PreTrainedConfig) -> int:
+    """Counted before any weight is fetched."""
     with torch.device("meta"):
-        number = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
-    if torch.cuda.is_available() and find_zerogpu() is None:
-        there = torch.cuda.get_device_properties(0).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = number * dtype.itemsize + SPARE_BYTES
-    if needed > there:
-        raise SpaceError(
-            f"{name} has {number / 1e9:.1f} billion parameters and needs about {needed / 2**30:.0f} GiB here; this "
-            f"machine has {there / 2**30:.0f}. Duplicate the Space on larger hardware, or choose an SAE of a smaller "
-            "model."
-        )
+        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _size(number: int) -> str:
+    size = number / 2**30
+    return f"{size:,.0f} GiB" if size >= 10 else f"{size:.2g} GiB"

@@ -1,18 +1,18 @@
 """What a visitor has set, as a link that restores it and as Python that does the same."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
 from hf_msae.hub import STORIES
-from msae_space.library import Key, Workbench
-from msae_space.strengths import METHODS, Dial, edits
+from msae_space.asked import choice, number, whole, words
+from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, edits
+from msae_space.workbench import Key, SpaceError, Workbench
 
 POSITIONS = {"all": "prompt and new text", "generated": "new text only", "prompt": "prompt only"}
-MAX_TEXT = 2000
-MAX_NEW_TOKENS = 200
+MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_SEED = 200, 1.5, 2**31 - 1
+MAX_LATENT, MAX_LEVEL, MAX_NAME = 2**31 - 1, 1000, 300
 TABS = ("steer", "explore", "tree", "levels", "compare")
 
 
@@ -58,46 +58,43 @@ def read_query(query: Mapping[str, str], default: Key) -> View:
     """The view that a link describes. What cannot be read is left at its default and named in `problems`."""
     problems: list[str] = []
 
-    def number(name: str, standard: Any, low: float, high: float, kind: type = int) -> Any:
+    def read(name: str, standard: Any, reading: Callable[[str], Any]) -> Any:
         if name not in query:
             return standard
         try:
-            value = kind(query[name])
-            if not low <= value <= high:
-                raise ValueError
-            return value
-        except ValueError:
+            return reading(query[name])
+        except (ValueError, OverflowError):  # SpaceError is one
             problems.append(name)
             return standard
 
-    def choice(name: str, standard: str, known: Any) -> str:
-        if query.get(name, standard) not in known:
-            problems.append(name)
-            return standard
-        return query.get(name, standard)
-
-    try:
-        pairs = [pair.split(":") for pair in query.get("latents", "").split(",") if pair]
-        dials = tuple(Dial(int(latent), float(value)) for latent, value in pairs)
-        if not all(math.isfinite(dial.value) for dial in dials):
-            raise ValueError
-    except ValueError:
-        problems.append("latents")
-        dials = ()
     return View(
-        key=Key(query["sae"], query.get("in", "")) if "sae" in query else default,
-        tab=choice("tab", "steer", TABS),
-        prompt=query.get("prompt", "")[:MAX_TEXT],
-        dials=dials,
-        method=choice("method", "add", METHODS),
-        positions=choice("at", "all", POSITIONS),
-        temperature=number("temperature", 0.7, 0, 2, float),
-        max_new_tokens=number("tokens", 60, 1, MAX_NEW_TOKENS),
-        seed=number("seed", 0, 0, 2**31 - 1),
-        text=query.get("text", "")[:MAX_TEXT],
-        latent=number("latent", None, 0, 2**31 - 1),
-        level=number("level", None, 1, 1000),
+        key=read("sae", default, lambda text: Key(words(text, "", MAX_NAME), words(query.get("in"), "", MAX_NAME))),
+        tab=read("tab", "steer", lambda text: choice(text, "tab", TABS)),
+        prompt=read("prompt", "", lambda text: words(text, "")),
+        dials=read("latents", (), _read_dials),
+        method=read("method", "add", lambda text: choice(text, "method", METHODS)),
+        positions=read("at", "all", lambda text: choice(text, "place", POSITIONS)),
+        temperature=read("temperature", 0.7, lambda text: number(float(text), "", 0, MAX_TEMPERATURE)),
+        max_new_tokens=read("tokens", 60, lambda text: whole(int(text), "", 1, MAX_NEW_TOKENS)),
+        seed=read("seed", 0, lambda text: whole(int(text), "", 0, MAX_SEED)),
+        text=read("text", "", lambda text: words(text, "")),
+        latent=read("latent", None, lambda text: whole(int(text), "", 0, MAX_LATENT)),
+        level=read("level", None, lambda text: whole(int(text), "", 1, MAX_LEVEL)),
         problems=tuple(problems),
+    )
+
+
+def _read_dials(text: str) -> tuple[Dial, ...]:
+    """Raises ValueError, or SpaceError, which is one."""
+    pairs = [pair.split(":") for pair in text.split(",") if pair]
+    if len(pairs) > MAX_DIALS:
+        raise SpaceError(f"Up to {MAX_DIALS} latents are steered at once.")
+    return tuple(
+        Dial(
+            whole(int(latent), "A latent", 0, MAX_LATENT),
+            number(float(value), "A strength", -MAX_STRENGTH, MAX_STRENGTH),
+        )
+        for latent, value in pairs
     )
 
 

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
+from msae_space.gate import Gate
+
+# Visitors whose state is kept; those who came back the longest ago begin anew.
+NUM_SESSIONS = 200
 FOLDER = Path(__file__).resolve().parent
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
@@ -12,7 +17,15 @@ MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 
 def launch_options() -> dict[str, Any]:
     """What Gradio 6 takes at launch."""
-    return {"theme": _theme(), "css_paths": [FOLDER / "page.css"], "ssr_mode": False, "footer_links": []}
+    return {
+        "theme": _theme(),
+        "css_paths": [FOLDER / "page.css"],
+        "ssr_mode": False,
+        "footer_links": [],
+        "state_session_capacity": NUM_SESSIONS,
+        "enable_monitoring": False,
+        "app_kwargs": {"middleware": [Middleware(Gate)]},
+    }
 
 
 def _theme() -> gr.themes.Base:

@@ -3,20 +3,18 @@
 Where a folder or repo has an interpretation beside the SAE (`hf-msae interpret` makes one), it is loaded; for the
 story world one is made here, and kept in the user's cache. Without any, latents have only their numbers.
 
-The pass that makes one, and a search, stop the model's forward at the SAE's site, for whoever runs it. So they get
-modules of their own that share the weights, and visitors who generate never meet their hooks.
+The pass that makes one, and a search, get modules of their own that share the weights, so that neither meets the hooks
+of the other, or of visitors who generate.
 """
 
-import copy
 import hashlib
 import logging
 import re
 import shutil
 import threading
+import time
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_msae.hub import STORIES, cache_folder
@@ -26,10 +24,12 @@ from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.search import FiringHit, search_firing, search_labels, search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
 from hf_msae.worlds.stories import StoryWorld
-from msae_space.library import SpaceError, Workbench
+from msae_space import asked
+from msae_space.library import Library
 from msae_space.presets import Preset, by_promotion, published, words_of
-from msae_space.reading import activations, encode_text
+from msae_space.reading import MAX_PHRASE_TOKENS, encode_text
 from msae_space.trials import tried
+from msae_space.workbench import SpaceError, Workbench, first_line, own_modules
 from msae_space.zerogpu import find_zerogpu, on_gpu
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,11 @@ NUM_HITS, NUM_RELATIVES = 6, 10
 READING = "Reading text to find out what the latents mean. Names, search and the tree come when that is done."
 TRYING = "Trying out which latents steer best. Presets come in a moment."
 NONE = "There is no interpretation beside this SAE, so its latents have only numbers. `hf-msae interpret` makes one."
-FAILED = "Finding out about the latents failed here; the log says why. Steering works all the same."
-# Activations have about this length in the text that a model reads; what it is on exactly matters little.
-PASSAGE = (
-    "Once upon a time, there was a kind girl. She lived near the forest with her mother and a small dog. "
-    "One day, they went to the river."
-)
+FAILED = "Finding out about the latents failed here: {} Reload the page to try again; steering works all the same."
+# A background task is tried so often by itself, and again for a visitor who comes after so many seconds.
+NUM_TRIES, REST_SECONDS, THREAD_NAME = 2, 30.0, "what latents mean"
+# What is found out by running the model over text takes all cores, so one SAE's waits for another's.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -59,47 +58,77 @@ class Hit:
 
 
 class Meaning:
-    """Names, search, pages and the hierarchy of one SAE; safe to share. mean_norm: of the activations at its site."""
+    """Names, search, pages and the hierarchy of one SAE; safe to share. What is known comes in the background."""
 
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
-        self.mean_norm = mean_norm(bench)
         self.progress = READING
         self._found: Interpretation | None = None
         self._presets: list[Preset] = []
         self._names: list[str] = []
         self._promoted: list[str] = []
-        self._model, self._searching = own_modules(bench.model), threading.Lock()
-        self._thread = threading.Thread(target=self._learn, daemon=True)
-        self._thread.start()
+        self._model, self._searched = (own_modules(bench.language.untouched) for _ in range(2))
+        self._searching, self._starting = threading.Lock(), threading.Lock()
+        self._failed, self._ended = False, 0.0
+        self._thread = self._started()
 
     def wait(self) -> None:
         """Until all is known that will be."""
         self._thread.join()
 
+    def try_again(self) -> None:
+        """Begins anew where finding out has failed, and that not just now."""
+        with self._starting:
+            if self._failed and not self.is_working and time.monotonic() - self._ended > REST_SECONDS:
+                self.progress = READING
+                self._thread = self._started()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the SAE is being read in the background."""
+        return self._thread.is_alive()
+
+    def _started(self) -> threading.Thread:
+        thread = threading.Thread(target=self._learn, name=THREAD_NAME, daemon=True)
+        thread.start()
+        return thread
+
     def _learn(self) -> None:
-        try:
-            self._presets = published(self.bench)
+        for left in reversed(range(NUM_TRIES)):
+            try:
+                self._failed = False
+                self.progress = self._found_out()
+                return
+            except Exception as error:  # a thread's exception would reach nobody
+                logger.exception("The latents of %s could not be interpreted.", self.bench.key)
+                self._failed, self._ended = True, time.monotonic()
+                if not left:
+                    self.progress = FAILED.format(first_line(error))
+
+    def _found_out(self) -> str:
+        """Finds out what is not known yet; what is to be said when that is done."""
+        self._presets = published(self.bench)
+        if self._found is None:
             found = _load(self.bench) or _make(self.bench, self._model)
             if found is None:
-                self.progress = NONE
-                return
-            self._names, self._promoted = found.names, [", ".join(words_of(one)) for one in found.column("promoted")]
-            self._found = found
-            self.progress = TRYING
-            self._presets = self._presets or self._find_presets(found)
-            self.progress = ""
-        except Exception:  # a thread's exception would reach nobody
-            logger.exception("The latents of %s could not be interpreted.", self.bench.key)
-            self.progress = FAILED
+                return NONE
+            if len(found) != self.bench.sae.config.num_latents:
+                raise InterpretationError(
+                    f"The interpretation beside this SAE has {len(found):,} latents, and the SAE has "
+                    f"{self.bench.sae.config.num_latents:,}."
+                )
+            names, promoted = found.names, [", ".join(words_of(one)) for one in found.column("promoted")]
+            self._names, self._promoted, self._found = names, promoted, found
+        self.progress = TRYING
+        self._presets = self._presets or self._find_presets(self._found)
+        return ""
 
     def _find_presets(self, found: Interpretation) -> list[Preset]:
         if self.bench.sae.config.base_model != STORIES:
-            return by_promotion(self.bench, found, self.mean_norm)
+            return by_promotion(self.bench, found)
         path = cache_folder() / "presets" / f"{_fingerprint(self.bench)}-v{PRESETS_VERSION}.json"
-        return tried(self.bench, self._model, found, self.mean_norm, path) or by_promotion(
-            self.bench, found, self.mean_norm
-        )
+        with _ONE_AT_A_TIME:
+            return tried(self.bench, self._model, found, path) or by_promotion(self.bench, found)
 
     @property
     def is_learning(self) -> bool:
@@ -123,10 +152,10 @@ class Meaning:
 
     def number(self, words: str) -> int:
         """The latent that a visitor typed. Raises SpaceError for what is no latent of this SAE."""
-        digits = words.strip().lstrip("#").replace(",", "")
-        if not digits.isdecimal():
+        latent = asked.decimal(words.strip().lstrip("#").replace(",", ""))
+        if latent is None:
             raise SpaceError(f"{words.strip()[:40]!r} is not the number of a latent; type one such as 12.")
-        return self.bench.checked(int(digits))
+        return self.bench.checked(latent)
 
     # Search
 
@@ -135,7 +164,7 @@ class Meaning:
         phrase more than usual or have it in their label. Raises SpaceError for a number that is no latent, and for
         what cannot be looked for.
         """
-        words = words.strip()
+        words = asked.words(words, "The search", asked.MAX_WORDS).strip()
         if not words:
             raise SpaceError("Type a word, a phrase, or the number of a latent.")
         if re.fullmatch(r"#?[\d,]+", words):
@@ -160,10 +189,11 @@ class Meaning:
         reasons: dict[int, list[str]] = {}
         for labelled in search_labels(words, found, most=NUM_HITS):
             reasons.setdefault(labelled.latent, []).append("label")
+        encode_text(self.bench, words, "The search", MAX_PHRASE_TOKENS)
         phrase = f" {words}"  # as it stands inside a text; most tokenizers write a word at the beginning differently
         if find_zerogpu() is None:
             with self._searching:
-                firing = _fires(self.bench, self._model, phrase, found)
+                firing = _fires(self.bench, self._searched, phrase, found)
         else:
             firing = _fires_lent(self.bench, phrase, found)
         for hit in firing:
@@ -221,30 +251,19 @@ class Meaning:
 
 
 class Meanings:
-    """One `Meaning` for each open SAE."""
+    """One `Meaning` for each SAE that a library has open, which goes with it."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of = lru_cache(maxsize=4)(Meaning)
+    def __init__(self, library: Library) -> None:
+        self.library = library
 
     def of(self, bench: Workbench) -> Meaning:
         """What is known of this SAE; reading begins at the first call."""
-        with self._lock:
-            return self._of(bench)
+        return self.library.companion(bench, Meaning)
 
 
 def strengths(context: Context, maximum: float) -> list[float]:
     """The activations of a context as shares of the latent's maximum."""
     return [value / maximum if maximum > 0 else 0.0 for value in context.activations]
-
-
-@on_gpu
-def mean_norm(bench: Workbench) -> float:
-    """The mean length of the activations at the SAE's site, in a passage."""
-    ids = encode_text(bench, PASSAGE)
-    x, _ = activations(bench, ids)
-    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=x.device)
-    return x[~special].norm(dim=-1).mean().item()
 
 
 def _fires(bench: Workbench, model: PreTrainedModel, phrase: str, found: Interpretation) -> list[FiringHit]:
@@ -255,12 +274,6 @@ def _fires(bench: Workbench, model: PreTrainedModel, phrase: str, found: Interpr
 def _fires_lent(bench: Workbench, phrase: str, found: Interpretation) -> list[FiringHit]:
     """In a process of its own, whose model nobody else uses."""
     return _fires(bench, bench.model, phrase, found)
-
-
-def own_modules(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with modules of its own and the same weights: hooks on one do not touch the other."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _load(bench: Workbench) -> Interpretation | None:
@@ -276,13 +289,14 @@ def _make(bench: Workbench, model: PreTrainedModel) -> Interpretation | None:
     if bench.sae.config.base_model != STORIES:
         return None
     folder = cache_folder() / "interpretations" / _fingerprint(bench)
-    if folder.is_dir():
-        try:
-            return Interpretation(folder)
-        except ValueError:  # written by another version of hf_msae
-            shutil.rmtree(folder)
-    stories = StoryWorld(seed=1).documents(NUM_STORIES)
-    return interpret(model, bench.tokenizer, bench.sae, stories, folder, max_tokens=NUM_TOKENS)
+    with _ONE_AT_A_TIME:
+        if folder.is_dir():
+            try:
+                return Interpretation(folder)
+            except ValueError:  # written by another version of hf_msae
+                shutil.rmtree(folder)
+        stories = StoryWorld(seed=1).documents(NUM_STORIES)
+        return interpret(model, bench.tokenizer, bench.sae, stories, folder, max_tokens=NUM_TOKENS)
 
 
 def _fingerprint(bench: Workbench) -> str:

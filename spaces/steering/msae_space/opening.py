@@ -6,11 +6,12 @@ import gradio as gr
 
 from hf_msae.hub import STORIES
 from hf_msae.hub.index import NoSAEError
-from msae_space import drawing, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
+from msae_space import asked, drawing, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
 from msae_space.dials import draw_dials
-from msae_space.library import Key, Library, SpaceError, Workbench, short
-from msae_space.links import View
+from msae_space.library import Library, short
+from msae_space.links import MAX_NAME, View
 from msae_space.shared import Shared
+from msae_space.workbench import Key, SpaceError, Workbench
 
 Updates = dict[gr.blocks.Block, Any]
 
@@ -51,12 +52,14 @@ class Page(NamedTuple):
         return [*self.of_sae(), *controls, *places, self.explore.text, self.levels.text, self.compare.text]
 
 
-def find(library: Library, source: str | None, inside: str | None) -> Key:
+def find(library: Library, source: Any, inside: Any) -> Key:
     """The SAE that was chosen, or the first of a repo. Raises SpaceError, or hf_msae's NoSAEError."""
-    source = (source or "").strip()
+    source = asked.words(source, "The SAE", MAX_NAME).strip()
     if not source:
         raise SpaceError("Choose an SAE, or paste the id of a Hub repo such as owner/name.")
-    return Key(source, inside if inside is not None else library.entries(source)[0].subfolder)
+    if inside is None:
+        return Key(source, library.entries(source)[0].subfolder)
+    return Key(source, asked.words(inside, "The SAE's folder", MAX_NAME))
 
 
 def opened(page: Page, key: Key, method: str, dials: Any = ()) -> Updates:
@@ -64,6 +67,7 @@ def opened(page: Page, key: Key, method: str, dials: Any = ()) -> Updates:
     shared = page.shared
     bench = shared.library.open(key)
     meaning, here = shared.meanings.of(bench), [key.source, key.subfolder]
+    meaning.try_again()
     for dial in dials:
         bench.checked(dial.latent)
     names = [entry.subfolder for entry in shared.library.entries(key.source)]

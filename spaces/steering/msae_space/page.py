@@ -6,14 +6,15 @@ from typing import Any
 import gradio as gr
 
 from hf_msae.hub import STORIES
-from msae_space import drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
-from msae_space.library import Key, Library
-from msae_space.links import read_query
+from msae_space import asked, drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
+from msae_space.library import Library
+from msae_space.links import MAX_LEVEL, TABS, read_query
 from msae_space.meaning import Meanings
 from msae_space.opening import Head, Page
 from msae_space.settings import Settings
-from msae_space.shared import Shared, told
+from msae_space.shared import Blocks, Shared, told
 from msae_space.tab_steer import RUNS, view_of
+from msae_space.workbench import Key
 
 STORY_PROMPT = "Once upon a time, there was a"
 STORY_TEXT = (
@@ -38,13 +39,14 @@ QUEUE_SIZE = 64
 
 def build(settings: Settings) -> gr.Blocks:
     """The app, its first SAE open and being read."""
-    library, meanings = Library(settings.saes), Meanings()
+    library = Library(settings.saes)
+    meanings = Meanings(library)
     first = opening.find(library, settings.saes[0], None)
     bench = library.open(first)
     meanings.of(bench)
     stories = bench.sae.config.base_model == STORIES
     prompt, text = (STORY_PROMPT, STORY_TEXT) if stories else (OTHER_PROMPT, OTHER_TEXT)
-    with gr.Blocks(title=settings.title, analytics_enabled=False, fill_width=False) as demo:
+    with Blocks(title=settings.title, analytics_enabled=False, fill_width=False) as demo:
         key, latent = gr.State([first.source, first.subfolder]), gr.State(None)
         head = _head(settings.title, library, first)
         dials, method = tab_steer.build_dials()
@@ -112,6 +114,7 @@ def _open_others(page: Page) -> None:
 
 
 def _restore_links(page: Page, demo: gr.Blocks, first: Key) -> None:
+    @told
     def restore(request: gr.Request) -> opening.Updates:
         return opening.restored(page, read_query(dict(request.query_params), first))
 
@@ -125,7 +128,8 @@ def _share(page: Page) -> None:
 
     @told
     def query(key: list[str], tab: str, text: str, latent: int | None, level: float, *run: Any) -> Any:
-        view = replace(view_of(shared, key, *run), tab=tab, text=text, latent=latent, level=int(level))
+        text, level = asked.words(text, "The text"), asked.whole(level, "The level", 1, MAX_LEVEL)
+        view = replace(view_of(shared, key, *run), tab=tab, text=text, latent=latent, level=level)
         return gr.Textbox(view.query(), visible=True)
 
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
@@ -138,8 +142,10 @@ def _leave(request: gr.Request) -> None:
 
 
 def _remember_tab(tabs: gr.Tabs, tab: gr.State) -> None:
-    def remember(event: gr.SelectData) -> str:
-        return str(event.value).lower()
+    @told
+    def remember(event: gr.EventData) -> str:
+        sent = event._data if isinstance(event._data, dict) else {}
+        return asked.choice(str(sent.get("value")).lower(), "tab", TABS)
 
     tabs.select(remember, None, tab, show_progress="hidden", api_visibility="private")
 
@@ -179,12 +185,13 @@ def _fill_in(shared: Shared, steer: tab_steer.SteerTab, tree: tab_tree.TreeTab) 
     """Looks now and then whether the latents have been read, and shows presets and the tree when they have."""
     timer, shown = gr.Timer(1.0), gr.State(None)
 
+    @told
     def fill(key: list[str], walk: list[int], before: str | None) -> tuple[Any, ...]:
-        meaning = shared.meaning(key)
+        bench, meaning = shared.bench(key), shared.meaning(key)
         progress, again = meaning.progress, gr.Timer(active=meaning.is_learning)
         if progress == before:  # drawing anew would take the keyboard from whoever is there
             return gr.skip(), gr.skip(), gr.skip(), again
-        drawn = tab_tree.draw_walk(shared.bench(key), meaning, walk)
+        drawn = tab_tree.draw_walk(bench, meaning, walk)
         return tab_steer.draw_presets(shared, key), drawn, progress, again
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

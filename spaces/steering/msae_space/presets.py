@@ -11,8 +11,8 @@ from typing import Any
 
 from hf_msae.interpret.store import Interpretation
 from hf_msae.steering import LatentEdit, Steering, SteeringError, load_steerings
-from msae_space.library import Workbench
-from msae_space.strengths import METHODS, Dial, starting_value
+from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, starting_value
+from msae_space.workbench import Workbench
 
 NUM_PRESETS, PRESETS_PER_LEVEL = 8, 3
 # A latent that fires more or less often than this is no handle to try first.
@@ -46,9 +46,11 @@ def _from_steering(bench: Workbench, steering: Steering) -> Preset | None:
     methods = {edit.method for edit in edits}
     if len(edits) != len(steering.edits) or len(methods) != 1 or not methods <= METHODS.keys():
         return None
-    if any(edit.sae or edit.latent >= bench.sae.config.num_latents for edit in edits):
+    if any(edit.sae or not 0 <= edit.latent < bench.sae.config.num_latents for edit in edits):
         return None
     dials = tuple(Dial(edit.latent, _in_maxima(bench, edit)) for edit in edits)
+    if len(dials) > MAX_DIALS or not all(abs(dial.value) <= MAX_STRENGTH for dial in dials):
+        return None
     return Preset(steering.name, dials, methods.pop(), why=steering.description)
 
 
@@ -59,7 +61,7 @@ def _in_maxima(bench: Workbench, edit: LatentEdit) -> float:
     return edit.value / maximum
 
 
-def by_promotion(bench: Workbench, found: Interpretation, mean_norm: float) -> list[Preset]:
+def by_promotion(bench: Workbench, found: Interpretation) -> list[Preset]:
     """The latents with the strongest direct effects on words, no two on the same word, of several levels."""
     chosen: list[Preset] = []
     seen: set[str] = set()
@@ -68,7 +70,7 @@ def by_promotion(bench: Workbench, found: Interpretation, mean_norm: float) -> l
         level = bench.level_of(latent)
         if len(words) < NUM_WORDS or seen & set(words) or levels.count(level) >= PRESETS_PER_LEVEL:
             continue
-        dial = Dial(latent, starting_value(bench, mean_norm, latent))
+        dial = Dial(latent, starting_value(bench, latent))
         chosen.append(Preset(", ".join(words), (dial,), why="Promotes these words most; not tried out."))
         seen |= set(words)
         levels.append(level)

@@ -4,28 +4,28 @@ Many visitors share one model, and hooks are on the model. So activations are re
 runs it, and levels are put in place by `hf_msae.steering`, which looks, too.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_msae.sites import replace
+from hf_msae.sites import in_this_thread, replace
 from hf_msae.steering import steer
-from msae_space.library import SpaceError, Workbench
+from msae_space.workbench import Key, SpaceError, Workbench
 from msae_space.zerogpu import on_gpu
 
-MAX_TOKENS = 256
+MAX_TOKENS, MAX_PROMPT_TOKENS, MAX_PHRASE_TOKENS = 256, 512, 64
 NUM_GUESSES = 3
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Tokens as text, whether each is special, and per token its active latents with their activations, strongest
-    first. Special tokens have none: the SAE never saw any.
+    """Of which SAE; tokens as text, whether each is special, and per token its active latents with their activations,
+    strongest first. Special tokens have none: the SAE never saw any.
     """
 
+    key: Key
     pieces: tuple[str, ...]
     special: tuple[bool, ...]
     active: tuple[tuple[tuple[int, float], ...], ...]
@@ -55,14 +55,31 @@ class LevelReading:
         return sum(now[0] != before[0] for now, before in zip(self.guesses, self.guesses_clean, strict=True))
 
 
-def encode_text(bench: Workbench, text: str) -> Tensor:
-    """Token ids (tokens,). Raises SpaceError for no text, and for more than MAX_TOKENS."""
+def encode_text(bench: Workbench, text: str, what: str = "The text", most: int = MAX_TOKENS) -> Tensor:
+    """Token ids (tokens,). Raises SpaceError for no text, and for more than `most` tokens or the model's positions."""
     if not text.strip():
-        raise SpaceError("There is no text; type some.")
+        raise SpaceError(f"{what} is empty; type some words.")
     ids = bench.tokenizer(text, return_tensors="pt").input_ids[0]
-    if len(ids) > MAX_TOKENS:
-        raise SpaceError(f"The text has {len(ids)} tokens; this page reads up to {MAX_TOKENS}. Shorten it.")
+    most = min(most, bench.language.num_positions or most)
+    if len(ids) > most:
+        raise SpaceError(f"{what} has {len(ids)} tokens; this page reads up to {most} of this model. Shorten it.")
+    if not len(ids):
+        raise SpaceError(f"{what} has no tokens for this model; type some words.")
     return ids.to(bench.model.device)
+
+
+def check_prompt(bench: Workbench, prompt: str, max_new_tokens: int) -> None:
+    """Raises SpaceError for a prompt that is too long to go on from, in tokens; characters say little of those."""
+    room = (bench.language.num_positions or MAX_PROMPT_TOKENS + max_new_tokens) - max_new_tokens
+    most = min(MAX_PROMPT_TOKENS, room)
+    number = len(bench.tokenizer(prompt).input_ids)
+    if number > most:
+        raise SpaceError(
+            f"The prompt has {number:,} tokens; with {max_new_tokens} new ones, this page takes up to {most}. "
+            "Shorten it."
+        )
+    if not number:
+        raise SpaceError("The prompt has no tokens for this model; type some words.")
 
 
 def token_pieces(bench: Workbench, ids: Tensor) -> tuple[str, ...]:
@@ -83,17 +100,32 @@ def are_special(bench: Workbench, pieces: Sequence[str]) -> list[bool]:
 
 
 def activations(bench: Workbench, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations at the SAE's site (tokens, hidden_size), and logits (tokens, vocabulary)."""
-    here, seen = threading.get_ident(), []
+    """Activations at the SAE's site (tokens, hidden_size), and logits (tokens, vocabulary). Raises SpaceError for
+    activations of another width than the SAE's.
+    """
+    seen: list[Tensor] = []
 
     def look(hidden: Tensor) -> Tensor:
-        if threading.get_ident() == here:
-            seen.append(hidden.detach().clone())
+        seen.append(hidden.detach().clone())
         return hidden
 
-    with torch.inference_mode(), replace(bench.model, {bench.site: look}):
+    with torch.inference_mode(), replace(bench.model, {bench.site: look}, in_this_thread()):
         logits = bench.model(input_ids=ids[None], use_cache=False).logits[0]
+    if not seen:
+        raise SpaceError(f"The language model never runs {bench.site}, where the SAE reads.")
+    width, wanted = seen[0].shape[-1], bench.sae.config.hidden_size
+    if width != wanted:
+        raise SpaceError(f"The SAE reads activations of width {wanted}, and those at {bench.site} have {width}.")
     return seen[0][0].float(), logits.float()
+
+
+@on_gpu
+def mean_norm(bench: Workbench, text: str) -> float:
+    """The mean length of the activations at the SAE's site, over a text's ordinary tokens."""
+    ids = encode_text(bench, text)
+    x, _ = activations(bench, ids)
+    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=x.device)
+    return x[~special].norm(dim=-1).mean().item()
 
 
 @on_gpu
@@ -109,12 +141,12 @@ def read(bench: Workbench, text: str) -> Reading:
         places = row.nonzero().squeeze(-1)
         found = sorted(zip(places.tolist(), row[places].tolist(), strict=True), key=lambda pair: -pair[1])
         active.append(() if skipped else tuple(found))
-    return Reading(token_pieces(bench, ids), special, tuple(active))
+    return Reading(bench.key, token_pieces(bench, ids), special, tuple(active))
 
 
 @on_gpu
 def read_levels(bench: Workbench, text: str) -> tuple[tuple[str, ...], list[LevelReading]]:
-    """The text's tokens, and what each level keeps of it. Raises SpaceError for a text of fewer than three tokens."""
+    """The text's tokens, and what each level keeps of it. Raises SpaceError for a text without two ordinary tokens."""
     ids = encode_text(bench, text)
     special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=ids.device)
     if int((~special).sum()) < 2:

@@ -2,7 +2,9 @@
 
 import functools
 import html
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,18 @@ from hf_msae.hub.index import NoSAEError
 from hf_msae.interpret.store import InterpretationError
 from hf_msae.sites import SiteError
 from hf_msae.steering import SteeringError
-from msae_space.library import Key, Library, SpaceError, Workbench
-from msae_space.links import MAX_TEXT
+from msae_space.asked import MAX_TEXT, UNREADABLE
+from msae_space.library import Library
 from msae_space.meaning import Meaning, Meanings
+from msae_space.workbench import Key, SpaceError, Workbench
 
 # What a visitor can mend. Anything else is a fault of ours: it is logged, and the page says only that.
 TOLD = (SpaceError, SteeringError, SiteError, NoSAEError, InterpretationError)
+BROKEN = (
+    "Something broke here that is no fault of yours, and the Space's log says what. Try again; if it breaks again, "
+    "reload the page."
+)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,29 +56,51 @@ def text_box(text: str, name: str, button: str) -> gr.Textbox:
     return gr.Textbox(text, label="Text", lines=2, max_lines=8, max_length=MAX_TEXT, elem_id=name, submit_btn=button)
 
 
-def told(function: Callable) -> Callable:
-    """The handler, whose refusals reach the visitor as a message. Its words are escaped: the message is HTML."""
+class Blocks(gr.Blocks):
+    """Gradio's, whose own complaints about what a browser sent are told in a sentence."""
 
-    def message(error: Exception) -> gr.Error:
-        return gr.Error(html.escape(str(error)), duration=12, title="That did not work", print_exception=False)
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except gr.Error as error:  # a number outside of its slider, a choice that is none
+            raise refusal(str(error.message)[:200]) from error
+        except Exception as error:  # all that it is given here comes from a browser
+            raise refusal(UNREADABLE) from error
+
+
+def refusal(words: str) -> gr.Error:
+    """A message to the visitor. Its words are escaped: the message is HTML."""
+    return gr.Error(html.escape(words), duration=12, title="That did not work", print_exception=False)
+
+
+def told(function: Callable) -> Callable:
+    """The handler, whose refusals reach the visitor as a message. Its faults go to the log, and a message says so."""
+
+    @contextmanager
+    def telling() -> Iterator[None]:
+        try:
+            yield
+        except gr.Error:
+            raise
+        except TOLD as error:
+            raise refusal(str(error)) from error
+        except Exception as error:
+            logger.exception("The page's handler %r failed.", function.__qualname__)
+            raise refusal(BROKEN) from error
 
     if _is_generator(function):
 
         @functools.wraps(function)
         def stream(*args: Any, **kwargs: Any) -> Any:
-            try:
+            with telling():
                 yield from function(*args, **kwargs)
-            except TOLD as error:
-                raise message(error) from error
 
         return stream
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with telling():
             return function(*args, **kwargs)
-        except TOLD as error:
-            raise message(error) from error
 
     return call
 

@@ -12,12 +12,14 @@ import gradio as gr
 
 from hf_msae import MatryoshkaSAE
 from hf_msae.evaluation.meta import Decomposition, decompose
-from msae_space import drawing
+from msae_space import asked, drawing
 from msae_space.drawing import ON_CLICK
-from msae_space.library import Key, SpaceError, Workbench, short
+from msae_space.library import short
+from msae_space.links import MAX_NAME
 from msae_space.meaning import Meaning
 from msae_space.reading import read, read_levels
 from msae_space.shared import Shared, text_box, told
+from msae_space.workbench import Key, SpaceError, Workbench
 from msae_space.zerogpu import on_gpu
 
 SAME = "the open one"
@@ -51,7 +53,8 @@ def build(shared: Shared, default_text: str, meta_sae: str | None) -> CompareTab
 
     @told
     def compare(key: list[str], words: str, low: str, high: str, source: str | None) -> str:
-        bench, source = shared.bench(key), (source or "").strip()
+        bench, source = shared.bench(key), asked.words(source, "The SAE", MAX_NAME).strip()
+        words = asked.words(words, "The text")
         against = bench if source in ("", SAME) else _other(shared, source)
         return _side_by_side(shared, (bench, against), (_level(bench, low), _level(against, high)), words)
 
@@ -70,7 +73,7 @@ def _open_pages(shared: Shared, view: gr.HTML) -> None:
 
     @told
     def choose(key: list[str], event: gr.EventData) -> tuple[int, Any]:
-        return shared.bench(key).checked(int(event.id)), gr.Tabs(selected="explore")
+        return shared.bench(key).checked(asked.click(event._data, "latent").id), gr.Tabs(selected="explore")
 
     view.click(choose, shared.key, [shared.latent, shared.tabs], show_progress="hidden", api_visibility="private")
 
@@ -87,16 +90,17 @@ def _other(shared: Shared, source: str) -> Workbench:
 
 def _level(bench: Workbench, chosen: str | None) -> int:
     """The level chosen, or the last where the other SAE has fewer."""
-    if chosen is None or not chosen.isdigit():
+    level = asked.decimal(asked.words(chosen, "A level", asked.MAX_WORDS))
+    if level is None:
         raise SpaceError("Choose a level on both sides.")
-    return min(int(chosen), len(bench.prefix_sizes) - 1)
+    return min(level, len(bench.prefix_sizes) - 1)
 
 
 def _side_by_side(shared: Shared, benches: tuple[Workbench, Workbench], levels: tuple[int, int], words: str) -> str:
     titles = [_title(bench, level) for bench, level in zip(benches, levels, strict=True)]
     # A latent's page is one of the open SAE.
     sides = [
-        _side(shared, bench, level, words, "latent" if bench is benches[0] else None)
+        _side(shared, bench, level, words, "latent" if bench.key == benches[0].key else None)
         for bench, level in zip(benches, levels, strict=True)
     ]
     rows = [[name, left, right] for name, left, right in zip(FACTS, sides[0][0], sides[1][0], strict=True)]
@@ -156,8 +160,8 @@ def _build_meta(shared: Shared, source: str) -> None:
 
     @told
     def take_apart(key: list[str], words: str) -> str:
-        meaning = shared.meaning(key)
-        return draw_parts(shared.bench(key), meaning, source, meaning.number(words))
+        bench, meaning = shared.bench(key), shared.meaning(key)
+        return draw_parts(bench, meaning, source, meaning.number(asked.words(words, "The number")))
 
     number.submit(take_apart, [shared.key, number], view, show_progress="hidden", api_name="meta")
 

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from hf_msae.interpret.pages import LatentPage, TokenEffect
-from msae_space import drawing
+from msae_space import asked, drawing
 from msae_space.dials import draw_with, read_dials
 from msae_space.drawing import ON_CLICK
-from msae_space.library import Workbench
 from msae_space.meaning import Hit, Meaning, strengths
 from msae_space.reading import Reading, are_special, read
 from msae_space.shared import Shared, text_box, told
+from msae_space.workbench import Workbench
 
 ONE_LATENT = "one"
 NUM_SHOWN, NUM_CONTEXTS = 8, 8
@@ -61,7 +61,7 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
 
     @told
     def read_text(key: list[str], words: str) -> tuple[Reading, None]:
-        return read(shared.bench(key), words), None
+        return read(shared.bench(key), asked.words(words, "The text")), None
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     text.submit(read_text, [shared.key, text], [reading, token], **quiet).then(draw, state, shown, **quiet)
@@ -70,11 +70,12 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     @told
     def choose(key: list[str], value: Any, method: str, latent: int | None, event: gr.EventData) -> tuple[Any, ...]:
         """A click on a token, a latent or a button of a latent's page."""
-        if event.action == "token":
-            return int(event.id), latent, gr.skip(), gr.skip()
+        clicked = asked.click(event._data, "token", "latent", "steer")
+        if clicked.action == "token":
+            return clicked.id, latent, gr.skip(), gr.skip()
         bench, meaning = shared.bench(key), shared.meaning(key)
-        chosen = bench.checked(int(event.id))
-        if event.action == "steer":
+        chosen = bench.checked(clicked.id)
+        if clicked.action == "steer":
             dials = draw_with(bench, meaning, read_dials(value, bench), chosen, method)
             return gr.skip(), latent, dials, gr.Tabs(selected="steer")
         return gr.skip(), chosen, gr.skip(), gr.skip()
@@ -89,7 +90,7 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
 
     @told
     def open_number(key: list[str], words: str) -> int:
-        return shared.meaning(key).number(words)
+        return shared.meaning(key).number(asked.words(words, "The number"))
 
     number.submit(open_number, [shared.key, number], shared.latent, **quiet)
 
@@ -116,8 +117,9 @@ def draw_reading(
     bench: Workbench, meaning: Meaning, found: Reading | None, place: int | None, latent: int | None, by: str
 ) -> tuple[str, str]:
     """The coloured tokens, and the latents of the token that was clicked."""
-    if found is None:
+    if found is None or found.key != bench.key:
         return "", drawing.note("Press Read to see the text as the SAE reads it.")
+    latent = bench.here(latent)
     strengths, hue, titles = _strengths(bench, found, latent, by)
     tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=place, titles=titles, special=found.special)
     if place is None or not 0 <= place < len(found.pieces):
@@ -135,7 +137,7 @@ def _strengths(
         maximum = 0.0 if latent is None else bench.maxima[latent]
         scale = maximum or max(values) or 1.0
         return [value / scale for value in values], hue, [f"{value:.2f}" for value in values]
-    level = int(by)
+    level = int(asked.choice(by, "colour", [str(level) for level in range(len(bench.prefix_sizes))]))
     sums = [sum(value for one, value in active if bench.level_of(one) == level) for active in found.active]
     whole = [sum(value for _, value in active) or 1.0 for active in found.active]
     shares = [part / total for part, total in zip(sums, whole, strict=True)]
@@ -163,6 +165,7 @@ def _token_latents(bench: Workbench, meaning: Meaning, found: Reading, place: in
 
 def draw_page(bench: Workbench, meaning: Meaning, latent: int | None) -> str:
     """One latent: what it fires on, what it promotes, its relatives."""
+    latent = bench.here(latent)
     if latent is None:
         return drawing.note("No latent is open. Click one, or type its number.")
     view = meaning.page(latent)

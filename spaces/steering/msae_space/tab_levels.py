@@ -5,16 +5,25 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from msae_space import drawing
-from msae_space.library import Workbench
+from msae_space import asked, drawing
+from msae_space.links import MAX_LEVEL
 from msae_space.reading import LevelReading, are_special, read_levels
 from msae_space.shared import Shared, text_box, told
+from msae_space.workbench import Key, Workbench
 
 EXPLANATION = (
     "The model's activations are replaced by what the first latents reconstruct, on every token. Colour shows how far "
     "the prediction after each token moves (KL divergence, full colour at 1 nat)."
 )
 NUM_CHANGES = 12
+
+
+class Measured(NamedTuple):
+    """A text as the levels of an SAE keep it."""
+
+    key: Key
+    pieces: tuple[str, ...]
+    levels: list[LevelReading]
 
 
 class LevelsTab(NamedTuple):
@@ -38,12 +47,12 @@ def build(shared: Shared, default_text: str) -> LevelsTab:
     view = gr.HTML(elem_id="levels-view")
 
     @told
-    def measure(key: list[str], words: str) -> Any:
-        return read_levels(shared.bench(key), words)
+    def measure(key: list[str], words: str) -> Measured:
+        return Measured(Key(*key), *read_levels(shared.bench(key), asked.words(words, "The text")))
 
     @told
-    def draw(key: list[str], measured: Any, chosen: float) -> str:
-        return draw_level(shared.bench(key), measured, int(chosen))
+    def draw(key: list[str], measured: Measured | None, chosen: float) -> str:
+        return draw_level(shared.bench(key), measured, asked.whole(chosen, "The level", 1, MAX_LEVEL))
 
     state = [shared.key, found, level]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -54,11 +63,11 @@ def build(shared: Shared, default_text: str) -> LevelsTab:
     return LevelsTab(text, level, view, found, measure, draw)
 
 
-def draw_level(bench: Workbench, measured: tuple[tuple[str, ...], list[LevelReading]] | None, chosen: int) -> str:
+def draw_level(bench: Workbench, measured: Measured | None, chosen: int) -> str:
     """The table of all levels, and the text at the chosen one (from 1)."""
-    if measured is None:
+    if measured is None or measured.key != bench.key:
         return drawing.note("Press Measure to see what each level keeps of this text.")
-    pieces, levels = measured
+    pieces, levels = measured.pieces, measured.levels
     index = min(max(chosen, 1), len(levels)) - 1
     held_out = (bench.sae.config.measured or {}).get("fve", [])
     header = ["level", "latents", "FVE here", "FVE held out", "ΔCE here (nats)", "next token changed"]

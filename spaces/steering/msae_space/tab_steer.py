@@ -1,21 +1,24 @@
 """Steer: choose latents, set their strengths, and read default and steered text beside each other."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import gradio as gr
 
 from hf_msae.steering import Steering
-from msae_space import drawing
+from msae_space import asked, drawing
 from msae_space.dials import SCRIPT, TEMPLATE, draw_dials, draw_with, read_dials
 from msae_space.drawing import ON_CLICK
-from msae_space.generation import Runs, Texts, stream
-from msae_space.library import Key, SpaceError, Workbench
-from msae_space.links import MAX_NEW_TOKENS, MAX_TEXT, POSITIONS, View, as_python
+from msae_space.generation import Runs, Texts, lent_stream
+from msae_space.links import MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, POSITIONS, View, as_python
+from msae_space.reading import check_prompt
 from msae_space.shared import Shared, told
 from msae_space.strengths import METHODS, Dial, edits
-from msae_space.zerogpu import find_zerogpu, on_gpu
+from msae_space.workbench import Key, SpaceError, Workbench
+from msae_space.zerogpu import find_zerogpu
 
 RUNS = Runs()
 EXPLANATION = (
@@ -74,14 +77,14 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
                 label="Find latents",
                 placeholder="A word, a phrase, or a number such as 341",
                 elem_id="search",
-                max_length=200,
+                max_length=asked.MAX_WORDS,
                 submit_btn="Search",
             )
             results = gr.HTML(js_on_load=ON_CLICK, elem_id="results")
             shared.method.render()
         with gr.Column(scale=7, min_width=320):
             prompt = gr.Textbox(
-                default_prompt, label="Prompt", lines=2, max_lines=6, max_length=MAX_TEXT, elem_id="prompt"
+                default_prompt, label="Prompt", lines=2, max_lines=6, max_length=asked.MAX_TEXT, elem_id="prompt"
             )
             with gr.Row(elem_id="go-row"):
                 go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
@@ -91,9 +94,11 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
             with gr.Accordion("More settings", open=False):
                 choices = [(words, name) for name, words in POSITIONS.items()]
                 positions = gr.Dropdown(choices, value="all", label="Where it acts", filterable=False)
-                temperature = gr.Slider(0, 1.5, 0.7, step=0.05, label="Temperature (0 takes the likeliest token)")
-                length = gr.Slider(10, MAX_NEW_TOKENS, 60, step=10, label="New tokens")
-                seed = gr.Number(0, label="Seed (both texts share it)", precision=0, minimum=0, maximum=2**31 - 1)
+                temperature = gr.Slider(
+                    0, MAX_TEMPERATURE, 0.7, step=0.05, label="Temperature (0 takes the likeliest token)"
+                )
+                length = gr.Slider(1, MAX_NEW_TOKENS, 60, step=1, label="New tokens")
+                seed = gr.Number(0, label="Seed (both texts share it)", precision=0, minimum=0, maximum=MAX_SEED)
             with gr.Accordion("Copy as Python", open=False):
                 code = gr.Code(language="python", interactive=False, label="Python", elem_id="code")
     controls = Controls(prompt, shared.dials, shared.method, positions, temperature, length, seed)
@@ -103,7 +108,8 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
     def generate(request: gr.Request, key: list[str], *values: Any) -> Iterator[tuple[str, str]]:
         bench, view = shared.bench(key), view_of(shared, key, *values)
         program = as_python(bench, view)
-        for drawn in run(bench, view, str(request.session_hash)):
+        # A program that calls the page's API may have no session; its runs are nobody else's, either.
+        for drawn in run(bench, view, request.session_hash or uuid4().hex):
             yield drawn, program
 
     running: dict[str, Any] = {
@@ -125,10 +131,11 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
     def choose(key: list[str], value: Any, method: str, event: gr.EventData) -> tuple[Any, Any, Any]:
         """A click in the lists or on a dial: add the latent, remove it, or open its page."""
         bench, meaning = shared.bench(key), shared.meaning(key)
-        dials, latent = read_dials(value, bench), bench.checked(int(event.id))
-        if event.action == "latent":
+        clicked = asked.click(event._data, "latent", "remove", "add")
+        dials, latent = read_dials(value, bench), bench.checked(clicked.id)
+        if clicked.action == "latent":
             return gr.skip(), latent, gr.Tabs(selected="explore")
-        if event.action == "remove":
+        if clicked.action == "remove":
             kept = [dial for dial in dials if dial.latent != latent]
             return draw_dials(bench, meaning, kept, method), gr.skip(), gr.skip()
         return draw_with(bench, meaning, dials, latent, method), gr.skip(), gr.skip()
@@ -146,9 +153,10 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
     def take(key: list[str], event: gr.EventData) -> tuple[Any, str, Any, Any]:
         """A click on a preset: its sliders take the place of all others."""
         bench, meaning = shared.bench(key), shared.meaning(key)
-        if not 0 <= int(event.id) < len(meaning.presets()):
+        presets, chosen = meaning.presets(), asked.click(event._data, "take").id
+        if not 0 <= chosen < len(presets):
             raise SpaceError("That preset is not there any more; reload the page.")
-        preset = meaning.presets()[int(event.id)]
+        preset = presets[chosen]
         drawn = draw_dials(bench, meaning, preset.dials, preset.method)
         words, random = (gr.skip() if one is None else one for one in (preset.prompt, preset.seed))
         return drawn, preset.method, words, random
@@ -163,7 +171,7 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
 
     @told
     def redraw(key: list[str], value: Any, method: str) -> Any:
-        bench = shared.bench(key)
+        bench, method = shared.bench(key), asked.choice(method, "method", METHODS)
         dials = [Dial(latent, _fitting(value, method)) for latent, value in read_dials(value, bench)]
         return draw_dials(bench, shared.meaning(key), dials, method)
 
@@ -187,25 +195,26 @@ def view_of(shared: Shared, key: list[str], *values: Any) -> View:
     prompt, dials, method, positions, temperature, length, seed = values
     return View(
         Key(*key),
-        prompt=(prompt or "")[:MAX_TEXT],
+        prompt=asked.words(prompt, "The prompt"),
         dials=tuple(read_dials(dials, shared.bench(key))),
-        method=method,
-        positions=positions,
-        temperature=float(temperature),
-        max_new_tokens=int(length),
-        seed=int(seed or 0),
+        method=asked.choice(method, "method", METHODS),
+        positions=asked.choice(positions, "place", POSITIONS),
+        temperature=asked.number(temperature, "The temperature", 0, MAX_TEMPERATURE),
+        max_new_tokens=asked.whole(length, "The number of new tokens", 1, MAX_NEW_TOKENS),
+        seed=asked.whole(seed or 0, "The seed", 0, MAX_SEED),
     )
 
 
 def run(bench: Workbench, view: View, visitor: str) -> Iterator[str]:
     """The two panes while the texts grow."""
-    stopped = RUNS.begin(visitor)
     prompt, texts = view.prompt or " ", Texts()
+    check_prompt(bench, prompt, view.max_new_tokens)
+    stopped = RUNS.begin(visitor)
     try:
         steering = Steering(edits(bench, view.dials, view.method), positions=view.positions)
         # An event cannot go to the process that ZeroGPU forks; there, whoever stops reading has stopped.
         event = stopped if find_zerogpu() is None else None
-        for texts in _stream(
+        for texts in lent_stream(
             bench,
             prompt,
             steering,
@@ -224,9 +233,6 @@ def run(bench: Workbench, view: View, visitor: str) -> Iterator[str]:
                 return
     finally:
         RUNS.end(visitor, stopped)
-
-
-_stream = on_gpu(stream)
 
 
 def _stop(request: gr.Request) -> None:
@@ -256,6 +262,8 @@ def _measure(words: str, texts: Texts, name: str) -> str:
     if not texts.done:
         return ""
     loss = texts.losses.get(name)
+    if loss is not None and not math.isfinite(loss):
+        return "So strong that the model's numbers overflow; turn it down."
     if loss is None:
         return "" if words else "The text ended at once."
     return f"Loss {loss:.2f} nats per token to the unsteered model"
@@ -263,7 +271,7 @@ def _measure(words: str, texts: Texts, name: str) -> str:
 
 def _hits(shared: Shared, key: list[str], words: str) -> str:
     bench, meaning = shared.bench(key), shared.meaning(key)
-    hits = meaning.search(words)
+    hits = meaning.search(asked.words(words, "The search", asked.MAX_WORDS))
     if not hits:
         return drawing.note("No latent was found. Try another word, a phrase, or the number of a latent.")
     titles = {

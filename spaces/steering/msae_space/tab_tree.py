@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from msae_space import drawing
+from msae_space.asked import click
 from msae_space.dials import draw_with, read_dials
 from msae_space.drawing import ON_CLICK
-from msae_space.library import Workbench
 from msae_space.meaning import Meaning
 from msae_space.shared import Shared, told
 from msae_space.tab_explore import draw_contexts, draw_head, draw_hits, draw_relatives
+from msae_space.workbench import Workbench
 
 NUM_ROOTS = 40
 NUM_CONTEXTS = 3
@@ -33,18 +34,19 @@ def build(shared: Shared) -> TreeTab:
     @told
     def choose(key: list[str], path: list[int], value: Any, method: str, event: gr.EventData) -> tuple[Any, ...]:
         bench, meaning = shared.bench(key), shared.meaning(key)
-        nothing = [gr.skip()] * 4
-        if event.action == "top":
+        nothing, asked = [gr.skip()] * 4, click(event._data, "top", "steer", "page", "latent")
+        if asked.action == "top":
             return [], *nothing[1:]
-        latent = bench.checked(int(event.id))
-        if event.action == "steer":
+        latent = bench.checked(asked.id)
+        if asked.action == "steer":
             dials = draw_with(bench, meaning, read_dials(value, bench), latent, method)
             return nothing[0], dials, gr.Tabs(selected="steer"), nothing[3]
-        if event.action == "page":
+        if asked.action == "page":
             return nothing[0], nothing[1], gr.Tabs(selected="explore"), latent
         if latent in path:
             return path[: path.index(latent) + 1], *nothing[1:]
         # A parent that the walk did not come by begins a walk of its own.
+        path = [one for one in path if one < bench.sae.config.num_latents]  # of an SAE that was open before, it may be
         below = path and latent in {one.latent for one in meaning.children(path[-1])}
         return ([*path, latent] if below else [latent]), *nothing[1:]
 
@@ -66,7 +68,8 @@ def draw_walk(bench: Workbench, meaning: Meaning, path: list[int]) -> str:
     """The roots, or the latent at the end of the walk with its parents and children."""
     if not meaning.has_pages:
         return drawing.note(meaning.progress)
-    if not path:
+    # Of another SAE, which was open when the walk was made.
+    if not path or max(path) >= bench.sae.config.num_latents:
         return drawing.note(
             "Coarse latents with finer ones under them. An edge says that where the child fires, the parent fires, "
             "too, far more often than chance; it is evidence, not proof."

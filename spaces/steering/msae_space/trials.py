@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.interpret.store import Interpretation
-from hf_msae.steering import LatentEdit, SteeredPipeline, Steering, steer
+from hf_msae.steering import SteeredPipeline, Steering
 from hf_msae.worlds.stories import StoryWorld
-from msae_space.library import Workbench
 from msae_space.presets import NUM_PRESETS, NUM_WORDS, Preset, is_word, promoting
 from msae_space.reading import encode_text, surprise
-from msae_space.strengths import Dial, starting_value
+from msae_space.strengths import Dial, edits, starting_value
+from msae_space.workbench import Workbench
 
 NUM_STORIES, NUM_TOKENS, FIRST_PLACE, LAST_PLACE = 32, 36, 8, 32
 NUM_CANDIDATES, NUM_TRIED, NUM_TEXTS, NUM_NEW_TOKENS, NUM_SEEDS = 160, 16, 4, 30, 12
@@ -50,30 +51,36 @@ class Place:
     moved: float
 
 
-def tried(
-    bench: Workbench, model: PreTrainedModel, found: Interpretation, mean_norm: float, path: Path
-) -> list[Preset]:
+def tried(bench: Workbench, model: PreTrainedModel, found: Interpretation, path: Path) -> list[Preset]:
     """The presets, the most telling first, kept in the file `path` for the next start."""
-    if path.is_file():
-        return [
-            Preset(**{**values, "dials": tuple(Dial(*dial) for dial in values["dials"])})
-            for values in json.loads(path.read_text(encoding="utf-8"))
-        ]
+    kept = _kept(path)
+    if kept is not None:
+        return kept
     candidates = [latent for latent, _ in promoting(bench, found)[:NUM_CANDIDATES]]
-    places = _different(find_places(bench, model, mean_norm, candidates))[:NUM_TRIED]
+    places = _different(find_places(bench, model, candidates))[:NUM_TRIED]
     pipe = SteeredPipeline(model, bench.tokenizer, bench.sae, Steering())
-    ranked = [one for place in places if (one := _try(bench, pipe, mean_norm, place)) is not None]
+    ranked = [one for place in places if (one := _try(bench, pipe, place)) is not None]
     ranked.sort(key=lambda one: -one[0])
     presets = [preset for _, preset in ranked[:NUM_PRESETS]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
+    # Of its own name, because the same SAE may be tried out twice at once, under two names or by two processes.
+    draft = path.with_name(f".{path.name}-{uuid4().hex}")
     draft.write_text(json.dumps([asdict(preset) for preset in presets]), encoding="utf-8")
     draft.replace(path)
     return presets
 
 
+def _kept(path: Path) -> list[Preset] | None:
+    """Those of an earlier start, None where there are none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [Preset(**{**values, "dials": tuple(Dial(*dial) for dial in values["dials"])}) for values in found]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 @torch.inference_mode()
-def find_places(bench: Workbench, model: PreTrainedModel, mean_norm: float, candidates: Sequence[int]) -> list[Place]:
+def find_places(bench: Workbench, model: PreTrainedModel, candidates: Sequence[int]) -> list[Place]:
     """For each latent the place where it moves most probability between words that are in order, best first."""
     ids = _stories(bench)
     clean = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
@@ -83,8 +90,8 @@ def find_places(bench: Workbench, model: PreTrainedModel, mean_norm: float, cand
     ends = torch.tensor([[bench.decode([token]).strip()[-1:] in ENDS for token in row] for row in ids.tolist()])
     places = []
     for latent in candidates:
-        value = starting_value(bench, mean_norm, latent, PLACE_SHARE)
-        with steer(model, bench.sae, {latent: value}, special_ids=bench.special_ids):
+        value = starting_value(bench, latent, PLACE_SHARE)
+        with _steering(bench, Dial(latent, value)).on(model, bench.sae, bench.special_ids):
             steered = model(input_ids=ids, use_cache=False).logits.float().softmax(-1)
         gains = ((steered - clean) * in_order).clamp_min(0)
         # What goes to words that are out of order breaks the text, so it counts twice against the place.
@@ -95,6 +102,10 @@ def find_places(bench: Workbench, model: PreTrainedModel, mean_norm: float, cand
         row, column = divmod(int(score.argmax()), score.shape[1])
         places.append(_place(bench, latent, ids[row, : column + 1], gains[row, column]))
     return sorted((one for one in places if len(one.words) == NUM_WORDS), key=lambda one: -one.moved)
+
+
+def _steering(bench: Workbench, dial: Dial) -> Steering:
+    return Steering(edits(bench, [dial], "add"))
 
 
 def _stories(bench: Workbench) -> Tensor:
@@ -122,13 +133,13 @@ def _different(places: Sequence[Place]) -> list[Place]:
     return kept
 
 
-def _try(bench: Workbench, pipe: SteeredPipeline, mean_norm: float, place: Place) -> tuple[float, Preset] | None:
+def _try(bench: Workbench, pipe: SteeredPipeline, place: Place) -> tuple[float, Preset] | None:
     """The preset at its best strength and how good it is, or None where no strength is good enough."""
     before, calm = _chance(bench, pipe, place, Steering()), _loss(bench, pipe, place, Steering())
     best: tuple[float, Preset] | None = None
     for share in SHARES:
-        dial = Dial(place.latent, starting_value(bench, mean_norm, place.latent, share))
-        steering = Steering([LatentEdit(*dial)])
+        dial = Dial(place.latent, starting_value(bench, place.latent, share))
+        steering = _steering(bench, dial)
         after, cost = _chance(bench, pipe, place, steering), _loss(bench, pipe, place, steering) - calm
         quality = after - before - COST_WEIGHT * max(0.0, cost)
         if after - before >= MIN_MOVED and cost <= MAX_COST and (best is None or quality > best[0]):

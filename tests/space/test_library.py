@@ -1,0 +1,214 @@
+"""What the Space keeps open, within its memory, and what it refuses at the door."""
+
+import gc
+import re
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from msae_space.library import Library
+from msae_space.meaning import Meanings
+from msae_space.reading import read, read_levels
+from msae_space.rehearsal import passage
+from msae_space.workbench import Key, SpaceError, Workbench, tensor_bytes
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.hub import STORIES
+from hf_msae.steering import LatentEdit, Steering
+
+NUM_FOLDERS = 6
+
+
+def write_sae(folder: Path, **shape: object) -> Path:
+    """A random SAE of the story model."""
+    values = {"hidden_size": 128, "num_latents": 64, "k": 4, "site": "layers.1", "base_model": STORIES} | shape
+    torch.manual_seed(0)
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(prefix_sizes=[16, values["num_latents"]], **values))
+    sae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, ...]:
+    """SAEs of different sizes."""
+    root = tmp_path_factory.mktemp("saes")
+    return tuple(str(write_sae(root / str(size), num_latents=64 * 2**size)) for size in range(NUM_FOLDERS))
+
+
+def opened(library: Library, source: str) -> Workbench | None:
+    try:
+        return library.open(Key(source))
+    except SpaceError as error:
+        if "GiB" not in str(error):
+            raise
+        return None
+
+
+@pytest.fixture(scope="module")
+def sizes(folders) -> dict[str, int]:
+    """Bytes of each SAE alone, with its language model."""
+    found = {}
+    for source in folders:
+        library = Library((source,))
+        bench = library.open(Key(source))
+        found[source] = library.num_bytes
+        held = tensor_bytes(bench.sae) + tensor_bytes(bench.model)
+        assert found[source] >= held, "less was counted than tensors are held"
+    return found
+
+
+STEPS = st.lists(st.tuples(st.integers(0, NUM_FOLDERS - 1), st.booleans()), min_size=3, max_size=6)
+
+
+# Without shrinking, which would open hundreds of SAEs.
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(STEPS, st.floats(1.05, 2.5))
+def test_what_is_open_fits_whatever_is_asked_for_and_what_is_used_stays(folders, sizes, steps, share):
+    """Some of those opened are used on (held), the others are let go; no order brings more than there is room for."""
+    library = Library(folders, budget=int(share * sizes[folders[3]]))
+    used: list[Workbench] = []
+    bench = None
+    for place, is_kept in steps:
+        del bench  # which would be used still
+        bench = opened(library, folders[place])
+        assert library.num_bytes <= library.budget
+        for one in used:
+            assert library.open(one.key).sae is one.sae, "what somebody used was closed"
+        if bench is not None and is_kept:
+            used.append(bench)
+        fits_alone = sizes[folders[place]] <= library.budget
+        assert bench is not None or used or not fits_alone, "it had room and was refused"
+
+
+def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monkeypatch):
+    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 60)
+    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 1_000)
+    monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
+    library = Library(folders, budget=sizes[folders[-1]] + 1)
+    meanings = Meanings(library)
+    bench = library.open(Key(folders[0]))
+    meaning = meanings.of(bench)
+    meaning.wait()
+    assert meaning.progress == "", "an SAE without measured maxima is tried out, too"
+    gone = [weakref.ref(one) for one in (bench.sae, meaning)]
+    del bench, meaning
+    last = library.open(Key(folders[-1]))
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    assert last.num_bytes < library.num_bytes <= library.budget
+
+
+def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 60)
+    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 1_000)
+    monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
+    monkeypatch.setattr("msae_space.meaning.published", lambda bench: go_on.wait(60) and [])
+    library = Library(folders, budget=sizes[folders[-1]] + 1)
+    meaning = Meanings(library).of(library.open(Key(folders[0])))
+    assert meaning.is_working
+    assert opened(library, folders[-1]) is None
+    go_on.set()
+    meaning.wait()
+    assert opened(library, folders[-1]) is not None
+
+
+def test_models_are_shared_while_any_sae_of_theirs_is_open(folders):
+    library = Library(folders)
+    benches = [library.open(Key(source)) for source in folders]
+    assert all(bench.language is benches[0].language for bench in benches)
+    alone = sum(bench.num_bytes for bench in benches)
+    assert library.num_bytes == alone + benches[0].language.num_bytes
+
+
+# At the door
+
+
+def tiny_sites(lm) -> Iterator[tuple[str, int]]:
+    """Every input and output of every module that the model runs, with its width (of the last dimension)."""
+    seen: dict[str, int] = {}
+
+    def watch(name: str):
+        def hook(module, args, kwargs, output):
+            first = args[0] if args else kwargs.get("hidden_states")
+            for io, value in (("input", first), ("output", output[0] if isinstance(output, tuple) else output)):
+                seen[f"{name}:{io}"] = value.shape[-1] if isinstance(value, torch.Tensor) else 16
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name), with_kwargs=True) for name, module in lm.named_modules() if name
+    ]
+    with torch.no_grad():
+        lm(input_ids=torch.arange(5, 12)[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    yield from seen.items()
+
+
+def test_an_sae_that_opens_works_in_every_tab_and_any_other_is_refused(hub, lm, tokenizer):
+    """At every site of a model there is, with an SAE of its width and one of another."""
+    from msae_space.generation import stream
+
+    lm.push_to_hub("tester/lm")
+    tokenizer.push_to_hub("tester/lm")
+    library, opens, refusals = Library(()), {}, []
+    for number, (site, width) in enumerate(tiny_sites(lm)):
+        for other in (0, 8):
+            shape = {"hidden_size": width + other, "num_latents": 32, "prefix_sizes": [8, 32], "k": 2}
+            sae = MatryoshkaSAE(MatryoshkaSAEConfig(**shape, site=site, base_model="tester/lm"))
+            name = f"tester/site-{number}-{other}"
+            sae.push_to_hub(name)
+            try:
+                bench = library.open(Key(name))
+            except SpaceError as error:
+                refusals.append(str(error))
+                continue
+            opens[site] = opens.get(site, 0) + 1
+            text = passage(bench)
+            assert any(read(bench, text).active)
+            assert len(read_levels(bench, text)[1]) == 2
+            *_, last = stream(
+                bench, text, Steering([LatentEdit(3, 1.0, units="norm")]), seed=1, temperature=0.7, max_new_tokens=4
+            )
+            assert last.done
+    assert {"model.layers.0:output", "model.layers.1.mlp:output", "model.layers.0:input"} <= opens.keys()
+    assert not any(site.startswith("lm_head:output") for site in opens)
+    assert set(opens.values()) == {1}, "an SAE of another width was opened"
+    assert all(re.fullmatch(r"This page cannot work with an SAE at .{10,}", words) for words in refusals), refusals
+
+
+@pytest.mark.parametrize("what", ["W_dec", "b_dec", "W_enc"])
+def test_an_sae_that_gives_no_numbers_is_refused(tmp_path, what):
+    folder = write_sae(tmp_path / "sae")
+    sae = MatryoshkaSAE.from_pretrained(folder)
+    with torch.no_grad():
+        getattr(sae, what).fill_(float("nan"))
+    sae.save_pretrained(folder)
+    with pytest.raises(SpaceError, match="sae"):
+        Library((str(folder),)).open(Key(str(folder)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "no weights", "config", "shape"])
+def test_a_damaged_sae_is_told_in_a_sentence(tmp_path, damage):
+    folder = write_sae(tmp_path / "sae")
+    (weights,) = folder.glob("*.safetensors")
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "text":
+        weights.write_text("not tensors at all")
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "config":
+        (folder / "config.json").write_text('{"model_type": "matryoshka_sae", "num_latents": "many"}')
+    else:
+        other = write_sae(tmp_path / "other", num_latents=128)
+        (folder / "config.json").write_bytes((other / "config.json").read_bytes())
+    with pytest.raises((SpaceError, ValueError), match=r"\w+ \w+ .*\w") as caught:
+        Library((str(folder),)).open(Key(str(folder)))
+    assert type(caught.value).__name__ in ("SpaceError", "NoSAEError")
