@@ -232,6 +232,10 @@ class SAETrainingArguments:
         """Activation vectors that a process contributes to a step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def tokens_per_step(self, num_processes: int) -> int:
+        """Activation vectors of a step, of all processes together."""
+        return self.tokens_per_process * num_processes
+
     def to_dict(self) -> dict[str, Any]:
         """All fields but the token, JSON-able: this is what logs, checkpoints and results record."""
         return {name: value for name, value in asdict(self).items() if name != "hub_token"}

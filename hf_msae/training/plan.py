@@ -136,7 +136,7 @@ def make_plan(
     return Plan(
         device=str(device),
         steps=steps,
-        tokens_per_step=args.per_device_train_batch_size * accelerator.num_processes,
+        tokens_per_step=args.tokens_per_step(accelerator.num_processes),
         before=_held(device),
         kept=kept,
         passing=passing,
@@ -179,7 +179,7 @@ def _buffer_bytes(
         raise ValueError("A plan for text needs the language model.")
     window = max(sae.config.context_length or 1 for sae in saes.values())
     tokens = args.block_tokens + window
-    blocks = 2 if steps * args.per_device_train_batch_size > args.block_tokens else 1
+    blocks = 2 if steps * args.tokens_per_process > args.block_tokens else 1
     return blocks * tokens * (sum(widths.values()) * model.dtype.itemsize + DOUBLE)
 
 
@@ -269,7 +269,8 @@ def _free_disk(output_dir: Path) -> int:
 
 @dataclass(frozen=True)
 class Probe:
-    """Tokens per second of the language model's pass (None where there is none) and of the SAEs' steps."""
+    """Tokens per second, of all processes together, of the language model's pass (None where there is none) and of the
+    SAEs' steps."""
 
     language_model: float | None
     steps: float
@@ -279,10 +280,12 @@ class Probe:
         return 1 / (1 / self.steps + (1 / self.language_model if self.language_model else 0))
 
 
-def probe(learners: Sequence[Learner], held_out: HeldOut, args: SAETrainingArguments, device: torch.device) -> Probe:
+def probe(
+    learners: Sequence[Learner], held_out: HeldOut, args: SAETrainingArguments, accelerator: Accelerator
+) -> Probe:
     """Time a few passes and steps, on held-out activations; the learners are of no use afterwards."""
     passes, seconds = [], []
-    rows, batch = 0, args.per_device_train_batch_size
+    rows, batch, device = 0, args.tokens_per_process, accelerator.device
     began = time.perf_counter()
     for activations in held_out.calibration():
         _wait(device)
@@ -305,7 +308,8 @@ def probe(learners: Sequence[Learner], held_out: HeldOut, args: SAETrainingArgum
             learner.step(x, step)
         _wait(device)
         step_seconds.append(time.perf_counter() - began)
-    return Probe(rate, batch * PROBE_STEPS / sum(step_seconds[1:]))
+    together = accelerator.num_processes
+    return Probe(rate * together, batch * together * PROBE_STEPS / sum(step_seconds[1:]))
 
 
 def _filled(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:

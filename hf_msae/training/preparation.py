@@ -200,7 +200,7 @@ def count_steps(args: SAETrainingArguments, feed: Feed, num_processes: int) -> i
     """Steps of the run: as asked for, else what `max_tokens` or one pass over the data gives."""
     if args.max_steps > 0:
         return args.max_steps
-    per_step = args.tokens_per_process * num_processes
+    per_step = args.tokens_per_step(num_processes)
     tokens = args.max_tokens if args.max_tokens is not None else feed.tokens_per_pass()
     if tokens < per_step:
         raise ValueError(

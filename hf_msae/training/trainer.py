@@ -144,7 +144,7 @@ class SAETrainer:
 
     @property
     def _tokens_per_step(self) -> int:
-        return self.args.tokens_per_process * self.accelerator.num_processes
+        return self.args.tokens_per_step(self.accelerator.num_processes)
 
     def _make_learners(self) -> list[Learner]:
         return make_learners(self.saes, self.sites, self.args, self._length, self.accelerator)
@@ -167,7 +167,7 @@ class SAETrainer:
     def probe(self) -> Probe:
         """Time a few passes and steps; the trainer can train nothing afterwards."""
         self._length = Length(self._count_steps())
-        return probe(self._make_learners(), self.examiner.held_out, self.args, self.accelerator.device)
+        return probe(self._make_learners(), self.examiner.held_out, self.args, self.accelerator)
 
     # The loop
 

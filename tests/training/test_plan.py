@@ -59,6 +59,15 @@ def test_counts_follow_from_shapes(trainer):
     assert plan.warnings() == []
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_plan_counts_the_tokens_that_the_run_takes(trainer, accumulation):
+    run = trainer(gradient_accumulation_steps=accumulation, max_steps=3)
+    plan = run.plan()
+    run.train()
+    assert (plan.steps, plan.tokens) == (run.state.global_step, run.state.num_input_tokens_seen)
+    assert plan.tokens == 3 * 64 * accumulation
+
+
 def test_the_size_of_checkpoints_and_of_the_disk_is_that_of_the_files(trainer, tmp_path):
     run = trainer(make_sae(4096))
     plan = run.plan()
