@@ -82,6 +82,10 @@ class Site:
     def __str__(self) -> str:
         return f"{self.path}:{self.io}"
 
+    def without_wrappers(self) -> "Site":
+        """The site as the bare model has it, which is what a checkpoint stores: it resolves on every wrapper too."""
+        return Site(_bare(self.path), self.io)
+
     @classmethod
     def parse(cls, text: str) -> "Site":
         """Read `path:input` or `path:output`; a path alone means its output. No model is asked."""
@@ -345,7 +349,21 @@ def _has_module(model: nn.Module, path: str) -> bool:
 def _full_path(model: PreTrainedModel, path: str) -> str | None:
     prefix = f"{model.base_model_prefix}."
     other = path.removeprefix(prefix) if model.base_model is model else prefix + path
-    return next((candidate for candidate in (path, other) if _has_module(model, candidate)), None)
+    # PEFT passes on attributes of the model inside, so its modules also answer to paths that they do not have.
+    candidates = (f"base_model.model.{path}", path, other)
+    found = next((candidate for candidate in candidates if _has_module(model, candidate)), None)
+    if found is not None:
+        return found
+    wanted = {_bare(path), _bare(other)}
+    return next((name for name, _ in model.named_modules() if name and _bare(name) in wanted), None)
+
+
+def _bare(path: str) -> str:
+    """A module's path as the model without wrappers has it: PEFT puts a model at `base_model.model`, and
+    torch.compile a module at `_orig_mod`.
+    """
+    inside = ".".join(part for part in path.split(".") if part != "_orig_mod")
+    return inside.removeprefix("base_model.model.")
 
 
 def _short_form(model: PreTrainedModel, path: str) -> str | None:

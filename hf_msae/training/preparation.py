@@ -73,7 +73,7 @@ def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSA
                 sae.config.k,
                 sae.config.prefix_sizes[0],
             )
-        sae.config.site = str(sites[name])
+        sae.config.site = str(sites[name].without_wrappers())
         sae.config.base_model = from_anywhere(model.config.name_or_path) or None
     return sites
 
