@@ -80,8 +80,15 @@ class HeldOutText(HeldOut):
             yield from harvest(self.model, self.sites, windows[rank::world_size], **options)
 
     def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
-        options = {"multiple": multiple, "lm_batch_size": self.args.lm_batch_size, "pad_id": self.pad_id}
-        return dict(find_norm_limits(self.model, self.sites, self._evaluation, **options))
+        found = find_norm_limits(
+            self.model,
+            self.sites,
+            self._evaluation,
+            multiple=multiple,
+            lm_batch_size=self.args.lm_batch_size,
+            pad_id=self.pad_id,
+        )
+        return {**found}
 
     def token_batches(self) -> Iterator[TokenBatch]:
         return collated(self.model, self._evaluation, self.args.ce_tokens, self.args.lm_batch_size, self.pad_id)
