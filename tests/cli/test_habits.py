@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_parsers import parser_of
+from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import COMMANDS, main
@@ -157,6 +158,7 @@ def test_what_the_launcher_is_told_is_honoured_or_said(command, tmp_path, variab
         env=os.environ | {variable: value, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("From accelerate's launcher") == bool(words)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from msae_space.links import read_query
 from msae_space.reading import MAX_PHRASE_TOKENS, MAX_PROMPT_TOKENS, read, read_levels
 from msae_space.workbench import Key, SpaceError
+from patience import HANG_SECONDS
 
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
 
@@ -46,7 +47,7 @@ class Server:
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -65,7 +66,7 @@ class Server:
         )
         if status != 200:
             return {"success": False, "output": {"error": f"{status} {said.decode()}"}}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
         answer = connection.getresponse()
         while line := answer.readline():
@@ -153,7 +154,7 @@ def test_bodies_are_bounded_whatever_they_say_of_themselves(server):
     path, large = "/gradio_api/queue/join", b" " * (MAX_BODY + 1)
     assert server.ask("POST", path, large)[0] == 413
     assert server.ask("POST", path, b"{}", {"Content-Length": "9" * 30})[0] in (400, 413)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANG_SECONDS)
     connection.request("POST", path, iter([large[: MAX_BODY // 2]] * 3), encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()

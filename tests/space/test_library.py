@@ -16,6 +16,7 @@ from msae_space.meaning import Meanings
 from msae_space.reading import read, read_levels
 from msae_space.rehearsal import passage
 from msae_space.workbench import Key, SpaceError, Workbench, tensor_bytes
+from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub import STORIES
@@ -108,7 +109,7 @@ def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch)
     monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 60)
     monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 1_000)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
-    monkeypatch.setattr("msae_space.meaning.published", lambda bench: go_on.wait(60) and [])
+    monkeypatch.setattr("msae_space.meaning.published", lambda bench: go_on.wait(HANG_SECONDS) and [])
     library = Library(folders, budget=sizes[folders[-1]] + 1)
     meaning = Meanings(library).of(library.open(Key(folders[0])))
     assert meaning.is_working
