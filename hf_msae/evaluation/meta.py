@@ -11,6 +11,7 @@ is: the site is `W_dec`, `base_model` the SAE that was decomposed, and `measured
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +141,8 @@ def train_meta_sae(
     if random_control:
         generator = torch.Generator().manual_seed(seed)
         noise = normalize(torch.randn(directions.shape, generator=generator), dim=1)
-        control = MatryoshkaSAE(config)
+        # A configuration of its own: training says in it what is no longer true of the weights.
+        control = MatryoshkaSAE(deepcopy(config))
         fit_rows(control, noise, args, SITE, "Random rows")
         floor = _calibrate_and_measure(control, noise).levels()[-1].fve
     return MetaResult(meta, rows, level.fve, floor, level.l0, level.dead)
