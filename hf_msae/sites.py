@@ -8,9 +8,11 @@ Everything is done with forward hooks on the model as it stands: its weights, de
 a quantised model or one split by `device_map` works like any other. Three habits of transformers are evened out here
 and nowhere else: layers return a tensor in most architectures and a tuple that begins with it in others; the
 activation comes as a positional argument or as `hidden_states=`; and a few architectures (OPT, Llama 4's experts)
-flatten batch and sequence inside a layer. Callers always see (batch, sequence, hidden).
+flatten batch and sequence inside a layer. Callers always see (batch, sequence, hidden), of the tokens that the model
+was called with; a module with any other layout is refused (`layouts` says how it is told).
 """
 
+import contextvars
 import difflib
 import inspect
 import re
@@ -19,11 +21,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_msae.layouts import Layout, misplacement, probe_tokens, token_shapes
 from hf_msae.process_wide import eager
 
 # Each entry is one module of a layer under its possible paths, most specific first. BERT-like attention and output
@@ -52,6 +56,10 @@ _SUBLAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # These take the residual stream as a second argument and return it with their own output added.
 _BEFORE_RESIDUAL = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "MptMLP": "down_proj"}
+
+# The ends of modules whose layout has been found to be right.
+_PROBED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_PROBING = contextvars.ContextVar("hf_msae_probing", default=False)
 
 _LAYER_FORM = re.compile(r"layers\.(-?\d+)(?:\.(.+))?")
 
@@ -125,18 +133,87 @@ def resolve_site(model: PreTrainedModel, name: str | Site) -> Site:
 
 
 def site_width(model: PreTrainedModel, site: Site) -> int:
-    """The size of the last dimension at a site, measured by a forward over two tokens that stops at the site.
+    """The size of the last dimension at a site, measured by forwards over a few tokens that stop at the site.
 
     Raises SiteError as `capture` does.
     """
+    if model.main_input_name != "input_ids":
+        raise SiteError(
+            f"{type(model).__name__} reads {model.main_input_name} rather than the token ids of a text (input_ids), "
+            "so it has no activations of tokens; give a language model"
+        )
+    with _same_dropout(model):
+        return capture(model, [site], **_probe_inputs(model, 0)[0])[site].shape[-1]
+
+
+def check_layout(model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    """Make sure that sites hold the vectors of the model's tokens, in their order; `capture` and `replace` do it.
+
+    A site that is asked about for the first time costs three forwards of two rows with four tokens, which stop there;
+    the answer is kept with the module. What they cannot find: vectors in another order within a row, where the last
+    token's is in its place or where all of a row's tokens attend to each other. A model that reads images or sounds
+    instead of tokens is not looked at.
+
+    Raises SiteError as `capture` does, and where a change of some tokens shows that vectors belong to others.
+    """
+    ends = {
+        site: _PROBED.setdefault(model.get_submodule(resolve_site(model, _site(site)).path), set()) for site in sites
+    }
+    new = [site for site in ends if site.io not in ends[site]]
+    if new and model.main_input_name == "input_ids":
+        # A context of its own, outside of all edits that are made in this one.
+        contextvars.Context().run(_probe, model, new)
+        for site in new:
+            ends[site].add(site.io)
+
+
+def _probe(model: PreTrainedModel, sites: Sequence[Site]) -> None:
+    _PROBING.set(True)
+    wrong = _misplacements(model, sites, draw=0)
+    if wrong:
+        # Rounding may tip a router that cannot decide between two experts; it does not do so twice.
+        again = [_misplacements(model, list(wrong), draw) for draw in (1, 2)]
+        wrong = {site: what for site, what in wrong.items() if any(site in found for found in again)}
+    for site, what in wrong.items():
+        raise SiteError(
+            f"the {site.io} of {site.path} does not hold its vectors in the order of the tokens, as (batch, sequence, "
+            f"hidden): {what}. It may keep the sequence before the batch, or deal tokens out to experts: name another "
+            "module, or the other end of this one"
+        )
+
+
+def _misplacements(model: PreTrainedModel, sites: Sequence[Site], draw: int) -> dict[Site, str]:
+    """What is wrong at those of the sites where something is."""
+    found = []
+    for inputs in _probe_inputs(model, draw):
+        with _same_dropout(model):
+            found.append(_capture(model, sites, **inputs))
+    wrong = {site: misplacement(*(hidden[site] for hidden in found)) for site in sites}
+    return {site: what for site, what in wrong.items() if what is not None}
+
+
+@contextmanager
+def _same_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """In training mode, dropout drops the same numbers each time, and leaves the generators as they were."""
+    if not model.training:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _probe_inputs(model: PreTrainedModel, draw: int) -> list[dict[str, Tensor]]:
     weight = next(model.get_input_embeddings().parameters())
     # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
     device = torch.device("cpu") if weight.is_meta else weight.device
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
-    inputs = {"input_ids": tokens}
+    vocab_size = model.config.get_text_config().vocab_size
+    inputs = [{"input_ids": tokens} for tokens in probe_tokens(vocab_size, 4, device, draw)]
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    return capture(model, [site], **inputs)[site].shape[-1]
+        # Of another length, so that what the decoder reads of the encoder's tokens is not taken for its own.
+        for given, tokens in zip(inputs, probe_tokens(vocab_size, 5, device, draw), strict=True):
+            given["decoder_input_ids"] = tokens
+    return inputs
 
 
 def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dict[Site, Tensor]:
@@ -145,19 +222,34 @@ def capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dic
     sites: as `resolve_site` returns them; one or more, in any order.
     inputs: what the model's forward takes (`input_ids`, `attention_mask`, ...). `use_cache` is off unless given.
 
-    Returns, for each site, a tensor (batch, sequence, hidden) in the dtype and on the device where it arose. It has no
-    gradient history, and unlike an inference tensor it can enter one. A module that runs several times in one forward
-    is captured at its first run. Dropout follows the model's mode: call `model.eval()` first.
+    Returns, for each site, a tensor (batch, sequence, hidden) in the dtype and on the device where it arose, with
+    batch and sequence those of the tokens in `inputs`. It has no gradient history, and unlike an inference tensor it
+    can enter one. A module that runs several times in one forward is captured at its first run. Dropout follows the
+    model's mode: call `model.eval()` first.
 
     The model is called as it was passed, so that the hooks of accelerate move the inputs as usual; the head still
     never runs, because the forward stops before it. A compiled model runs uncompiled. The hooks are removed whatever
     happens, and look at this thread's forward only.
 
     Raises SiteError for a site that the model does not have, that the forward does not run, or that holds something
-    other than (batch, sequence, hidden).
+    other than the tokens' vectors in their order (see `check_layout`, which runs before the first capture at a site).
     """
     if not sites:
         raise SiteError("capture was given no sites; expected at least one, as resolve_site returns them")
+    check_layout(model, sites)
+    captured = _capture(model, sites, **inputs)
+    given = token_shapes(inputs)
+    for site, hidden in captured.items():
+        if given and hidden.shape[:2] not in given:
+            raise SiteError(
+                f"the {site.io} of {site.path} has vectors for (batch, sequence) = {tuple(hidden.shape[:2])}, and the "
+                f"inputs have tokens for {tuple(given[0])}; tokens that an adapter puts before a prompt have no place "
+                "here: capture in the model without it"
+            )
+    return captured
+
+
+def _capture(model: PreTrainedModel, sites: Sequence[Site], **inputs: Any) -> dict[Site, Tensor]:
     wanted = set(sites)
     captured: dict[Site, Tensor] = {}
 
@@ -220,9 +312,14 @@ def replace(
     another shape, dtype or device, or where the site holds something other than (batch, sequence, hidden).
     """
     visits = {site: lambda hidden, site=site, fn=fn: _checked(site, hidden, fn(hidden)) for site, fn in edits.items()}
+    check_layout(model, list(edits))
+
+    def is_edited() -> bool:
+        return not _PROBING.get() and is_active()
+
     # Before other hooks: those with which transformers records `output_hidden_states` stay on the model from their
     # first use, and would otherwise record the activation without the edit, or with it, depending on what ran before.
-    with _hooked(model, visits, prepend=True, is_active=is_active):
+    with _hooked(model, visits, prepend=True, is_active=is_edited):
         yield
 
 
@@ -241,23 +338,23 @@ class _Tap:
     site: Site
     visit: Callable[[Tensor], Tensor | None]
     is_active: Callable[[], bool]
-    _forward: threading.local = field(default_factory=threading.local)
+    layout: Layout = field(default_factory=Layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
         return self
 
-    @property
-    def layer_shape(self) -> torch.Size | None:
-        """(batch, sequence) of the layer around the site, while it runs."""
-        return self._forward.__dict__.get("layer_shape")
-
     # Torch marks a hook as taking `kwargs` only once it is on the module, and unmarks it only when it is off. So
     # another thread's forward may call it without them; it is never active there.
+    def on_call(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if kwargs is not None and self.is_active():
+            self.layout.enter(module, args, kwargs)
+
+    def on_return(self, module: nn.Module, *_: Any) -> None:
+        self.layout.leave(module)
+
     def on_layer(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
-        if kwargs is None or not self.is_active():
-            return
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        self._forward.layer_shape = hidden.shape[:2] if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
+        if kwargs is not None and self.is_active():
+            self.layout.enter_layer(args[0] if args else kwargs.get("hidden_states"))
 
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
         if kwargs is None:
@@ -276,22 +373,18 @@ class _Tap:
     def _show(self, value: Any) -> Tensor | None:
         if not self.is_active():
             return None
-        hidden = self._per_token(value)
+        hidden = self.layout.per_token(value)
+        if hidden is None:
+            given = (
+                f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
+            raise SiteError(
+                f"the {self.site.io} of {self.site.path} is {given}{self.layout.describe()}; expected one "
+                "floating-point vector for each token, (batch, sequence, hidden): name another module, or the other "
+                "end of this one"
+            )
         new = self.visit(hidden)
         return None if new is None else new.reshape(value.shape)
-
-    def _per_token(self, value: Any) -> Tensor:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if value.ndim == 3 and self.layer_shape in (None, value.shape[:2]):
-                return value
-            if value.ndim == 2 and self.layer_shape is not None and len(value) == self.layer_shape.numel():
-                return value.unflatten(0, self.layer_shape)
-        given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        around = f", in a layer that sees (batch, sequence) = {tuple(self.layer_shape)}" if self.layer_shape else ""
-        raise SiteError(
-            f"the {self.site.io} of {self.site.path} is {given}{around}; expected one floating-point vector for each "
-            "token, (batch, sequence, hidden): name another module, or the other end of this one"
-        )
 
 
 @contextmanager
@@ -312,10 +405,14 @@ def _hooked(
         # Before any hook is there, and until none is: no thread may compile a model with the hooks in it.
         stack.enter_context(eager())
         for site, visit in visits.items():
-            if not isinstance(site, Site):
-                raise SiteError(f"expected a Site, given {site!r}; make one with resolve_site(model, {site!r})")
-            path = resolve_site(model, site).path
+            path = resolve_site(model, _site(site)).path
             module, layer, tap = model.get_submodule(path), _layer_around(model, path), _Tap(site, visit, acts)
+            for caller in _models_around(model, path):
+                handle = caller.register_forward_pre_hook(tap.on_call, with_kwargs=True)
+                stack.callback(handle.remove)
+                # Whatever happens in the call, it is over.
+                handle = caller.register_forward_hook(tap.on_return, always_call=True)
+                stack.callback(handle.remove)
             if layer is not None and layer is not module:
                 handle = layer.register_forward_pre_hook(tap.on_layer, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -325,6 +422,12 @@ def _hooked(
                 handle = module.register_forward_hook(tap.on_output, prepend=prepend)
             stack.callback(handle.remove)
         yield
+
+
+def _site(site: Any) -> Site:
+    if not isinstance(site, Site):
+        raise SiteError(f"expected a Site, given {site!r}; make one with resolve_site(model, {site!r})")
+    return site
 
 
 def _checked(site: Site, old: Tensor, new: Any) -> Tensor:
@@ -397,6 +500,13 @@ def _sublayer(layer: nn.Module, layer_path: str, kind: str) -> str:
         )
     inside = _BEFORE_RESIDUAL.get(type(layer.get_submodule(found[0])).__name__)
     return f"{found[0]}.{inside}" if inside else found[0]
+
+
+def _models_around(model: PreTrainedModel, path: str) -> list[nn.Module]:
+    """The model, and the models inside it that hold the module: each may be called with tokens."""
+    names = path.split(".")
+    inside = [model.get_submodule(".".join(names[:depth])) for depth in range(1, len(names))]
+    return [model, *(module for module in inside if isinstance(module, PreTrainedModel))]
 
 
 def _layer_around(model: nn.Module, path: str) -> nn.Module | None:
