@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from hf_msae.modeling.untrusted import parse_json
+
 # So many of a latent's children tell whether it is the sum of a few kinds.
 NUM_LARGEST = 5
 
@@ -156,12 +158,14 @@ class Hierarchy:
     def from_json(cls, text: str) -> "Hierarchy":
         """Read what `to_json` wrote. Raises ValueError for anything else."""
         try:
-            values = json.loads(text)
+            values = parse_json(text, "The file")
             values["edges"] = [Edge(**edge) for edge in values["edges"]]
             values["settings"] = HierarchySettings(**values["settings"])
-            return cls(**values)
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"This is no hierarchy as Hierarchy.to_json writes it: {error}") from error
+            found = cls(**values)
+            _check(found)
+            return found
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"This is no hierarchy as Hierarchy.to_json writes it: {error!s:.200}") from error
 
     def save(self, path: str | Path) -> None:
         """Write it as Graphviz where the name ends in .dot or .gv, else as JSON."""
@@ -183,3 +187,29 @@ class Hierarchy:
             lines.append("  }")
         lines += [f"  {e.parent} -> {e.child} [penwidth={0.5 + 2.5 * e.score:.2f}];" for e in self.edges]
         return "\n".join([*lines, "}"]) + "\n"
+
+
+def _check(hierarchy: Hierarchy) -> None:
+    """Raises ValueError or TypeError for edges between latents that there are not, and for what are no numbers."""
+    sizes, counts = hierarchy.prefix_sizes, hierarchy.counts
+    numbers = [*sizes, *counts, hierarchy.num_tokens, *hierarchy.super_parents, *hierarchy.survivors.values()]
+    if not sizes or any(type(number) is not int or number < 0 for number in numbers):
+        raise TypeError("sizes, counts, tokens, survivors and super-parents are whole numbers")
+    if len(counts) != sizes[-1] or max(counts) > hierarchy.num_tokens or not hierarchy.num_tokens:
+        raise ValueError(f"{len(counts):,} counts of {hierarchy.num_tokens:,} tokens, for {sizes[-1]:,} latents")
+    if not _is_number(hierarchy.residual_threshold):
+        raise TypeError("the threshold of the residual is no number")
+    for edge in hierarchy.edges:
+        ends = (edge.parent, edge.child, edge.shared)
+        if any(type(end) is not int for end in ends) or not all(map(_is_number, vars(edge).values())):
+            raise TypeError("an edge holds a value that is no number")
+        # Edges go from earlier latents to later ones, so that no walk along them ends where it began.
+        between = 0 <= edge.parent < edge.child < len(counts) and counts[edge.parent]
+        if not between or not 0 <= edge.shared <= hierarchy.num_tokens:
+            raise ValueError(
+                f"an edge goes from {edge.parent} to {edge.child} with {edge.shared} tokens, of {len(counts):,}"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

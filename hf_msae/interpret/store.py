@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 
 from hf_msae.interpret.hierarchy import Edge, Hierarchy
 from hf_msae.interpret.pages import Label, LatentPage, name_of, page_from_row
@@ -25,8 +25,11 @@ from hf_msae.interpret.writing import (
     LABELS_NAME,
     VERSION,
     Source,
+    row_features,
     shards,
 )
+from hf_msae.modeling import MatryoshkaSAEConfig
+from hf_msae.modeling.untrusted import inside, parse_json, read_json
 from hf_msae.process_wide import no_data_warning, no_datasets_bars
 
 
@@ -44,7 +47,7 @@ class Interpretation:
         self.folder = folder
         self.source = _read_source(folder)
         path = folder / HIERARCHY_NAME
-        self.hierarchy = Hierarchy.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        self.hierarchy = _read_hierarchy(path, self.source) if path.is_file() else None
         self.labels = _read_labels(folder)
 
     @classmethod
@@ -72,9 +75,19 @@ class Interpretation:
     def dataset(self) -> Any:
         """The rows, a memory-mapped `datasets.Dataset`."""
         from datasets import Dataset
+        from datasets.exceptions import DatasetsError
 
-        with no_datasets_bars():
-            rows = Dataset.from_parquet([str(path) for path in shards(self.folder)])
+        try:
+            with no_datasets_bars():
+                rows = Dataset.from_parquet([str(path) for path in shards(self.folder)])
+            if rows.features != row_features():
+                raise ValueError(f"the columns are {', '.join(rows.column_names)}, or hold something else")
+            for name in rows.column_names:
+                _check_values(rows.data.column(name), name)
+        except (ValueError, TypeError, OSError, NotImplementedError, DatasetsError) as error:
+            raise InterpretationError(
+                f"The pages in {self.folder} cannot be read ({error!s:.300}). Make them again: `hf-msae interpret`."
+            ) from error
         if len(rows) != len(self):
             raise InterpretationError(
                 f"{self.folder} has {len(rows):,} rows of {len(self):,} latents; some files are missing."
@@ -86,7 +99,15 @@ class Interpretation:
         if not 0 <= latent < len(self):
             raise InterpretationError(f"There is no latent {latent}; they are 0 to {len(self) - 1:,}.")
         parents, children = self._edges.get(latent, ([], []))
-        return page_from_row(self.dataset[latent], self.labels.get(latent), parents, children)
+        page = page_from_row(self.dataset[latent], self.labels.get(latent), parents, children)
+        contexts = [*page.top, *page.sampled]
+        if page.latent != latent or not all(
+            len(one.tokens) == len(one.activations) and 0 <= one.position < len(one.tokens) for one in contexts
+        ):
+            raise InterpretationError(
+                f"The page of latent {latent} in {self.folder} is damaged. Make them again with `hf-msae interpret`."
+            )
+        return page
 
     def column(self, name: str) -> list[Any]:
         """One value a latent, such as "density"; see `LatentPage`."""
@@ -124,7 +145,7 @@ class Interpretation:
 
         Raises InterpretationError where the Hub refuses.
         """
-        path = "/".join(filter(None, ((subfolder or "").strip("/"), FOLDER_NAME)))
+        path = "/".join(filter(None, (inside(subfolder or ""), FOLDER_NAME)))
         try:
             with no_data_warning():
                 commit = HfApi(token=token).upload_folder(
@@ -148,7 +169,7 @@ def stream_pages(
     """The pages of an interpretation on the Hub, each fetched when it is asked for, without labels and edges."""
     from datasets import load_dataset
 
-    path = "/".join(filter(None, ((subfolder or "").strip("/"), FOLDER_NAME, "latents-*.parquet")))
+    path = "/".join(filter(None, (inside(subfolder or ""), FOLDER_NAME, "latents-*.parquet")))
     ref = f"@{revision}" if revision else ""
     files = f"hf://{repo_id}{ref}/{path}"
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True, token=token)
@@ -163,7 +184,7 @@ def find_folder(
     token: str | bool | None = None,
 ) -> Path:
     """The folder with the interpretation's files, downloaded where `source` is a repo. Raises InterpretationError."""
-    inner = (subfolder or "").strip("/")
+    inner = inside(subfolder or "")
     local = Path(source) / inner
     if Path(source).is_dir():
         for folder in (local / FOLDER_NAME, local):
@@ -183,15 +204,53 @@ def find_folder(
 def _read_source(folder: Path) -> Source:
     path = folder / INDEX_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        source = Source(**values)
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        source = Source(**read_json(path))
+        _check_source(source)
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+        words = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise InterpretationError(
-            f"{path} cannot be read: {error}. Make it again with `hf-msae interpret`."
+            f"{path} cannot be read: {words!s:.300} Make it again with `hf-msae interpret`."
         ) from error
     if source.version > VERSION:
         raise InterpretationError(f"{path} was written by a later version of hf_msae; update it.")
     return source
+
+
+def _check_source(source: Source) -> None:
+    """Raises TypeError or ValueError for what cannot be of an SAE."""
+    counts = (source.num_latents, source.num_tokens, source.context_length, source.version, source.num_outliers)
+    texts = (source.dataset, source.base_model or "", source.site or "")
+    sizes = source.prefix_sizes
+    if type(sizes) is not list or not sizes or any(type(n) is not int or n < 0 for n in (*counts, *sizes)):
+        raise TypeError("a size or a count is no whole number.")
+    if not all(isinstance(text, str) for text in texts) or type(source.norm_limit) not in (type(None), int, float):
+        raise TypeError("a value is of another type than `hf-msae interpret` writes.")
+    # The same bounds as an SAE's.
+    MatryoshkaSAEConfig(num_latents=source.num_latents, prefix_sizes=source.prefix_sizes, k=1)
+
+
+def _check_values(values: Any, name: str) -> None:
+    """Raises ValueError where a column, or a list or a field in it, holds nulls; only quantiles may be missing."""
+    for part in values.chunks:
+        inner = {name: part}
+        while inner:
+            name, array = inner.popitem()
+            if array.null_count and name != "quantile":
+                raise ValueError(f"{name} is missing in places")
+            if str(array.type).startswith("list<"):
+                inner[name] = array.flatten()
+            elif str(array.type).startswith("struct<"):
+                inner |= {field.name: array.field(field.name) for field in array.type}
+
+
+def _read_hierarchy(path: Path, source: Source) -> Hierarchy:
+    try:
+        found = Hierarchy.from_json(path.read_text(encoding="utf-8"))
+        if found.prefix_sizes != source.prefix_sizes:
+            raise ValueError(f"it is of an SAE of {found.prefix_sizes[-1]} latents, not {source.prefix_sizes[-1]}.")
+    except ValueError as error:
+        raise InterpretationError(f"{path} cannot be read: {error} Make it again with `hf-msae interpret`.") from error
+    return found
 
 
 def _read_labels(folder: Path) -> dict[int, Label]:
@@ -199,8 +258,15 @@ def _read_labels(folder: Path) -> dict[int, Label]:
     if not path.is_file():
         return {}
     try:
-        return {int(latent): Label(**label) for latent, label in json.loads(path.read_text(encoding="utf-8")).items()}
+        found = parse_json(path.read_bytes(), str(path))
+        labels = {int(latent): Label(**label) for latent, label in found.items()}
+        for label in labels.values():
+            if not isinstance(label.text, str):
+                raise TypeError(f"the text of a label is {label.text!r}")
+            if not all(score is None or isinstance(score, int | float) for score in (label.detection, label.fuzzing)):
+                raise TypeError("the scores of a label are numbers")
+        return labels
     except (TypeError, ValueError, AttributeError) as error:
         raise InterpretationError(
-            f'{path} must hold {{"latent": {{"text": ...}}}} for each labelled latent: {error}'
+            f'{path} must hold {{"latent": {{"text": ...}}}} for each labelled latent: {error!s:.300}'
         ) from error

@@ -18,7 +18,7 @@ A `PrefixEdit` keeps only a level: h − Σ_{j ≥ m} f_j · W_dec[j] with the S
 the first m latents.
 """
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,8 +65,10 @@ class LatentEdit:
             )
         if isinstance(self.latent, bool) or not isinstance(self.latent, int) or self.latent < 0:
             raise SteeringError(f"a latent is a whole number from 0, got {self.latent!r}.")
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
-            raise SteeringError(f"latent {self.latent}: the value must be a finite number, got {self.value!r}.")
+        number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
+        if not number or not abs(self.value) <= sys.float_info.max:
+            raise SteeringError(f"latent {self.latent}: the value must be a finite number, got {self.value!r:.40}.")
+        _check_sae_name(self.sae)
 
     @property
     def changes_nothing(self) -> bool:
@@ -88,9 +90,17 @@ class PrefixEdit:
     def __post_init__(self) -> None:
         if isinstance(self.level, bool) or not isinstance(self.level, int):
             raise SteeringError(f"a level is a whole number, an index into prefix_sizes, got {self.level!r}.")
+        if not isinstance(self.keep_error, bool):
+            raise SteeringError(f"keep_error is true or false, got {self.keep_error!r:.40}.")
+        _check_sae_name(self.sae)
 
 
 Edit = LatentEdit | PrefixEdit
+
+
+def _check_sae_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise SteeringError(f"an edit's sae is the SAE's subfolder, a text, got {name!r:.40}.")
 
 
 def check_edits(sae: MatryoshkaSAE, edits: Sequence[Edit], name: str = "") -> None:

@@ -236,7 +236,10 @@ def check_positions(positions: Positions) -> None:
     elif isinstance(positions, Tensor):
         known = positions.dtype == torch.bool and positions.ndim in (1, 2)
     else:
-        known = isinstance(positions, slice) and (positions.step is None or positions.step > 0)
+        known = isinstance(positions, slice) and all(
+            part is None or type(part) is int for part in (positions.start, positions.stop, positions.step)
+        )
+        known = known and (positions.step is None or positions.step > 0)
     if not known:
         raise SteeringError(
             f"positions must be {', '.join(map(repr, NAMES))}, a slice of the prompt with a positive step, or a bool "

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.untrusted import inside, parse_json
 from hf_msae.steering.context import steering_context
 from hf_msae.steering.edits import Edit, LatentEdit, PrefixEdit, SteeringError
 from hf_msae.steering.positions import Positions, check_positions
@@ -45,6 +46,8 @@ class Steering:
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))
         check_positions(self.positions)
+        if not (isinstance(self.name, str) and isinstance(self.description, str)):
+            raise SteeringError(f"name and description are texts, got {self.name!r:.80}, {self.description!r:.80}.")
         if isinstance(self.positions, Tensor):
             raise SteeringError(
                 "a mask of positions belongs to one text and cannot be kept; give a slice, or use steer."
@@ -95,7 +98,7 @@ def save_steering(steering: Steering, folder: str | Path) -> Path:
     if not any((folder / name).is_file() for name in SAE_FILES):
         raise SteeringError(f"{folder} holds no SAE; a steering names latents, so save it where its SAE is saved.")
     path = folder / STEERING_NAME
-    before = _parse(path.read_text(), str(folder)) if path.is_file() else {}
+    before = _parse(path.read_bytes(), str(folder)) if path.is_file() else {}
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".steering-", delete=False) as draft:
         draft.write(_format({**before, steering.name: steering}))
     os.replace(draft.name, path)
@@ -110,12 +113,12 @@ def load_steerings(source: str | Path, *, subfolder: str = "", **hub: Any) -> di
     """
     where = "/".join(filter(None, (str(source), subfolder)))
     if Path(source).is_dir():
-        path = Path(source) / subfolder / STEERING_NAME
+        path = Path(source) / inside(subfolder) / STEERING_NAME
         if not path.is_file():
             raise SteeringError(f"{where} has no {STEERING_NAME}; save_steering writes one.")
-        return _parse(path.read_text(), where)
+        return _parse(path.read_bytes(), where)
     try:
-        path = Path(hf_hub_download(str(source), STEERING_NAME, subfolder=subfolder or None, **hub))
+        path = Path(hf_hub_download(str(source), STEERING_NAME, subfolder=inside(subfolder) or None, **hub))
     except EntryNotFoundError as error:
         raise SteeringError(f"{where} has no {STEERING_NAME}; push_steering makes one.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -123,7 +126,7 @@ def load_steerings(source: str | Path, *, subfolder: str = "", **hub: Any) -> di
             f"there is no folder and no Hub repo {source} that you may read; check the spelling, or log in (`hf auth "
             "login`) if it is private."
         ) from error
-    return _parse(path.read_text(), where)
+    return _parse(path.read_bytes(), where)
 
 
 def load_steering(source: str | Path, name: str | None = None, *, subfolder: str = "", **hub: Any) -> Steering:
@@ -157,7 +160,7 @@ def push_steering(
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise SteeringError(f"there is no model repo {repo_id} that you may read; push the SAE first.") from error
     there = {file.rfilename for file in info.siblings or ()}
-    at = {name: "/".join(filter(None, (subfolder, name))) for name in (*SAE_FILES, STEERING_NAME)}
+    at = {name: "/".join(filter(None, (inside(subfolder), name))) for name in (*SAE_FILES, STEERING_NAME)}
     if not any(at[name] in there for name in SAE_FILES):
         raise SteeringError(f"{repo_id} has no SAE in {subfolder or 'its root'}; push the SAE first.")
     before: dict[str, Steering] = {}
@@ -181,23 +184,27 @@ def _format(steerings: Mapping[str, Steering]) -> str:
     return json.dumps({"version": VERSION, "steerings": listed}, indent=2) + "\n"
 
 
-def _parse(text: str, where: str) -> dict[str, Steering]:
+def _parse(text: bytes, where: str) -> dict[str, Steering]:
     try:
-        content = json.loads(text)
+        content = parse_json(text, "it")
         if content["version"] > VERSION:
             raise SteeringError(f"it has version {content['version']}, later than {VERSION}: update hf_msae")
-        found = [Steering.from_dict(values) for values in content["steerings"]]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, SteeringError) as error:
-        raise SteeringError(f"{STEERING_NAME} of {where} cannot be read ({type(error).__name__}: {error}).") from error
-    return {steering.name: steering for steering in found}
+        found = {one.name: one for one in map(Steering.from_dict, content["steerings"])}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise SteeringError(
+            f"{STEERING_NAME} of {where} cannot be read ({type(error).__name__}: {error!s:.400})."
+        ) from error
+    return found
 
 
 def _edit(values: Mapping[str, Any]) -> Edit:
-    kind = PrefixEdit if "level" in values else LatentEdit
+    kind = PrefixEdit if isinstance(values, Mapping) and "level" in values else LatentEdit
     return kind(**_known(kind, values))
 
 
 def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise SteeringError(f"a {kind.__name__} is an object {{...}}, got {values!r:.80}")
     names = [field.name for field in fields(kind)]
     unknown = sorted(set(values) - set(names))
     if unknown:

@@ -1,9 +1,15 @@
 """Pages on disk and on the Hub: what is read is what was written, and what was written is what was found."""
 
 import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from datasets import concatenate_datasets
@@ -11,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_hub.server import LocalHub
 from patience import calls_of
+from pyarrow import parquet
 from transformers import BertConfig, BertModel
 
+from hf_msae.cli.tree import draw, summary
 from hf_msae.interpret import Interpretation, interpret, stream_pages
 from hf_msae.interpret.effects import LogitEffects, decode_tokens, nearest_latents
 from hf_msae.interpret.pages import Context, Label
@@ -203,3 +211,146 @@ def test_pages_are_streamed_from_files(folder, hub: LocalHub, known):
     first = next(stream)
     assert (first.latent, first.density, first.top) == (0, local.page(0).density, local.page(0).top)
     assert [page.latent for page in stream] == list(range(1, 18))
+
+
+# Damaged and absurd files
+
+NONSENSE = [None, -1, math.nan, 10**400, 2**62, "../x", [], [[3]], {"a": 1}]
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where something lies in JSON: of a list only the first element."""
+    yield path
+    if isinstance(value, dict):
+        for key in list(value)[:20]:
+            yield from places(value[key], (*path, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*path, 0))
+
+
+def damaged(value: object) -> Iterator[str]:
+    """The JSON with each part of it gone, then replaced by each kind of nonsense; and what is no JSON at all."""
+    text = json.dumps(value)
+    yield from ("", "{", text[: len(text) // 2], "[" * 100_000, "1" * 10_000, "null")
+    for path in places(value):
+        for index, other in enumerate(["gone", *NONSENSE]):
+            copied = json.loads(text)
+            if not path:
+                yield json.dumps(other)
+                continue
+            inside = copied
+            for key in path[:-1]:
+                inside = inside[key]
+            if index == 0:
+                del inside[path[-1]]
+            else:
+                inside[path[-1]] = other
+            yield json.dumps(copied)
+
+
+@pytest.fixture
+def damageable(folder, tmp_path) -> Path:
+    """A copy of the pages, with labels."""
+    copied = tmp_path / "interpretation"
+    shutil.copytree(folder, copied)
+    Interpretation.load(copied).save_labels({4: Label("birds", 0.9, None), 5: Label("fish")})
+    return copied
+
+
+def use(folder: Path) -> None:
+    """What is read of an interpretation, and everything that is written of its tree."""
+    found = Interpretation.load(folder)
+    for latent in range(len(found)):
+        assert found.page(latent).name == found.names[latent]
+    tree = found.hierarchy
+    if tree is not None:
+        assert summary(tree)
+        assert len(draw(tree, found.names, None, 3, 5)) <= 6
+        assert tree.to_graphviz(dict(enumerate(found.names))).endswith("}\n")
+
+
+@pytest.mark.parametrize("name", ["interpretation.json", "hierarchy.json", "labels.json"])
+def test_damaged_files_are_used_as_they_are_or_refused_in_a_sentence(damageable, name):
+    path = damageable / name
+    whole = path.read_text()
+    use(damageable)
+    said = []
+    for text in damaged(json.loads(whole)):
+        path.write_text(text)
+        try:
+            use(damageable)
+        except InterpretationError as error:
+            said.append(str(error))
+    assert len(said) > 30
+    assert all(len(words) < 700 and str(damageable) in words for words in said)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InterpretationError):
+        use(damageable)
+
+
+def rewrite(folder: Path, change: Callable[[pyarrow.Table], pyarrow.Table]) -> None:
+    (path,) = folder.glob("latents-*.parquet")
+    parquet.write_table(change(parquet.read_table(path)), path)
+
+
+def set_column(name: str, values: Any) -> Callable[[pyarrow.Table], pyarrow.Table]:
+    def change(table: pyarrow.Table) -> pyarrow.Table:
+        column = values(table.column(name)) if callable(values) else values
+        return table.set_column(table.column_names.index(name), name, column)
+
+    return change
+
+
+def shorter(column: pyarrow.ChunkedArray) -> pyarrow.Array:
+    """Contexts with an activation less than they have tokens."""
+    rows = [[one | {"activations": one["activations"][1:]} for one in row] for row in column.to_pylist()]
+    return pyarrow.array(rows, column.type)
+
+
+TABLES = {
+    "a column is missing": lambda table: table.drop_columns(["density"]),
+    "a column too many": lambda table: table.append_column("more", pyarrow.array([0] * 18)),
+    "numbers are texts": set_column("density", pyarrow.array(["x"] * 18)),
+    "numbers are missing": set_column("density", pyarrow.array([None] * 18, pyarrow.float64())),
+    "lists are missing": set_column("top", lambda column: pyarrow.array([None] * 18, column.type)),
+    "tokens are missing": set_column("peak_tokens", pyarrow.array([[None]] * 18, pyarrow.list_(pyarrow.string()))),
+    "tokens are numbers in a dictionary": set_column("peak_tokens", pyarrow.array([{"a": 1}] * 18)),
+    "contexts of two lengths": set_column("top", shorter),
+    "latents of another order": set_column("latent", pyarrow.array(list(range(18))[::-1], pyarrow.int32())),
+    "no rows": lambda table: table.slice(0, 0),
+    "rows are missing": lambda table: table.slice(0, 5),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_pages_of_another_form_are_refused_in_a_sentence(damageable, kind):
+    rewrite(damageable, TABLES[kind])
+    with pytest.raises(InterpretationError, match=re.escape(str(damageable))):
+        use(damageable)
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "noise", "directory", "absent"])
+def test_files_that_are_no_parquet_are_refused_in_a_sentence(damageable, kind):
+    (path,) = damageable.glob("latents-*.parquet")
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind != "absent":
+        path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "noise": content[::-1]}[kind])
+    with pytest.raises(InterpretationError, match=re.escape(str(damageable))):
+        use(damageable)
+
+
+@pytest.mark.parametrize("name", ["..", "../interpretation", "/etc", "a/../.."])
+def test_no_interpretation_is_read_beside_the_folder_that_was_named(damageable, hub: LocalHub, name):
+    (damageable / "below").mkdir()
+    hub.requests.clear()
+    for source in (damageable / "below", "tester/birds"):
+        with pytest.raises(ValueError, match=r"The subfolder .* must be a path below"):
+            Interpretation.load(source, subfolder=name)
+    with pytest.raises(ValueError, match=r"The subfolder .* must be a path below"):
+        Interpretation.load(damageable).push("tester/birds", subfolder=name)
+    with pytest.raises(ValueError, match=r"The subfolder .* must be a path below"):
+        next(stream_pages("tester/birds", subfolder=name))
+    assert hub.requests == []

@@ -1,6 +1,8 @@
 """A steering as data: what was saved is what is loaded, beside its SAE, on disk and on the Hub."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ def test_a_mask_is_not_kept():
 
 
 BROKEN: list[tuple[Any, str]] = [
-    ("{", "JSONDecodeError"),
+    ("{", "no JSON that can be read"),
     ("[]", "TypeError"),
     ('{"version": 1}', "KeyError: 'steerings'"),
     ('{"version": 2, "steerings": []}', "it has version 2, later than 1: update hf_msae"),
@@ -154,3 +156,67 @@ def test_a_repo_that_is_not_there_or_has_none_is_told_in_words(hub, sae):
     sae.push_to_hub(REPO)
     with pytest.raises(SteeringError, match=f"{REPO} has no steering.json; push_steering makes one"):
         load_steering(REPO)
+
+
+# Damaged and absurd files
+
+NONSENSE = [None, True, -1, 0.5, math.nan, math.inf, 10**400, "x", "../x", [], [[3]], {}, {"a": 1}]
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where something lies in JSON."""
+    yield path
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    ):
+        yield from places(inner, (*path, key))
+
+
+def test_a_damaged_file_is_read_or_refused_in_a_sentence(folder):
+    """Each part gone, then replaced by each kind of nonsense. What is read can be written again and is the same."""
+    save_steering(OWLS, folder)
+    save_steering(COARSE, folder)
+    path = folder / "steering.json"
+    said = []
+    whole = path.read_text()
+    texts = ["", "[" * 100_000, "1" * 10_000, whole[:40]]
+    for at in places(json.loads(whole)):
+        for index, other in enumerate(["gone", *NONSENSE]):
+            content: Any = [json.loads(whole)]
+            inside = content
+            for key in (0, *at)[:-1]:
+                inside = inside[key]
+            if index == 0 and at:
+                del inside[at[-1]]
+            else:
+                inside[(0, *at)[-1]] = other
+            texts.append(json.dumps(content[0]))
+    for text in texts:
+        path.write_text(text)
+        try:
+            found = load_steerings(folder)
+        except SteeringError as error:
+            said.append(str(error))
+        else:
+            for name, steering in found.items():
+                assert Steering.from_dict(json.loads(json.dumps(steering.to_dict()))) == steering
+                assert name == steering.name
+    assert len(said) > len(texts) / 2
+    assert all(f"steering.json of {folder} cannot be read" in words and len(words) < 700 for words in said)
+    path.write_bytes(b"\xff{}")
+    with pytest.raises(SteeringError, match="cannot be read"):
+        load_steerings(folder)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/../.."])
+def test_no_steering_is_read_beside_the_folder_that_was_named(folder, hub, sae, name):
+    save_steering(OWLS, folder)
+    (folder / "below").mkdir()
+    sae.push_to_hub(REPO)
+    hub.requests.clear()
+    for source in (folder / "below", REPO):
+        with pytest.raises(ValueError, match=r"The subfolder .* must be a path below"):
+            load_steerings(source, subfolder=name)
+    assert hub.requests == []
+    with pytest.raises(ValueError, match=r"The subfolder .* must be a path below"):
+        push_steering(OWLS, REPO, subfolder=name)
