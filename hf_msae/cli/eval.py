@@ -1,6 +1,5 @@
 """`hf-msae eval`: every metric of an SAE, at every prefix, beside baselines that can make it look bad."""
 
-import json
 import logging
 import shutil
 import time
@@ -35,6 +34,7 @@ from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
 from hf_msae.evaluation.suite import DEFAULT_METRICS, METRICS, OF_CONCEPTS, check_metrics
 from hf_msae.evaluation.tables import all_tables
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.untrusted import read_json
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.preparation import window_length
@@ -245,16 +245,22 @@ def _training_arguments(args: EvalArguments, folder: Path) -> SAETrainingArgumen
     values: dict[str, Any] = {}
     own = Path(args.sae)
     if (own / "training_arguments.json").is_file():
-        recorded = json.loads((own / "training_arguments.json").read_text())
+        recorded = read_json(own / "training_arguments.json")
         values = {name: recorded[name] for name in SHARED_ARGUMENTS if name in recorded}
     tokens = args.baseline_tokens
     if tokens is None and (own / "metrics.json").is_file():
-        tokens = json.loads((own / "metrics.json").read_text()).get("training_tokens")
+        tokens = read_json(own / "metrics.json").get("training_tokens")
     if tokens is None:
         raise ValueError(f"{args.sae} does not say on how many tokens it was trained; give --baseline-tokens.")
     values |= {"max_tokens": tokens, "save_steps": 0, "ce_tokens": 0, "eval_tokens": args.eval_tokens}
     values |= {"use_cpu": args.use_cpu, "lm_batch_size": args.lm_batch_size}
-    return SAETrainingArguments(output_dir=str(folder / BASELINE_FOLDER), **values)
+    try:
+        return SAETrainingArguments(output_dir=str(folder / BASELINE_FOLDER), **values)
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"training_arguments.json or metrics.json of {args.sae} holds what no run writes ({error!s:.200}); delete "
+            "them and give --baseline-tokens."
+        ) from error
 
 
 def _labelled(

@@ -26,6 +26,7 @@ from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.store import Interpretation
 from hf_msae.interpret.writing import FOLDER_NAME
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.untrusted import inside
 
 DESCRIPTION = """\
 Read text once and write what each latent of SAE (a folder or a Hub repo) reacts to and says: contexts from the top and
@@ -143,7 +144,7 @@ def write_labels(labeller: Labeller, interpretation: Interpretation, num_labels:
 def _output_folder(args: InterpretArguments) -> Path:
     if args.output_dir is None and not Path(args.sae).is_dir():
         raise ValueError(f"{args.sae} is a Hub repo; say where to write with --output-dir.")
-    folder = Path(args.output_dir) if args.output_dir else Path(args.sae) / args.subfolder / FOLDER_NAME
+    folder = Path(args.output_dir) if args.output_dir else Path(args.sae) / inside(args.subfolder) / FOLDER_NAME
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; give another --output-dir, or delete it.")
     return folder

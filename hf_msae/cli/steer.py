@@ -15,6 +15,7 @@ from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_
 from hf_msae.interpret.search import search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.untrusted import inside
 from hf_msae.steering import LatentEdit, PrefixEdit, SteeredPipeline, Steering, SteeringError, load_steering
 from hf_msae.steering.edits import Edit, Units, check_edits
 from hf_msae.steering.saved import STEERING_NAME
@@ -105,7 +106,7 @@ def read_steering(args: SteerArguments) -> Steering:
     if (
         args.steering is None
         and Path(args.sae).is_dir()
-        and not (Path(args.sae) / args.subfolder / STEERING_NAME).is_file()
+        and not (Path(args.sae) / inside(args.subfolder) / STEERING_NAME).is_file()
     ):
         MatryoshkaSAE.from_pretrained(args.sae, subfolder=args.subfolder)  # or says what is there
         raise SteeringError(

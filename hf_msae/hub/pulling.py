@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from hf_msae.hub.card import write_model_card
 from hf_msae.hub.formats.common import written_whole
@@ -129,7 +129,7 @@ def _fetch_files(repo_id: str, places: Mapping[str, str], draft: Path, hub: Mapp
 
 def _belongs(name: str) -> bool:
     """Whether a file of that name is a part of an SAE, or says something of it, and is nothing that runs by itself."""
-    return name in FILES_OF_AN_SAE or SHARD.fullmatch(name) is not None
+    return name in FILES_OF_AN_SAE or _is_weights(name)
 
 
 def _folder_of(name: str) -> str:
@@ -156,6 +156,17 @@ def _fetch_prefix(
 
 
 def _pulled(repo_id: str, entry: SAEEntry, folder: Path, prefix: int | None, hub: Mapping[str, Any]) -> Pulled:
-    url = hf_hub_url(repo_id, WEIGHTS_NAME, subfolder=entry.subfolder or None, revision=hub["revision"])
-    on_hub = get_hf_file_metadata(url, token=hub["token"]).size or 0
-    return Pulled(entry, folder, prefix or entry.num_latents, (folder / WEIGHTS_NAME).stat().st_size, on_hub)
+    """What was fetched. The weights are one file or several, in the repo as here."""
+    info = HfApi(token=hub["token"]).model_info(repo_id, revision=hub["revision"], files_metadata=True)
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    on_hub = sum(
+        size
+        for name, size in files.items()
+        if _folder_of(name) == entry.subfolder and _is_weights(PurePosixPath(name).name)
+    )
+    here = sum(path.stat().st_size for path in folder.iterdir() if _is_weights(path.name))
+    return Pulled(entry, folder, prefix or entry.num_latents, here, on_hub)
+
+
+def _is_weights(name: str) -> bool:
+    return name == WEIGHTS_NAME or SHARD.fullmatch(name) is not None

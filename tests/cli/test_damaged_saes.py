@@ -148,3 +148,38 @@ def test_a_process_of_its_own_ends_the_same_way(whole, tmp_path, kind):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     check_words(done.stderr, "convert")
+
+
+@pytest.mark.parametrize("name", ["training_arguments.json", "metrics.json"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[" * 100_000, '{"learning_rate": [], "training_tokens": "x"}', '{"training_tokens": [3]}']
+)
+def test_a_damaged_record_of_a_run_is_one_sentence(whole, tmp_path, capfd, name, text):
+    """Baselines are trained as the SAE was, which these two files say."""
+    shutil.copytree(whole, tmp_path / "sae")
+    (tmp_path / "sae" / "metrics.json").write_text('{"training_tokens": 5000}')
+    (tmp_path / "sae" / "training_arguments.json").write_text("{}")
+    (tmp_path / "sae" / name).write_text(text)
+    if "training_tokens" in text:
+        (tmp_path / "sae" / "training_arguments.json").write_text('{"learning_rate": []}')
+    with pytest.raises(SystemExit) as caught:
+        main(("eval", str(tmp_path / "sae"), "--output-dir", str(tmp_path / "out"), "--baselines", "batch_topk"))
+    check_words(capfd.readouterr().err, "eval")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["interpret", "steer", "tree", "convert"])
+def test_a_subfolder_that_leads_outside_is_one_sentence(whole, tmp_path, capfd, command):
+    (whole / "below").mkdir(exist_ok=True)
+    given = {
+        "interpret": ("interpret", str(whole / "below")),
+        "steer": ("steer", "--sae", str(whole / "below"), "--prompt", "A boy"),
+        "tree": ("tree", str(whole / "below")),
+        "convert": ("convert", str(whole / "below"), str(tmp_path / "out")),
+    }[command]
+    with pytest.raises(SystemExit) as caught:
+        main((*given, "--subfolder", ".."))
+    printed = capfd.readouterr().err
+    check_words(printed, command)
+    assert "must be a path below" in printed
+    assert caught.value.code == 2

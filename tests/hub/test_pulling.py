@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.index import INDEX_NAME, NoSAEError, list_saes, load_saes
@@ -156,3 +157,15 @@ def test_what_a_run_has_not_finished_is_no_sae(hub, tmp_path, unfinished: str, p
             hub.put(REPO, {INDEX_NAME: json.dumps(index).encode()})
     assert [entry.subfolder for entry in list_saes(source)] == ["a"]
     assert list(load_saes(source)) == ["a"]
+
+
+def test_an_sae_in_several_files_is_fetched_whole(hub, tmp_path):
+    sae = make_sae()
+    sae.save_pretrained(tmp_path / "sae", max_shard_size="1KB")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "sae").glob("model-*.safetensors")}
+    assert len(sizes) > 1
+    HfApi().create_repo(REPO)
+    HfApi().upload_folder(repo_id=REPO, folder_path=tmp_path / "sae")
+    (pulled,) = pull(REPO, tmp_path / "new")
+    assert pulled.num_bytes == pulled.num_bytes_on_hub == sum(sizes.values())
+    assert torch.equal(MatryoshkaSAE.from_pretrained(tmp_path / "new").W_dec, sae.W_dec)
