@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import TokenWindows, as_documents, harvest, load_documents
+from hf_msae.data.holding_out import BASE_SPLIT
 from hf_msae.sites import resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.learner import Learner
@@ -65,7 +66,8 @@ class Parts:
 
     def _windows(self) -> list:
         windows, tokens = [], 0
-        for window in TokenWindows(self.documents.skip(1_500), self.tokenizer, context_length=self.context_length):
+        training = self.documents.without(BASE_SPLIT)
+        for window in TokenWindows(training, self.tokenizer, context_length=self.context_length):
             windows.append(window)
             tokens += int(window.keep.sum())
             if tokens >= self.tokens:

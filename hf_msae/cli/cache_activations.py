@@ -12,8 +12,10 @@ from hf_msae.data import (
     cache_activations,
     find_norm_limits,
     pad_id,
+    vocabulary,
 )
 from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE
+from hf_msae.data.holding_out import BASE_SPLIT
 from hf_msae.sites import resolve_site
 
 DESCRIPTION = """\
@@ -52,9 +54,14 @@ def run(arguments: list[str]) -> None:
     if isinstance(documents, CachedActivations):
         raise ValueError(f"--dataset {sources.dataset} is an activation cache already; give text.")
     model, tokenizer = load_language_model(sources)
-    windows = TokenWindows(documents, tokenizer, context_length=args.context_length, pack=args.packing)
+    rows = vocabulary(model)
+    filler = pad_id(tokenizer, rows)
+    # What an evaluation of the same data measures on is left out; the order makes the first rows, which training on
+    # the cache holds out, as mixed as the rest.
+    mixed = documents.without(BASE_SPLIT).shuffle(args.seed)
+    windows = TokenWindows(mixed, tokenizer, context_length=args.context_length, pack=args.packing, vocab_size=rows)
     sites = [resolve_site(model, site) for site in args.site]
-    options = {"lm_batch_size": args.lm_batch_size, "pad_id": pad_id(tokenizer)}
+    options = {"lm_batch_size": args.lm_batch_size, "pad_id": filler}
     limits = find_norm_limits(model, sites, windows, multiple=args.norm_outlier_multiple, **options)
     stream = ActivationStream(
         model,
@@ -65,7 +72,7 @@ def run(arguments: list[str]) -> None:
         lm_batch_size=args.lm_batch_size,
         seed=args.seed,
         norm_limits=limits,
-        pad_id=pad_id(tokenizer),
+        pad_id=filler,
     )
     folder = cache_activations(stream, args.output_dir, max_tokens=args.max_tokens, shard_tokens=args.shard_tokens)
     index = CachedActivations(folder, batch_size=1)

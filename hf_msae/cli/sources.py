@@ -61,10 +61,14 @@ class SourceArguments:
     )
     separator: str | None = field(
         default=None,
-        metadata={"help": "What separates documents in .txt files. Default: <|endoftext|> if used, else blank lines."},
+        metadata={
+            "help": "What separates documents in .txt files, such as '\\n' for a document a line. Default: "
+            "<|endoftext|> if used, else blank lines."
+        },
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Text to measure on. Default: the first documents, which are then held out."}
+        default=None,
+        metadata={"help": "Text to measure on. Default: documents of --dataset, held out by a hash of each."},
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to measure on, of --eval-dataset or else of --dataset."}
@@ -159,9 +163,20 @@ def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
         revision=args.dataset_revision,
         text_column=args.text_column,
         messages_column=args.messages_column,
-        separator=args.separator,
+        separator=_unescaped(args.separator),
     )
     return documents, _eval_data(args)
+
+
+def _unescaped(separator: str | None) -> str | None:
+    """A shell hands over `\\n` as two characters; a line's end is what they mean."""
+    if separator is None:
+        return None
+    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t"), ("\\f", "\f")):
+        separator = separator.replace(written, meant)
+    if not separator:
+        raise ValueError("--separator is empty; give what stands between documents, or leave it out.")
+    return separator
 
 
 def _eval_data(args: SourceArguments) -> Any:
@@ -174,7 +189,7 @@ def _eval_data(args: SourceArguments) -> Any:
     if same and Path(source).is_file():
         raise ValueError(
             f"--eval-split {args.eval_split}: {source} is a single file without splits. Give --eval-dataset, or "
-            "nothing: the first documents are then held out."
+            "nothing: some of its documents are then held out."
         )
     return load_documents(
         source,
@@ -183,5 +198,5 @@ def _eval_data(args: SourceArguments) -> Any:
         revision=args.dataset_revision if same else None,
         text_column=args.text_column,
         messages_column=args.messages_column,
-        separator=args.separator,
+        separator=_unescaped(args.separator),
     )

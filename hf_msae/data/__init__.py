@@ -1,12 +1,16 @@
 """From documents to shuffled batches of activations, and activations on disk."""
 
 from hf_msae.data.cache import CachedActivations, CacheError, cache_activations, is_activation_cache
-from hf_msae.data.documents import Document, Documents, as_documents, load_documents
+from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
 from hf_msae.data.forward import ActivationError, find_norm_limits, harvest, within_limit
+from hf_msae.data.holding_out import HeldOutWindows, hold_out, split_of
+from hf_msae.data.loading import as_documents, load_documents
+from hf_msae.data.lots import Split
+from hf_msae.data.rows import Document
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.stream import ActivationStream, BatchIterator
-from hf_msae.data.windows import TokenBatch, TokenWindows, Window, collate, count_tokens, hold_out, pad_id
+from hf_msae.data.windows import TokenBatch, TokenWindows, Window, collate, count_tokens, pad_id, vocabulary
 
 __all__ = [
     "ActivationError",
@@ -17,6 +21,8 @@ __all__ = [
     "DatasetError",
     "Document",
     "Documents",
+    "HeldOutWindows",
+    "Split",
     "TokenBatch",
     "TokenWindows",
     "Window",
@@ -32,5 +38,7 @@ __all__ = [
     "is_activation_cache",
     "load_documents",
     "pad_id",
+    "split_of",
+    "vocabulary",
     "within_limit",
 ]

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_msae.data.fingerprints import fingerprint, of_files
-from hf_msae.data.stream import ActivationStream, BatchIterator, seeded_generator
+from hf_msae.data.randomness import seeded_generator
+from hf_msae.data.stream import ActivationStream, BatchIterator
 from hf_msae.sites import Site
 
 INDEX = "index.json"

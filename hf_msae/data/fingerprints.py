@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_msae.data.documents import Documents, as_documents
+from hf_msae.data.documents import Documents
+from hf_msae.data.loading import as_documents
 from hf_msae.data.sources import Cursor, FileSource, SequenceSource, StreamSource, UnreadableRow
 
 # Of a file: this many pieces of so many bytes, evenly spaced, the first and the last bytes among them.

@@ -16,7 +16,12 @@ import io
 import json
 import logging
 import time
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -39,7 +44,12 @@ class UnreadableRow(DatasetError):
 
 
 class Cursor(Protocol):
-    """One pass over a source."""
+    """One pass over a source.
+
+    number: of the row that was read last, in the order in which rows are stored; None where they come in that order.
+    """
+
+    number: int | None
 
     def read(self) -> Any:
         """The next row. Raises `EOFError` after the last, and `UnreadableRow` once for a row that is passed over."""
@@ -69,11 +79,13 @@ class SequenceSource:
 
     def open(self, position: int | None = None) -> "SequenceCursor":
         if not isinstance(position, int | None):
-            raise _elsewhere(position, "a row's number")
+            raise elsewhere(position, "a row's number")
         return SequenceCursor(self.rows, position or 0)
 
 
 class SequenceCursor:
+    number: int | None = None
+
     def __init__(self, rows: Sequence[Any], index: int) -> None:
         self.rows = rows
         self.index = index
@@ -105,18 +117,27 @@ class FileSource:
         self.paths = list(paths)
         self.separator = separator
         self.num_documents: int | None = None
+        self._indexed: IndexedFiles | None = None
+
+    def indexed(self) -> "IndexedFiles":
+        """The rows as a sequence; the files are gone through once, when this is called first."""
+        if self._indexed is None:
+            self._indexed = IndexedFiles(self)
+        return self._indexed
 
     def open(self, position: Sequence[int] | None = None) -> "FileCursor":
         position = [0, 0] if position is None else position
         if not isinstance(position, list | tuple) or [type(number) for number in position] != [int, int]:
-            raise _elsewhere(position, "a file's number and a byte in it")
+            raise elsewhere(position, "a file's number and a byte in it")
         file_number, offset = position
         if file_number >= len(self.paths):
-            raise _elsewhere(position, f"a place in one of {len(self.paths)} files")
+            raise elsewhere(position, f"a place in one of {len(self.paths)} files")
         return FileCursor(self, file_number, offset)
 
 
 class FileCursor:
+    number: int | None = None
+
     def __init__(self, source: FileSource, file_number: int, offset: int) -> None:
         self.source = source
         self.file_number = file_number
@@ -153,6 +174,38 @@ class FileCursor:
         raise EOFError
 
 
+class IndexedFiles(Sequence[Any]):
+    """Rows of files in any order. Of a .json file that is one array the items are kept in memory."""
+
+    def __init__(self, source: FileSource) -> None:
+        self.source = source
+        self.ends: list[array[int]] = []
+        self.items: dict[int, list[Any]] = {}
+        for number, path in enumerate(source.paths):
+            layout = _layout(path, source.separator)
+            found = list(layout.pieces(path.open("rb"), 0)) if layout.in_memory else []
+            self.ends.append(array("Q", (end for _, end in found or layout.pieces(path.open("rb"), 0))))
+            if layout.in_memory:
+                self.items[number] = [item for item, _ in found]
+        self.layouts = [_layout(path, source.separator) for path in source.paths]
+        self.firsts = [0, *accumulate(map(len, self.ends))]
+
+    def __len__(self) -> int:
+        return self.firsts[-1]
+
+    def __getitem__(self, row: Any) -> Any:
+        number = bisect_right(self.firsts, row) - 1
+        path, layout, place = self.source.paths[number], self.layouts[number], row - self.firsts[number]
+        begin = self.ends[number][place - 1] if place else 0
+        if layout.in_memory:
+            return layout.parse(path, self.items[number][place], begin)
+        with path.open("rb") as handle:
+            handle.seek(begin)
+            contents = handle.read(self.ends[number][place] - begin)
+        piece, _ = next(layout.pieces(io.BytesIO(contents), begin))
+        return layout.parse(path, piece, begin)
+
+
 class StreamSource:
     """Rows of a `datasets.IterableDataset`, whose own `state_dict` is the position.
 
@@ -177,12 +230,14 @@ class StreamSource:
 
     def open(self, position: dict[str, Any] | None = None) -> "StreamCursor":
         if not isinstance(position, dict | None):
-            raise _elsewhere(position, "a stream's state")
+            raise elsewhere(position, "a stream's state")
         self.latest = StreamCursor(self, self.start if position is None else position)
         return self.latest
 
 
 class StreamCursor:
+    number: int | None = None
+
     def __init__(self, source: StreamSource, position: dict[str, Any]) -> None:
         self.source = source
         self.opened_at = position
@@ -239,29 +294,51 @@ class StreamCursor:
         return self.source.dataset.state_dict() if self.started else self.opened_at
 
 
-def _elsewhere(position: Any, expected: str) -> DatasetError:
+def elsewhere(position: Any, expected: str) -> DatasetError:
     return DatasetError(
         f"the place {str(position)[:80]} is not one of this data, which goes on from {expected}; give the data that "
         "was read before"
     )
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How documents lie in a file: what cuts it into undecoded rows, each with the offset after it, what decodes one,
+    and what ends each (None where offsets are no bytes, because all is in memory).
+    """
+
+    pieces: Callable[[BinaryIO, int], Iterator[tuple[Any, int]]]
+    parse: Callable[[Path, Any, int], Any]
+    end: bytes | None
+
+    @property
+    def in_memory(self) -> bool:
+        return self.end is None
+
+
+def _layout(path: Path, separator: str | None) -> _Layout:
+    with path.open("rb") as handle:
+        beginning = handle.read(CHUNK_BYTES)
+    if path.suffix == ".txt":
+        if separator is None and END_OF_TEXT.encode() in beginning:
+            separator = END_OF_TEXT
+        if separator is None:
+            return _Layout(_paragraphs, _parse_text, b"\n")
+        return _Layout(partial(_separated, separator.encode()), _parse_text, separator.encode())
+    if path.suffix == ".json" and beginning.lstrip()[:1] == b"[":
+        return _Layout(partial(_array_items, path), _parse_object, None)
+    return _Layout(_lines, _parse_line, b"\n")
+
+
 def _open_pieces(
     path: Path, offset: int, separator: str | None
 ) -> tuple[Iterator[tuple[Any, int]], Callable[[Path, Any, int], Any]]:
     """Undecoded rows of one file with the offset after each, and the function that decodes one."""
+    layout = _layout(path, separator)
     handle = path.open("rb")
-    if path.suffix == ".txt":
-        if separator is None and END_OF_TEXT.encode() in handle.read(CHUNK_BYTES):
-            separator = END_OF_TEXT
-        _go_to(path, handle, offset, (separator or "\n").encode())
-        if separator is None:
-            return _paragraphs(handle, offset), _parse_text
-        return _separated(handle, offset, separator.encode()), _parse_text
-    if path.suffix == ".json" and handle.read(CHUNK_BYTES).lstrip()[:1] == b"[":
-        return _array_items(path, handle, offset), _parse_object
-    _go_to(path, handle, offset, b"\n")
-    return _lines(handle, offset), _parse_line
+    if layout.end is not None:
+        _go_to(path, handle, offset, layout.end)
+    return layout.pieces(handle, offset), layout.parse
 
 
 def _go_to(path: Path, handle: BinaryIO, offset: int, end: bytes) -> None:
@@ -278,7 +355,7 @@ def _go_to(path: Path, handle: BinaryIO, offset: int, end: bytes) -> None:
     handle.seek(offset)
 
 
-def _separated(handle: BinaryIO, offset: int, separator: bytes) -> Iterator[tuple[bytes, int]]:
+def _separated(separator: bytes, handle: BinaryIO, offset: int) -> Iterator[tuple[bytes, int]]:
     with handle:
         rest = b""
         while chunk := handle.read(CHUNK_BYTES):

@@ -16,7 +16,6 @@ the model would otherwise meet whatever else runs it.) That takes the memory of 
 """
 
 import copy
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.data.forward import ActivationError, activation_norms, capture_counted, check_eval, groups, sent
+from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.windows import TokenWindows, Window
 from hf_msae.sites import Site, resolve_site
@@ -346,12 +346,3 @@ class ActivationStream(BatchIterator):
                 "load it in bfloat16 or float32. Else check its weights, and the documents that end at window "
                 f"{self.windows.num_windows} of {self.windows.documents.description}."
             )
-
-
-def seeded_generator(*numbers: int) -> torch.Generator:
-    """A CPU generator (the same numbers on every device) whose seed mixes all of `numbers`.
-
-    A hash rather than a sum: neighbouring seeds and shards must not share the permutations of neighbouring blocks.
-    """
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -1,11 +1,13 @@
 """Token windows: documents cut to the length that a language model reads at once, and which tokens count.
 
 Packing: documents are laid end to end and cut every `context_length` tokens, so that no place in a batch is padding.
-    Each
-document begins with BOS where the tokenizer has one, and so does each window: models treat the first position as a
-sink with a huge activation, and a window that starts in mid-document would put that outlier on an ordinary word. That
-BOS is added in front of the cut, so packing neither loses nor repeats a token. `keep` marks the tokens that count:
-special tokens (BOS, EOS, padding, chat marks) never reach an SAE or a metric.
+Each document begins with one BOS where the tokenizer has one, and so does each window: models treat the first position
+as a sink with a huge activation, and a window that starts in mid-document would put that outlier on an ordinary word.
+That BOS is added in front of the cut, so packing neither loses nor repeats a token. `keep` marks the tokens that
+count: special tokens (BOS, EOS, padding, chat marks) never reach an SAE or a metric.
+
+A document that the chat template refuses, or that has a token without a row in the model's embedding, is skipped and
+counted, as one that cannot be read.
 
 Documents are tokenized in batches, which is several times faster than one by one. The state holds where the current
 batch began and how many of its windows were given, so it stays small and a resumed pass gives exactly the same
@@ -20,11 +22,13 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data.documents import Document, as_documents
-from hf_msae.data.sources import DatasetError
+from hf_msae.data.documents import Pass
+from hf_msae.data.loading import as_documents
+from hf_msae.data.rows import Chat, Document, TokenIds
+from hf_msae.data.sources import DatasetError, UnreadableRow
 
 DOCUMENTS_PER_BATCH = 256
 
@@ -46,6 +50,8 @@ class TokenWindows:
         context_length: the most tokens in a window, BOS included.
         pack: cut the stream of all documents to windows of `context_length` (the last one may be shorter); otherwise
             each document is a window of its own, cut off at `context_length`.
+        vocab_size: rows of the model's embedding, see `vocabulary`; documents with other tokens are skipped. None
+            takes all tokens.
 
     Attributes:
         num_documents: documents read in the latest pass, in whole batches.
@@ -59,18 +65,25 @@ class TokenWindows:
     """
 
     def __init__(
-        self, documents: Any, tokenizer: PreTrainedTokenizerBase, *, context_length: int, pack: bool = True
+        self,
+        documents: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_length: int,
+        pack: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
-        _check_context_length(context_length)
+        check_context_length(context_length)
         self.documents = as_documents(documents).view()
         self.tokenizer = tokenizer
         self.context_length = context_length
         self.pack = pack
-        self.encoder = DocumentEncoder(tokenizer)
+        self.encoder = DocumentEncoder(tokenizer, vocab_size)
         self._resume: dict[str, Any] | None = None
         # What was true when the current batch of documents began, and what has happened in it since.
         self._batch: dict[str, Any] = self._first_batch()
         self._batch_documents = self._batch_truncated = self._given = 0
+        self._skipped: UnreadableRow | None = None
 
     @property
     def num_documents(self) -> int:
@@ -117,10 +130,10 @@ class TokenWindows:
         counts = {"num_documents": 0, "num_windows": 0, "num_truncated": 0}
         return {"documents": self.documents.state_dict(), "carry": [], **counts}
 
-    def _windows(self, reader: Iterator[Document], given: int) -> Iterator[Window]:
+    def _windows(self, reader: Pass, given: int) -> Iterator[Window]:
         last = False
         while not last:
-            batch = list(islice(reader, DOCUMENTS_PER_BATCH))
+            batch = list(islice(_numbered(reader), DOCUMENTS_PER_BATCH))
             last = len(batch) < DOCUMENTS_PER_BATCH
             windows, carry, truncated = self._cut(batch, self._batch["carry"], last)
             self._batch_documents, self._batch_truncated = len(batch), truncated
@@ -134,6 +147,7 @@ class TokenWindows:
             raise DatasetError(
                 f"empty dataset: none of the {self.num_documents} documents of {self.documents.description} "
                 f"(shard {self.documents.rank} of {self.documents.world_size}) gave a token that is not special"
+                + (f"; the latest of those that were skipped: {self._skipped}" if self._skipped else "")
             )
 
     def _begin_batch(self, carry: list[int]) -> None:
@@ -146,9 +160,17 @@ class TokenWindows:
         }
         self._batch_documents = self._batch_truncated = self._given = 0
 
-    def _cut(self, batch: Sequence[Document], carry: list[int], last: bool) -> tuple[list[Window], list[int], int]:
+    def _cut(
+        self, batch: Sequence[tuple[int, Document]], carry: list[int], last: bool
+    ) -> tuple[list[Window], list[int], int]:
         """The windows of a batch, the tokens left for the next batch, and the number of tokens cut off."""
-        encoded = self.encoder.encode(batch)
+        encoded = []
+        for (number, _), ids in zip(batch, self.encoder.encode_each([document for _, document in batch]), strict=True):
+            if isinstance(ids, UnreadableRow):
+                self._skipped = ids
+                self.documents.skip_document(number, ids)
+            elif ids:
+                encoded.append(ids)
         if self.pack:
             flat = carry + [token for ids in encoded for token in ids]
             windows, rest = self.encoder.pack(flat, self.context_length, last)
@@ -161,23 +183,56 @@ class DocumentEncoder:
     """Turns documents into token ids, and token ids into windows, by one rule for BOS and special tokens.
 
     The tokenizer adds the special tokens that it adds by itself; where it has a BOS (or a CLS) token and does not put
-    it in front, as GPT-2's, it is put there.
+    it in front, as GPT-2's, it is put there. Text that holds it already gets no second one. `vocab_size` is the number
+    of rows of the model's embedding; None takes every token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
         self.tokenizer = tokenizer
-        self.start_id = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.vocab_size = vocab_size
+        start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        # A BOS that was added to a tokenizer and not to its model is none.
+        self.start_id = start if start is None or vocab_size is None or start < vocab_size else None
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(special | set(tokenizer.all_special_ids))
         self._special = torch.tensor(sorted(self.special_ids), dtype=torch.int64)
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Token ids of each document; those without any token that counts are left out."""
-        texts = [document for document in documents if isinstance(document, str)]
-        chats = [document for document in documents if not isinstance(document, str)]
-        of_texts, of_chats = iter(self._encode_texts(texts)), iter(self._encode_chats(chats))
-        encoded = [next(of_texts) if isinstance(document, str) else next(of_chats) for document in documents]
-        return [self._started(ids) for ids in encoded if not self.special_ids.issuperset(ids)]
+        """Token ids of each document; those without any token that counts are left out. Raises `UnreadableRow` for one
+        that cannot be encoded.
+        """
+        encoded = self.encode_each(documents)
+        for ids in encoded:
+            if isinstance(ids, UnreadableRow):
+                raise ids
+        return [ids for ids in encoded if ids]  # type: ignore[misc]
+
+    def encode_each(self, documents: Sequence[Document]) -> list[list[int] | UnreadableRow]:
+        """Token ids of each document, or why it has none; empty where no token counts."""
+        texts = iter(self._encode_texts([document for document in documents if isinstance(document, str)]))
+        plain = [chat for chat in documents if not isinstance(chat, str | TokenIds) and not _tools_of(chat)]
+        chats = iter(self._encode_chats(plain))
+        encoded: list[list[int] | UnreadableRow] = []
+        for document in documents:
+            if isinstance(document, str):
+                ids: list[int] | UnreadableRow = next(texts)
+            elif isinstance(document, TokenIds):
+                ids = list(document)
+            else:
+                ids = self._encode_chat(document) if _tools_of(document) else next(chats)
+            encoded.append(ids if isinstance(ids, UnreadableRow) else self._checked(ids))
+        return encoded
+
+    def _checked(self, ids: list[int]) -> list[int] | UnreadableRow:
+        if self.special_ids.issuperset(ids):
+            return []
+        lowest, highest = min(ids), max(ids)
+        if lowest < 0 or (self.vocab_size is not None and highest >= self.vocab_size):
+            return UnreadableRow(
+                f"it has the token id {lowest if lowest < 0 else highest}, but the embedding of the model has "
+                f"{self.vocab_size} rows; image tokens and tokens that were added to the tokenizer alone have none"
+            )
+        return self.start(ids)
 
     def window(self, ids: list[int]) -> Window:
         input_ids = torch.tensor(ids, dtype=torch.int64)
@@ -193,7 +248,7 @@ class DocumentEncoder:
             end = begin + context_length - adds_start
             if end > len(ids) and not last:
                 break
-            windows.append(self.window(self._started(ids[begin:end])))
+            windows.append(self.window(self.start(ids[begin:end])))
             begin = end
         return windows, ids[begin:]
 
@@ -201,10 +256,12 @@ class DocumentEncoder:
         """The number of tokens that count."""
         return sum(token not in self.special_ids for token in ids)
 
-    def _started(self, ids: list[int]) -> list[int]:
-        if self.start_id is None or ids[0] == self.start_id:
+    def start(self, ids: list[int]) -> list[int]:
+        """With exactly one BOS in front, where there is one."""
+        if self.start_id is None:
             return ids
-        return [self.start_id, *ids]
+        own = next((place for place, token in enumerate(ids) if token != self.start_id), len(ids))
+        return ids[own - 1 :] if own else [self.start_id, *ids]
 
     def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -212,7 +269,7 @@ class DocumentEncoder:
         # verbose=False: a document longer than the model reads is no mistake here, it is cut afterwards.
         return self.tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
 
-    def _encode_chats(self, chats: list[Any]) -> list[list[int]]:
+    def _encode_chats(self, chats: list[Any]) -> list[list[int] | UnreadableRow]:
         if not chats:
             return []
         if self.tokenizer.chat_template is None:
@@ -220,50 +277,38 @@ class DocumentEncoder:
                 f"the documents are chats, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
                 "use the tokenizer of a chat model, set tokenizer.chat_template, or choose a column with plain text"
             )
-        kwargs = {"verbose": False}
-        ids: Any = self.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False, tokenizer_kwargs=kwargs)
-        return ids
+        try:
+            return self._apply_template(chats)
+        except Exception:  # one of them; templates fail in their own ways, each of them alone tells how
+            return [self._encode_chat(chat) for chat in chats]
+
+    def _encode_chat(self, chat: Any) -> list[int] | UnreadableRow:
+        if self.tokenizer.chat_template is None:
+            return self._encode_chats([chat])[0]
+        try:
+            return self._apply_template([chat], tools=_tools_of(chat))[0]
+        except Exception as error:
+            return UnreadableRow(f"the chat template refuses it ({type(error).__name__}: {error})")
+
+    def _apply_template(self, chats: list[Any], tools: list[Any] | None = None) -> Any:
+        kwargs: dict[str, Any] = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+        return self.tokenizer.apply_chat_template(chats, tools=tools, tokenize=True, **kwargs)
 
 
-def hold_out(
-    documents: Any, tokenizer: PreTrainedTokenizerBase, context_length: int, num_tokens: int, pack: bool = True
-) -> tuple[list[Window], int]:
-    """The first documents, for measuring; train on `documents.skip(num_documents_used)`.
+def _tools_of(chat: Any) -> list[Any] | None:
+    return chat.tools if isinstance(chat, Chat) else None
 
-    Args:
-        documents: `Documents` before sharding (every process holds out the same), or what `as_documents` takes.
-        num_tokens: the least number of tokens that count; whole documents are taken until it is reached.
-        tokenizer, context_length, pack: as in `TokenWindows`.
 
-    Returns:
-        The windows of the documents taken, and the number of documents taken.
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids the model has rows for: those of its embedding, whatever its tokenizer says."""
+    embedding = model.get_input_embeddings()
+    return embedding.num_embeddings if isinstance(embedding, torch.nn.Embedding) else model.vocab_size
 
-    Raises:
-        ValueError: the documents are a shard.
-        DatasetError: all documents together have fewer tokens.
-    """
-    _check_context_length(context_length)
-    documents = as_documents(documents)
-    if documents.world_size > 1:
-        raise ValueError("hold out documents before sharding them, so that every process holds out the same ones")
-    encoder = DocumentEncoder(tokenizer)
-    taken: list[list[int]] = []
-    tokens = used = 0
-    reader = iter(documents.view())
-    while tokens < num_tokens:
-        document = next(reader, None)
-        if document is None:
-            raise DatasetError(
-                f"cannot hold out {num_tokens:,} tokens: all {used:,} documents of {documents.description} have "
-                f"{tokens:,}. Hold out fewer, or use more data."
-            )
-        used += 1
-        for ids in encoder.encode([document]):
-            taken.append(ids if pack else ids[:context_length])
-            tokens += encoder.count(taken[-1])
-    if pack:
-        return encoder.pack([token for ids in taken for token in ids], context_length, last=True)[0], used
-    return [encoder.window(ids) for ids in taken], used
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
+    """A token to fill short windows with; it is masked, so that any with a row in the embedding will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None and (vocab_size is None or token < vocab_size))
 
 
 class TokenBatch(TypedDict):
@@ -272,12 +317,6 @@ class TokenBatch(TypedDict):
     input_ids: Tensor
     attention_mask: Tensor | None
     keep: Tensor
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill short windows with; it is masked, so that any will do where the tokenizer names none."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
 
 
 def collate(windows: Sequence[Window], pad_id: int) -> TokenBatch:
@@ -299,16 +338,22 @@ def collate(windows: Sequence[Window], pad_id: int) -> TokenBatch:
     return {"input_ids": input_ids, "attention_mask": mask.long(), "keep": keep}
 
 
-def count_tokens(documents: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def count_tokens(documents: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
     """The exact number of tokens that count, by tokenizing all documents with a progress bar."""
     documents = as_documents(documents)
-    encoder = DocumentEncoder(tokenizer)
+    encoder = DocumentEncoder(tokenizer, vocab_size)
     total = 0
     with logging.tqdm(total=documents.num_documents, desc="Counting tokens", unit=" documents") as progress:
         for batch in _batches(documents.view()):
-            total += sum(encoder.count(ids) for ids in encoder.encode(batch))
+            # What cannot be encoded is skipped, and named, where it is read to be used.
+            total += sum(encoder.count(ids) for ids in encoder.encode_each(batch) if isinstance(ids, list))
             progress.update(len(batch))
     return total
+
+
+def _numbered(reader: Pass) -> Iterator[tuple[int, Document]]:
+    for document in reader:
+        yield reader.number, document
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -317,6 +362,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _check_context_length(context_length: int) -> None:
+def check_context_length(context_length: int) -> None:
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 (BOS and one token), got {context_length}")

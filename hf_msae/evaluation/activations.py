@@ -1,6 +1,6 @@
 """The activations that every metric shares: one pass of the language model, kept in memory.
 
-The text is the first documents of a dataset, which a training run on that dataset holds out. So an SAE and the
+The text is the documents of a dataset that a training run on it holds out to measure on. So an SAE and the
 baselines that are trained for comparison are all measured on the same tokens, and none was trained on them. What the
 language model does with replaced activations cannot be kept, so cross-entropy runs the same windows again.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import Window, as_documents, harvest, hold_out, pad_id, within_limit
+from hf_msae.data import Window, as_documents, harvest, hold_out, pad_id, vocabulary, within_limit
 from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, activation_norms, leave_out, norm_limit_of
 from hf_msae.metrics import TokenBatch
 from hf_msae.modeling import MatryoshkaSAE
@@ -89,15 +89,17 @@ def collect(
     norm_limit: float | None = None,
     norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
 ) -> TextActivations:
-    """Run the language model over the first documents that have `num_tokens` tokens that count, outliers included.
+    """Run the language model over documents that training holds out, with `num_tokens` tokens that count, outliers
+    included.
 
     documents: `Documents`, or what `as_documents` takes. norm_limit: beyond which activations do not count (0 for
     none), as an SAE's configuration records it; by default `norm_outlier_multiple` times the median norm. Raises
     `DatasetError` where the documents have fewer tokens.
     """
     documents = as_documents(documents)
-    windows, _ = hold_out(documents, tokenizer, context_length, num_tokens, packing)
-    filler = pad_id(tokenizer)
+    rows = vocabulary(model)
+    windows = hold_out(documents, tokenizer, context_length, num_tokens, packing, vocab_size=rows).windows
+    filler = pad_id(tokenizer, rows)
     x = run_model(model, site, windows, filler, lm_batch_size, "Activations")
     if norm_limit is None:
         norm_limit = norm_limit_of(activation_norms(x), site, norm_outlier_multiple)

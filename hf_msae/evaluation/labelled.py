@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import Window, within_limit
-from hf_msae.data.windows import DocumentEncoder, pad_id
+from hf_msae.data.sources import UnreadableRow
+from hf_msae.data.windows import DocumentEncoder, pad_id, vocabulary
 from hf_msae.evaluation.activations import run_model, tokens_at_once
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site
@@ -156,7 +157,7 @@ def story_examples(
         words = [()] * (len(ids) - len(words)) + words  # a BOS that was put in front
         windows.append(encoder.window(ids[:context_length]))
         names_of += [word for word, keep in zip(words, windows[-1].keep.tolist(), strict=False) if keep]
-    x = run_model(model, site, windows, pad_id(tokenizer), lm_batch_size, "Labelled stories")
+    x = run_model(model, site, windows, pad_id(tokenizer, vocabulary(model)), lm_batch_size, "Labelled stories")
     document_of = torch.repeat_interleave(torch.tensor([int(window.keep.sum()) for window in windows]))
     inlying = within_limit(x, norm_limit)
     x, document_of = x[inlying], document_of[inlying]
@@ -236,10 +237,12 @@ def labelled_documents(
 
     Raises `ValueError` where fewer than two labels are left.
     """
-    encoder = DocumentEncoder(tokenizer)
+    encoder = DocumentEncoder(tokenizer, vocabulary(model))
     windows, labels = [], []
     for text, label in documents:
-        for ids in encoder.encode([text]):
+        for ids in encoder.encode_each([text]):
+            if isinstance(ids, UnreadableRow) or not ids:
+                continue
             window = encoder.window(ids[:context_length])
             if window.keep.any():
                 windows.append(window)
@@ -250,7 +253,7 @@ def labelled_documents(
             f"{description} has {len(labels):,} texts that can be used, and {len(names)} labels with at least "
             f"{MIN_EXAMPLES} of them; probing needs two such labels."
         )
-    x = run_model(model, site, windows, pad_id(tokenizer), lm_batch_size, "Labelled documents")
+    x = run_model(model, site, windows, pad_id(tokenizer, vocabulary(model)), lm_batch_size, "Labelled documents")
     example_of = torch.repeat_interleave(torch.tensor([int(window.keep.sum()) for window in windows]))
     inlying = within_limit(x, norm_limit)
     x, example_of = x[inlying], example_of[inlying]

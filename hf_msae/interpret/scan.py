@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, within_limit
+from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, vocabulary, within_limit
 from hf_msae.data.forward import (
     NORM_OUTLIER_MULTIPLE,
     activation_norms,
@@ -128,13 +128,15 @@ def scan(
     check_multiple(norm_outlier_multiple)
     place, limit = find_site(model, sae, site), sae.config.norm_limit
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
-    windows = TokenWindows(documents, tokenizer, context_length=length, pack=packing)
+    rows = vocabulary(model)
+    filler = pad_id(tokenizer, rows)
+    windows = TokenWindows(documents, tokenizer, context_length=length, pack=packing, vocab_size=rows)
     collector = _Collector(sae, top_contexts, sampled_contexts, context_tokens, record_tokens)
     last = resolve_site(model, "layers.-1")
     references, num_outliers = torch.empty(0), 0
     with logging.tqdm(total=max_tokens, desc="Reading", unit=" tokens", unit_scale=True) as progress:
         for group in _groups(windows, lm_batch_size):
-            captured = capture_counted(model, [place] if len(references) else [place, last], group, pad_id(tokenizer))
+            captured = capture_counted(model, [place] if len(references) else [place, last], group, filler)
             if captured is None:
                 continue
             x = captured[place]

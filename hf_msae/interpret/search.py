@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.forward import capture_counted, within_limit
-from hf_msae.data.windows import DocumentEncoder, pad_id
+from hf_msae.data.windows import DocumentEncoder, pad_id, vocabulary
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.effects import decode_tokens
 from hf_msae.interpret.scan import find_site
@@ -75,12 +75,12 @@ def search_firing(
 
     Raises ValueError for a text without any token that counts, or an SAE that does not fit the model.
     """
-    site, encoder = find_site(model, sae), DocumentEncoder(tokenizer)
+    site, encoder = find_site(model, sae), DocumentEncoder(tokenizer, vocabulary(model))
     encoded = encoder.encode([text])
     if not encoded:
         raise ValueError(f"The text {text!r} has no token that counts; write a word or more.")
     window = encoder.window(encoded[0])
-    captured = capture_counted(model, [site], [window], pad_id(tokenizer))
+    captured = capture_counted(model, [site], [window], pad_id(tokenizer, vocabulary(model)))
     assert captured is not None  # the text has tokens that count
     inlying = within_limit(captured[site], interpretation.source.norm_limit)
     active = active_latents(sae, captured[site][inlying].to(sae.device))

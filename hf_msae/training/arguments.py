@@ -106,6 +106,13 @@ class SAETrainingArguments:
     context_length: int | None = field(
         default=None, metadata={"help": "Tokens per window. Default: 512, or the model's maximum if that is smaller."}
     )
+    shuffle: bool = field(
+        default=True,
+        metadata={
+            "help": "Read documents in an order that the seed fixes; of a stream those of each 10,000 or 64 MB are "
+            "mixed."
+        },
+    )
     packing: bool = field(
         default=True,
         metadata={

@@ -20,6 +20,7 @@ from hf_msae.data import (
     TokenWindows,
     count_tokens,
     pad_id,
+    vocabulary,
 )
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
@@ -126,11 +127,13 @@ class TextFeed(Feed):
 
     def _open(self, seed: int) -> ActivationStream:
         shard, num_shards = (0, 1) if self.sliced else (self.rank, self.world_size)
+        documents = self.documents.shuffle(seed) if self.args.shuffle else self.documents
         windows = TokenWindows(
-            self.documents.shard(shard, num_shards),
+            documents.shard(shard, num_shards),
             self.tokenizer,
             context_length=self.context_length,
             pack=self.args.packing,
+            vocab_size=vocabulary(self.model),
         )
         return ActivationStream(
             self.model,
@@ -142,11 +145,11 @@ class TextFeed(Feed):
             seed=seed,
             shard=shard,
             norm_limits=self.norm_limits,
-            pad_id=pad_id(self.tokenizer),
+            pad_id=pad_id(self.tokenizer, vocabulary(self.model)),
         )
 
     def tokens_per_pass(self) -> int:
-        return count_tokens(self.documents, self.tokenizer)
+        return count_tokens(self.documents, self.tokenizer, vocabulary(self.model))
 
 
 class CacheFeed(Feed):

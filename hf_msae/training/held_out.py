@@ -6,11 +6,24 @@ The two are kept apart, so that the L0 that is reported is that of a threshold w
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import CachedActivations, Documents, Window, collate, find_norm_limits, harvest, hold_out, pad_id
+from hf_msae.data import (
+    CachedActivations,
+    Documents,
+    Window,
+    collate,
+    find_norm_limits,
+    harvest,
+    hold_out,
+    pad_id,
+    split_of,
+    vocabulary,
+)
 from hf_msae.metrics import TokenBatch
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
@@ -20,9 +33,11 @@ class HeldOut(ABC):
     """Held-out activations, given anew in every pass.
 
     together: whether all processes must ask for the same at the same time, because they run one language model.
+    facts: how it was chosen, JSON-able.
     """
 
     together: bool = False
+    facts: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
@@ -42,11 +57,11 @@ class HeldOut(ABC):
 
 
 class HeldOutText(HeldOut):
-    """The first documents of a dataset, through the language model whenever they are needed.
+    """Documents that their contents chose (see `data.lots`), through the language model whenever they are needed.
 
     `together`: the language model is one copy that all processes run, so each goes through all windows, and keeps its
-    share of the activations. `num_documents` says how many were taken. Raises `DatasetError` where the dataset has too
-    few tokens.
+    share of the activations. `split` is what training must leave out, where it reads the same documents; `facts` what
+    metrics.json says of them. Raises `DatasetError` where the dataset has too few tokens.
     """
 
     def __init__(
@@ -60,11 +75,16 @@ class HeldOutText(HeldOut):
         together: bool = False,
     ) -> None:
         self.model, self.sites, self.args, self.together = model, sites, args, together
-        self.pad_id = pad_id(tokenizer)
-        self._evaluation, used = hold_out(documents, tokenizer, context_length, args.eval_tokens, args.packing)
-        rest = documents.skip(used)
-        self._calibration, more = hold_out(rest, tokenizer, context_length, args.calibration_tokens, args.packing)
-        self.num_documents = used + more
+        vocab_size = vocabulary(model)
+        self.pad_id = pad_id(tokenizer, vocab_size)
+        common = (documents, tokenizer, context_length)
+        measuring = hold_out(*common, args.eval_tokens, args.packing, vocab_size=vocab_size)
+        calibration = hold_out(
+            *common, args.calibration_tokens, args.packing, purpose="calibration", vocab_size=vocab_size
+        )
+        self.split = split_of(measuring, calibration, documents)
+        self.facts = {"measuring": measuring.facts(), "calibration": calibration.facts()}
+        self._evaluation, self._calibration = measuring.windows, calibration.windows
 
     def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
         return self._harvest(self._calibration, rank, world_size)

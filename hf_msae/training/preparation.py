@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,6 +90,8 @@ def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:
     config = model.config.get_text_config().to_dict()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limit = next((config[name] for name in names if config.get(name)), None)
+    if limit is not None:
+        limit -= _unused_positions(model)
     if args.context_length is None:
         return min(DEFAULT_CONTEXT_LENGTH, limit or DEFAULT_CONTEXT_LENGTH)
     if limit is not None and args.context_length > limit:
@@ -97,6 +100,14 @@ def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:
             f"{model.config.name_or_path or 'the model'}."
         )
     return args.context_length
+
+
+def _unused_positions(model: PreTrainedModel) -> int:
+    """Rows of the embedding of positions that no token gets: RoBERTa and its kin count from behind the padding's."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, torch.nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 def runs_together(model: PreTrainedModel, world_size: int) -> bool:
@@ -144,7 +155,7 @@ def open_data(
     documents = as_documents(train_dataset)
     if held_out is None:
         held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length, together)
-        documents = documents.skip(held_out.num_documents)
+        documents = documents.without(held_out.split)
     for sae in saes.values():
         sae.config.context_length = context_length
         sae.config.prepend_bos = tokenizer.bos_token_id is not None

@@ -75,7 +75,7 @@ class SAETrainer:
         args: how to train.
         train_dataset: documents (`datasets.Dataset`, `IterableDataset`, a sequence of texts or chats, `Documents`), or
             `CachedActivations`.
-        eval_dataset: documents to measure on; by default the first ones of `train_dataset` are held out.
+        eval_dataset: documents to measure on; by default some of `train_dataset`, by a hash of each, are held out.
         processing_class: the model's tokenizer.
         callbacks: `transformers.TrainerCallback`s; they see the first SAE as `model`, in `on_save`, `on_evaluate` and
             `on_train_end` as it was saved and measured, else as it is being trained.
@@ -446,6 +446,7 @@ class SAETrainer:
             "training_outliers": self.feed.num_outliers,
             "learning_rate": learner.learning_rate,
             "skipped_documents": {"count": len(skipped), "numbers": skipped[:MAX_SKIPPED_NAMED]},
+            "held_out": dict(self.examiner.held_out.facts),
         }
 
     def _finish(self) -> dict[str, Measurement]:

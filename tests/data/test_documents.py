@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_msae.data import DatasetError, Documents, as_documents, load_documents
+from hf_msae.data import DatasetError, Documents, Split, as_documents, load_documents
+from hf_msae.data.lots import lot
 from hf_msae.data.sources import StreamSource
 
 TEXTS = [f"document {i}\nwith ünïcode and a second line" + " word" * (i % 5) for i in range(23)]
@@ -76,12 +77,20 @@ def test_python_objects_give_the_same_documents():
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)
-@given(stop=st.integers(0, 24), start=st.integers(0, 6), rank=st.integers(0, 2))
-def test_resumed_equals_uninterrupted(stored, kind, stop, start, rank):
+@given(
+    stop=st.integers(0, 24),
+    seed=st.none() | st.integers(0, 9),
+    share=st.sampled_from([0, 0.3]),
+    rank=st.integers(0, 2),
+)
+def test_resumed_equals_uninterrupted(stored, kind, stop, seed, share, rank):
     def fresh() -> Documents:
-        return stored[kind].view().skip(start).shard(rank, 3)
+        view = stored[kind].without(Split(share, share))
+        return (view if seed is None else view.shuffle(seed)).shard(rank, 3)
 
-    expected = [TEXTS[i] for i in range(start, 23) if i % 3 == rank]
+    expected = list(fresh())
+    if seed is None:
+        assert expected == [text for text in TEXTS[rank::3] if not Split(share, share).holds(lot(text))]
     documents = fresh()
     reader = iter(documents)
     seen = [text for _, text in zip(range(stop), reader, strict=False)]
@@ -94,13 +103,17 @@ def test_resumed_equals_uninterrupted(stored, kind, stop, start, rank):
 
 
 @settings(max_examples=40, deadline=None)
-@given(total=st.integers(1, 30), start=st.integers(0, 35), world_size=st.integers(1, 5))
-def test_shards_are_a_partition_of_what_is_not_skipped(total, start, world_size):
+@given(
+    total=st.integers(1, 30),
+    split=st.builds(Split, st.floats(0, 0.5), st.floats(0, 0.5)),
+    world_size=st.integers(1, 5),
+)
+def test_shards_are_a_partition_of_what_is_not_held_out(total, split, world_size):
     texts = [str(i) for i in range(total)]
-    shards = [as_documents(texts).skip(start).shard(rank, world_size) for rank in range(world_size)]
+    shards = [as_documents(texts).without(split).shard(rank, world_size) for rank in range(world_size)]
     given_out = [list(shard) for shard in shards]
-    assert [len(part) for part in given_out] == [shard.num_documents for shard in shards]
-    assert sorted(int(text) for part in given_out for text in part) == list(range(start, total))
+    assert sum(shard.num_documents for shard in shards) == total
+    assert sorted(text for part in given_out for text in part) == sorted(t for t in texts if not split.holds(lot(t)))
     assert all(int(text) % world_size == rank for rank, part in enumerate(given_out) for text in part)
 
 
@@ -137,14 +150,10 @@ def test_the_state_of_another_shard_is_refused():
 
 def test_views_refuse_what_would_mean_something_else():
     shard = as_documents(TEXTS).shard(0, 2)
-    with pytest.raises(ValueError, match=r"documents\.skip\(n\)\.shard"):
-        shard.skip(1)
     with pytest.raises(ValueError, match="already shard 0 of 2"):
         shard.shard(0, 2)
     with pytest.raises(ValueError, match="got rank 2 of 2"):
         as_documents(TEXTS).shard(2, 2)
-    with pytest.raises(ValueError, match="0 or more, got -1"):
-        as_documents(TEXTS).skip(-1)
 
 
 def test_a_separator_can_be_chosen(tmp_path):
@@ -181,6 +190,22 @@ def test_file_names_tell_the_split(tmp_path):
     assert list(load_documents(tmp_path / "valid.txt")) == ["valid.txt"]
     with pytest.raises(DatasetError, match=r"no split 'test'; its file names tell: train, validation"):
         load_documents(tmp_path, split="test")
+
+
+def test_words_in_file_names_leave_no_file_out_and_splits_are_counted(tmp_path, caplog):
+    words = ["unit_test_", "dev-blog-", "val.notes", "a-test", "latest", "evaluation"]
+    names = [f"{word}{i}" for i, word in enumerate(words)]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert sorted(load_documents(tmp_path)) == sorted(names)
+    assert caplog.text == ""
+    (tmp_path / "validation").mkdir()
+    for name in ("test-00000-of-00002", "test-00001-of-00002", "validation/x"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert sorted(load_documents(tmp_path)) == sorted(names)
+    assert "Reading 6 of the 9 files" in caplog.text
+    assert "test (2), validation (1)" in caplog.text
+    assert len(list(load_documents(tmp_path, split="test"))) == 2
 
 
 def test_missing_data_says_what_was_tried(tmp_path, monkeypatch):
@@ -251,7 +276,7 @@ def test_values_that_are_no_documents_are_skipped_and_named(caplog):
     assert "document 1 of 4 documents in memory, column 'text', is missing or null" in caplog.text
     documents = as_documents(["a", 3, "b", "c"])
     assert list(documents.shard(1, 2)) == ["c"]
-    assert "document 1 of 4 documents in memory is a int, expected a string or a list of messages" in caplog.text
+    assert "document 1 of 4 documents in memory is a int, expected a string, a list of messages" in caplog.text
     assert documents.unreadable == {1}  # of all views
 
 
@@ -268,11 +293,19 @@ def test_lines_that_cannot_be_read_are_skipped_and_counted_once(tmp_path, caplog
     assert list(documents) == ["c"]
 
 
-def test_documents_of_which_none_can_be_read_are_an_error():
-    rows = [{"text": "a"}, *({"text": None} for _ in range(100))]
-    assert list(as_documents([*rows[:-1], {"text": "b"}])) == ["a", "b"]
-    with pytest.raises(DatasetError, match=r"the last 100 documents .* cannot be read; of number 100: .*null"):
-        list(as_documents(rows))
+@pytest.mark.parametrize("bad", [150, 500])
+def test_bad_documents_in_a_row_end_nothing(bad):
+    rows = [{"text": "a"}] * 600 + [{"text": None}] * bad + [{"text": "b"}] * 600
+    documents = as_documents(rows)
+    assert list(documents) == ["a"] * 600 + ["b"] * 600
+    assert documents.unreadable == set(range(600, 600 + bad))
+
+
+def test_documents_of_which_most_cannot_be_read_are_an_error():
+    rows = [{"text": "a" if i % 5 else None} for i in range(3000)] + [{"text": None}] * 7 + [{"text": "b"}] * 2
+    assert len(list(as_documents(rows))) == 2400 + 2
+    with pytest.raises(DatasetError, match=r"501 of the last 1,000 documents .* cannot be read; of number .*null"):
+        list(as_documents([{"text": "a"}] * 5000 + [{"text": None}] * 600))
 
 
 def failing_stream(failures: list[int]) -> datasets.IterableDataset:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from hf_msae.data import DatasetError, TokenWindows, Window, as_documents, collate, count_tokens, hold_out, windows
+from hf_msae.data import DatasetError, TokenWindows, Window, as_documents, collate, count_tokens, windows
 from hf_msae.data.windows import DocumentEncoder
 
 BOS, EOS, PAD, UNK = 1, 2, 0, 3
@@ -148,23 +148,6 @@ def test_a_special_token_without_a_role_does_not_count(build_tokenizer):
     assert extra not in tokenizer.all_special_ids
     (window,) = TokenWindows(["w0 <|extra|> ordinary"], tokenizer, context_length=9)
     assert window.input_ids[window.keep].tolist() == [4, ordinary]
-
-
-def test_hold_out_takes_whole_documents_from_the_front(tokenizer, texts):
-    documents = as_documents(texts)
-    for pack in (True, False):
-        held_out, used = hold_out(documents, tokenizer, 16, 200, pack)
-        tokens = sum(int(window.keep.sum()) for window in held_out)
-        assert [ids(window) for window in held_out] == [
-            ids(window) for window in TokenWindows(texts[:used], tokenizer, context_length=16, pack=pack)
-        ]
-        last = min(len(texts[used - 1].split()), 10**9 if pack else 15)
-        assert tokens - last < 200 <= tokens
-    assert next(iter(documents.skip(used))) == texts[used]
-    with pytest.raises(DatasetError, match=r"cannot hold out 10,000 tokens: all 2 documents .* have 3"):
-        hold_out(["w0", "w1 w2"], tokenizer, 16, 10_000)
-    with pytest.raises(ValueError, match="before sharding"):
-        hold_out(documents.shard(0, 2), tokenizer, 16, 200)
 
 
 def test_count_tokens_counts_words(tokenizer, texts):

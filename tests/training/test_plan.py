@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import as_documents
+from hf_msae.data.lots import lot
 from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
 from hf_msae.training.resuming import deal_anew
 from hf_msae.training.schedules import learning_rate_factor
@@ -219,14 +220,16 @@ def test_documents_are_dealt_anew_and_none_is_left_out(trainer, texts, world_siz
     for rank in range(world_size):
         state, words = deal_anew(states, rank, world_size)
         assert f"dealt anew from number {first}" in words
-        documents = as_documents(texts).skip(run.examiner.held_out.num_documents).shard(rank, world_size)
+        shuffled = run.documents.shuffle(state["batches"]["settings"]["seed"])
+        documents = shuffled.shard(rank, world_size)
         documents.load_state_dict(state["batches"]["windows"]["batch"]["documents"])
         read += list(documents)
         feed = trainer().feed
         feed.rank, feed.world_size = rank, world_size
         feed.load_state_dict(state)
         assert next(feed)[run.sites[next(iter(run.sites))]].shape == (64, 16)
-    assert sorted(read) == sorted(texts[first:])
+    order = list(as_documents(texts).shuffle(states[0]["batches"]["settings"]["seed"]))
+    assert sorted(read) == sorted(text for text in order[first:] if not run.examiner.held_out.split.holds(lot(text)))
     used = [state["batches"]["position"] for state in states]
     assert f"{used[1]:,} tokens after them" in words
     assert f"{len(states[0]['batches']['windows']['batch']['carry']):,} tokens before" in words

@@ -1,0 +1,49 @@
+"""Which documents are held out: those whose contents say so.
+
+A document's lot is a number from 0 to 1 that a hash of its contents fixes. Measuring takes the lowest lots,
+calibration the highest, training what is between. So every process, and every later evaluation of the same data, holds
+out the same documents, in whatever order and form they are stored; copies of a document are on one side; and text from
+all parts of the data is held out.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_msae.data.rows import Chat, Document
+
+SALT = b"hf_msae held out"  # another salt holds out other documents
+
+
+def lot(document: Document) -> float:
+    """From 0 (included) to 1 (not included), uniform over documents that differ."""
+    if isinstance(document, str):
+        contents = document
+    else:
+        tools = document.tools if isinstance(document, Chat) else None
+        contents = json.dumps([document, tools], sort_keys=True, default=lambda other: type(other).__name__)
+    # Half a surrogate pair, which JSON may hold, is no character of UTF-8.
+    digest = hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8, key=SALT).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shares of the documents: `measuring` of the lowest lots, `calibration` of the highest."""
+
+    measuring: float = 0.0
+    calibration: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.measuring or self.calibration)
+
+    def holds(self, number: float) -> bool:
+        """Whether a document of this lot is held out."""
+        return number < self.measuring or 1 - number <= self.calibration
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+EVERYTHING = Split()
