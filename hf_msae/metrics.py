@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from hf_msae.data import within_limit
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.outliers import within_limit
 from hf_msae.sites import Site, in_this_thread, replace
 
 # What the language model is run with: as it is, ablated in two ways, or with the prefix of an SAE, (name, prefix).

@@ -32,8 +32,10 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # The floor of each room: a file imports only from its own room or from floors below.
 FLOORS = {
-    "hf_msae.modeling": 1,
+    "hf_msae.layouts": 0,
+    "hf_msae.outliers": 0,
     "hf_msae.process_wide": 0,
+    "hf_msae.modeling": 1,
     "hf_msae.sites": 1,
     "hf_msae.worlds": 1,
     "hf_msae.data": 2,

@@ -14,8 +14,8 @@ from hf_msae.data import (
     pad_id,
     vocabulary,
 )
-from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE
 from hf_msae.data.holding_out import BASE_SPLIT
+from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
 from hf_msae.sites import resolve_site
 
 DESCRIPTION = """\

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
-from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, check_multiple
 from hf_msae.evaluation import Evaluation, Subject, collect, evaluate, write_report
 from hf_msae.evaluation.activations import TextActivations, check_fits
 from hf_msae.evaluation.baselines import (
@@ -35,6 +34,7 @@ from hf_msae.evaluation.suite import DEFAULT_METRICS, METRICS, OF_CONCEPTS, chec
 from hf_msae.evaluation.tables import all_tables
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
+from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.preparation import window_length

@@ -19,7 +19,6 @@ from hf_msae.cli.sources import (
     load_training_data,
 )
 from hf_msae.data import CachedActivations, Documents
-from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE
 from hf_msae.interpret.labels import LabelError, Labeller
 from hf_msae.interpret.pages import Label
 from hf_msae.interpret.pipeline import interpret
@@ -27,6 +26,7 @@ from hf_msae.interpret.store import Interpretation
 from hf_msae.interpret.writing import FOLDER_NAME
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
+from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
 
 DESCRIPTION = """\
 Read text once and write what each latent of SAE (a folder or a Hub repo) reacts to and says: contexts from the top and

@@ -3,7 +3,7 @@
 from hf_msae.data.cache import CachedActivations, CacheError, cache_activations, is_activation_cache
 from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
-from hf_msae.data.forward import ActivationError, find_norm_limits, harvest, within_limit
+from hf_msae.data.forward import find_norm_limits, harvest
 from hf_msae.data.holding_out import HeldOutWindows, hold_out, split_of
 from hf_msae.data.loading import as_documents, load_documents
 from hf_msae.data.lots import Split
@@ -11,6 +11,7 @@ from hf_msae.data.rows import Document
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.stream import ActivationStream, BatchIterator
 from hf_msae.data.windows import TokenBatch, TokenWindows, Window, collate, count_tokens, pad_id, vocabulary
+from hf_msae.outliers import ActivationError
 
 __all__ = [
     "ActivationError",
@@ -40,5 +41,4 @@ __all__ = [
     "pad_id",
     "split_of",
     "vocabulary",
-    "within_limit",
 ]

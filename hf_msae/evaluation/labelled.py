@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import Window, within_limit
+from hf_msae.data import Window
 from hf_msae.data.sources import UnreadableRow
 from hf_msae.data.windows import DocumentEncoder, pad_id, vocabulary
 from hf_msae.evaluation.activations import run_model, tokens_at_once
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.outliers import within_limit
 from hf_msae.sites import Site
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, concept_spans
 

@@ -15,15 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, vocabulary, within_limit
-from hf_msae.data.forward import (
-    NORM_OUTLIER_MULTIPLE,
-    activation_norms,
-    capture_counted,
-    check_multiple,
-    leave_out,
-    norm_limit_of,
-)
+from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, vocabulary
+from hf_msae.data.forward import capture_counted, leave_out
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
 from hf_msae.interpret.contexts import (
     NO_TOKEN,
@@ -36,6 +29,7 @@ from hf_msae.interpret.contexts import (
 )
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.sparse_encoder import ActiveLatents
+from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, check_multiple, norm_limit_of, within_limit
 from hf_msae.sites import Site, resolve_site, site_width
 
 # Contexts end a little after the token they were taken for: a causal model has not read what comes later.

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
-from hf_msae.data.forward import NORM_OUTLIER_MULTIPLE, check_multiple
+from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
 
 # What `resume_from_checkpoint` may be besides a folder, as words.
 RESUME_WORDS = {"true": "last", "false": None, "none": None}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_msae.data import within_limit
 from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropy, merge, predicts_next_token
+from hf_msae.outliers import within_limit
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.held_out import HeldOut
 from hf_msae.training.learner import Learner

@@ -23,13 +23,13 @@ from hf_msae.data import (
     find_norm_limits,
     harvest,
     pad_id,
-    within_limit,
 )
 from hf_msae.evaluation.activations import collect
 from hf_msae.evaluation.baselines import build_random
 from hf_msae.evaluation.core import measure_core
 from hf_msae.interpret.scan import scan
 from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
+from hf_msae.outliers import within_limit
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
