@@ -9,7 +9,7 @@ accumulated in float64.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -346,6 +346,15 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
         cross_entropy.kl_mean,
         meter.num_outliers,
     )
+
+
+def measured_facts(measurement: Measurement) -> dict[str, Any]:
+    """What an SAE's configuration says as `measured`: the number of tokens, and L0 and FVE per prefix."""
+    return {
+        "tokens": measurement.tokens,
+        "l0": [round(level.l0, 4) for level in measurement.levels],
+        "fve": [round(level.fve, 5) for level in measurement.levels],
+    }
 
 
 def table_rows(measurement: Measurement) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -5,17 +5,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from accelerate import PartialState
 from rich.console import Console
 
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.hub.exchange import FORMATS, WRITABLE, load_foreign, write_foreign
+from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
+from hf_msae.data import CachedActivations
+from hf_msae.evaluation.activations import check_fits, collect
+from hf_msae.evaluation.completing import complete
+from hf_msae.hub.exchange import FORMATS, WRITABLE, load_foreign, locate, recognise, write_foreign
 from hf_msae.hub.formats.common import written_whole
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import resolve_site
+from hf_msae.training import SAETrainingArguments
+from hf_msae.training.preparation import window_length
 
 DESCRIPTION = f"""\
 Convert SRC, a folder or a Hub repo, into the folder DEST. SRC is a checkpoint of {", ".join(FORMATS[:-1])} or
 {FORMATS[-1]}, which is recognised by its files; or, with --to, one of ours, which is written for
-{" or ".join(WRITABLE)}."""
+{" or ".join(WRITABLE)}. With --measure, the language model reads text, and what no file records is written into the SAE:
+each latent's largest activation, in which people steer, its firing rate, and a threshold where there is none."""
 
 
 @dataclass
@@ -39,16 +48,36 @@ class ConvertArguments:
     prefix: int | None = field(default=None, metadata={"help": "Convert only the first N latents."})
     subfolder: str = field(default="", metadata={"help": "Folder within SRC."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub repo."})
+    measure: bool = field(default=False, metadata={"help": "Record what only text can tell; see below."})
+    measure_tokens: int = field(default=200_000, metadata={"help": "Tokens to measure on."})
+    site: str | None = field(default=None, metadata={"help": "Where in the model, if SRC does not say."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+
+    def __post_init__(self) -> None:
+        if self.measure_tokens < 2:
+            raise ValueError(f"measure_tokens must be at least 2, got {self.measure_tokens}.")
+
+
+@dataclass
+class MeasuringSourceArguments(SourceArguments):
+    """With --measure: where tokens come from and which model reads them."""
+
+    _argument_group_name = "model and data, with --measure"
+
+    model: str = field(default="", metadata={"help": "The language model. Default: the one that SRC names."})
 
 
 def run(arguments: list[str]) -> None:
     """Parse, convert, say what came out."""
-    (args,) = parse(build_parser("convert", DESCRIPTION, (ConvertArguments,)), arguments)
+    parser = build_parser("convert", DESCRIPTION, (ConvertArguments, MeasuringSourceArguments))
+    args, sources = parse(parser, arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     destination = Path(args.dest)
     if destination.exists():
         raise ValueError(f"{destination} exists already; give a folder that does not, or delete it.")
     sae = _load(args)
+    if args.measure:
+        _measure(sae, args, sources)
     if args.to == "hf_msae":
         with written_whole(destination) as draft:
             sae.save_pretrained(draft)
@@ -66,8 +95,32 @@ def run(arguments: list[str]) -> None:
 def _load(args: ConvertArguments) -> MatryoshkaSAE:
     sizes = args.prefix_sizes or None
     hub = {"subfolder": args.subfolder, "revision": args.revision}
-    if args.format is not None:
-        sae = load_foreign(MatryoshkaSAE, args.src, args.format, sizes, **hub)
+    if args.format is not None or (args.measure and recognise(locate(args.src, **hub)) is not None):
+        sae = load_foreign(MatryoshkaSAE, args.src, args.format, sizes, calibrating=args.measure, **hub)
         return sae if args.prefix is None else sae.truncate(args.prefix)
     options = {} if sizes is None else {"prefix_sizes": sizes}
     return MatryoshkaSAE.from_pretrained(args.src, prefix=args.prefix, **hub, **options)
+
+
+def _measure(sae: MatryoshkaSAE, args: ConvertArguments, sources: SourceArguments) -> None:
+    """Read text and record in the SAE what it tells. Raises ValueError where model, site or text are not known."""
+    config = sae.config
+    sources.model = sources.model or config.base_model or ""
+    if not sources.model:
+        raise ValueError(f"{args.src} does not say which language model it is of; give --model.")
+    place = args.site or config.site
+    if place is None:
+        raise ValueError(f"{args.src} does not say where in the model it is from; give --site, such as layers.12.")
+    PartialState(cpu=args.use_cpu)
+    documents, eval_documents = load_training_data(sources)
+    if isinstance(documents, CachedActivations):
+        raise ValueError(f"--dataset {sources.dataset} is an activation cache; give text.")
+    model, tokenizer = load_language_model(sources)
+    site = resolve_site(model, place)
+    check_fits(model, site, sae, args.src)
+    length = window_length(model, SAETrainingArguments(context_length=config.context_length))
+    source = documents if eval_documents is None else eval_documents
+    text = collect(model, tokenizer, site, source, num_tokens=args.measure_tokens, context_length=length)
+    complete(sae.to(PartialState().device).eval(), text)  # type: ignore[arg-type]
+    config.site = config.site or str(site)
+    config.base_model = config.base_model or model.config.name_or_path or None

@@ -6,7 +6,7 @@
 import importlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from hf_msae.hub.formats.common import Files, Foreign, FormatError
+from hf_msae.hub.naming import describe_absence, describe_name, first_few
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
 
@@ -24,7 +25,10 @@ logger = logging.getLogger(__name__)
 FORMATS = ("saelens", "dictionary_learning", "sparsify", "gemma_scope", "bussmann", "openmoss")
 WRITABLE = ("saelens", "sparsify")
 OURS = MatryoshkaSAEConfig.model_type
-NAMED_FILES = 8
+# What ends the name of a file of weights, where a user gives one in place of its folder.
+WEIGHTS = (".pt", ".npz", ".safetensors")
+# A folder of a run in which files of weights lie, whose configuration is one folder up.
+CHECKPOINTS = "checkpoints"
 
 
 def _format(name: str) -> ModuleType:
@@ -38,18 +42,46 @@ def recognise(files: Files) -> str | None:
     return next((name for name in FORMATS if _format(name).recognises(files)), None)
 
 
-def load_foreign(
-    cls: type[MatryoshkaSAE], source: str | Path, name: str, prefix_sizes: Sequence[int] | None = None, **hub: Any
-) -> MatryoshkaSAE:
-    """A model from a checkpoint of the library `name`, one of `FORMATS`; what a user should know is logged.
+def locate(source: str | Path, subfolder: str | None = None, **hub: Any) -> Files:
+    """The checkpoint that is meant: a folder, a repo or a folder in either, or the one to which a file of weights
+    belongs that ends `source` or `subfolder`.
+    """
+    place = PurePosixPath(subfolder or "")
+    if Path(source).is_file():
+        source, place = Path(source).parent, PurePosixPath(Path(source).name)
+        if source.name == CHECKPOINTS:
+            source, place = source.parent, source.name / place
+    local = Path(source).is_dir()
+    if not ((Path(source) / place).is_file() if local else place.suffix in WEIGHTS):
+        return Files(source, subfolder="" if place == PurePosixPath() else str(place), **hub)
+    depth = 2 if place.parent.name == CHECKPOINTS else 1
+    folder = PurePosixPath(*place.parts[:-depth])
+    subfolder = "" if folder == PurePosixPath() else str(folder)
+    return Files(source, subfolder=subfolder, chosen="/".join(place.parts[-depth:]), **hub)
 
+
+def load_foreign(
+    cls: type[MatryoshkaSAE],
+    source: str | Path,
+    name: str | None,
+    prefix_sizes: Sequence[int] | None = None,
+    calibrating: bool = False,
+    **hub: Any,
+) -> MatryoshkaSAE:
+    """A model from a checkpoint of the library `name`, one of `FORMATS` (None: whichever it is); what a user should
+    know is logged.
+
+    With `calibrating`, an SAE that needs a threshold to compute anything is read without one, for the caller to set.
     Raises `FormatError`, a `ValueError`, for a checkpoint that is not of that library or has no equal here.
     """
-    files = Files(source, **hub)
+    files = locate(source, **hub)
+    name = recognise(files) if name is None else name
+    if name is None:
+        raise FormatError(_nothing_known(files))
     module = _format(name)
-    if not module.recognises(files):
-        raise FormatError(f"{files} is no {module.LIBRARY} checkpoint: it holds {_listed(files)}.")
-    config, state = _read(name, files, prefix_sizes)
+    if files.chosen is None and not module.recognises(files):
+        raise FormatError(f"{files} is no {module.LIBRARY} checkpoint: it holds {first_few(files.names)}.")
+    config, state = _read(name, files, prefix_sizes, calibrating)
     model: Any = cls.from_pretrained(None, config=config, state_dict=state, dtype=state["W_dec"].dtype)
     model.config.name_or_path = str(files)
     return model
@@ -62,12 +94,14 @@ def read_if_foreign(
 
     Raises `FormatError` for a folder or repo that holds neither, and says what it holds.
     """
-    if not Path(source).is_dir() and str(source).startswith((".", "/", "~")):
+    if not Path(source).exists() and str(source).startswith((".", "/", "~")):
         raise FormatError(f"There is no folder {source}.")
     hub = {key: value for key, value in hub.items() if value is not None and key != "force_download"}
-    files = Files(source, **hub)
+    files = locate(source, **hub)
     content = _config_content(files, hub)
     if content is not None and content.get("model_type") == OURS:
+        if files.chosen is not None:
+            raise FormatError(f"{files.chosen} is a file of the SAE in {files}; give that folder.")
         return None
     if content is not None and "model_type" in content:
         raise FormatError(
@@ -87,9 +121,17 @@ def write_foreign(sae: MatryoshkaSAE, folder: str | Path, name: str) -> None:
 
 
 def _read(
-    name: str, files: Files, prefix_sizes: Sequence[int] | None
+    name: str, files: Files, prefix_sizes: Sequence[int] | None, calibrating: bool = False
 ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]]:
-    foreign: Foreign = _format(name).read(files, prefix_sizes)
+    module = _format(name)
+    _refuse_other_file(module, name, files)
+    foreign: Foreign = module.read(files, prefix_sizes)
+    if foreign.uncalibrated and not calibrating:
+        raise FormatError(
+            f"{files} is a batch TopK SAE without a threshold: {foreign.library} keeps the largest activations of a "
+            "whole batch, so that no token has latents of its own. Give it a threshold, set on text: `hf-msae convert "
+            f"{files} FOLDER --measure --model MODEL --dataset TEXT`, and load FOLDER."
+        )
     for note in foreign.notes:
         logger.warning("%s: %s", files, note)
     config = MatryoshkaSAEConfig(**foreign.config, converted_from=foreign.library)
@@ -97,11 +139,28 @@ def _read(
     return config, zeros | foreign.state
 
 
+def _refuse_other_file(module: ModuleType, name: str, files: Files) -> None:
+    """Raises `FormatError` where a file was named that its format does not read as weights."""
+    if files.chosen is None or any(PurePosixPath(files.chosen).match(pattern) for pattern in module.FILES):
+        return
+    raise FormatError(
+        f"{files.chosen} of {files} is not what a {module.LIBRARY} checkpoint keeps its weights in "
+        f"({', '.join(module.FILES)}); give one of these, or the folder."
+    )
+
+
 def _config_content(files: Files, hub: dict[str, Any]) -> dict[str, Any] | None:
     """What config.json says; None where there is none. What cannot be reached raises as in transformers."""
     path: Any = None
+    hub = hub | {"subfolder": files.subfolder}
     if not files.is_offline:
-        path = cached_file(files.source, "config.json", **hub, _raise_exceptions_for_missing_entries=False)
+        try:
+            path = cached_file(files.source, "config.json", **hub, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            meant = describe_name(str(files.source))
+            if meant is None:
+                raise
+            raise FormatError(f"{files.source} is no Hub repo, nor a folder. {meant}") from error
     elif "config.json" in files.names:
         path = files.path("config.json")
     if path is None:
@@ -112,21 +171,14 @@ def _config_content(files: Files, hub: dict[str, Any]) -> dict[str, Any] | None:
         raise FormatError(str(error)) from error
 
 
-def _listed(files: Files) -> str:
-    shown = ", ".join(files.names[:NAMED_FILES])
-    more = len(files.names) - NAMED_FILES
-    return (shown + (f" and {more} more files" if more > 0 else "")) or "no files"
-
-
 def _nothing_known(files: Files) -> str:
+    if not files.names and files.subfolder:
+        return describe_absence(files)
     folders = sorted({name.rpartition("/")[0] for name in files.names if name.endswith("/config.json")})
     if folders:
-        return (
-            f"{files} has no SAE at its root. Give one of its folders as subfolder: {', '.join(folders[:NAMED_FILES])}"
-            f"{' ...' if len(folders) > NAMED_FILES else ''}."
-        )
+        return f"{files} has no SAE at its root. Give one of its folders as subfolder: {first_few(folders)}."
     known = ", ".join(_format(name).LIBRARY for name in FORMATS)
-    return f"{files} holds no SAE that is known here (ours, or of {known}), but {_listed(files)}."
+    return f"{files} holds no SAE that is known here (ours, or of {known}), but {first_few(files.names)}."
 
 
 def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> Any:

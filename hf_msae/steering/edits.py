@@ -245,7 +245,8 @@ def _unit(sae: MatryoshkaSAE, edit: LatentEdit) -> float:
     if not largest > 0:
         raise SteeringError(
             f"latent {edit.latent} has no measured maximum (it never fired in training, or the checkpoint does not "
-            "say), so units='max' has no meaning for it; use units='absolute' or 'norm'."
+            "say), so units='max' has no meaning for it; use units='absolute' or 'norm', or have maxima measured: "
+            "hf-msae convert SAE FOLDER --measure --dataset TEXT."
         )
     return largest
 

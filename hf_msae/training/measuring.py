@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropy, merge, predicts_next_token
+from hf_msae.metrics import (
+    Measurement,
+    ReconstructionMeter,
+    measure_cross_entropy,
+    measured_facts,
+    merge,
+    predicts_next_token,
+)
 from hf_msae.outliers import within_limit
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.held_out import HeldOut
@@ -87,11 +94,7 @@ class Examiner:
             sae.max_activation.copy_(meter.max_activation)
             sae.firing_rate.copy_(meter.firing_rate[learner.rows])
         measurement = merge(meter, cross_entropy)
-        sae.config.measured = {
-            "tokens": measurement.tokens,
-            "l0": [round(level.l0, 4) for level in measurement.levels],
-            "fve": [round(level.fve, 5) for level in measurement.levels],
-        }
+        sae.config.measured = measured_facts(measurement)
         return measurement
 
     @torch.inference_mode()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig, steer
 from hf_msae.cli.main import main
+from hf_msae.sites import capture, resolve_site
+from hf_msae.steering import SteeringError
 
 
 def convert(*arguments: str | Path) -> int:
@@ -75,3 +77,63 @@ def test_mistakes_are_named_and_nothing_is_written(saelens, tmp_path, capsys):
         assert convert(*arguments) == 2, words
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def on_disk(tmp_path, lm, tokenizer, texts) -> list[str]:
+    """The flags that name a language model and text."""
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    lines = [json.dumps({"text": text}) for text in texts * 3]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    flags = {"--model": tmp_path / "lm", "--dataset": tmp_path / "texts.jsonl", "--site": "layers.0"}
+    return [str(part) for pair in flags.items() for part in pair] + [
+        "--measure",
+        "--use-cpu",
+        "--measure-tokens",
+        "3000",
+    ]
+
+
+def test_what_another_library_does_not_record_is_measured_and_then_it_steers(tmp_path, on_disk, lm, tokenizer, capsys):
+    torch.manual_seed(0)
+    ours = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[8, 32], k=4)).eval()
+    ours.threshold.fill_(0.02)
+    ours.save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "peer", "--to", "saelens") == 0
+    assert convert(tmp_path / "peer", tmp_path / "plain") == 0
+    assert convert(tmp_path / "peer", tmp_path / "measured", *on_disk) == 0
+    plain, measured = (MatryoshkaSAE.from_pretrained(tmp_path / name) for name in ("plain", "measured"))
+    latent = int(measured.firing_rate.argmax())
+    inputs = tokenizer("w1 w2 w3", return_tensors="pt")
+    plain.config.site = "layers.0"
+    unmeasured = pytest.raises(SteeringError, match="hf-msae convert SAE FOLDER --measure")
+    with unmeasured, steer(lm, plain, {latent: 1.0}):
+        pass
+    with torch.no_grad(), steer(lm, measured, {latent: 1.0}):
+        steered = lm(**inputs).logits
+    with torch.no_grad():
+        assert not torch.equal(steered, lm(**inputs).logits)
+    x = capture(lm, [resolve_site(lm, "layers.0")], **inputs).popitem()[1]
+    assert torch.equal(plain.encode(x), measured.encode(x))
+    assert measured.config.measured["l0"][-1] == pytest.approx(measured.firing_rate.sum().item(), rel=1e-3)
+    assert measured.config.site == "model.layers.0:output"
+    assert measured.config.norm_limit > 0
+
+
+def test_a_batch_topk_without_a_threshold_is_refused_or_given_one(tmp_path, on_disk, capsys):
+    folder, generator = tmp_path / "original", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    rows = torch.nn.functional.normalize(torch.randn(32, 16, generator=generator), dim=1)
+    tensors = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_enc": torch.zeros(32), "b_dec": torch.zeros(16)}
+    torch.save(tensors, folder / "sae.pt")
+    config = {"sae_type": "batch-topk", "input_unit_norm": False, "act_size": 16, "dict_size": 32, "top_k": 6}
+    (folder / "config.json").write_text(json.dumps({key: str(value) for key, value in config.items()}))
+    assert convert(folder, tmp_path / "refused") == 2
+    assert "--measure" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    assert convert(folder, tmp_path / "ours", *on_disk) == 0
+    sae = MatryoshkaSAE.from_pretrained(tmp_path / "ours")
+    assert sae.config.measured["l0"][-1] == pytest.approx(6, rel=0.1)
+    assert sae.max_activation.min() >= 0
+    assert (sae.max_activation > 0).any()

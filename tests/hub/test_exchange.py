@@ -173,3 +173,104 @@ def test_without_the_package_the_methods_say_what_is_missing(monkeypatch):
     monkeypatch.setattr(MatryoshkaSAE, "exchange", None)
     with pytest.raises(ImportError, match="pip install hf-msae"):
         sae.push_to_hub("me/sae")
+
+
+# Names that people have at hand
+
+
+GEMMA = ("layer_12/width_16k/average_l0_22", "layer_12/width_16k/average_l0_82", "layer_12/width_16k/average_l0_445")
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        (
+            "layer_12/width_16k/canonical",
+            r"has no folder 'layer_12/width_16k/canonical'; .*layer_12/width_16k holds average_l0_22, average_l0_82, "
+            r"average_l0_445\. SAELens calls .* nearest to 100: average_l0_82\.",
+        ),
+        ("layer_12/width_1m/average_l0_82", r"/layer_12 holds width_16k\.$"),
+        ("layer_13/width_16k/canonical", r"scope holds layer_12\.$"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_answered_with_what_is(hub: LocalHub, tmp_path, folder, told, local):
+    files = {f"{place}/params.npz": b"x" for place in GEMMA}
+    for name, content in files.items():
+        (tmp_path / "scope" / name).parent.mkdir(parents=True)
+        (tmp_path / "scope" / name).write_bytes(content)
+    hub.put("someone/scope", files)
+    with pytest.raises(FormatError, match=told):
+        MatryoshkaSAE.from_pretrained(tmp_path / "scope" if local else "someone/scope", subfolder=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gemma-scope-2b-pt-res-canonical", "SAELens' name of a release that lies in google/gemma-scope-2b-pt-res:"),
+        ("gpt2-small-res-jb", "name of a release in SAELens.*pretrained_saes.yaml.*repo_id"),
+        ("gemma-2-2b/12-gemmascope-res-16k", "google/gemma-scope-2b-pt-res.*subfolder='layer_12/width_16k/average_l0"),
+        ("gemma-2-9b-it/9-gemmascope-att-131k", "google/gemma-scope-9b-it-att.*subfolder='layer_9/width_131k/"),
+        ("gpt2-small/8-res-jb", "looks like an id of Neuronpedia"),
+        ("owner/repo/layer_1/width_2", "give owner/repo, with subfolder='layer_1/width_2'"),
+    ],
+)
+def test_names_of_other_places_are_told_from_repos(hub: LocalHub, name, told):
+    with pytest.raises(FormatError, match=told):
+        MatryoshkaSAE.from_pretrained(name)
+
+
+# A file in place of its folder
+
+
+def write_trainer(folder: Path, names: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """A dictionary_learning trainer with the weights of these names, all different."""
+    states = {}
+    for seed, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"encoder.weight": (32, 8), "encoder.bias": (32,), "decoder.weight": (8, 32), "decoder.bias": (8,)}
+        states[name] = {key: torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(states[name], folder / name)
+    # Trainers of that library record this class for the other, whose tensors these are.
+    trainer = {"dict_class": "AutoEncoder", "lm_name": "gpt2", "dict_size": 32}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    return states
+
+
+@pytest.mark.parametrize("name", ["ae.pt", "checkpoints/ae_0.pt", "checkpoints/ae_30.pt"])
+@pytest.mark.parametrize("form", ["path", "subfolder", "repo"])
+def test_a_file_of_weights_may_stand_for_its_folder(hub: LocalHub, tmp_path, name, form):
+    folder = tmp_path / "trainer_0"
+    states = write_trainer(folder, ["ae.pt", "checkpoints/ae_0.pt", "checkpoints/ae_30.pt"])
+    if form == "path":
+        sae = MatryoshkaSAE.from_pretrained(folder / name)
+    elif form == "subfolder":
+        sae = MatryoshkaSAE.from_pretrained(tmp_path, subfolder=f"trainer_0/{name}")
+    else:
+        hub.put(
+            "someone/saes", {f"trainer_0/{path}": (folder / path).read_bytes() for path in (*states, "config.json")}
+        )
+        sae = MatryoshkaSAE.from_pretrained("someone/saes", subfolder=f"trainer_0/{name}")
+    assert torch.equal(sae.W_enc, states[name]["encoder.weight"])
+    assert (sae.config.base_model, sae.config.activation) == ("gpt2", "relu")
+
+
+def test_checkpoints_of_a_trainer_are_named_to_choose_from(tmp_path):
+    write_trainer(tmp_path, ["checkpoints/ae_100.pt", "checkpoints/ae_30.pt"])
+    with pytest.raises(
+        FormatError, match=r"no ae\.pt, but 2 .*: checkpoints/ae_30\.pt, checkpoints/ae_100\.pt\. Give"
+    ):
+        MatryoshkaSAE.from_pretrained(tmp_path)
+
+
+def test_files_of_ours_and_files_that_are_no_weights_are_told(tmp_path):
+    make_sae().save_pretrained(tmp_path / "ours")
+    with pytest.raises(FormatError, match=r"model\.safetensors is a file of the SAE in .*ours; give that folder"):
+        MatryoshkaSAE.from_pretrained(tmp_path / "ours" / "model.safetensors")
+    write_sparsify(tmp_path / "layers.2")
+    x = torch.randn(5, 8)
+    by_file = MatryoshkaSAE.from_pretrained(tmp_path / "layers.2" / "sae.safetensors")
+    assert torch.equal(by_file.encode(x), MatryoshkaSAE.from_pretrained(tmp_path / "layers.2").encode(x))
+    with pytest.raises(FormatError, match=r"cfg\.json of .* is not what a sparsify checkpoint keeps its weights in"):
+        MatryoshkaSAE.from_pretrained(tmp_path / "layers.2" / "cfg.json")

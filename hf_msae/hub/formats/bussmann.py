@@ -1,7 +1,10 @@
-"""The original Matryoshka SAE code (bartbussmann/matryoshka_sae): `sae.pt`, and `config.json` with values as strings.
+"""The original Matryoshka SAE code (bartbussmann/matryoshka_sae, and BatchTopK before it): `sae.pt`, and `config.json`
+with values as strings.
 
-Its Matryoshka class never uses the encoder bias it stores, so it is read as zero. Activations are normalised by each
-token's own mean and norm where `input_unit_norm` is set, which no weights can take over.
+`sae_type` says the class. No other key does: `group_sizes` is in every configuration, since one configuration is
+copied for all SAEs of a run. Of the classes only the vanilla one uses the encoder bias that all of them store, unless
+`use_encoder_bias` says so. Activations are normalised by each token's own mean and norm where `input_unit_norm` is
+set, which no weights can take over.
 """
 
 import ast
@@ -23,6 +26,8 @@ from hf_msae.hub.formats.common import (
     read_json,
     refuse_disagreement,
     refuse_many,
+    single_level,
+    target_k,
 )
 from hf_msae.hub.formats.saelens_names import model_on_hub, site_of_hook
 from hf_msae.hub.formats.safe_pickle import read_pt
@@ -30,6 +35,9 @@ from hf_msae.hub.formats.safe_pickle import read_pt
 LIBRARY = "matryoshka_sae"
 WEIGHTS = "sae.pt"
 CONFIG = "config.json"
+FILES = (WEIGHTS,)
+# What the classes of the plain SAEs do here, by `sae_type`.
+PLAIN = {"batch-topk": "batch_topk", "topk": "topk", "vanilla": "relu"}
 PROCESSING = (
     "The original code runs the language model in TransformerLens. Where that centred the weights that write into the "
     "residual stream, as it does by default for models with LayerNorm, each activation of the Hub's model must have "
@@ -43,41 +51,51 @@ def recognises(files: Files) -> bool:
 
 
 def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
-    """Read a checkpoint folder of a Matryoshka SAE.
+    """Read a checkpoint folder.
 
-    Raises `FormatError` for the plain SAEs of the same code, for `input_unit_norm`, for pickles with code in them, and
-    where configuration and tensors disagree.
+    Raises `FormatError` for the JumpReLU class, for `input_unit_norm`, tied weights and activations other than relu,
+    for pickles with code in them, and where configuration and tensors disagree.
     """
     refuse_many(files, WEIGHTS, LIBRARY)
     if CONFIG not in files.names:
         raise FormatError(f"{files} holds {WEIGHTS}, but no {CONFIG} beside it, which says k and the normalisation.")
     config = _literals(read_json(files, CONFIG))
-    _refuse_kinds(files, config)
+    nested = _is_matryoshka(files, config)
+    _refuse_options(files, config)
+    activation = "batch_topk" if nested else PLAIN[config["sae_type"]]
     weights = read_pt(files, WEIGHTS)
-    check_tensors(files, WEIGHTS, weights, ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])
+    check_tensors(files, WEIGHTS, weights, ["W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if nested else [])])
     notes = [PROCESSING]
-    state = complete_state(files, _oriented(weights, notes))
+    biased = activation == "relu" or config.get("use_encoder_bias") is True
+    state = complete_state(files, _oriented(weights, activation, biased, notes))
     num_latents, hidden_size = state["W_enc"].shape
     refuse_disagreement(files, "act_size", config.get("act_size"), WEIGHTS, hidden_size)
-    if not state["threshold"].any():
+    if not nested:
+        refuse_disagreement(files, "dict_size", config.get("dict_size"), WEIGHTS, num_latents)
+        sizes = single_level(prefix_sizes, num_latents, notes)
+    else:
+        sizes = chosen_prefix_sizes(_groups(files, config, num_latents), prefix_sizes, num_latents, files)
+    if "threshold" in state and not state["threshold"].any():
         notes.append(
-            "Its threshold is zero, so every positive pre-activation is active, as in the original code. Call "
-            "calibrate_threshold on activations of its site."
+            "Its threshold is zero, so every positive pre-activation is active, as in the original code. Set one with "
+            "`hf-msae convert --measure`, or call calibrate_threshold on activations of its site."
         )
     model_name = config.get("model_name")
     base_model = model_on_hub(model_name) or model_name if isinstance(model_name, str) else None
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
-        "prefix_sizes": chosen_prefix_sizes(_groups(files, config, num_latents), prefix_sizes, num_latents, files),
-        "k": _k(files, config),
-        "activation": "batch_topk",
+        "prefix_sizes": sizes,
+        "k": target_k(None, num_latents, notes) if activation == "relu" else _k(files, config),
+        "activation": activation,
+        "inference": "topk" if activation == "topk" else "threshold",
         "apply_b_dec_to_input": True,
         "base_model": base_model,
         "site": _site(config, base_model, notes),
         "context_length": config.get("seq_len"),
     }
-    return Foreign(LIBRARY, arguments, state, notes)
+    uncalibrated = activation == "batch_topk" and "threshold" not in state
+    return Foreign(LIBRARY, arguments, state, notes, uncalibrated)
 
 
 def _literals(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,32 +110,46 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _refuse_kinds(files: Files, config: Mapping[str, Any]) -> None:
+def _is_matryoshka(files: Files, config: Mapping[str, Any]) -> bool:
+    """Whether the class is a nested one. Raises `FormatError` for classes that cannot be read."""
     kind = config.get("sae_type")
-    if "group_sizes" not in config and "matryoshka" not in str(kind).lower():
+    if isinstance(kind, str) and "matryoshka" in kind.lower():
+        return True
+    if kind not in PLAIN:
         raise FormatError(
-            f"{files} has sae_type={kind!r} and no group_sizes; of this code's SAEs, only the Matryoshka class can be "
-            "read."
+            f"{files} has sae_type={kind!r}; of this code's SAEs, the Matryoshka classes and {', '.join(PLAIN)} can "
+            "be read."
         )
+    return False
+
+
+def _refuse_options(files: Files, config: Mapping[str, Any]) -> None:
+    """Raises `FormatError` for options under which the same tensors compute something else."""
     if config.get("input_unit_norm") is not False:
         raise FormatError(
             f"{files} has input_unit_norm={config.get('input_unit_norm')}: each token is normalised by its own mean "
             "and norm before encoding and scaled back after decoding. No weights can take that over, and "
             "MatryoshkaSAE does not do it; only SAEs trained with input_unit_norm=False can be read."
         )
+    if config.get("tied_weights") is True:
+        raise FormatError(f"{files} has tied_weights=True, so its decoder is not the W_dec that its files hold.")
+    if config.get("activation", "relu") != "relu":
+        raise FormatError(f"{files} has activation={config['activation']!r}; only 'relu' has an equal here.")
 
 
-def _oriented(weights: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    if weights["b_enc"].any():
+def _oriented(weights: Mapping[str, Tensor], activation: str, biased: bool, notes: list[str]) -> dict[str, Tensor]:
+    if not biased and weights["b_enc"].any():
         notes.append("Its encoder bias is not zero, but the original code never uses it, so it was read as zero.")
     W_enc = weights["W_enc"]
-    return {
+    tensors = {
         "W_enc": W_enc.mT if W_enc.ndim == 2 else W_enc,
         "W_dec": weights["W_dec"],
-        "b_enc": torch.zeros_like(weights["b_enc"]),
+        "b_enc": weights["b_enc"] if biased else torch.zeros_like(weights["b_enc"]),
         "b_dec": weights["b_dec"],
-        "threshold": weights["threshold"],
     }
+    if activation == "batch_topk" and "threshold" in weights:
+        tensors["threshold"] = weights["threshold"]
+    return tensors
 
 
 def _groups(files: Files, config: Mapping[str, Any], num_latents: int) -> list[int] | None:

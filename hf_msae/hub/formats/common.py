@@ -17,12 +17,14 @@ from typing import Any
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, dtype, promote_types
 
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
 NAMED_FOLDERS = 12
+# What wrappers put before the names of a module's tensors: DataParallel and its kin, and torch.compile.
+WRAPPERS = ("module.", "_orig_mod.")
 # The published default of most libraries; of an SAE with a learnt or no threshold, k is only the target of training.
 DEFAULT_K = 32
 
@@ -35,7 +37,8 @@ class FormatError(ValueError):
 class Files:
     """The files of one checkpoint: a folder, or a folder of a Hub repo whose files are fetched when asked for.
 
-    `source` is a local folder or a repo id.
+    `source` is a local folder or a repo id. `chosen` is the file of weights that a user named, as a path in the
+    checkpoint's folder; None where the folder alone was named.
     """
 
     source: str | Path
@@ -44,6 +47,7 @@ class Files:
     token: str | bool | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+    chosen: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subfolder", inside(self.subfolder))
@@ -107,13 +111,15 @@ class Foreign:
 
     `config` are arguments of `MatryoshkaSAEConfig`. `state` holds W_enc and W_dec (num_latents, hidden_size), b_enc
     (num_latents,), b_dec (hidden_size,), and `threshold` (num_latents,) where the format has one. `notes` are
-    sentences for the user: what was folded, what was not recorded.
+    sentences for the user: what was folded, what was not recorded. `uncalibrated`: its library selects by rank in a
+    batch and stored no threshold, so that it computes nothing for a token alone until one was calibrated.
     """
 
     library: str
     config: dict[str, Any]
     state: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
+    uncalibrated: bool = False
 
 
 def chosen_prefix_sizes(
@@ -178,13 +184,25 @@ def read_safetensors(files: Files, name: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises `FormatError` where it is truncated, corrupt, or something else."""
     path = files.path(name)
     try:
-        return load_file(path)
+        return plain_names(load_file(path))
     except SafetensorError as error:
         size = path.stat().st_size
         raise FormatError(
             f"{name} of {files} ({size:,} bytes) is no whole safetensors file ({error}); fetch it again. (A file of "
             "about 130 bytes is a git-lfs pointer: run `git lfs pull`.)"
         ) from None
+
+
+def plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by the names that their module gave them, where all carry the prefix of a wrapper around it."""
+    for prefix in WRAPPERS:
+        if tensors and all(_begins(key, prefix) for key in tensors):
+            return plain_names({key.removeprefix(prefix): tensor for key, tensor in tensors.items()})
+    return dict(tensors)
+
+
+def _begins(key: Any, prefix: str) -> bool:
+    return isinstance(key, str) and key.startswith(prefix)
 
 
 def check_tensors(files: Files, name: str, given: Mapping[str, Tensor], needed: Sequence[str]) -> None:
@@ -197,21 +215,21 @@ def check_tensors(files: Files, name: str, given: Mapping[str, Tensor], needed: 
 
 
 def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state in our orientation: shapes that fit each other, a threshold for every latent, own contiguous memory.
+    """A state in our orientation: shapes that fit each other, a threshold for every latent, own contiguous memory, and
+    one precision, the widest of the weights'.
 
     tensors: W_enc and W_dec (num_latents, hidden_size), b_enc (num_latents,), b_dec (hidden_size,); a `threshold` may
         be absent, one number, or (num_latents,). One below zero becomes zero: latent activations are never negative,
         so both keep the same latents.
-    Raises `FormatError` for tensors that do not belong together.
+    Raises `FormatError` for tensors that do not belong together, and for numbers that are none.
     """
     W_enc = tensors["W_enc"]
-    if W_enc.ndim != 2 or not W_enc.is_floating_point():
+    if W_enc.ndim != 2:
         raise FormatError(f"The encoder of {files} is {W_enc.dtype} of shape {tuple(W_enc.shape)}; expected a matrix.")
     num_latents, hidden_size = W_enc.shape
     state = dict(tensors)
-    if "threshold" in state:
-        threshold = state["threshold"].float().clamp_min(0)
-        state["threshold"] = threshold.expand(num_latents) if threshold.numel() == 1 else threshold
+    if "threshold" in state and state["threshold"].numel() == 1:
+        state["threshold"] = state["threshold"].reshape(()).expand(num_latents)
     shapes = {"W_enc": (num_latents, hidden_size), "W_dec": (num_latents, hidden_size), "b_dec": (hidden_size,)}
     for name, tensor in state.items():
         expected = shapes.get(name, (num_latents,))
@@ -220,7 +238,36 @@ def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Ten
                 f"The tensors of {files} do not belong together: beside an encoder of {num_latents} latents and "
                 f"hidden size {hidden_size}, {name} should be {expected}, but is {tuple(tensor.shape)}."
             )
-    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+        _refuse_what_is_no_number(files, name, tensor)
+    if "threshold" in state:
+        state["threshold"] = state["threshold"].float().clamp_min(0)
+    return {name: tensor.contiguous().clone() for name, tensor in in_one_dtype(state).items()}
+
+
+def _refuse_what_is_no_number(files: Files, name: str, tensor: Tensor) -> None:
+    """Raises `FormatError` for integers, and for NaN and infinity, saying where."""
+    if not tensor.is_floating_point():
+        raise FormatError(f"{name} of {files} is {tensor.dtype}; weights should be floating-point numbers.")
+    wrong = ~tensor.float().isfinite()
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise FormatError(
+            f"{name} of {files} holds {tensor[place].item()} at {list(place)} ({int(wrong.sum()):,} of "
+            f"{tensor.numel():,} numbers are NaN or infinite), so nothing could be computed with it. Fetch it again, "
+            "or take another checkpoint of the run."
+        )
+
+
+def in_one_dtype(state: Mapping[str, Tensor], least: dtype | None = None) -> dict[str, Tensor]:
+    """The weights in the widest precision that one of them has (or `least` has), in which all of them are exact.
+
+    What is kept in single precision anyway (thresholds, statistics) stays as it is.
+    """
+    names = [name for name in ("W_enc", "W_dec", "b_enc", "b_dec") if name in state]
+    widest = least or state[names[0]].dtype
+    for name in names:
+        widest = promote_types(widest, state[name].dtype)
+    return {name: tensor.to(widest) if name in names else tensor for name, tensor in state.items()}
 
 
 def refuse_disagreement(files: Files, name: str, recorded: Any, weights: str, found: Any) -> None:

@@ -4,11 +4,15 @@ The library has two layouts. `MatryoshkaBatchTopKSAE` and `JumpReluAutoEncoder` 
 W_dec (F, d); the other classes keep `nn.Linear`s, encoder.weight (F, d) and decoder.weight (d, F), under the same
 names for different functions. So the class that the configuration names is checked against the tensors, and where only
 it can tell two classes apart it is needed.
+
+While training, the library writes `checkpoints/ae_STEP.pt`, whose configuration lies one folder up; one of those is
+read where it is named.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +26,8 @@ from hf_msae.hub.formats.common import (
     chosen_prefix_sizes,
     complete_state,
     holds,
+    in_one_dtype,
+    plain_names,
     read_json,
     refuse_disagreement,
     refuse_many,
@@ -33,6 +39,9 @@ from hf_msae.hub.formats.safe_pickle import read_pt
 LIBRARY = "dictionary_learning"
 WEIGHTS = "ae.pt"
 CONFIG = "config.json"
+# Weights of a finished trainer, and of one in training.
+FILES = (WEIGHTS, "ae_*.pt")
+NAMED_FILES = 12
 
 _SUBMODULE = re.compile(r"(resid_post|resid_pre|resid|mlp|mlp_out|attn|attn_out|attention)_(?:layer_)?(\d+)")
 _SITES = {
@@ -67,26 +76,34 @@ KINDS = {
     "AutoEncoder": _Kind("relu", _LINEAR | {"b_dec": "bias"}),
     "AutoEncoderNew": _Kind("relu", _LINEAR | {"b_dec": "decoder.bias"}, apply_b_dec_to_input=False),
 }
+# Trainers of this library record either class for the other; their tensors tell them apart.
+RENAMED = ("AutoEncoder", "AutoEncoderNew")
 
 
 def recognises(files: Files) -> bool:
-    """Whether this folder, or one below it, holds an `ae.pt`."""
-    return holds(files, WEIGHTS)
+    """Whether this folder, or one below it, holds an `ae.pt`, or one of a trainer's checkpoints."""
+    return bool(_weights(files))
+
+
+def _weights(files: Files) -> list[str]:
+    return [name for name in files.names if any(PurePosixPath(name).match(pattern) for pattern in FILES)]
 
 
 def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
-    """Read a trainer folder, or a backup of one that was still training.
+    """Read a trainer folder, one of its checkpoints, or a backup of one that was still training.
 
     Raises `FormatError` for gated SAEs, for pickles with code in them, and where configuration and tensors disagree.
     """
-    refuse_many(files, WEIGHTS, LIBRARY)
-    config = read_json(files, CONFIG) if CONFIG in files.names else {}
-    weights, trainer, notes = _unwrapped(files, read_pt(files, WEIGHTS), config.get("trainer"))
+    name = files.chosen or WEIGHTS
+    if files.chosen is None:
+        _refuse_choice(files)
+    config = _config(files)
+    weights, trainer, notes = _unwrapped(files, read_pt(files, name), config.get("trainer"))
     if not isinstance(trainer, dict):
         raise FormatError(f"{CONFIG} of {files} should have an object under 'trainer', but has {trainer!r}.")
-    name = _class_name(files, weights, trainer.get("dict_class"))
-    kind = KINDS[name]
-    check_tensors(files, WEIGHTS, weights, [*kind.tensors.values(), *kind.also])
+    kind_name = _class_name(files, weights, trainer.get("dict_class"))
+    kind = KINDS[kind_name]
+    check_tensors(files, name, weights, [*kind.tensors.values(), *kind.also])
     state = _state(files, weights, kind)
     _check_sizes(files, trainer, state)
     num_latents, hidden_size = state["W_enc"].shape
@@ -102,19 +119,49 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         "site": _site(trainer, buffer, files, notes),
         "k": _k(files, weights, trainer, kind, num_latents, notes),
     }
-    if name == "MatryoshkaBatchTopKSAE":
+    if kind_name == "MatryoshkaBatchTopKSAE":
         recorded = _recorded_sizes(files, weights, trainer, num_latents)
         arguments["prefix_sizes"] = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files)
     else:
         arguments["prefix_sizes"] = single_level(prefix_sizes, num_latents, notes)
-    if kind.activation == "batch_topk" and float(weights.get("threshold", torch.tensor(-1.0))) < 0:
+    batch_topk = kind.activation == "batch_topk"
+    if batch_topk and "threshold" in weights and float(weights["threshold"]) < 0:
         notes.append(
             "Its threshold was never estimated (training stopped before threshold_start_step), so every positive "
-            "pre-activation is active, as in the library itself. Call calibrate_threshold on activations of its site."
+            "pre-activation is active, as in the library itself. Set one with `hf-msae convert --measure`, or call "
+            "calibrate_threshold on activations of its site."
         )
-    if name == "AutoEncoder":
-        _normalise_decoder(state, notes)
-    return Foreign(LIBRARY, arguments, state, notes)
+    if kind_name == "AutoEncoder":
+        state = _normalise_decoder(state, notes)
+    return Foreign(LIBRARY, arguments, state, notes, uncalibrated=batch_topk and "threshold" not in weights)
+
+
+def _refuse_choice(files: Files) -> None:
+    """Raises `FormatError` that lists what to choose from, where there is no `ae.pt` in this very folder."""
+    if WEIGHTS in files.names:
+        return
+    if holds(files, WEIGHTS):
+        refuse_many(files, WEIGHTS, LIBRARY)
+    found = sorted(_weights(files), key=_step)
+    more = f" and {len(found) - NAMED_FILES} more" if len(found) > NAMED_FILES else ""
+    last = (PurePosixPath(files.subfolder) / found[-1]).as_posix()
+    how = f"{files.source}/{last}" if files.is_local else f"subfolder={last!r}"
+    raise FormatError(
+        f"{files} holds no {WEIGHTS}, but {len(found)} checkpoint(s) of a trainer: {', '.join(found[:NAMED_FILES])}"
+        f"{more}. Give one of them, such as {how}."
+    )
+
+
+def _step(name: str) -> tuple[str, int]:
+    number = re.search(r"_(\d+)\.pt$", name)
+    return str(PurePosixPath(name).parent), int(number[1]) if number is not None else 0
+
+
+def _config(files: Files) -> dict[str, Any]:
+    """The trainer's configuration: beside the weights, or in the trainer's folder."""
+    beside = (PurePosixPath(files.chosen or WEIGHTS).parent / CONFIG).as_posix()
+    name = next((name for name in (beside, CONFIG) if name in files.names), None)
+    return read_json(files, name) if name is not None else {}
 
 
 def _unwrapped(files: Files, content: dict[str, Any], trainer: Any) -> tuple[dict[str, Tensor], Any, list[str]]:
@@ -125,7 +172,7 @@ def _unwrapped(files: Files, content: dict[str, Any], trainer: Any) -> tuple[dic
     """
     if "ae" not in content or not isinstance(content["ae"], dict):
         return content, trainer or {}, []
-    weights = dict(content["ae"])
+    weights = plain_names(content["ae"])
     notes = [f"This is a backup written at step {content.get('step')}, before training ended."]
     factor = content.get("norm_factor")
     if factor is not None:
@@ -133,7 +180,9 @@ def _unwrapped(files: Files, content: dict[str, Any], trainer: Any) -> tuple[dic
         for name in scaled:
             # A single threshold below zero is the mark of one never estimated.
             if name in weights and (name != "threshold" or weights[name].ndim or weights[name] >= 0):
-                weights[name] = weights[name] * float(factor)
+                # In half precision the product would be rounded.
+                exact = weights[name].double() * float(factor)
+                weights[name] = exact.to(torch.promote_types(weights[name].dtype, torch.float32))
         notes.append(
             f"It was trained on activations divided by {float(factor):.6g}, which was folded into the biases."
         )
@@ -151,6 +200,8 @@ def _class_name(files: Files, weights: Mapping[str, Tensor], recorded: str | Non
         return candidates[0]
     if recorded in candidates:
         return recorded
+    if recorded in RENAMED and len(candidates) == 1 and candidates[0] in RENAMED:
+        return candidates[0]
     if recorded is None and candidates:
         raise FormatError(
             f"The tensors of {files} may be those of {' or '.join(candidates)}, which only config.json can tell; put "
@@ -159,7 +210,7 @@ def _class_name(files: Files, weights: Mapping[str, Tensor], recorded: str | Non
     held = ", ".join(sorted(map(str, weights))) or "nothing"
     if recorded in KINDS and candidates:
         raise FormatError(
-            f"{files}: config.json says dict_class={recorded!r}, but {WEIGHTS} holds the tensors of "
+            f"{files}: config.json says dict_class={recorded!r}, but {files.chosen or WEIGHTS} holds the tensors of "
             f"{' or '.join(candidates)} ({held}). They do not belong together; fetch both again."
         )
     raise FormatError(
@@ -236,16 +287,21 @@ def _site(trainer: Mapping[str, Any], buffer: Mapping[str, Any], files: Files, n
     return f"{site}:input" if side == "in" and not site.endswith(":input") else site
 
 
-def _normalise_decoder(state: dict[str, Tensor], notes: list[str]) -> None:
+def _normalise_decoder(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """Unit decoder rows, as the library's own loader makes them; the encoder is scaled instead, so nothing else
     changes than the units of the latents.
     """
-    norms = state["W_dec"].norm(dim=1)
+    norms = state["W_dec"].double().norm(dim=1)
     if torch.allclose(norms, torch.ones_like(norms)):
-        return
+        return state
     # A row of zeros has no direction; its latent keeps its units.
     norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    state["W_dec"] = state["W_dec"] / norms[:, None]
-    state["W_enc"] = state["W_enc"] * norms[:, None]
-    state["b_enc"] = state["b_enc"] * norms
+    exact = in_one_dtype(state, torch.float64)
+    exact |= {
+        "W_dec": exact["W_dec"] / norms[:, None],
+        "W_enc": exact["W_enc"] * norms[:, None],
+        "b_enc": exact["b_enc"] * norms,
+    }
     notes.append("Decoder rows were brought to norm 1 and the encoder scaled to match, as the library's loader does.")
+    kept = torch.promote_types(state["W_dec"].dtype, torch.float32)
+    return {name: tensor.to(kept) for name, tensor in exact.items()}

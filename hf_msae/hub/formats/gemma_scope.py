@@ -5,6 +5,7 @@ folders (`gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`). Those of Gem
 may be missing. Neither records nesting, whatever was trained, so one level is read unless prefix sizes are given.
 """
 
+import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ LIBRARY = "Gemma Scope"
 WEIGHTS_1 = "params.npz"
 WEIGHTS_2 = "params.safetensors"
 CONFIG = "config.json"
+FILES = (WEIGHTS_1, WEIGHTS_2)
 # Both were trained on windows of this many tokens, each beginning with BOS.
 CONTEXT_LENGTH = 1024
 
@@ -47,6 +49,8 @@ _SITES = {
     "mlp_out": "layers.{}.post_feedforward_layernorm:output",
     "attn_out": "layers.{}.self_attn.o_proj:input",
 }
+# transformers multiplies the embedding by √d before the first layer reads it.
+EMBEDDING_SITE = "layers.0:input"
 _OTHER_KINDS = re.compile(r"(transcoder|crosscoder|clt)(_all)?")
 
 
@@ -77,6 +81,8 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
     config = read_json(files, CONFIG) if not first and CONFIG in files.names else {}
     notes: list[str] = []
     origin = _origin_1(place, notes) if first else _origin_2(files, config, place, notes)
+    if first and origin.site == EMBEDDING_SITE:
+        state = _of_scaled_embedding(state, notes)
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
@@ -141,6 +147,20 @@ def _state(files: Files, weights: Mapping[str, Tensor], name: str) -> dict[str, 
     return complete_state(files, ours)
 
 
+def _of_scaled_embedding(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The embedding SAEs read rows of the embedding, and at the first layer's input stand √d times those: so the
+    encoder is divided by √d, and what is written multiplied. Latents stay as they are.
+    """
+    scale = math.sqrt(state["b_dec"].shape[0])
+    factors = {"W_enc": 1 / scale, "W_dec": scale, "b_dec": scale}
+    exact = {name: tensor.double() * factors.get(name, 1.0) for name, tensor in state.items()}
+    notes.append(
+        "It was trained on rows of the embedding; the language model multiplies them by sqrt(d), which was folded in, "
+        f"so that it reads {EMBEDDING_SITE}."
+    )
+    return {name: exact[name].to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in state.items()}
+
+
 def _prefix_sizes(given: Sequence[int] | None, num_latents: int, notes: list[str]) -> list[int]:
     if given is not None:
         return sorted({*map(int, given), num_latents})
@@ -165,11 +185,10 @@ def _origin_1(place: str, notes: list[str]) -> _Origin:
         )
         return _Origin(None, None)
     base_model = f"google/gemma-2-{repo[1]}" + ("-it" if repo[2] == "it" else "")
+    if layer is None and re.search(r"/embedding(/|$)", place):
+        return _Origin(base_model, EMBEDDING_SITE)
     if layer is None:
-        notes.append(
-            "No folder says which layer this is. (The embedding SAEs of Gemma Scope read rows of the embedding before "
-            "the language model scales them.) Set config.site."
-        )
+        notes.append("No folder says which layer this is; set config.site.")
         return _Origin(base_model, None)
     return _Origin(base_model, _SITES[repo[3]].format(layer[1]))
 

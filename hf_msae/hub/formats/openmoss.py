@@ -36,6 +36,7 @@ from hf_msae.hub.formats.saelens_names import site_of_hook
 LIBRARY = "Language-Model-SAEs"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 OLD_CONFIG, OLD_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
+FILES = (WEIGHTS, OLD_WEIGHTS)
 AVERAGE_NORM = "dataset_average_activation_norm"
 
 ACTIVATIONS = {"relu": "relu", "jumprelu": "jumprelu", "topk": "topk", "batchtopk": "batch_topk"}
@@ -79,13 +80,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         tensors["threshold"] = _threshold(files, config, weights, num_latents, scale)
     for name in ("b_enc", "b_dec"):
         tensors[name] = tensors[name] / scale
+    state = complete_state(files, tensors)
     if config.get("sparsity_include_decoder_norm"):
-        _fold_decoder_norm(tensors, activation, notes)
-    if activation == "batch_topk":
-        notes.append(
-            "This library has no threshold for batch TopK: every positive pre-activation is active until "
-            "calibrate_threshold was called on activations of its site."
-        )
+        _fold_decoder_norm(state, activation, notes)
     reported = config.get("top_k")
     ranked = activation in ("topk", "batch_topk")
     if ranked and not isinstance(reported, int):
@@ -102,7 +99,8 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         "base_model": base_model,
         "site": _site(config["hook_point_in"], base_model, notes),
     }
-    return Foreign(LIBRARY, arguments, complete_state(files, tensors), notes)
+    # Of batch TopK this library stores no threshold: it takes the largest of whatever batch it is given.
+    return Foreign(LIBRARY, arguments, state, notes, activation == "batch_topk")
 
 
 def _refuse_kinds(files: Files, config: Mapping[str, Any], weights_name: str) -> None:
@@ -213,7 +211,11 @@ def _fold_decoder_norm(tensors: dict[str, Tensor], activation: str, notes: list[
     """
     norms = tensors["W_dec"].norm(dim=1)
     if activation == "jumprelu":
-        tensors["threshold"] = tensors["threshold"] / norms
+        # A latent that writes nothing is active nowhere: nothing times its norm exceeds a threshold.
+        alive = norms > 0
+        tensors["threshold"] = torch.where(alive, tensors["threshold"] / norms.where(alive, 1.0), 0.0)
+        tensors["W_enc"] = tensors["W_enc"] * alive[:, None]
+        tensors["b_enc"] = tensors["b_enc"] * alive
     elif activation in ("topk", "batch_topk"):
         tensors["W_enc"] = tensors["W_enc"] * norms[:, None]
         tensors["b_enc"] = tensors["b_enc"] * norms

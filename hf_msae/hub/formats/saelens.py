@@ -45,6 +45,7 @@ from hf_msae.modeling import MatryoshkaSAE
 
 LIBRARY = "SAELens"
 WEIGHTS, SPARSITY = "sae_weights.safetensors", "sparsity.safetensors"
+FILES = (WEIGHTS,)
 # The version whose inference form is written: SAELens reads a configuration without one, or an older one, as flat.
 FORM_VERSION = "6.0.0"
 

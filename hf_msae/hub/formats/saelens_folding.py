@@ -6,7 +6,7 @@ computed in float64, and in the order of SAELens' own trainer, on which the unit
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 
 from hf_msae.hub.formats.common import Files, FormatError, check_tensors, peek_json, read_safetensors
 
@@ -42,7 +42,8 @@ def fold(files: Files, settings: dict[str, Any], state: dict[str, Tensor]) -> li
     if normalisation == "covariance_whitening":
         _fold_whitening(exact, _recorded_whitening(files, state), bool(settings.get("apply_b_dec_to_input", True)))
         notes.append("The whitening of the activations was folded into the weights.")
-    state.update({name: exact[name].to(tensor.dtype) for name, tensor in state.items()})
+    # Half precision would round what was folded, and latents near a threshold would come and go.
+    state.update({name: exact[name].to(promote_types(tensor.dtype, float32)) for name, tensor in state.items()})
     return notes
 
 

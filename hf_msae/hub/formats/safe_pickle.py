@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.hub.formats.common import Files, FormatError, plain_names
 
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -42,4 +42,4 @@ def read_pt(files: Files, name: str) -> dict[str, Any]:
             f"{name} of {files} should hold a dictionary of tensors, but holds a {type(content).__name__}. Save the "
             "SAE's state_dict() and try again."
         )
-    return content
+    return plain_names(content)

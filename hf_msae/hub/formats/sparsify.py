@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 LIBRARY = "sparsify"
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
+FILES = (WEIGHTS,)
 TENSORS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 # A module path that passes through a numbered layer, such as layers.10 or h.3.mlp.

@@ -24,9 +24,9 @@ def foreign_checkpoints() -> Path:
 
 @pytest.fixture
 def imported() -> Callable[..., MatryoshkaSAE]:
-    """Imports a checkpoint: `imported(folder, library, prefix_sizes=None, **hub)`."""
-    return lambda source, library, prefix_sizes=None, **hub: load_foreign(
-        MatryoshkaSAE, source, library, prefix_sizes, **hub
+    """Imports a checkpoint: `imported(folder, library, prefix_sizes=None, **more)`."""
+    return lambda source, library, prefix_sizes=None, **more: load_foreign(
+        MatryoshkaSAE, source, library, prefix_sizes, **more
     )
 
 

@@ -93,6 +93,14 @@ def test_notes_say_what_a_reader_must_know(save):
     assert "encoder bias" not in notes
 
 
+@pytest.mark.parametrize("groups", [[5, 15, 20], [3, 4], None])
+@pytest.mark.parametrize("kind", ["batch-topk", "topk", "vanilla"])
+def test_the_class_is_what_sae_type_says_whatever_group_sizes_the_configuration_holds(save, groups, kind):
+    foreign = bussmann.read(Files(save(sae_type=kind, group_sizes=groups)))
+    assert foreign.config["prefix_sizes"] == [40]
+    assert foreign.config["activation"] == {"batch-topk": "batch_topk", "topk": "topk", "vanilla": "relu"}[kind]
+
+
 def test_unrecorded_groups_are_asked_for_and_taken(save):
     files = Files(save(group_sizes=None))
     with pytest.raises(FormatError, match=r"Matryoshka SAE of 40 latents, but its files do not say .*--prefix-sizes"):
@@ -110,7 +118,14 @@ class TestRefusals:
         [
             ({"input_unit_norm": True}, "input_unit_norm=True: each token is normalised .* No weights can take"),
             ({"input_unit_norm": None}, "input_unit_norm=None"),
-            ({"sae_type": "topk", "group_sizes": None}, "sae_type='topk' and no group_sizes"),
+            (
+                {"sae_type": "jumprelu"},
+                "sae_type='jumprelu'; of this code's SAEs, the Matryoshka classes and batch-topk",
+            ),
+            ({"sae_type": None}, "sae_type=None; of this code's"),
+            ({"tied_weights": True}, "tied_weights=True, so its decoder is not the W_dec"),
+            ({"activation": "gelu"}, "activation='gelu'; only 'relu'"),
+            ({"sae_type": "batch-topk", "dict_size": 99}, "dict_size=99, but sae.pt says 40"),
             ({"group_sizes": [5, 15]}, r"group_sizes=\[5, 15\] sum to 20, but sae.pt has 40 latents"),
             ({"group_sizes": "__import__('os').getcwd()"}, 'group_sizes="__import__.*expected a list'),
             ({"group_sizes": [40, 0]}, r"group_sizes=\[40, 0\]; expected a list"),

@@ -269,7 +269,7 @@ class TestRefusals:
     def test_a_broken_configuration(self, save, random_weights):
         folder = save(matryoshka(random_weights()), {})
         (folder / "config.json").write_text('{"trainer": ')
-        self.refused(folder, "config.json of .* is not valid JSON")
+        self.refused(folder, "config.json of .* is no JSON that can be read")
 
     def test_a_folder_of_many_trainers(self, save, random_weights, imported):
         first = save(matryoshka(random_weights()), {})

@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gem
 
 from hf_msae.hub.formats import gemma_scope
 from hf_msae.hub.formats.common import Files, FormatError
-from hf_msae.sites import resolve_site
+from hf_msae.sites import capture, resolve_site
 
 FIRST = "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_17"
 SECOND = "gemma-scope-2-1b-pt/resid_post/layer_1_width_16k_l0_small"
@@ -118,10 +118,27 @@ class TestFirst:
         assert given.config["prefix_sizes"] == [10, 20, 40]
         assert not any("nested" in note for note in given.notes)
 
-    def test_embedding_saes_have_no_site(self, save_first):
-        foreign = gemma_scope.read(Files(save_first("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6")))
+    def test_embedding_saes_read_the_first_layers_input_as_they_read_the_embedding(
+        self, save_first, random_weights, imported
+    ):
+        """On what a real Gemma 2 hands to its first layer: latents as on rows of the embedding, output √d times it."""
+        w = {name: tensor.double() for name, tensor in random_weights().items()}
+        sae = imported(save_first("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"), "gemma_scope").double()
+        assert (sae.config.site, sae.config.base_model) == ("layers.0:input", "google/gemma-2-2b")
+        tiny = {"hidden_size": 12, "intermediate_size": 8, "head_dim": 6, "num_hidden_layers": 1, "vocab_size": 50}
+        lm = Gemma2ForCausalLM(Gemma2Config(num_attention_heads=2, num_key_value_heads=1, **tiny)).double().eval()
+        with torch.no_grad():
+            lm.get_input_embeddings().weight.copy_(w["x"])
+            site = resolve_site(lm, sae.config.site)
+            x = capture(lm, [site], input_ids=torch.arange(50)[None])[site][0]
+            latents, reconstruction = jumprelu(w)
+            torch.testing.assert_close(sae.encode(x), latents, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sae.decode(sae.encode(x)), reconstruction * 12**0.5, rtol=1e-5, atol=1e-5)
+
+    def test_where_no_folder_says_which_layer_there_is_no_site(self, save_first):
+        foreign = gemma_scope.read(Files(save_first("gemma-scope-2b-pt-res/other/width_4k/average_l0_6")))
         assert foreign.config["site"] is None
-        assert any("before the language model scales them" in note for note in foreign.notes)
+        assert any("No folder says which layer" in note for note in foreign.notes)
 
 
 class TestSecond:

@@ -133,11 +133,20 @@ class TestPresentLayout:
         agrees(sae, w["x"], latents * units, reconstruction)
         assert (sae.config.inference, sae.config.k) == ("topk", 7)
 
-    def test_batch_topk_has_no_threshold(self, save, random_weights, imported, agrees):
+    def test_batch_topk_has_no_threshold_and_is_read_only_to_get_one(self, save, random_weights, imported, agrees):
         w = random_weights()
         folder = save(act_fn="batchtopk", sparsity_include_decoder_norm=False)
-        agrees(imported(folder, "openmoss"), w["x"], *scaled(w, lambda pre, norms: pre > 0))
-        assert any("calibrate_threshold" in note for note in openmoss.read(Files(folder)).notes)
+        with pytest.raises(FormatError, match=r"batch TopK SAE without a threshold.*hf-msae convert .* --measure"):
+            imported(folder, "openmoss")
+        sae = imported(folder, "openmoss", calibrating=True).eval()
+        agrees(sae, w["x"], *scaled(w, lambda pre, norms: pre > 0))
+        assert abs(sae.calibrate_threshold([w["x"]]) - 7) < 0.1
+
+    def test_a_latent_that_writes_nothing_is_never_active(self, save, random_weights, imported, agrees):
+        w = random_weights()
+        w["W_dec"][3] = 0
+        sae = imported(save({"W_D": w["W_dec"]}), "openmoss")
+        agrees(sae, w["x"], *scaled(w, lambda pre, norms: pre * norms > w["threshold"].double()))
 
     def test_older_tensor_names(self, save, random_weights, imported, agrees):
         """Those of R1-Distill: nn.Linear weights and log_jumprelu_threshold."""
