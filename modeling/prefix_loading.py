@@ -102,9 +102,16 @@ def _whole_shape(
     path: Path, place: Place, prefix: int | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
     """The shape of a tensor in the whole checkpoint: a file of first rows has fewer."""
-    cut = prefix is not None and path.name.startswith(KEPT) and place.name in PER_LATENT and place.shape
     whole = shapes.get(place.name, ())
-    return (whole[0], *place.shape[1:]) if cut and whole and prefix <= place.shape[0] <= whole[0] else place.shape
+    if (
+        prefix is None
+        or not path.name.startswith(KEPT)
+        or place.name not in PER_LATENT
+        or not place.shape
+        or not whole
+    ):
+        return place.shape
+    return (whole[0], *place.shape[1:]) if prefix <= place.shape[0] <= whole[0] else place.shape
 
 
 def _first_rows(place: Place, prefix: int) -> Place:

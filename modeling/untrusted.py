@@ -84,8 +84,8 @@ def shown(values: Any) -> str:
 
 def weight_shapes(num_latents: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
     """The tensors of an SAE and their shapes."""
-    matrices = dict.fromkeys(("W_enc", "W_dec"), (num_latents, hidden_size))
-    return dict.fromkeys(PER_LATENT, (num_latents,)) | matrices | {"b_dec": (hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PER_LATENT, (num_latents,))
+    return shapes | dict.fromkeys(("W_enc", "W_dec"), (num_latents, hidden_size)) | {"b_dec": (hidden_size,)}
 
 
 def check_shapes(
@@ -95,7 +95,7 @@ def check_shapes(
     that are missing.
     """
     known = {name: shape for name, shape in found.items() if name in expected}
-    problems = {
+    problems: dict[str, list] = {
         "missing_keys": sorted(expected.keys() - found.keys()) if whole else [],
         "unexpected_keys": sorted(found.keys() - expected.keys()),
         "mismatched_keys": sorted(

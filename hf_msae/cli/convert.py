@@ -23,8 +23,8 @@ from hf_msae.training.preparation import window_length
 DESCRIPTION = f"""\
 Convert SRC, a folder or a Hub repo, into the folder DEST. SRC is a checkpoint of {", ".join(FORMATS[:-1])} or
 {FORMATS[-1]}, which is recognised by its files; or, with --to, one of ours, which is written for
-{" or ".join(WRITABLE)}. With --measure, the language model reads text, and what no file records is written into the SAE:
-each latent's largest activation, in which people steer, its firing rate, and a threshold where there is none."""
+{" or ".join(WRITABLE)}. With --measure, the language model reads text, and what no file records is written into the
+SAE: each latent's largest activation, in which people steer, its firing rate, and a threshold where there is none."""
 
 
 @dataclass

@@ -59,6 +59,8 @@ copyreg.pickle(Workbench, lambda bench: (_again, (bench.key,)))
 class Companion(Protocol):
     """What belongs to an open SAE, and is closed with it. is_working: it needs the SAE now, in the background."""
 
+    def __init__(self, bench: Workbench) -> None: ...
+
     @property
     def is_working(self) -> bool: ...
 
