@@ -52,13 +52,37 @@ def test_reading_is_what_the_sae_encodes(bench):
     ids = bench.tokenizer(TEXT, return_tensors="pt").input_ids
     expected = bench.sae.encode(capture(bench.model, [bench.site], input_ids=ids)[bench.site][0])
     assert "".join(found.pieces) == bench.tokenizer.decode(ids[0])
-    assert found.special == (True, *[False] * (ids.shape[1] - 1))
+    assert found.skipped == (True, *[False] * (ids.shape[1] - 1))
     assert found.active[0] == ()
     for row, active in zip(expected[1:], found.active[1:], strict=True):
         assert {latent for latent, _ in active} == set(row.nonzero().flatten().tolist())
         assert [value for _, value in active] == sorted((value for value in row[row > 0].tolist()), reverse=True)
     strongest = found.active[5][0]
     assert found.values(strongest[0])[5] == strongest[1]
+
+
+def test_outliers_are_shown_without_latents_and_left_out_of_the_variance(bench):
+    """Attention sinks, beyond the norm that the SAE's configuration names, are no part of what it was trained on."""
+    x, _ = activations(bench, encode_text(bench, TEXT))
+    norms = x.norm(dim=-1)
+    limit_of_norm = norms[1:].median().item()
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**{**bench.sae.config.to_dict(), "norm_limit": limit_of_norm})).eval()
+    sae.load_state_dict(bench.sae.state_dict())
+    limited, plain = replace(bench, sae=sae), read(bench, TEXT)
+    found = read(limited, TEXT)
+    inlying = norms <= limit_of_norm
+    inlying[0] = False
+    assert 2 < int(inlying.sum()) < len(norms) - 1
+    assert found.pieces == plain.pieces
+    assert found.skipped == tuple((~inlying).tolist())
+    for kept, active, before in zip(inlying.tolist(), found.active, plain.active, strict=True):
+        assert active == (before if kept else ())
+    kept = x[inlying]
+    with torch.no_grad():
+        latents = sae.encode(kept)
+        error = [(kept - sae.decode(latents, size)).pow(2).sum() for size in bench.prefix_sizes]
+    expected = [1 - (one / (kept - kept.mean(0)).pow(2).sum()).item() for one in error]
+    assert [level.fve for level in read_levels(limited, TEXT)[1]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_levels_agree_with_the_packages_own_measurement(bench):

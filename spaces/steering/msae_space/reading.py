@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_msae.outliers import within_limit
 from hf_msae.sites import in_this_thread, replace
 from hf_msae.steering import steer
 from msae_space.workbench import Key, SpaceError, Workbench
@@ -21,13 +22,13 @@ NUM_GUESSES = 3
 
 @dataclass(frozen=True)
 class Reading:
-    """Of which SAE; tokens as text, whether each is special, and per token its active latents with their activations,
-    strongest first. Special tokens have none: the SAE never saw any.
+    """Of which SAE; tokens as text, which of them the SAE was never trained on (special tokens and outliers), and
+    per token its active latents with their activations, strongest first; none where it was not trained.
     """
 
     key: Key
     pieces: tuple[str, ...]
-    special: tuple[bool, ...]
+    skipped: tuple[bool, ...]
     active: tuple[tuple[tuple[int, float], ...], ...]
 
     def values(self, latent: int) -> list[float]:
@@ -119,13 +120,20 @@ def activations(bench: Workbench, ids: Tensor) -> tuple[Tensor, Tensor]:
     return seen[0][0].float(), logits.float()
 
 
+def are_ordinary(bench: Workbench, ids: Tensor, x: Tensor) -> Tensor:
+    """Which tokens are of the kind that the SAE was trained on, bool (tokens,): not the special ones, nor those whose
+    activations x (tokens, hidden_size) are outliers, such as attention sinks.
+    """
+    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=x.device)
+    return within_limit(x, bench.sae.config.norm_limit).to(x.device) & ~special
+
+
 @on_gpu
 def mean_norm(bench: Workbench, text: str) -> float:
     """The mean length of the activations at the SAE's site, over a text's ordinary tokens."""
     ids = encode_text(bench, text)
     x, _ = activations(bench, ids)
-    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=x.device)
-    return x[~special].norm(dim=-1).mean().item()
+    return x[are_ordinary(bench, ids, x)].norm(dim=-1).mean().item()
 
 
 @on_gpu
@@ -133,26 +141,26 @@ def read(bench: Workbench, text: str) -> Reading:
     """The text's tokens and latents."""
     ids = encode_text(bench, text)
     x, _ = activations(bench, ids)
-    special = tuple(token in bench.special_ids for token in ids.tolist())
+    skipped = tuple((~are_ordinary(bench, ids, x)).tolist())
     with torch.inference_mode():
         latents = bench.sae.encode(x.to(bench.sae.device)).cpu()
     active = []
-    for row, skipped in zip(latents, special, strict=True):
+    for row, left_out in zip(latents, skipped, strict=True):
         places = row.nonzero().squeeze(-1)
         found = sorted(zip(places.tolist(), row[places].tolist(), strict=True), key=lambda pair: -pair[1])
-        active.append(() if skipped else tuple(found))
-    return Reading(bench.key, token_pieces(bench, ids), special, tuple(active))
+        active.append(() if left_out else tuple(found))
+    return Reading(bench.key, token_pieces(bench, ids), skipped, tuple(active))
 
 
 @on_gpu
 def read_levels(bench: Workbench, text: str) -> tuple[tuple[str, ...], list[LevelReading]]:
     """The text's tokens, and what each level keeps of it. Raises SpaceError for a text without two ordinary tokens."""
     ids = encode_text(bench, text)
-    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=ids.device)
-    if int((~special).sum()) < 2:
-        raise SpaceError("The text is too short to predict anything; type a sentence.")
     x, clean = activations(bench, ids)
-    kept = x[~special].to(bench.sae.device)
+    ordinary = are_ordinary(bench, ids, x)
+    if int(ordinary.sum()) < 2:
+        raise SpaceError("The text is too short to predict anything; type a sentence.")
+    kept = x[ordinary].to(bench.sae.device)
     total = (kept - kept.mean(0)).pow(2).sum()
     levels = []
     with torch.inference_mode():

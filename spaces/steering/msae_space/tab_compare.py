@@ -118,7 +118,7 @@ def _side(shared: Shared, bench: Workbench, level: int, words: str, action: str 
     pieces, measured = read_levels(bench, words)
     one, reading, size = measured[level], read(bench, words), bench.prefix_sizes[level]
     active = [[(latent, value) for latent, value in found if latent < size] for found in reading.active]
-    number = sum(not special for special in reading.special)
+    number = sum(not skipped for skipped in reading.skipped)
     facts = [
         f"{size:,}",
         f"{sum(map(len, active)) / max(1, number):.1f}",
@@ -127,7 +127,7 @@ def _side(shared: Shared, bench: Workbench, level: int, words: str, action: str 
         f"{one.num_changed} of {len(pieces)}",
     ]
     titles = [f"KL {value:.3f} nats" for value in one.kl]
-    coloured = drawing.tokens(pieces, one.kl, hue=level, titles=titles, special=reading.special, clickable=False)
+    coloured = drawing.tokens(pieces, one.kl, hue=level, titles=titles, special=reading.skipped, clickable=False)
     listed = drawing.listing(_strongest(bench, shared.meanings.of(bench), active, action), "None is active.")
     return facts, coloured + drawing.section("Strongest latents in this text", listed)
 

@@ -121,7 +121,7 @@ def draw_reading(
         return "", drawing.note("Press Read to see the text as the SAE reads it.")
     latent = bench.here(latent)
     strengths, hue, titles = _strengths(bench, found, latent, by)
-    tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=place, titles=titles, special=found.special)
+    tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=place, titles=titles, special=found.skipped)
     if place is None or not 0 <= place < len(found.pieces):
         return tokens, drawing.note("Click a token to list its latents.")
     return tokens, _token_latents(bench, meaning, found, place)
@@ -146,8 +146,8 @@ def _strengths(
 
 def _token_latents(bench: Workbench, meaning: Meaning, found: Reading, place: int) -> str:
     """The latents of a token, under the level that they belong to."""
-    if found.special[place]:
-        return drawing.note("A special token: the SAE never reads those.")
+    if found.skipped[place]:
+        return drawing.note("A special token or an attention sink: the SAE never reads those.")
     parts = [f"<h3>Latents on “{drawing.visible(found.pieces[place].strip() or found.pieces[place])}”</h3>"]
     sizes = [0, *bench.prefix_sizes]
     for level, (low, high) in enumerate(pairwise(sizes)):
