@@ -228,7 +228,7 @@ def sent_values(server: Server, handler: dict[str, Any], data: st.DataObject) ->
 
 
 @pytest.mark.usefixtures("unbroken")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_whatever_a_handler_is_sent_it_answers_in_a_sentence_or_not_at_all(server, data):
     handler = data.draw(st.sampled_from(server.handlers), label="handler")
@@ -250,7 +250,7 @@ QUERIES = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(QUERIES)
 def test_any_link_is_a_view_of_values_that_the_page_can_show(query):
     found = read_query(query, Key("owner/name"))
