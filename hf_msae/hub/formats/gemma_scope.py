@@ -177,7 +177,7 @@ def _l0(place: str, config: Mapping[str, Any]) -> Any:
 
 
 def _origin_1(place: str, notes: list[str]) -> _Origin:
-    repo, layer = _REPO_1.search(place), re.search(r"layer_(\d+)(?:/|$)", place)
+    repo = _REPO_1.search(place)
     if repo is None:
         notes.append(
             f"No folder of {place} is named as Gemma Scope's repos are (gemma-scope-2b-pt-res), so neither language "
@@ -185,7 +185,10 @@ def _origin_1(place: str, notes: list[str]) -> _Origin:
         )
         return _Origin(None, None)
     base_model = f"google/gemma-2-{repo[1]}" + ("-it" if repo[2] == "it" else "")
-    if layer is None and re.search(r"/embedding(/|$)", place):
+    # Folders above the repo's may have any name.
+    inside = place[repo.end() :]
+    layer = re.search(r"layer_(\d+)(?:/|$)", inside)
+    if layer is None and re.search(r"/embedding(/|$)", inside):
         return _Origin(base_model, EMBEDDING_SITE)
     if layer is None:
         notes.append("No folder says which layer this is; set config.site.")

@@ -136,7 +136,8 @@ class TestFirst:
             torch.testing.assert_close(sae.decode(sae.encode(x)), reconstruction * 12**0.5, rtol=1e-5, atol=1e-5)
 
     def test_where_no_folder_says_which_layer_there_is_no_site(self, save_first):
-        foreign = gemma_scope.read(Files(save_first("gemma-scope-2b-pt-res/other/width_4k/average_l0_6")))
+        """Nor does one above the repo's."""
+        foreign = gemma_scope.read(Files(save_first("layer_3/gemma-scope-2b-pt-res/other/width_4k/average_l0_6")))
         assert foreign.config["site"] is None
         assert any("No folder says which layer" in note for note in foreign.notes)
 
