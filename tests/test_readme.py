@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -426,3 +427,14 @@ def test_the_commands_that_the_program_proposes_are_right(given: dict[str, Any],
         known = {name: value for name, value in given.items() if name != "model"}
         assert {name: getattr(sources[0], name) for name in known} == known
     check_shell(overview().split("examples:")[1], tmp_path)
+
+
+def test_no_page_says_the_same_line_twice():
+    """As automatic edits leave behind; headers of tables may repeat."""
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        long = [line for line in lines if len(line) > 40 and not set(line) <= set("|-: ")]
+        rows = {line for line in long if long.count(line) > 1}
+        # A table's header is the line above its rule.
+        headers = {above for above, line in pairwise(lines) if line and set(line) <= set("|-: ")}
+        assert not rows - headers, page.name

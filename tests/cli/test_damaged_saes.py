@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import HANG_SECONDS
 from safetensors.torch import load_file, save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -145,7 +146,7 @@ def test_a_process_of_its_own_ends_the_same_way(whole, tmp_path, kind):
     shutil.copytree(whole, tmp_path / "sae")
     DAMAGE[kind](tmp_path / "sae")
     command = [sys.executable, "-m", "hf_msae.cli", "convert", str(tmp_path / "sae"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     assert done.returncode == 2
     check_words(done.stderr, "convert")
 

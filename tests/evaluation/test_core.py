@@ -7,7 +7,7 @@ import torch
 from small_saes import copying_sae
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.data import TokenWindows
+from hf_msae.data import hold_out
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.baselines import build_pca
 from hf_msae.evaluation.core import DENSITY_EDGES, density, description_bits, measure_core, rate_distortion
@@ -109,7 +109,7 @@ def test_ce_recovered_is_nothing_for_an_sae_that_does_what_an_ablation_does(lm, 
 def test_saes_are_measured_on_the_same_tokens(lm, tokenizer, texts, sae):
     site = resolve_site(lm, "layers.0")
     text = collect(lm, tokenizer, site, texts, num_tokens=300, context_length=24, lm_batch_size=3)
-    windows = list(TokenWindows(texts, tokenizer, context_length=24))
+    windows = hold_out(texts, tokenizer, 24, 300).windows
     assert text.num_tokens >= 300
     assert torch.equal(text.windows[0].input_ids, windows[0].input_ids)
     found = measure_core(text, {"sae": sae, "copy": copying_sae()}, ce_tokens=100, rate_tokens=200)
