@@ -45,7 +45,7 @@ demo: $(DEMO)  ## Look inside it in the browser: steer, explore, walk the tree (
 	$(BIN)/hf-msae demo
 
 test: $(DEVELOP)  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest tests/hub/formats

@@ -171,6 +171,7 @@ class Meaning:
             return [Hit(self.number(words), "this number")]
         if self._found is None:
             raise SpaceError(f"Latents can only be found by their numbers now. {self.progress}")
+        encode_text(self.bench, words, "The search", MAX_PHRASE_TOKENS)
         try:
             return [*self._promoting(words, self._found), *self._firing(words, self._found)]
         except ValueError as error:
@@ -189,7 +190,6 @@ class Meaning:
         reasons: dict[int, list[str]] = {}
         for labelled in search_labels(words, found, most=NUM_HITS):
             reasons.setdefault(labelled.latent, []).append("label")
-        encode_text(self.bench, words, "The search", MAX_PHRASE_TOKENS)
         phrase = f" {words}"  # as it stands inside a text; most tokenizers write a word at the beginning differently
         if find_zerogpu() is None:
             with self._searching:
