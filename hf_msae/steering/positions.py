@@ -6,7 +6,6 @@ or in none, and single tokens behind it are generated. Where neither tells, "all
 else is refused.
 """
 
-import inspect
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hf_msae.layouts import call_arguments
 from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.generation import Request
 
@@ -113,7 +113,7 @@ class TokenTracker:
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_outermost: bool) -> None:
         """Read a call of the model or of a model inside it: some heads pass over the base model, to a decoder."""
-        given = _arguments(module, args, kwargs)
+        given = call_arguments(module, args, kwargs)
         input_ids = given.get("input_ids")
         if not is_outermost and (input_ids is None or input_ids is self._seen.__dict__.get("input_ids")):
             return
@@ -255,11 +255,6 @@ def find_special_ids(model: PreTrainedModel, special_ids: Iterable[int] | None) 
         listed = [value if isinstance(value, list) else [value] for value in values]
         special_ids = [index for indices in listed for index in indices if index is not None]
     return torch.tensor(sorted(set(special_ids)), dtype=torch.long)
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _read_call(given: Mapping[str, Any], num_seen: int) -> _Call:
