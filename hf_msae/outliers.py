@@ -10,13 +10,15 @@ configuration.
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
+
 # How many times the median norm an activation may have, unless said otherwise. Ordinary ones stay within 3 times.
 NORM_OUTLIER_MULTIPLE = 10.0
 # The norms of so many tokens tell the median well.
 NORM_TOKENS = 10_000
 
 
-class ActivationError(ValueError):
+class ActivationError(InputError):
     """The language model gave activations that no dictionary can be trained on."""
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_msae.errors import InputError
 from hf_msae.layouts import Layout, misplacement, probe_tokens, token_shapes
 from hf_msae.process_wide import eager
 
@@ -64,7 +65,7 @@ _PROBING = contextvars.ContextVar("hf_msae_probing", default=False)
 _LAYER_FORM = re.compile(r"layers\.(-?\d+)(?:\.(.+))?")
 
 
-class SiteError(ValueError):
+class SiteError(InputError):
     """A site that the model does not have, or one whose value is not a (batch, sequence, hidden) activation."""
 
 

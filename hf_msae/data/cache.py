@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.stream import ActivationStream, BatchIterator
+from hf_msae.errors import InputError
 from hf_msae.sites import Site
 
 INDEX = "index.json"
@@ -35,7 +36,7 @@ FORMAT = "hf_msae.activations"
 VERSION = 1
 
 
-class CacheError(ValueError):
+class CacheError(InputError):
     """An activation cache that is missing, incomplete or damaged, or lacks what was asked of it."""
 
 

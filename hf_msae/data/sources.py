@@ -25,6 +25,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from hf_msae.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,7 +37,7 @@ RETRY_WAITS_S = (0.5, 2.0, 8.0, 30.0)
 NO_NETWORK_ERRORS = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, ArithmeticError)
 
 
-class DatasetError(ValueError):
+class DatasetError(InputError):
     """The documents asked for do not exist or are not what was said of them."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from hf_msae.errors import InputError
+
 FRONT_MATTER = re.compile(
     r"\A\s*---[ \t]*\r?\n(?P<yaml>.*?)(?:\r?\n)?^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
 )
@@ -24,7 +26,7 @@ PART = re.compile(
 RECORD = re.compile(r"<!-- hf_msae:metadata(?P<keys>(?: [\w-]+=\w+)*) -->")
 
 
-class CardError(ValueError):
+class CardError(InputError):
     """A card whose metadata cannot be read."""
 
 

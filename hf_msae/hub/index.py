@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import inside, parse_json, read_json
 from hf_msae.sites import Site
@@ -40,7 +41,7 @@ MLP = re.compile(
 NUM_SHOWN = 20
 
 
-class NoSAEError(ValueError):
+class NoSAEError(InputError):
     """A repo, a folder, a revision or a site that is not there, or something else than asked for."""
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
+from hf_msae.errors import InputError
 from hf_msae.hub.card import CardFacts, render_collection_card, render_collection_part, render_model_card
 from hf_msae.hub.card_parts import CardError, has_marks, merge_cards
 from hf_msae.hub.curves import NAME as CURVES_NAME
@@ -41,7 +42,7 @@ PASSING = (408, 429, 500, 502, 503, 504)
 CONFLICTS = (409, 412)
 
 
-class PublishError(ValueError):
+class PublishError(InputError):
     """A push that the Hub, or what is to be pushed, does not allow."""
 
 

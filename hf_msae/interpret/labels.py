@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.stream import seeded_generator
+from hf_msae.errors import InputError
 from hf_msae.interpret.pages import Context, Label, LatentPage
 
 NUM_TOP_SHOWN, NUM_QUANTILE_SHOWN = 6, 4
@@ -53,7 +54,7 @@ Excerpt: {excerpt}
 Are the tokens between << and >> those to which the unit reacts? Answer with Yes or No."""
 
 
-class LabelError(ValueError):
+class LabelError(InputError):
     """A model, or a latent, that no label can be made with."""
 
 

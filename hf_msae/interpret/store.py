@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 
+from hf_msae.errors import InputError
 from hf_msae.interpret.hierarchy import Edge, Hierarchy
 from hf_msae.interpret.pages import Label, LatentPage, name_of, page_from_row
 from hf_msae.interpret.writing import (
@@ -33,7 +34,7 @@ from hf_msae.modeling.untrusted import inside, parse_json, read_json
 from hf_msae.process_wide import no_data_warning, no_datasets_bars
 
 
-class InterpretationError(ValueError):
+class InterpretationError(InputError):
     """There is no interpretation, or it is not one of this SAE."""
 
 

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.dense_ops import pre_activations, select_above
 
@@ -38,7 +39,7 @@ Units = Literal["max", "absolute", "norm"]
 ROUNDING = 1e-5
 
 
-class SteeringError(ValueError):
+class SteeringError(InputError):
     """A steering that the SAE, the model or the text does not allow."""
 
 

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from hf_msae.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
@@ -35,7 +37,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_IN_WORDS = re.compile(r"No space left on device|quota exceeded|File too large", re.IGNORECASE)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be written or read."""
 
 

@@ -13,12 +13,14 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
+from hf_msae.errors import HfMsaeError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A second Ctrl-C sooner than this is taken for an echo of the first.
 ECHO_SECONDS = 2.0
 
 
-class TrainingInterrupted(RuntimeError):
+class TrainingInterrupted(HfMsaeError, RuntimeError):
     """The run was told to stop, and has saved a checkpoint. `exit_code` is what shells expect of that signal."""
 
     def __init__(self, message: str, exit_code: int) -> None:

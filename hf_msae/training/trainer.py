@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_msae.data import ActivationError, CachedActivations, DatasetError, fingerprint
+from hf_msae.errors import HfMsaeError
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
@@ -60,7 +61,7 @@ MAX_SKIPPED_NAMED = 1000
 KEPT_ENTRIES = 1000
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(HfMsaeError, RuntimeError):
     """Activations or a loss became NaN or infinite."""
 
 

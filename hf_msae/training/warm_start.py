@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ NEW_ENCODER_SCALE = 0.1
 MIN_NORM = 1e-8
 
 
-class WarmStartError(ValueError):
+class WarmStartError(InputError):
     """An SAE that cannot be the beginning of the one asked for."""
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, dtype, promote_types
 
+from hf_msae.errors import InputError
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
@@ -29,7 +30,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 DEFAULT_K = 32
 
 
-class FormatError(ValueError):
+class FormatError(InputError):
     """A checkpoint of another library that cannot be read, or not without more being said."""
 
 
