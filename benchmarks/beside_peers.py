@@ -29,8 +29,8 @@ from hf_msae.data import load_documents
 from hf_msae.evaluation import collect
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.core import measure_core
-from hf_msae.hub.formats import saelens as saelens_format
-from hf_msae.hub.formats.saebench import to_saebench
+from hf_msae.formats import saelens as saelens_format
+from hf_msae.formats.saebench import to_saebench
 from hf_msae.sites import resolve_site
 
 # SAEBench's adapter asks for a model that TransformerLens knows; which it is has no part in the numbers.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Publishing, and other libraries' formats: what the model offers, and `hf_msae.hub` does.
+"""Publishing, and other libraries' formats: what the model offers, and `hf_msae.hub` and `hf_msae.formats` do.
 
 These files also lie beside every checkpoint, where hf_msae may not be installed, so the model cannot import the
 package around it. The methods are declared here; importing hf_msae hands in who does the work.
@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 class SharingMixin:
     """Methods of [`MatryoshkaSAE`] that need hf_msae to be installed; `ImportError` says so where it is not."""
 
-    # hf_msae.hub.exchange, once hf_msae was imported.
+    # hf_msae.formats.conversion, once hf_msae was imported.
     exchange: ClassVar[Any] = None
 
     @classmethod

@@ -40,6 +40,7 @@ FLOORS = {
     "hf_msae.sites": 1,
     "hf_msae.worlds": 1,
     "hf_msae.data": 2,
+    "hf_msae.formats": 2,
     "hf_msae.hub": 2,
     "hf_msae.metrics": 2,
     "hf_msae.steering": 2,
@@ -50,6 +51,8 @@ FLOORS = {
 }
 # Rooms of one floor that may see each other all the same.
 NEIGHBOURS = {
+    ("hf_msae.formats", "hf_msae.hub"): "what the model hands over includes publishing",
+    ("hf_msae.hub", "hf_msae.formats"): "a pull is written as a converted checkpoint is, whole or not at all",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",
 }

@@ -13,8 +13,8 @@ from hf_msae.cli.sources import SourceArguments, load_language_model, load_train
 from hf_msae.data import CachedActivations
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.completing import complete
-from hf_msae.hub.exchange import FORMATS, WRITABLE, load_foreign, locate, recognise, write_foreign
-from hf_msae.hub.formats.common import written_whole
+from hf_msae.formats.common import written_whole
+from hf_msae.formats.conversion import FORMATS, WRITABLE, load_foreign, locate, recognise, write_foreign
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments

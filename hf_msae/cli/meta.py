@@ -17,7 +17,7 @@ from hf_msae.data import CachedActivations
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
 from hf_msae.evaluation.meta_browser import render_browser, token_labels
-from hf_msae.hub.formats.common import written_whole
+from hf_msae.formats.common import written_whole
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import check_sae_place
-from hf_msae.hub.formats.saelens_names import model_in_lens
+from hf_msae.formats.saelens_names import model_in_lens
 from hf_msae.interpret.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
 from hf_msae.interpret.store import Interpretation
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
+from hf_msae.formats.common import written_whole
 from hf_msae.hub.card import write_model_card
-from hf_msae.hub.formats.common import written_whole
 from hf_msae.hub.index import (
     CONFIG_NAME,
     INDEX_NAME,

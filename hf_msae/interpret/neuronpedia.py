@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hf_msae.hub.formats.common import written_whole
+from hf_msae.formats.common import written_whole
 from hf_msae.interpret.pages import LatentPage
 from hf_msae.interpret.store import Interpretation
 

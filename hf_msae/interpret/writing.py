@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_msae.hub.formats.common import written_whole
+from hf_msae.formats.common import written_whole
 from hf_msae.interpret.contexts import NO_TOKEN, Contexts
 from hf_msae.interpret.effects import LogitEffects, decode_tokens, nearest_latents
 from hf_msae.interpret.hierarchy import Hierarchy

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, float32, promote_types
 
-from hf_msae.hub.formats.common import Files, FormatError, check_tensors, peek_json, read_safetensors
+from hf_msae.formats.common import Files, FormatError, check_tensors, peek_json, read_safetensors
 
 CONFIG = "cfg.json"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"

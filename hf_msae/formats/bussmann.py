@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     Foreign,
     FormatError,
@@ -29,8 +29,8 @@ from hf_msae.hub.formats.common import (
     single_level,
     target_k,
 )
-from hf_msae.hub.formats.saelens_names import model_on_hub, site_of_hook
-from hf_msae.hub.formats.safe_pickle import read_pt
+from hf_msae.formats.saelens_names import model_on_hub, site_of_hook
+from hf_msae.formats.safe_pickle import read_pt
 
 LIBRARY = "matryoshka_sae"
 WEIGHTS = "sae.pt"

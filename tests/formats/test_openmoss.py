@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from hf_msae.hub.formats import openmoss
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats import openmoss
+from hf_msae.formats.common import Files, FormatError
 from hf_msae.sites import resolve_site
 
 HOOK = "blocks.1.hook_resid_post"

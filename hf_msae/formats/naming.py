@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from hf_msae.hub.formats.common import Files
+from hf_msae.formats.common import Files
 
 NAMED = 8
 # Gemma Scope's SAEs that SAELens calls canonical are those whose L0 is nearest to this.

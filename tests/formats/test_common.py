@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     FormatError,
     chosen_prefix_sizes,

@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 
-from hf_msae.hub.formats import dictionary_learning
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats import dictionary_learning
+from hf_msae.formats.common import Files, FormatError
 
 
 @pytest.fixture

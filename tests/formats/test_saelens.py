@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.hub.formats import saelens
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats import saelens
+from hf_msae.formats.common import Files, FormatError
 from hf_msae.sites import Site
 
 D, F = 12, 40

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     Foreign,
     FormatError,

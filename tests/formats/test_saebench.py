@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.hub.formats.saebench import SAEBenchSAE, to_saebench
+from hf_msae.formats.saebench import SAEBenchSAE, to_saebench
 
 D, F = 12, 40
 PLACE = {"base_model": "google/gemma-2-2b", "site": "model.layers.12:output"}

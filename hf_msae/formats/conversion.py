@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
-from hf_msae.hub.formats.common import Files, Foreign, FormatError
-from hf_msae.hub.naming import describe_absence, describe_name, first_few
+from hf_msae.formats.common import Files, Foreign, FormatError
+from hf_msae.formats.naming import describe_absence, describe_name, first_few
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
-# Modules of hf_msae.hub.formats, in the order in which they are asked whether a checkpoint is theirs.
+# Modules of hf_msae.formats, in the order in which they are asked whether a checkpoint is theirs.
 FORMATS = ("saelens", "dictionary_learning", "sparsify", "gemma_scope", "bussmann", "openmoss")
 WRITABLE = ("saelens", "sparsify")
 OURS = MatryoshkaSAEConfig.model_type
@@ -34,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 def _format(name: str) -> ModuleType:
     if name not in FORMATS:
         raise FormatError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
-    return importlib.import_module(f"hf_msae.hub.formats.{name}")
+    return importlib.import_module(f"hf_msae.formats.{name}")
 
 
 def recognise(files: Files) -> str | None:
@@ -183,7 +183,7 @@ def _nothing_known(files: Files) -> str:
 
 def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> Any:
     """See `MatryoshkaSAE.to_saebench`."""
-    from hf_msae.hub.formats import saebench
+    from hf_msae.formats import saebench
 
     return saebench.to_saebench(sae, prefix)
 

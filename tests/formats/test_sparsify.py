@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.hub.exchange import load_foreign
-from hf_msae.hub.formats import sparsify
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats import sparsify
+from hf_msae.formats.common import Files, FormatError
+from hf_msae.formats.conversion import load_foreign
 from hf_msae.sites import resolve_site
 
 CFG = {

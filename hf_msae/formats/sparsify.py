@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     Foreign,
     FormatError,

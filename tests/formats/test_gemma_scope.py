@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from hf_msae.hub.formats import gemma_scope
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats import gemma_scope
+from hf_msae.formats.common import Files, FormatError
 from hf_msae.sites import capture, resolve_site
 
 FIRST = "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_17"

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     Foreign,
     FormatError,
@@ -39,8 +39,8 @@ from hf_msae.hub.formats.common import (
     target_k,
     written_whole,
 )
-from hf_msae.hub.formats.saelens_folding import CONFIG, FACTORS, fold
-from hf_msae.hub.formats.saelens_names import origin, written_origin
+from hf_msae.formats.saelens_folding import CONFIG, FACTORS, fold
+from hf_msae.formats.saelens_names import origin, written_origin
 from hf_msae.modeling import MatryoshkaSAE
 
 LIBRARY = "SAELens"

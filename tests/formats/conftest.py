@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
-from hf_msae.hub.exchange import load_foreign
+from hf_msae.formats.conversion import load_foreign
 
-FIXTURES = Path(__file__).resolve().parents[4] / "shared" / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_msae.hub.formats.saelens_names import hook_of_site, model_in_lens
+from hf_msae.formats.saelens_names import hook_of_site, model_in_lens
 from hf_msae.modeling import MatryoshkaSAE
 
 

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from hf_msae.hub.formats.common import Files, FormatError
-from hf_msae.hub.formats.safe_pickle import read_pt
+from hf_msae.formats.common import Files, FormatError
+from hf_msae.formats.safe_pickle import read_pt
 
 
 class Touch:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_msae.hub.formats.common import Files, FormatError, plain_names
+from hf_msae.formats.common import Files, FormatError, plain_names
 
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_msae.hub.formats import saelens_names as names
+from hf_msae.formats import saelens_names as names
 from hf_msae.sites import Site, capture, resolve_site
 
 HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")

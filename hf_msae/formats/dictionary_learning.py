@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     Foreign,
     FormatError,
@@ -34,7 +34,7 @@ from hf_msae.hub.formats.common import (
     single_level,
     target_k,
 )
-from hf_msae.hub.formats.safe_pickle import read_pt
+from hf_msae.formats.safe_pickle import read_pt
 
 LIBRARY = "dictionary_learning"
 WEIGHTS = "ae.pt"

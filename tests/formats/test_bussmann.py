@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from hf_msae.hub.formats import bussmann
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats import bussmann
+from hf_msae.formats.common import Files, FormatError
 from hf_msae.sites import resolve_site
 
 CONFIG = {

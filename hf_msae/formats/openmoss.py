@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_msae.hub.formats.common import (
+from hf_msae.formats.common import (
     Files,
     Foreign,
     FormatError,
@@ -31,7 +31,7 @@ from hf_msae.hub.formats.common import (
     single_level,
     target_k,
 )
-from hf_msae.hub.formats.saelens_names import site_of_hook
+from hf_msae.formats.saelens_names import site_of_hook
 
 LIBRARY = "Language-Model-SAEs"
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
-from hf_msae.hub.exchange import load_foreign
-from hf_msae.hub.formats.common import FormatError
+from hf_msae.formats.common import FormatError
+from hf_msae.formats.conversion import load_foreign
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 D, F, K, AVERAGE = 12, 40, 6, 9.0

@@ -11,8 +11,8 @@ from local_hub.server import LocalHub
 from safetensors.torch import load_file, save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.hub.exchange import FORMATS, recognise
-from hf_msae.hub.formats.common import Files, FormatError
+from hf_msae.formats.common import Files, FormatError
+from hf_msae.formats.conversion import FORMATS, recognise
 
 FIXTURES = {
     "saelens_matryoshka_inference": ("saelens", [64, 128, 256, 512, 1024]),
@@ -84,7 +84,7 @@ def test_every_fixture_is_of_one_format_only(fixtures):
 
 
 def _recognises(name: str, folder: Path) -> bool:
-    return importlib.import_module(f"hf_msae.hub.formats.{name}").recognises(Files(folder))
+    return importlib.import_module(f"hf_msae.formats.{name}").recognises(Files(folder))
 
 
 def test_a_foreign_repo_loads_over_the_network_whole_or_its_first_latents(hub: LocalHub, tmp_path):
