@@ -40,7 +40,7 @@ SIZES = (1, 7, 100, 1000, 1 << 40)
 # What a name must end in to be the size of a block.
 ENDINGS = ("AT_ONCE", "CHUNK", "CHUNK_BYTES", "PACK", "PIECE_BYTES", "PER_BATCH", "TILE", "TILE_TOKENS")
 ELSEWHERE = {
-    "hf_msae.data.sources.CHUNK_BYTES": "tests/data/test_documents.py",
+    "hf_msae.data.text_files.CHUNK_BYTES": "tests/data/test_documents.py",
     "hf_msae.modeling.ranged_files.CHUNK": "tests/modeling/test_prefix_loading.py",
     "hf_msae.modeling.sparse_encoder.CPU_CHUNK": "tests/modeling/test_modeling.py",
     "hf_msae.modeling.sparse_encoder.CPU_TILE": "tests/modeling/test_sparse_ops.py",

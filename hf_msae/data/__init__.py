@@ -4,9 +4,9 @@ from hf_msae.data.cache import CachedActivations, CacheError, cache_activations,
 from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
 from hf_msae.data.forward import find_norm_limits, harvest
+from hf_msae.data.hash_split import Split
 from hf_msae.data.holding_out import HeldOutWindows, hold_out, split_of
 from hf_msae.data.loading import as_documents, load_documents
-from hf_msae.data.lots import Split
 from hf_msae.data.rows import Document
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.stream import ActivationStream, BatchIterator

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_msae.data.lots import EVERYTHING, Split, lot
+from hf_msae.data.hash_split import EVERYTHING, Split, lot
 from hf_msae.data.rows import Document, to_document
 from hf_msae.data.shuffling import shuffled
 from hf_msae.data.sources import Cursor, DatasetError, Source, UnreadableRow

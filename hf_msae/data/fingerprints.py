@@ -16,7 +16,8 @@ from typing import Any
 
 from hf_msae.data.documents import Documents
 from hf_msae.data.loading import as_documents
-from hf_msae.data.sources import Cursor, FileSource, SequenceSource, StreamSource, UnreadableRow
+from hf_msae.data.sources import Cursor, SequenceSource, StreamSource, UnreadableRow
+from hf_msae.data.text_files import FileSource
 
 # Of a file: this many pieces of so many bytes, evenly spaced, the first and the last bytes among them.
 PIECES, PIECE_BYTES = 8, 1 << 14

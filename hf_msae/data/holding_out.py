@@ -1,4 +1,4 @@
-"""Held-out text: whole documents that the hash of their contents chose (see `lots`), from all parts of the data.
+"""Held-out text: whole documents that the hash of their contents chose (see `hash_split`), from all parts of the data.
 
 The documents are gone through in one order, the same for every run, until those with lots in the base share have
 enough tokens; so a stream is read no further than needed, and what more text a later evaluation asks for comes from
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from hf_msae.data.documents import Documents
+from hf_msae.data.hash_split import Split, lot
 from hf_msae.data.loading import as_documents
-from hf_msae.data.lots import Split, lot
 from hf_msae.data.sources import DatasetError, UnreadableRow
 from hf_msae.data.windows import DocumentEncoder, Window, check_context_length
 

@@ -12,7 +12,8 @@ from huggingface_hub.utils import httpx
 
 from hf_msae.data.documents import Documents
 from hf_msae.data.rows import find_column
-from hf_msae.data.sources import DatasetError, FileSource, SequenceSource, Source, StreamSource, UnreadableRow
+from hf_msae.data.sources import DatasetError, SequenceSource, Source, StreamSource, UnreadableRow
+from hf_msae.data.text_files import FileSource
 
 logger = logging.getLogger(__name__)
 

@@ -13,15 +13,8 @@ from typing import Any
 import torch
 
 from hf_msae.data.randomness import seeded_generator
-from hf_msae.data.sources import (
-    Cursor,
-    DatasetError,
-    FileSource,
-    SequenceSource,
-    Source,
-    UnreadableRow,
-    elsewhere,
-)
+from hf_msae.data.sources import Cursor, DatasetError, SequenceSource, Source, UnreadableRow, elsewhere
+from hf_msae.data.text_files import FileSource
 
 # A block of a stream ends after so many rows, or so many bytes, whichever comes first.
 BLOCK_ROWS, BLOCK_BYTES = 10_000, 1 << 26

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from hf_msae.layouts import call_arguments
+from hf_msae.sites.layouts import call_arguments
 from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.generation import Request
 

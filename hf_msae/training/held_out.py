@@ -57,7 +57,7 @@ class HeldOut(ABC):
 
 
 class HeldOutText(HeldOut):
-    """Documents that their contents chose (see `data.lots`), through the language model whenever they are needed.
+    """Documents that a hash of their contents chose, through the language model whenever they are needed.
 
     `together`: the language model is one copy that all processes run, so each goes through all windows, and keeps its
     share of the activations. `split` is what training must leave out, where it reads the same documents; `facts` what

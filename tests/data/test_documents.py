@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_msae.data import DatasetError, Documents, Split, as_documents, load_documents
-from hf_msae.data.lots import lot
+from hf_msae.data.hash_split import lot
 from hf_msae.data.sources import StreamSource
 
 TEXTS = [f"document {i}\nwith ünïcode and a second line" + " word" * (i % 5) for i in range(23)]
@@ -163,7 +163,7 @@ def test_a_separator_can_be_chosen(tmp_path):
 
 
 def test_a_separator_across_the_border_of_two_reads_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_msae.data.sources.CHUNK_BYTES", 7)
+    monkeypatch.setattr("hf_msae.data.text_files.CHUNK_BYTES", 7)
     (tmp_path / "a.txt").write_text("abcd<|sep|>efghijklmnop<|sep|>q", encoding="utf-8")
     assert list(load_documents(tmp_path / "a.txt", separator="<|sep|>")) == ["abcd", "efghijklmnop", "q"]
 

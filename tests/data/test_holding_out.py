@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_msae.data import DatasetError, Split, as_documents, hold_out, load_documents, split_of
+from hf_msae.data.hash_split import lot
 from hf_msae.data.holding_out import BASE_SHARE, BASE_SPLIT, MOST_TOKENS, HeldOutWindows
-from hf_msae.data.lots import lot
 from hf_msae.data.windows import DocumentEncoder
 
 KINDS = ("list", "arrow", "stream", "txt", "jsonl")

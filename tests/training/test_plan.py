@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import as_documents
-from hf_msae.data.lots import lot
+from hf_msae.data.hash_split import lot
 from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
 from hf_msae.training.resuming import deal_anew
 from hf_msae.training.schedules import learning_rate_factor

@@ -11,7 +11,7 @@ from transformers import AutoModel, TrainerCallback
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import DatasetError
-from hf_msae.data.lots import lot
+from hf_msae.data.hash_split import lot
 from hf_msae.sites import SiteError
 from hf_msae.training import (
     CheckpointError,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sites import DECODERS, GPT, HEAD_DIM, PLAIN, TOKENS, randomise, tiny
+from tiny_models import DECODERS, GPT, HEAD_DIM, PLAIN, TOKENS, randomise, tiny
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,8 +22,8 @@ from transformers import (
 
 from hf_msae.data import TokenWindows
 from hf_msae.data.stream import capture_counted
-from hf_msae.layouts import misplacement, probe_tokens
 from hf_msae.sites import Site, SiteError, capture, replace, resolve_site, site_width
+from hf_msae.sites.layouts import misplacement, probe_tokens
 
 CPU = torch.device("cpu")
 INSIDE = Site("model.layers.1.mlp.inside")
