@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
 from hf_msae.sites import Site, in_this_thread, replace
@@ -178,7 +179,7 @@ def measure_reconstruction(
         for name, (site, _) in saes.items():
             meters[name].update(batch[site])
     if any(meter.num_tokens == 0 for meter in meters.values()):
-        raise ValueError("Nothing to measure: the held-out data gave no activation.")
+        raise InputError("Nothing to measure: the held-out data gave no activation.")
     return meters
 
 
@@ -233,7 +234,7 @@ class _Sums:
     def means(self) -> tuple[dict[Key, float], dict[Key, float]]:
         """Both sums per token. Raises `ValueError` where no token was counted."""
         if self.count == 0:
-            raise ValueError("Cross-entropy needs windows with at least two tokens that are not special; got none.")
+            raise InputError("Cross-entropy needs windows with at least two tokens that are not special; got none.")
         return (
             {name: total / self.count for name, total in self.cross_entropy.items()},
             {name: total / self.count for name, total in self.divergence.items()},

@@ -57,4 +57,4 @@ def norm_limit_of(norms: Tensor, site: object, multiple: float | None = NORM_OUT
 def check_multiple(multiple: float | None) -> None:
     """Raises `ValueError` for a multiple of the median that would take ordinary activations for outliers."""
     if multiple and multiple <= 1:
-        raise ValueError(f"norm_outlier_multiple must be above 1 (or 0 for no filter), got {multiple}")
+        raise InputError(f"norm_outlier_multiple must be above 1 (or 0 for no filter), got {multiple}")

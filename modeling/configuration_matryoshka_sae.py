@@ -25,7 +25,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
-from .untrusted import DTYPES, read_json, shown
+from .untrusted import DTYPES, SAEError, read_json, shown
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 INFERENCE = ("threshold", "topk")
@@ -189,13 +189,13 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         unknown = sorted(key for key in kwargs if key not in KEPT_KEYS | IGNORED_KEYS and not key.startswith("_"))
         if unknown:
             known = ", ".join(sorted(type(self).__annotations__))
-            raise ValueError(f"MatryoshkaSAEConfig got unknown key(s) {shown(unknown)[1:-1]}. Known keys: {known}.")
+            raise SAEError(f"MatryoshkaSAEConfig got unknown key(s) {shown(unknown)[1:-1]}. Known keys: {known}.")
         return {key: value for key, value in kwargs.items() if key in KEPT_KEYS}
 
     def _refuse_other_dtypes(self, torch_dtype: object) -> None:
         for value in (self.dtype, torch_dtype):
             if value is not None and str(value).removeprefix("torch.") not in DTYPES:
-                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}.")
+                raise SAEError(f"dtype must be one of {', '.join(DTYPES)}, got {value!r}.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -203,7 +203,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         try:
             content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except (RecursionError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise SAEError(
                 f"The config.json of {pretrained_model_name_or_path} holds no JSON object that can be read "
                 f"({error}). Save or download it again."
             ) from error
@@ -214,7 +214,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         """As in transformers; so many levels that only checking them would take long raise `ValueError` at once."""
         sizes = config_dict.get("prefix_sizes")
         if isinstance(sizes, list | tuple) and len(sizes) > MAX_LEVELS:
-            raise ValueError(_too_many(len(sizes)))
+            raise SAEError(_too_many(len(sizes)))
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -224,9 +224,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             return cls.from_dict(read_json(json_file))
         except StrictDataclassError as error:
             # A folder may hold many; the error's own words do not say which.
-            raise ValueError(f"{json_file}: {error.__cause__ or error}") from error
+            raise SAEError(f"{json_file}: {error.__cause__ or error}") from error
         except ValueError as error:
-            raise ValueError(f"{json_file}: {error}") from error
+            raise SAEError(f"{json_file}: {error}") from error
 
     # Each method named validate_* runs after construction and again before saving, in alphabetical order.
 
@@ -235,9 +235,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIZE:
                 bound = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
-                raise ValueError(f"{name} must be {bound}, got {value!r:.40}.")
+                raise SAEError(f"{name} must be {bound}, got {value!r:.40}.")
         if not 0 < self.k <= self.num_latents:
-            raise ValueError(
+            raise SAEError(
                 f"k must be above 0 and at most num_latents={self.num_latents}, got {self.k}: it is the mean number "
                 "of latents active per token."
             )
@@ -245,14 +245,14 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     def validate_prefix_sizes(self):
         sizes = self.prefix_sizes
         if len(sizes) > MAX_LEVELS:
-            raise ValueError(_too_many(len(sizes)))
+            raise SAEError(_too_many(len(sizes)))
         if not sizes or sizes[0] < 1 or any(low >= high for low, high in pairwise(sizes)):
-            raise ValueError(
+            raise SAEError(
                 f"prefix_sizes must be positive and strictly increasing, got {shown(sizes)}. They are sizes of nested "
                 "prefixes (64, 128, 256), not increments (64, 64, 128)."
             )
         if sizes[-1] != self.num_latents:
-            raise ValueError(
+            raise SAEError(
                 f"The last of prefix_sizes must be num_latents={self.num_latents}, got {shown(sizes)}. Append "
                 f"{self.num_latents} or set num_latents={sizes[-1]}."
             )
@@ -261,38 +261,38 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         options = (("activation", ACTIVATIONS), ("inference", INFERENCE), ("prefix_sampling", PREFIX_SAMPLING))
         for name, choices in options:
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise SAEError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
     def validate_level_weights(self):
         weights = self.level_weights
         if self.balance is not None:
             if not 0 <= self.balance < math.inf:
-                raise ValueError(f"balance must be finite and not negative, got {self.balance}; 0.75 is a good start.")
+                raise SAEError(f"balance must be finite and not negative, got {self.balance}; 0.75 is a good start.")
             if weights != "uniform":
-                raise ValueError(f"Give balance={self.balance} or level_weights={weights!r}, not both.")
+                raise SAEError(f"Give balance={self.balance} or level_weights={weights!r}, not both.")
         if isinstance(weights, str):
             if weights not in LEVEL_WEIGHTS:
-                raise ValueError(
+                raise SAEError(
                     f"level_weights must be one of {', '.join(LEVEL_WEIGHTS)} or a list of numbers, got {weights!r}."
                 )
         elif len(weights) != len(self.prefix_sizes) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise ValueError(
+            raise SAEError(
                 f"level_weights must be {len(self.prefix_sizes)} numbers, one per prefix of "
                 f"{shown(self.prefix_sizes)}, none negative, all finite and not all zero; got {shown(weights)}."
             )
         if self.prefix_sampling == "pareto" and (weights != "uniform" or self.balance is not None):
-            raise ValueError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
+            raise SAEError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
 
     def validate_ranges(self):
         for name in ("aux_loss_weight", "sparsity_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
+                raise SAEError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
         if self.norm_limit is not None and not 0 <= self.norm_limit < math.inf:
-            raise ValueError(f"norm_limit must be finite and not negative (0 is no limit), got {self.norm_limit}.")
+            raise SAEError(f"norm_limit must be finite and not negative (0 is no limit), got {self.norm_limit}.")
         if not 0 < self.jumprelu_bandwidth < math.inf:
-            raise ValueError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
+            raise SAEError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
         if not 0 < self.pareto_alpha <= 1:
-            raise ValueError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
+            raise SAEError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
 
     def validate_measured(self):
         measured = self.measured or {}
@@ -300,21 +300,21 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             numbers = value if isinstance(value, list) else [value]
             right = len(numbers) <= self.num_levels and all(isinstance(one, int | float | str) for one in numbers)
             if not right or (name in ("l0", "fve") and (type(value) is not list or str in map(type, value))):
-                raise ValueError(
+                raise SAEError(
                     f"measured must hold the number of `tokens`, and lists of a number per level as `l0` and `fve`; "
                     f"got {shown([repr(one)[:40] for one in numbers])} as {name}."
                 )
         if type(measured.get("tokens", 0)) is not int or len(measured.get("l0", ())) < len(measured.get("fve", ())):
-            raise ValueError("measured must hold a whole number of `tokens`, and as many numbers as `l0` as as `fve`.")
+            raise SAEError("measured must hold a whole number of `tokens`, and as many numbers as `l0` as as `fve`.")
 
     def validate_topk(self):
         if "topk" in (self.activation, self.inference) and int(self.k) != self.k:
-            raise ValueError(
+            raise SAEError(
                 f"activation='topk' and inference='topk' keep k latents of each token, so k must be whole; got "
                 f"{self.k}."
             )
         if self.inference == "topk" and self.activation != "topk":
-            raise ValueError(f"inference='topk' goes with activation='topk' only, got {self.activation!r}.")
+            raise SAEError(f"inference='topk' goes with activation='topk' only, got {self.activation!r}.")
 
     def truncated(self, prefix: int) -> "MatryoshkaSAEConfig":
         """The configuration of the first `prefix` latents as a model of their own.
@@ -323,7 +323,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         where the training run measured it.
         """
         if not 1 <= prefix <= self.num_latents:
-            raise ValueError(f"prefix must be from 1 to num_latents={self.num_latents}, got {prefix}.")
+            raise SAEError(f"prefix must be from 1 to num_latents={self.num_latents}, got {prefix}.")
         values = self.to_dict()
         inner = [size for size in self.prefix_sizes if size < prefix]
         kept = [index for index, size in enumerate(self.prefix_sizes) if size <= prefix]

@@ -55,7 +55,7 @@ from .prefix_loading import HUB_ARGUMENTS, read_state, truncate_state
 from .selection import ALONE, Ranks
 from .sharing import SharingMixin
 from .sparse_encoder import ActiveLatents, tokens_at_once
-from .untrusted import check_shapes, check_values, inside, weight_shapes
+from .untrusted import SAEError, check_shapes, check_values, inside, weight_shapes
 
 MIN_THRESHOLD = 1e-20
 # Copies of a token's latents that calibrating and measuring make on the way.
@@ -171,7 +171,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         """
         width = latents.shape[-1]
         if width > self.config.num_latents:
-            raise ValueError(f"latents must have at most num_latents={self.config.num_latents} columns, got {width}.")
+            raise SAEError(f"latents must have at most num_latents={self.config.num_latents} columns, got {width}.")
         m = min(self._checked_prefix(prefix), width)
         flat = latents[..., :m].reshape(-1, m)
         return decode(flat, self.W_dec[:m], self.b_dec).view(*latents.shape[:-1], self.config.hidden_size)
@@ -180,7 +180,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         """Reconstructions by every prefix of `config.prefix_sizes`, (num_levels, ..., hidden_size)."""
         num_latents = self.config.num_latents
         if latents.shape[-1] != num_latents:
-            raise ValueError(f"Every level needs all latents, (..., {num_latents}), got {tuple(latents.shape)}.")
+            raise SAEError(f"Every level needs all latents, (..., {num_latents}), got {tuple(latents.shape)}.")
         flat = latents.reshape(-1, num_latents)
         levels = list(decode_levels(flat, self.W_dec, self.b_dec, self.config.prefix_sizes))
         return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
@@ -286,7 +286,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         # Alone with the latents, the others have other tokens; alone with the tokens, other latents.
         num_tokens, histogram = ranks.total(num_tokens), self.ranks.sum(ranks.sum(histogram))
         if num_tokens == 0:
-            raise ValueError("calibrate_threshold got no activations; give tensors of shape (..., hidden_size).")
+            raise SAEError("calibrate_threshold got no activations; give tensors of shape (..., hidden_size).")
         if self.config.activation == "relu":
             return int(histogram.sum()) / num_tokens
         value = histogram_threshold(histogram, self.config.k * num_tokens)
@@ -368,7 +368,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         if prefix is None:
             return self.config.num_latents
         if not 1 <= prefix <= self.config.num_latents:
-            raise ValueError(f"prefix must be from 1 to num_latents={self.config.num_latents}, got {prefix}.")
+            raise SAEError(f"prefix must be from 1 to num_latents={self.config.num_latents}, got {prefix}.")
         return prefix
 
 

@@ -38,6 +38,7 @@ from .dense_ops import (
 from .selection import ALONE, Ranks, sum_over
 from .sparse_encoder import ActiveLatents, select_exceeding, select_largest, select_largest_per_token
 from .sparse_ops import DENSE_DEAD_SHARE, GradientMemory, LevelErrors, Places, PreActivations, make_places
+from .untrusted import SAEError
 
 
 class Share(NamedTuple):
@@ -77,7 +78,7 @@ class ObjectiveMixin:
 
     def _flat(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.shape[-1] != self.config.hidden_size:
-            raise ValueError(
+            raise SAEError(
                 f"Expected activations of shape (..., {self.config.hidden_size}), got {tuple(hidden_states.shape)}. "
                 f"This SAE reads {self.config.site or 'a site of that width'} of "
                 f"{self.config.base_model or 'its model'}."
@@ -249,7 +250,7 @@ class ObjectiveMixin:
             return self.config.prefix_sizes, self.config.normalized_level_weights
         sizes = list(prefix_sizes)
         if not sizes or sizes[0] < 1 or sizes != sorted(set(sizes)) or sizes[-1] != self.config.num_latents:
-            raise ValueError(
+            raise SAEError(
                 "prefix_sizes must be positive, strictly increasing and end in "
                 f"num_latents={self.config.num_latents}, got {sizes}."
             )

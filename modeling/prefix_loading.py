@@ -44,7 +44,7 @@ from transformers.utils import cached_file, logging
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .ranged_files import Place, RemoteFile, damaged, read_places, written_whole
-from .untrusted import PER_LATENT, check_shapes, inside, read_json, shown, weight_shapes
+from .untrusted import PER_LATENT, SAEError, SAENotFoundError, check_shapes, inside, read_json, shown, weight_shapes
 
 logger = logging.get_logger(__name__)
 
@@ -82,9 +82,7 @@ def read_state(
     rows = {place.name: _whole_shape(path, place, prefix, shapes) for path in files for place in found[path]}
     check_shapes(rows, shapes, str(files[0] if len(files) == 1 else files[0].parent))
     if len(rows) < sum(map(len, found.values())):
-        raise ValueError(
-            f"Several of the files {', '.join(map(str, files))} hold the same tensor; save the SAE again."
-        )
+        raise SAEError(f"Several of the files {', '.join(map(str, files))} hold the same tensor; save the SAE again.")
     return dict(chain.from_iterable(_read_file(path, prefix).items() for path in files))
 
 
@@ -140,10 +138,10 @@ def _shards(index: Path, where: str, shapes: Mapping[str, tuple[int, ...]]) -> l
         names = sorted({str(name) for name in places.values()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"it cannot be read ({error})"
-        raise ValueError(f"{where} is no index of safetensors files: {problem}. Save or upload it again.") from error
+        raise SAEError(f"{where} is no index of safetensors files: {problem}. Save or upload it again.") from error
     astray = [name for name in names if not SHARD.fullmatch(name)]
     if astray:
-        raise ValueError(
+        raise SAEError(
             f"{where} names other files than safetensors beside it ({shown(astray)[1:-1]}), so none of them is read."
         )
     check_shapes({name: shapes.get(name, ()) for name in places}, shapes, where)
@@ -155,13 +153,13 @@ def _local_files(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Pa
         return [folder / WEIGHTS_NAME]
     index = folder / INDEX_NAME
     if not index.is_file():
-        raise FileNotFoundError(
+        raise SAENotFoundError(
             f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: there are no weights to read."
         )
     files = [folder / name for name in _shards(index, str(index), shapes)]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise FileNotFoundError(f"{index} names files that are not in the folder: {', '.join(absent)}.")
+        raise SAENotFoundError(f"{index} names files that are not in the folder: {', '.join(absent)}.")
     return files
 
 
@@ -196,7 +194,7 @@ class _Repo:
         where = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
         config = cached_file(repo_id, "config.json", token=token, local_files_only=local_files_only, **where)
         if config is None:
-            raise FileNotFoundError(f"{repo_id} holds no {PurePosixPath(subfolder) / 'config.json'}.")
+            raise SAENotFoundError(f"{repo_id} holds no {PurePosixPath(subfolder) / 'config.json'}.")
         commit = Path(config).parents[len(PurePosixPath(subfolder).parts)].name
         cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
         offline = local_files_only or is_offline_mode()
@@ -247,7 +245,7 @@ def _hub_files(repo: _Repo, shapes: Mapping[str, tuple[int, ...]], prefix: int |
             raise absent from None
         except EntryNotFoundError:
             where = f"{repo.path_of(WEIGHTS_NAME)} nor {repo.path_of(INDEX_NAME)}"
-            raise FileNotFoundError(f"{repo.id} holds neither {where} at {repo.commit}.") from None
+            raise SAENotFoundError(f"{repo.id} holds neither {where} at {repo.commit}.") from None
     names = _shards(index, f"{repo.path_of(INDEX_NAME)} of {repo.id}", shapes)
     return [_hub_file(repo, name, shapes, prefix) for name in names]
 

@@ -36,7 +36,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import hf_raise_for_status, http_backoff, http_stream_backoff, httpx, tqdm
 from safetensors import SafetensorError, safe_open
 
-from .untrusted import parse_json
+from .untrusted import SAEError, SAEReplyError, parse_json
 
 # A broken connection costs at most this many bytes twice; it is what huggingface_hub itself reads at a time.
 CHUNK = 10 * 1024 * 1024
@@ -67,9 +67,9 @@ class Place(NamedTuple):
         return self.stop - self.start
 
 
-def damaged(where: str, problem: str) -> ValueError:
+def damaged(where: str, problem: str) -> SAEError:
     """The error for a file that was cut short or is no safetensors file."""
-    return ValueError(
+    return SAEError(
         f"{where} is not a complete safetensors file: {problem}. Save or upload it again; if only the copy on this "
         "machine is damaged, load with force_download=True."
     )
@@ -104,9 +104,9 @@ def _place(name: str, entry: Any, data_start: int) -> Place:
     start, stop = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
     if dtype not in ITEM_BYTES or any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
-        raise ValueError(f"{name} is said to be {dtype} of shape {shape} from {start} to {stop}")
+        raise SAEError(f"{name} is said to be {dtype} of shape {shape} from {start} to {stop}")
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise ValueError(f"{name}, {dtype} of shape {shape}, does not take the bytes from {start} to {stop}")
+        raise SAEError(f"{name}, {dtype} of shape {shape}, does not take the bytes from {start} to {stop}")
     return Place(name, dtype, shape, data_start + start, data_start + stop)
 
 
@@ -178,7 +178,7 @@ class RemoteFile:
         sent = (response.status_code, response.headers.get("Content-Range"), len(response.content))
         right = (206, f"bytes {start}-{stop - 1}/{self.size}", stop - start)
         if sent != right:
-            raise OSError(
+            raise SAEReplyError(
                 f"Asked for {right[1]} of {self.where}, the server sent status {sent[0]}, Content-Range {sent[1]} and "
                 f"{sent[2]:,} bytes. Try again; if that does not help, load without prefix=."
             )

@@ -37,6 +37,18 @@ NUM_SHOWN = 8
 RANGES = {"threshold": (0.0, math.inf), "max_activation": (0.0, math.inf), "firing_rate": (0.0, 1.0)}
 
 
+class SAEError(ValueError):
+    """A configuration, a file or an argument that no SAE can be made of. The message says what to do."""
+
+
+class SAENotFoundError(SAEError, FileNotFoundError):
+    """A folder or repo lacks a file of an SAE."""
+
+
+class SAEReplyError(SAEError, OSError):
+    """A server sent something else than what was asked of it."""
+
+
 def inside(name: str, what: str = "subfolder") -> str:
     """A path that may be joined to a folder: relative, without a way out; "" for the folder itself.
 
@@ -45,7 +57,7 @@ def inside(name: str, what: str = "subfolder") -> str:
     parts = name.split("/")
     drive = re.match(r"[A-Za-z]:", name)
     if name.startswith("/") or drive or "\\" in name or ".." in parts or not name.isprintable():
-        raise ValueError(
+        raise SAEError(
             f"The {what} {name!r} must be a path below the folder or repo that was named, such as layers.12/16k: "
             "without a leading slash or drive, '..', backslashes and control characters."
         )
@@ -60,7 +72,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         problem = "it is nested too deeply"
     except ValueError as error:  # of the format, the encoding, or a number of thousands of digits
         problem = str(error)
-    raise ValueError(f"{where} is no JSON that can be read ({problem}). Save or download it again.")
+    raise SAEError(f"{where} is no JSON that can be read ({problem}). Save or download it again.")
 
 
 def read_json(path: str | Path, where: str | None = None, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -68,10 +80,10 @@ def read_json(path: str | Path, where: str | None = None, max_bytes: int = MAX_J
     where = str(path) if where is None else where
     size = Path(path).stat().st_size
     if size > max_bytes:
-        raise ValueError(f"{where} has {size:,} bytes, where {max_bytes:,} are the most; it is not what it should be.")
+        raise SAEError(f"{where} has {size:,} bytes, where {max_bytes:,} are the most; it is not what it should be.")
     content = parse_json(Path(path).read_bytes(), where)
     if not isinstance(content, dict):
-        raise ValueError(f"{where} must hold a JSON object {{...}}, but holds a {type(content).__name__}.")
+        raise SAEError(f"{where} must hold a JSON object {{...}}, but holds a {type(content).__name__}.")
     return content
 
 
@@ -104,7 +116,7 @@ def check_shapes(
     }
     words = [f"{kind}: {shown([repr(one) for one in names])}" for kind, names in problems.items() if names]
     if words:
-        raise ValueError(
+        raise SAEError(
             f"The weights in {where} are not those of a MatryoshkaSAE ({'; '.join(words)}). Check that config.json "
             "and model.safetensors belong together."
         )
@@ -116,19 +128,19 @@ def check_values(state: Mapping[str, Tensor], where: str) -> None:
     """
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(
+            raise SAEError(
                 f"{name} in {where} is {str(tensor.dtype).removeprefix('torch.')}; an SAE's numbers are "
                 f"{', '.join(DTYPES)}. Convert the weights first: quantised ones cannot be read."
             )
         low, high = (bound.item() for bound in tensor.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(
+            raise SAEError(
                 f"{name} in {where} holds NaN or infinite numbers, with which nothing can be computed. Take a "
                 "checkpoint from before the run diverged, or fetch the file again."
             )
         least, most = RANGES.get(name, (-math.inf, math.inf))
         if low < least or high > most:
-            raise ValueError(
+            raise SAEError(
                 f"{name} in {where} goes from {low:g} to {high:g}, but must be from {least:g} to {most:g}. "
                 "Save or convert the SAE again."
             )

@@ -15,6 +15,7 @@ from hf_msae.data import (
     vocabulary,
 )
 from hf_msae.data.holding_out import BASE_SPLIT
+from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
 from hf_msae.sites import resolve_site
 
@@ -52,7 +53,7 @@ def run(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     documents, _ = load_training_data(sources)
     if isinstance(documents, CachedActivations):
-        raise ValueError(f"--dataset {sources.dataset} is an activation cache already; give text.")
+        raise InputError(f"--dataset {sources.dataset} is an activation cache already; give text.")
     model, tokenizer = load_language_model(sources)
     rows = vocabulary(model)
     filler = pad_id(tokenizer, rows)

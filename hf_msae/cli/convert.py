@@ -11,6 +11,7 @@ from rich.console import Console
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.completing import complete
 from hf_msae.formats.common import written_whole
@@ -55,7 +56,7 @@ class ConvertArguments:
 
     def __post_init__(self) -> None:
         if self.measure_tokens < 2:
-            raise ValueError(f"measure_tokens must be at least 2, got {self.measure_tokens}.")
+            raise InputError(f"measure_tokens must be at least 2, got {self.measure_tokens}.")
 
 
 @dataclass
@@ -74,7 +75,7 @@ def run(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     destination = Path(args.dest)
     if destination.exists():
-        raise ValueError(f"{destination} exists already; give a folder that does not, or delete it.")
+        raise InputError(f"{destination} exists already; give a folder that does not, or delete it.")
     sae = _load(args)
     if args.measure:
         _measure(sae, args, sources)
@@ -107,14 +108,14 @@ def _measure(sae: MatryoshkaSAE, args: ConvertArguments, sources: SourceArgument
     config = sae.config
     sources.model = sources.model or config.base_model or ""
     if not sources.model:
-        raise ValueError(f"{args.src} does not say which language model it is of; give --model.")
+        raise InputError(f"{args.src} does not say which language model it is of; give --model.")
     place = args.site or config.site
     if place is None:
-        raise ValueError(f"{args.src} does not say where in the model it is from; give --site, such as layers.12.")
+        raise InputError(f"{args.src} does not say where in the model it is from; give --site, such as layers.12.")
     PartialState(cpu=args.use_cpu)
     documents, eval_documents = load_training_data(sources)
     if isinstance(documents, CachedActivations):
-        raise ValueError(f"--dataset {sources.dataset} is an activation cache; give text.")
+        raise InputError(f"--dataset {sources.dataset} is an activation cache; give text.")
     model, tokenizer = load_language_model(sources)
     site = resolve_site(model, place)
     check_fits(model, site, sae, args.src)

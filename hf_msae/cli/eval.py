@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
+from hf_msae.errors import InputError
 from hf_msae.evaluation import Evaluation, Subject, collect, evaluate, write_report
 from hf_msae.evaluation.activations import TextActivations, check_fits
 from hf_msae.evaluation.baselines import (
@@ -139,10 +140,10 @@ class EvalArguments:
         least = {"baseline_seeds": 1, "eval_tokens": 2, "rate_tokens": 2, "lm_batch_size": 1, "splits": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}.")
+                raise InputError(f"{name} must be at least {lowest}, got {getattr(self, name)}.")
         for name in ("ce_tokens", "stories"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
 
 
 def run(arguments: list[str]) -> None:
@@ -158,7 +159,7 @@ def run(arguments: list[str]) -> None:
     _complete_sources(sources, args, config)
     documents, eval_documents = load_training_data(sources)
     if isinstance(documents, CachedActivations):
-        raise ValueError(f"--dataset {sources.dataset} is an activation cache; give text.")
+        raise InputError(f"--dataset {sources.dataset} is an activation cache; give text.")
     pairs = read_labelled(args.labelled, sources.text_column, args.label_column) if args.labelled else None
     training = _training_arguments(args, folder)
     model, tokenizer = load_language_model(sources)
@@ -203,10 +204,10 @@ def run(arguments: list[str]) -> None:
 def _check_output(args: EvalArguments) -> Path:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"The output directory {folder} is a file; give a folder.")
+        raise InputError(f"The output directory {folder} is a file; give a folder.")
     traces = [name for name in (JSON_NAME, HTML_NAME, BASELINE_FOLDER) if (folder / name).exists()]
     if traces and not args.overwrite_output_dir:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds another evaluation ({', '.join(traces)}). Give --overwrite-output-dir to replace it, or "
             "another --output-dir."
         )
@@ -231,11 +232,11 @@ def _load_all(sources: list[str]) -> list[Subject]:
 def _complete_sources(sources: SourceArguments, args: EvalArguments, config: MatryoshkaSAEConfig) -> None:
     if not sources.model:
         if config.base_model is None:
-            raise ValueError(f"{args.sae} does not say which language model it is of; give --model.")
+            raise InputError(f"{args.sae} does not say which language model it is of; give --model.")
         sources.model = config.base_model
         sources.model_revision = sources.model_revision or config.base_model_revision
     if args.site is None and config.site is None:
-        raise ValueError(f"{args.sae} does not say where in the model it is from; give --site, such as layers.12.")
+        raise InputError(f"{args.sae} does not say where in the model it is from; give --site, such as layers.12.")
 
 
 def _training_arguments(args: EvalArguments, folder: Path) -> SAETrainingArguments | None:
@@ -251,13 +252,13 @@ def _training_arguments(args: EvalArguments, folder: Path) -> SAETrainingArgumen
     if tokens is None and (own / "metrics.json").is_file():
         tokens = read_json(own / "metrics.json").get("training_tokens")
     if tokens is None:
-        raise ValueError(f"{args.sae} does not say on how many tokens it was trained; give --baseline-tokens.")
+        raise InputError(f"{args.sae} does not say on how many tokens it was trained; give --baseline-tokens.")
     values |= {"max_tokens": tokens, "save_steps": 0, "ce_tokens": 0, "eval_tokens": args.eval_tokens}
     values |= {"use_cpu": args.use_cpu, "lm_batch_size": args.lm_batch_size}
     try:
         return SAETrainingArguments(output_dir=str(folder / BASELINE_FOLDER), **values)
     except (TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
+        raise InputError(
             f"training_arguments.json or metrics.json of {args.sae} holds what no run writes ({error!s:.200}); delete "
             "them and give --baseline-tokens."
         ) from error

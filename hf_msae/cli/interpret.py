@@ -19,6 +19,7 @@ from hf_msae.cli.sources import (
     load_training_data,
 )
 from hf_msae.data import CachedActivations, Documents
+from hf_msae.errors import InputError
 from hf_msae.interpret.labels import LabelError, Labeller
 from hf_msae.interpret.pages import Label
 from hf_msae.interpret.pipeline import interpret
@@ -111,7 +112,7 @@ def load_text(sources: SourceArguments) -> Documents:
     """The documents. Raises ValueError for an activation cache, which has no text."""
     documents, _ = load_training_data(sources)
     if isinstance(documents, CachedActivations):
-        raise ValueError(f"--dataset {sources.dataset} is an activation cache and holds no text; give text.")
+        raise InputError(f"--dataset {sources.dataset} is an activation cache and holds no text; give text.")
     return documents
 
 
@@ -121,7 +122,7 @@ def load_labeller(name: str) -> Labeller:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except OSError as error:
-        raise ValueError(f"Cannot load the model {name!r} of --labels-model: {error}") from error
+        raise InputError(f"Cannot load the model {name!r} of --labels-model: {error}") from error
     return Labeller(model, tokenizer)
 
 
@@ -143,10 +144,10 @@ def write_labels(labeller: Labeller, interpretation: Interpretation, num_labels:
 
 def _output_folder(args: InterpretArguments) -> Path:
     if args.output_dir is None and not Path(args.sae).is_dir():
-        raise ValueError(f"{args.sae} is a Hub repo; say where to write with --output-dir.")
+        raise InputError(f"{args.sae} is a Hub repo; say where to write with --output-dir.")
     folder = Path(args.output_dir) if args.output_dir else Path(args.sae) / inside(args.subfolder) / FOLDER_NAME
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; give another --output-dir, or delete it.")
+        raise InputError(f"{folder} exists and is not empty; give another --output-dir, or delete it.")
     return folder
 
 

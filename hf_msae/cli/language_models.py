@@ -24,6 +24,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
 
+from hf_msae.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ def load_weights(name: str | Path, config: PreTrainedConfig, **options: Any) -> 
     random = {key for key, parameter in model.named_parameters() if id(parameter) in of_head} & (missing | wrong)
     needed = {key for key in missing - random if _is_needed(model, key)} | (wrong - random)
     if needed:
-        raise ValueError(
+        raise InputError(
             f"The weights of {name} do not belong to its configuration, a {type(model).__name__}: {_some(needed)} "
             "would be random numbers. Save or fetch the model again, whole."
         )
@@ -61,7 +63,7 @@ def _auto_class(name: str | Path, config: PreTrainedConfig, trust_remote_code: b
     values = config.to_dict()
     if config.is_encoder_decoder or architectures & set(_names(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, kind)):
         if kind not in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
-            raise ValueError(
+            raise InputError(
                 f"{name} is an encoder–decoder ({kind}), which needs text for both; hf_msae reads models with one "
                 "stack of layers. In Python, hand a part of it, such as model.get_encoder(), to SAETrainer."
             )

@@ -14,6 +14,7 @@ from rich.tree import Tree
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
 from hf_msae.evaluation.meta_browser import render_browser, token_labels
@@ -74,7 +75,7 @@ def run(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     folder = Path(args.output_dir or f"{Path(args.sae).resolve().name}-meta-sae")
     if args.meta_sae is None and folder.exists():
-        raise ValueError(f"{folder} exists already; give another --output-dir, or show it with --meta-sae {folder}.")
+        raise InputError(f"{folder} exists already; give another --output-dir, or show it with --meta-sae {folder}.")
     sae = MatryoshkaSAE.from_pretrained(args.sae).eval()
     _check_latents(sae, args.latents)
     labels = _labels(sources, sae, args) if args.label_tokens else []
@@ -82,7 +83,7 @@ def run(arguments: list[str]) -> None:
     if args.meta_sae is not None:
         meta = MatryoshkaSAE.from_pretrained(args.meta_sae).eval()
         if not is_meta_sae(meta):
-            raise ValueError(f"{args.meta_sae} is an SAE of activations, not a meta-SAE; make one without --meta-sae.")
+            raise InputError(f"{args.meta_sae} is an SAE of activations, not a meta-SAE; make one without --meta-sae.")
     else:
         result = train_meta_sae(
             sae,
@@ -108,18 +109,18 @@ def run(arguments: list[str]) -> None:
 
 def _check_latents(sae: MatryoshkaSAE, latents: Sequence[int]) -> None:
     if any(not 0 <= latent < sae.config.num_latents for latent in latents):
-        raise ValueError(f"--latents: there are latents 0 to {sae.config.num_latents - 1}; got {list(latents)}.")
+        raise InputError(f"--latents: there are latents 0 to {sae.config.num_latents - 1}; got {list(latents)}.")
 
 
 def _labels(sources: SourceArguments, sae: MatryoshkaSAE, args: MetaArguments) -> list[str]:
     documents, _ = load_training_data(sources)
     if isinstance(documents, CachedActivations):
-        raise ValueError(
+        raise InputError(
             f"--dataset {sources.dataset} is an activation cache, which has no tokens to name latents by; give text, "
             "or --label-tokens 0."
         )
     if sae.config.site is None:
-        raise ValueError(f"{args.sae} does not say which site it reads, so latents cannot be named: --label-tokens 0.")
+        raise InputError(f"{args.sae} does not say which site it reads, so latents cannot be named: --label-tokens 0.")
     model, tokenizer = load_language_model(sources)
     site = resolve_site(model, sae.config.site)
     check_fits(model, site, sae, args.sae)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import check_sae_place
+from hf_msae.errors import InputError
 from hf_msae.formats.saelens_names import model_in_lens
 from hf_msae.interpret.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
 from hf_msae.interpret.store import Interpretation
@@ -55,10 +56,10 @@ def _names(args: NeuronpediaArguments, interpretation: Interpretation) -> Neuron
     base, site = interpretation.source.base_model, interpretation.source.site
     model = args.model_name or model_in_lens(base or "") or (base or "").rpartition("/")[2].lower()
     if not model:
-        raise ValueError("The interpretation does not record its language model; give --model-name.")
+        raise InputError("The interpretation does not record its language model; give --model-name.")
     layer = args.layer if args.layer is not None else layer_of(site)
     if layer is None:
-        raise ValueError(f"The site {site!r} does not say which layer it is in; give --layer.")
+        raise InputError(f"The site {site!r} does not say which layer it is in; give --layer.")
     release = args.release or args.source_set
     return NeuronpediaNames(
         model=model,

@@ -15,6 +15,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from hf_msae.errors import InputError
+
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -114,17 +116,17 @@ def parse(parser: HfArgumentParser, arguments: list[str]) -> tuple[Any, ...]:
 def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
     """A file's values, converted as flags are; a null leaves the default, where None is no value."""
     if not path.is_file():
-        raise ValueError(f"There is no configuration file {path}.")
+        raise InputError(f"There is no configuration file {path}.")
     values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got a {type(values).__name__}.")
+        raise InputError(f"{path} must hold `name: value` lines, got a {type(values).__name__}.")
     actions = {action.dest: action for action in parser._actions}
     kinds = {name: kind for dataclass in parser.dataclass_types for name, kind in get_type_hints(dataclass).items()}
     converted = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in actions:
-            raise ValueError(f"{path} has an unknown key {key!r}. `{parser.prog} --help` lists the known ones.")
+            raise InputError(f"{path} has an unknown key {key!r}. `{parser.prog} --help` lists the known ones.")
         if value is None and type(None) not in get_args(kinds.get(name)):
             continue
         converted[name] = _convert(actions[name], value, path)
@@ -143,4 +145,4 @@ def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
     try:
         return action.type(str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{path}: {action.dest}: {error}") from None
+        raise InputError(f"{path}: {action.dest}: {error}") from None

@@ -20,6 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from hf_msae.cli.language_models import load_weights
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
+from hf_msae.errors import InputError
 from hf_msae.hub import STORIES
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
 
@@ -83,7 +84,7 @@ def load_language_model(
     """
     name: str | Path = story_lm_path() if args.model == STORIES else args.model
     if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise ValueError(f"There is no model at {name}. Give a folder that holds a config.json, or a Hub id.")
+        raise InputError(f"There is no model at {name}. Give a folder that holds a config.json, or a Hub id.")
     hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
@@ -92,7 +93,7 @@ def load_language_model(
         dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
         model = load_weights(name, config, dtype=dtype, **places, **hub)
     except OSError as error:
-        raise ValueError(f"Cannot load the model {args.model!r}: {error}") from error
+        raise InputError(f"Cannot load the model {args.model!r}: {error}") from error
     if args.device_map is None and not tensor_parallel:
         model = model.to(PartialState().device)
     if args.model == STORIES:
@@ -104,14 +105,14 @@ def _tensor_parallel(args: SourceArguments, config: PreTrainedConfig) -> dict[st
     """What `from_pretrained` must be told to split the model over all processes."""
     processes = PartialState().num_processes
     if processes == 1:
-        raise ValueError(
+        raise InputError(
             "--tensor-parallel splits the language model over the processes of the run, and there is one. Launch "
             "several: torchrun --nproc_per_node 8 -m hf_msae.cli train ..."
         )
     if args.device_map is not None:
-        raise ValueError("--tensor-parallel and --device-map are two ways to split a language model; choose one.")
+        raise InputError("--tensor-parallel and --device-map are two ways to split a language model; choose one.")
     if not config.get_text_config().base_model_tp_plan:
-        raise ValueError(
+        raise InputError(
             f"transformers has no tensor parallel plan for {config.model_type}, so --tensor-parallel cannot split "
             f"{args.model!r}. --device-map auto splits any model, with a single process."
         )
@@ -125,7 +126,7 @@ def _load_tokenizer(name: str | Path, given: str, hub: dict[str, Any]) -> PreTra
         return AutoTokenizer.from_pretrained(name, **hub)
     except ValueError as error:
         first = str(error).split("\n", 1)[0]
-        raise ValueError(
+        raise InputError(
             f"Cannot load a tokenizer of the model {given!r}; it needs its tokenizer.json beside it. ({first})"
         ) from error
 
@@ -135,7 +136,7 @@ def check_sae_place(name: str) -> None:
     place = Path(name).expanduser()
     in_a_folder = place.parent != Path() and place.parent.is_dir()
     if not place.is_dir() and (name.startswith((".", "/", "~")) or in_a_folder):
-        raise ValueError(f"There is no folder {name}. Give a folder that holds an SAE, or a Hub repo.")
+        raise InputError(f"There is no folder {name}. Give a folder that holds an SAE, or a Hub repo.")
 
 
 def model_commit(args: SourceArguments) -> str | None:
@@ -150,7 +151,7 @@ def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
     """What `SAETrainer` takes as `train_dataset` and `eval_dataset`."""
     if args.dataset is None:
         if args.model != STORIES:
-            raise ValueError(f"--model {args.model} needs a --dataset. (Only the story model has one by default.)")
+            raise InputError(f"--model {args.model} needs a --dataset. (Only the story model has one by default.)")
         stories = as_documents(StoryWorld(seed=0).documents(STORY_DOCUMENTS))
         stories.description = f"{STORY_DOCUMENTS:,} stories of hf_msae.worlds.stories"
         return stories, _eval_data(args)
@@ -175,7 +176,7 @@ def _unescaped(separator: str | None) -> str | None:
     for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t"), ("\\f", "\f")):
         separator = separator.replace(written, meant)
     if not separator:
-        raise ValueError("--separator is empty; give what stands between documents, or leave it out.")
+        raise InputError("--separator is empty; give what stands between documents, or leave it out.")
     return separator
 
 
@@ -184,10 +185,10 @@ def _eval_data(args: SourceArguments) -> Any:
         return None
     source = args.eval_dataset or args.dataset
     if source is None:
-        raise ValueError("--eval-split needs a --dataset or an --eval-dataset that has that split.")
+        raise InputError("--eval-split needs a --dataset or an --eval-dataset that has that split.")
     same = args.eval_dataset is None
     if same and Path(source).is_file():
-        raise ValueError(
+        raise InputError(
             f"--eval-split {args.eval_split}: {source} is a single file without splits. Give --eval-dataset, or "
             "nothing: some of its documents are then held out."
         )

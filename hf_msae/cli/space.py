@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import hf_msae.modeling
 from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.errors import InputError
 from hf_msae.hub import STORIES
 from hf_msae.hub.index import list_saes
 
@@ -56,14 +57,14 @@ def run(arguments: list[str]) -> None:
     """Parse, then show or publish."""
     (args,) = parse(build_parser("space", DESCRIPTION, (SpaceArguments,)), arguments)
     if not args.sae:
-        raise ValueError("Give the SAE to show: --sae with a folder or a Hub repo. (`hf-msae demo` needs none.)")
+        raise InputError("Give the SAE to show: --sae with a folder or a Hub repo. (`hf-msae demo` needs none.)")
     if args.action == "run":
         if args.repo is not None:
-            raise ValueError(f"`space run` takes no repo, got {args.repo!r}; the SAE goes after --sae.")
+            raise InputError(f"`space run` takes no repo, got {args.repo!r}; the SAE goes after --sae.")
         run_space(args.sae, title=args.title, meta_sae=args.meta_sae, port=args.port)
         return
     if args.repo is None:
-        raise ValueError("`space push` needs the Space's name: hf-msae space push OWNER/NAME --sae OWNER/SAE.")
+        raise InputError("`space push` needs the Space's name: hf-msae space push OWNER/NAME --sae OWNER/SAE.")
     url = push_space(args.repo, args.sae, title=args.title, meta_sae=args.meta_sae, private=args.private)
     print(f"Pushed the Space: {url}")
 
@@ -74,7 +75,7 @@ def space_folder() -> Path:
     for folder in (package.parent / "spaces" / "steering", package / "space"):
         if (folder / "app.py").is_file():
             return folder
-    raise ValueError(f"The Space's files are missing from {package}; install hf_msae again.")
+    raise InputError(f"The Space's files are missing from {package}; install hf_msae again.")
 
 
 def run_space(
@@ -102,7 +103,7 @@ def run_space(
 def check_gradio() -> None:
     """Raises ValueError where Gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("The page needs Gradio: pip install 'hf-msae[space]'")
+        raise InputError("The page needs Gradio: pip install 'hf-msae[space]'")
 
 
 def push_space(
@@ -119,13 +120,13 @@ def push_space(
     """
     for source in filter(None, (*saes, meta_sae)):
         if Path(source).exists():
-            raise ValueError(
+            raise InputError(
                 f"{source} is a folder of this machine, which a Space cannot read; publish it (`hf-msae push {source} "
                 "OWNER/NAME`) and give its repo."
             )
     models = _language_models(saes)
     if get_token() is None:
-        raise ValueError("A push needs a token that may write: run `hf auth login`, or set HF_TOKEN.")
+        raise InputError("A push needs a token that may write: run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="hf_msae")
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch) / "space"
@@ -144,7 +145,7 @@ def push_space(
             )
         except (HfHubHTTPError, HFValidationError) as error:
             words = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise ValueError(
+            raise InputError(
                 f"The Hub refused the Space {repo}: {words} The name is owner/name, and the token must be allowed to "
                 "write there (`hf auth login`)."
             ) from error
@@ -158,7 +159,7 @@ def _language_models(saes: Sequence[str]) -> list[str]:
         try:
             validate_repo_id(name or "")
         except HFValidationError as error:
-            raise ValueError(
+            raise InputError(
                 f"One of {', '.join(saes)} reads the language model {name!r}, which is no repo on the Hub, so a Space "
                 "could not load it. Publish the model and name its repo as `base_model` in the SAE's config.json."
             ) from error

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.errors import InputError
 from hf_msae.evaluation.heatmaps import draw_heatmaps
 from hf_msae.evaluation.recovery import Recovery, measure_recovery
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -81,11 +82,11 @@ class ToyArguments:
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown or not self.variants:
             given = ", ".join(unknown) or "none"
-            raise ValueError(f"--variants must be of {', '.join(VARIANTS)}; got {given}.")
+            raise InputError(f"--variants must be of {', '.join(VARIANTS)}; got {given}.")
         if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}.")
+            raise InputError(f"--seeds must be at least 1, got {self.seeds}.")
         if self.steps < 1:
-            raise ValueError(f"--steps must be at least 1, got {self.steps}.")
+            raise InputError(f"--steps must be at least 1, got {self.steps}.")
 
 
 def make_sae(toy: Toy, variant: str, activation: str) -> MatryoshkaSAE:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data, model_commit
 from hf_msae.data import CachedActivations, is_activation_cache
+from hf_msae.errors import InputError
 from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import resolve_site, site_width
@@ -219,7 +220,7 @@ def _make_alike(
     defaults = SAEArguments()
     given = {name: getattr(args, name) for name in PLAIN_FIELDS if getattr(args, name) != getattr(defaults, name)}
     if initial.site is None and not args.site:
-        raise ValueError("The SAE given with --init-from does not say where in the model it belongs; give --site.")
+        raise InputError("The SAE given with --init-from does not say where in the model it belongs; give --site.")
     saes = []
     for name in args.site or [str(initial.site)]:
         site = resolve_site(model, name)
@@ -249,7 +250,7 @@ def parse_prefix_sizes(values: list[str], num_latents: int) -> list[int]:
         try:
             number = Fraction(text.replace("_", ""))
         except (ValueError, ZeroDivisionError):
-            raise ValueError(
+            raise InputError(
                 f"--prefix-sizes: {text!r} is neither a number of latents nor a share such as 1/16."
             ) from None
         # 1 is the whole dictionary: a prefix of a single latent is of no use to anyone.

@@ -12,6 +12,7 @@ from rich.tree import Tree
 from hf_msae.cli.interpret import load_sae, load_text
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
+from hf_msae.errors import InputError
 from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.effects import decode_tokens
 from hf_msae.interpret.hierarchy import Hierarchy
@@ -52,14 +53,14 @@ def run(arguments: list[str]) -> None:
     args, sources = parse(build_parser("tree", DESCRIPTION, (TreeArguments, SourceArguments)), arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if args.depth < 1 or args.max_children < 1:
-        raise ValueError(f"--depth and --max-children must be at least 1, got {args.depth} and {args.max_children}.")
+        raise InputError(f"--depth and --max-children must be at least 1, got {args.depth} and {args.max_children}.")
     if args.output is not None and Path(args.output).suffix not in (".json", ".dot", ".gv"):
-        raise ValueError(f"--output {args.output} must end in .json, .dot or .gv.")
+        raise InputError(f"--output {args.output} must end in .json, .dot or .gv.")
     check_sae_place(args.sae)
     found = None if sources.dataset is not None else _read(args)
     hierarchy, names = _measure(args, sources) if found is None else found
     if args.root is not None and not 0 <= args.root < hierarchy.prefix_sizes[-1]:
-        raise ValueError(f"--root {args.root} is no latent; they are 0 to {hierarchy.prefix_sizes[-1] - 1:,}.")
+        raise InputError(f"--root {args.root} is no latent; they are 0 to {hierarchy.prefix_sizes[-1] - 1:,}.")
     shown = hierarchy.at_least(args.min_score)
     for line in summary(shown):
         Console(highlight=False).print(line)
@@ -84,7 +85,7 @@ def _read(args: TreeArguments) -> tuple[Hierarchy, Sequence[str]] | None:
 def _measure(args: TreeArguments, sources: SourceArguments) -> tuple[Hierarchy, Sequence[str]]:
     sae = load_sae(args.sae, args.subfolder, sources)
     if len(sae.config.prefix_sizes) < 2:
-        raise ValueError(f"{args.sae} has one level only, and a tree needs two: it is a plain SAE.")
+        raise InputError(f"{args.sae} has one level only, and a tree needs two: it is a plain SAE.")
     documents = load_text(sources)
     model, tokenizer = load_language_model(sources)
     found = scan(

@@ -63,9 +63,9 @@ def cache_activations(
     """
     directory = Path(directory)
     if max_tokens < stream.batch_size:
-        raise ValueError(f"max_tokens ({max_tokens:,}) is less than one batch of the stream ({stream.batch_size:,})")
+        raise InputError(f"max_tokens ({max_tokens:,}) is less than one batch of the stream ({stream.batch_size:,})")
     if stream.num_tokens:
-        raise ValueError("the stream has already given batches; pass a fresh one, so that the cache is complete")
+        raise InputError("the stream has already given batches; pass a fresh one, so that the cache is complete")
     if directory.exists():
         raise CacheError(f"{directory} already exists; remove it, or choose another folder for the cache")
     writer = _CacheWriter(stream, directory, max(1, shard_tokens // stream.batch_size), max_tokens)
@@ -208,7 +208,7 @@ class CachedActivations(BatchIterator):
     ) -> None:
         super().__init__(batch_size)
         if not 0 <= rank < world_size or epochs < 1:
-            raise ValueError(
+            raise InputError(
                 f"expected 0 <= rank < world_size and epochs >= 1, got rank {rank} of {world_size}, {epochs} epochs"
             )
         self.directory = Path(directory)
@@ -229,7 +229,7 @@ class CachedActivations(BatchIterator):
         Raises `ValueError` where the state is of a reader with another order.
         """
         if state["settings"] != self.settings:
-            raise ValueError(
+            raise InputError(
                 f"the state was taken of a cache read with {state['settings']}, this one: {self.settings}"
             )
         self._number = state["shard"] - 1

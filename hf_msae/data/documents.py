@@ -19,6 +19,7 @@ from hf_msae.data.hash_split import EVERYTHING, Split, lot
 from hf_msae.data.rows import Document, to_document
 from hf_msae.data.shuffling import shuffled
 from hf_msae.data.sources import Cursor, DatasetError, Source, UnreadableRow
+from hf_msae.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,9 @@ class Documents:
     def shard(self, rank: int, world_size: int) -> "Documents":
         """The view of one of `world_size` ranks: documents i with i % world_size == rank."""
         if not 0 <= rank < world_size:
-            raise ValueError(f"shard expects 0 <= rank < world_size, got rank {rank} of {world_size}")
+            raise InputError(f"shard expects 0 <= rank < world_size, got rank {rank} of {world_size}")
         if self.world_size > 1:
-            raise ValueError(
+            raise InputError(
                 f"these documents are already shard {self.rank} of {self.world_size}; shard the whole instead"
             )
         return self._view(rank=rank, world_size=world_size)
@@ -112,13 +113,13 @@ class Documents:
         """
         mine = self._view_state()
         if not mine.keys() <= state.keys():
-            raise ValueError(
+            raise InputError(
                 "the state was taken by an earlier hf_msae, which held out the first documents and kept their order; "
                 "go on with that version, or start anew"
             )
         theirs = {key: state[key] for key in mine}
         if mine != theirs:
-            raise ValueError(
+            raise InputError(
                 f"the state was taken of documents with {theirs}, these are {mine}; "
                 "resume with the same number of processes, seed and held-out documents"
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.data.windows import Window, collate
+from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, NORM_TOKENS, activation_norms, check_multiple, norm_limit_of
 from hf_msae.sites import Site, capture
 
@@ -111,6 +112,6 @@ def groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
 
 def check_eval(model: PreTrainedModel) -> None:
     if model.training:
-        raise ValueError(
+        raise InputError(
             "the language model is in training mode, where dropout changes its activations; call model.eval() first"
         )

@@ -17,6 +17,7 @@ from hf_msae.data.hash_split import Split, lot
 from hf_msae.data.loading import as_documents
 from hf_msae.data.sources import DatasetError, UnreadableRow
 from hf_msae.data.windows import DocumentEncoder, Window, check_context_length
+from hf_msae.errors import InputError
 
 # Of all documents, for measuring and again for calibration. 100,000 tokens are found within 5 million, some 20 MB.
 BASE_SHARE = 0.02
@@ -73,7 +74,7 @@ def hold_out(
     check_context_length(context_length)
     documents = as_documents(documents)
     if documents.world_size > 1 or documents.split:
-        raise ValueError("hold out documents before sharding them, so that every process holds out the same ones")
+        raise InputError("hold out documents before sharding them, so that every process holds out the same ones")
     return _Search(documents, DocumentEncoder(tokenizer, vocab_size), context_length, num_tokens, pack, purpose).run()
 
 

@@ -30,6 +30,7 @@ from hf_msae.data.forward import capture_counted, check_eval, groups, sent
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.windows import TokenWindows, Window
+from hf_msae.errors import InputError
 from hf_msae.outliers import ActivationError, activation_norms
 from hf_msae.sites import Site, resolve_site
 
@@ -48,7 +49,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
 
     def __init__(self, batch_size: int) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self.num_tokens = 0
         self.num_dropped = 0
@@ -178,9 +179,9 @@ class ActivationStream(BatchIterator):
     ) -> None:
         super().__init__(batch_size)
         if not sites:
-            raise ValueError("sites is empty: name at least one site, such as 'layers.4'")
+            raise InputError("sites is empty: name at least one site, such as 'layers.4'")
         if block_tokens < 1 or lm_batch_size < 1:
-            raise ValueError(f"block_tokens ({block_tokens}) and lm_batch_size ({lm_batch_size}) must be at least 1")
+            raise InputError(f"block_tokens ({block_tokens}) and lm_batch_size ({lm_batch_size}) must be at least 1")
         check_eval(model)
         self.model = model
         self.sites = list(dict.fromkeys(resolve_site(model, site) for site in sites))
@@ -207,7 +208,7 @@ class ActivationStream(BatchIterator):
         Raises `ValueError` where the state is of a stream that orders its tokens differently.
         """
         if state["settings"] != self.settings:
-            raise ValueError(f"the state was taken of a stream with {state['settings']}, this one has {self.settings}")
+            raise InputError(f"the state was taken of a stream with {state['settings']}, this one has {self.settings}")
         self.windows.load_state_dict(state["windows"])
         self._reader = self._current = self._next = None
         self._next_number = state["block"]

@@ -29,6 +29,7 @@ from hf_msae.data.documents import Pass
 from hf_msae.data.loading import as_documents
 from hf_msae.data.rows import Chat, Document, TokenIds
 from hf_msae.data.sources import DatasetError, UnreadableRow
+from hf_msae.errors import InputError
 
 DOCUMENTS_PER_BATCH = 256
 
@@ -120,7 +121,7 @@ class TokenWindows:
         """
         theirs = {key: state[key] for key in self._settings()}
         if theirs != self._settings():
-            raise ValueError(f"the state was taken of windows with {theirs}, these have {self._settings()}")
+            raise InputError(f"the state was taken of windows with {theirs}, these have {self._settings()}")
         self._resume = copy.deepcopy(dict(state))
 
     def _settings(self) -> dict[str, Any]:
@@ -364,4 +365,4 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def check_context_length(context_length: int) -> None:
     if context_length < 2:
-        raise ValueError(f"context_length must be at least 2 (BOS and one token), got {context_length}")
+        raise InputError(f"context_length must be at least 2 (BOS and one token), got {context_length}")

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_msae.data import Window, as_documents, harvest, hold_out, pad_id, vocabulary
 from hf_msae.data.forward import leave_out
+from hf_msae.errors import InputError
 from hf_msae.metrics import TokenBatch
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, norm_limit_of, within_limit
@@ -30,7 +31,7 @@ def check_fits(model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, name: str
     """Raises `ValueError` where an SAE does not read this site of this model."""
     width = site_width(model, site)
     if width != sae.config.hidden_size:
-        raise ValueError(
+        raise InputError(
             f"The SAE {name} reads activations of {sae.config.hidden_size} dimensions, but those at {site} of "
             f"{model.config.name_or_path or 'the model'} have {width}. It was trained on "
             f"{sae.config.site or 'an unrecorded site'} of {sae.config.base_model or 'an unrecorded model'}; give "
@@ -131,5 +132,5 @@ def run_model(
             progress.update(len(parts[-1]))
     x = torch.cat(parts)
     if not x.isfinite().all():
-        raise ValueError(f"The activations at {site} hold NaN or infinity, so that nothing can be measured on them.")
+        raise InputError(f"The activations at {site} hold NaN or infinity, so that nothing can be measured on them.")
     return x

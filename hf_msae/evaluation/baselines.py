@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import tokens_at_once
 from hf_msae.evaluation.progressive import measure_importance, reorder
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -147,4 +148,4 @@ def check_baselines(kinds: Sequence[str]) -> None:
     """Raises `ValueError` for a name that is no baseline."""
     unknown = [kind for kind in kinds if kind not in BASELINES]
     if unknown:
-        raise ValueError(f"There is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}.")
+        raise InputError(f"There is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}.")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.meta import fit_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -61,7 +62,7 @@ def hedging_degree(
     new = extended[len(control) :] if new is None else new
     width = control.shape[1]
     if not 1 <= len(new) < width or len(extended) < len(control) or extended.shape[1] != width:
-        raise ValueError(
+        raise InputError(
             f"Expected from 1 to {width - 1} new rows (fewer than the {width} dimensions, or their span is "
             f"everything), of the width of the control's {tuple(control.shape)}; got {tuple(extended.shape)} with "
             f"{len(new)} new ones."
@@ -121,11 +122,11 @@ def measure_hedging(
     width = sae.config.hidden_size
     num_new = num_new or max(1, width // 8)
     if text.x.shape[1] != width:
-        raise ValueError(f"The SAE reads activations of {width} dimensions, but these have {text.x.shape[1]}.")
+        raise InputError(f"The SAE reads activations of {width} dimensions, but these have {text.x.shape[1]}.")
     if not 1 <= num_new < width:
-        raise ValueError(f"num_new must be from 1 to {width - 1}, fewer than the {width} dimensions; got {num_new}.")
+        raise InputError(f"num_new must be from 1 to {width - 1}, fewer than the {width} dimensions; got {num_new}.")
     if text.num_tokens < batch_size:
-        raise ValueError(
+        raise InputError(
             f"There are {text.num_tokens:,} activations, fewer than one batch of {batch_size:,}; give more tokens or "
             "a smaller batch_size."
         )

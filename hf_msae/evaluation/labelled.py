@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_msae.data import Window
 from hf_msae.data.sources import UnreadableRow
 from hf_msae.data.windows import DocumentEncoder, pad_id, vocabulary
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import run_model, tokens_at_once
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
@@ -143,7 +144,7 @@ def story_examples(
     knows no offsets.
     """
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise InputError(
             f"Labels of words need a fast tokenizer, which knows offsets; {type(tokenizer).__name__} is not. Give "
             "--labelled with a file of labelled documents instead."
         )
@@ -250,7 +251,7 @@ def labelled_documents(
                 labels.append((label,))
     matrix, names = _label_matrix(labels, sorted({label for (label,) in labels}))
     if len(names) < 2:
-        raise ValueError(
+        raise InputError(
             f"{description} has {len(labels):,} texts that can be used, and {len(names)} labels with at least "
             f"{MIN_EXAMPLES} of them; probing needs two such labels."
         )
@@ -265,7 +266,7 @@ def read_labelled(path: str | Path, text_column: str = "text", label_column: str
     """(text, label) pairs of a .jsonl file. Raises `ValueError` where a line is not JSON or lacks a column."""
     path = Path(path).expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"Labelled documents are read from a .jsonl file with a text and a label in each line; {path} is "
             f"{'no such file' if path.suffix == '.jsonl' else 'no .jsonl file'}."
         )
@@ -277,7 +278,7 @@ def read_labelled(path: str | Path, text_column: str = "text", label_column: str
             row = json.loads(line)
             pairs.append((str(row[text_column]), str(row[label_column])))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: expected a JSON object with {text_column!r} and {label_column!r} "
                 f"({type(error).__name__}: {error})."
             ) from None

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
+from hf_msae.errors import InputError
 from hf_msae.metrics import ReconstructionMeter
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site
@@ -155,16 +156,16 @@ def is_meta_sae(sae: MatryoshkaSAE) -> bool:
 
 def _check_sizes(num_rows: int, num_latents: int, k: float, max_steps: int) -> None:
     if num_rows < 8:
-        raise ValueError(
+        raise InputError(
             f"A meta-SAE needs the decoder rows of at least 8 latents that fire; this SAE has {num_rows}."
         )
     if num_latents >= num_rows:
-        raise ValueError(
+        raise InputError(
             f"A meta-SAE of {num_latents} latents could store each of the {num_rows} decoder rows by itself; give "
             f"fewer, such as {max(1, num_rows // WIDTH_SHARE)}."
         )
     if not 0 < k <= num_latents or max_steps < 1:
-        raise ValueError(f"Expected 0 < k <= {num_latents} and max_steps of at least 1; got {k} and {max_steps}.")
+        raise InputError(f"Expected 0 < k <= {num_latents} and max_steps of at least 1; got {k} and {max_steps}.")
 
 
 def fit_rows(sae: MatryoshkaSAE, x: Tensor, args: SAETrainingArguments, site: Site, what: str) -> None:
@@ -220,13 +221,13 @@ def decompose(
     Raises `ValueError` for latents that the SAE does not have, and for a meta-SAE of another width.
     """
     if meta.config.hidden_size != sae.config.hidden_size:
-        raise ValueError(
+        raise InputError(
             f"The meta-SAE reads rows of {meta.config.hidden_size} dimensions, the SAE's have "
             f"{sae.config.hidden_size}; it was trained on {meta.config.base_model or 'another SAE'}."
         )
     missing = [latent for latent in latents if not 0 <= latent < sae.config.num_latents]
     if missing:
-        raise ValueError(f"There are latents 0 to {sae.config.num_latents - 1}; got {missing}.")
+        raise InputError(f"There are latents 0 to {sae.config.num_latents - 1}; got {missing}.")
     rows, directions = unit_rows(sae)
     users = meta.encode(directions.to(meta.device)).cpu()
     wanted = normalize(sae.W_dec[torch.tensor(list(latents), dtype=torch.long)].float(), dim=1).to(meta.device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.evaluation.labelled import Encoder, LabelledActivations, encoder_of
 from hf_msae.evaluation.probes import Probes, Samples, Scores, draw_samples, fit_probes, score_logits
 from hf_msae.modeling import MatryoshkaSAE
@@ -71,7 +72,7 @@ def make_split(data: LabelledActivations, seed: int) -> Split:
     train, test = draw_samples(data, seed)
     usable = (train.counts >= 2 * MIN_TEST) & (test.counts >= 2 * MIN_TEST)
     if not usable.any():
-        raise ValueError(
+        raise InputError(
             f"{data.description}: no concept has {MIN_TEST} examples for training and as many for testing; use more "
             "labelled documents."
         )

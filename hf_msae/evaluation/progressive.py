@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.representation import linear_cka, pair_ranks, rank_correlation
 from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy, predicts_next_token
@@ -39,7 +40,7 @@ class Importance:
     def by(self, order: str) -> Tensor:
         """The one that `order` names. Raises `ValueError` for another name."""
         if order not in ORDERS[1:]:
-            raise ValueError(f"Latents can be ordered by {', '.join(ORDERS[1:])}; got {order!r}.")
+            raise InputError(f"Latents can be ordered by {', '.join(ORDERS[1:])}; got {order!r}.")
         return {"energy": self.energy, "contribution": self.contribution, "frequency": self.frequency}[order]
 
 
@@ -101,7 +102,7 @@ def measure_importance(sae: MatryoshkaSAE, batches: Iterable[Tensor]) -> Importa
         fired += (latents > 0).sum(0)
         tokens += len(x)
     if tokens == 0:
-        raise ValueError("Importance needs activations; got none.")
+        raise InputError("Importance needs activations; got none.")
     energy = (squares / tokens).cpu()
     return Importance(energy, energy * sae.W_dec.double().pow(2).sum(1).cpu(), (fired / tokens).cpu())
 
@@ -114,7 +115,7 @@ def reorder(sae: MatryoshkaSAE, order: Tensor, prefix_sizes: Sequence[int] = ())
     """
     num_latents = sae.config.num_latents
     if order.shape != (num_latents,) or not torch.equal(order.sort().values.cpu(), torch.arange(num_latents)):
-        raise ValueError(
+        raise InputError(
             f"order must hold each of the {num_latents} latents once, got {tuple(order.shape)} with "
             f"{len(order.unique())} different ones."
         )
@@ -140,7 +141,7 @@ def fit_power_law(importance: Tensor, first: int = 1, last: int | None = None) -
     alive = int((values > 0).sum())
     last = alive if last is None else last
     if first < 1 or last > alive or last - first < 2:
-        raise ValueError(
+        raise InputError(
             f"A power law needs at least three ranks from 1 to {alive}, the number of latents with importance above "
             f"zero; got {first} to {last}."
         )
@@ -208,12 +209,12 @@ def _check(
 ) -> None:
     unknown = [order for order in orders if order not in ORDERS]
     if unknown or not orders:
-        raise ValueError(f"Latents can be ordered by {', '.join(ORDERS)}; got {', '.join(unknown) or 'none'}.")
+        raise InputError(f"Latents can be ordered by {', '.join(ORDERS)}; got {', '.join(unknown) or 'none'}.")
     if list(sizes) != sorted(set(sizes)) or not sizes or sizes[0] < 1:
-        raise ValueError(f"sizes must be numbers of latents that increase, got {list(sizes)}.")
+        raise InputError(f"sizes must be numbers of latents that increase, got {list(sizes)}.")
     for name, sae in saes.items():
         if sae.config.hidden_size != text.x.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"The SAE {name} reads activations of {sae.config.hidden_size} dimensions, but these have "
                 f"{text.x.shape[1]}."
             )

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.metrics import ReconstructionMeter
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.worlds.features import Forest, Samples
@@ -42,7 +43,7 @@ def assign(scores: Tensor) -> Tensor:
     """
     matrix = scores.detach().double().cpu().numpy()
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
-        raise ValueError(f"assign needs a matrix of finite scores, got shape {tuple(scores.shape)}.")
+        raise InputError(f"assign needs a matrix of finite scores, got shape {tuple(scores.shape)}.")
     if matrix.shape[0] > matrix.shape[1]:
         rows = _shortest_paths(-matrix.T)
         columns = np.full(matrix.shape[0], -1)
@@ -146,7 +147,7 @@ def measure_recovery(sae: MatryoshkaSAE, forest: Forest, directions: Tensor, sam
     """
     expected = (forest.num_features, sae.config.hidden_size)
     if tuple(directions.shape) != expected or samples.features.shape[1] != forest.num_features:
-        raise ValueError(
+        raise InputError(
             f"The forest has {forest.num_features} features and the SAE hidden_size={sae.config.hidden_size}, so "
             f"directions must be {expected} and features (n, {forest.num_features}); got {tuple(directions.shape)} "
             f"and {tuple(samples.features.shape)}."

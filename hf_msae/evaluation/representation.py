@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hf_msae.errors import InputError
+
 
 def rsa(x: Tensor, y: Tensor) -> float:
     """Spearman correlation of the cosines of all pairs of rows, in [-1, 1].
@@ -50,7 +52,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 def _check_rows(x: Tensor, y: Tensor) -> None:
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < 3:
-        raise ValueError(
+        raise InputError(
             "Expected two descriptions of the same tokens, (n, d) and (n, e) with n of at least 3; got "
             f"{tuple(x.shape)} and {tuple(y.shape)}."
         )

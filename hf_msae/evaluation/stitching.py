@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations, total_variance
 from hf_msae.evaluation.geometry import nearest_rows
 from hf_msae.modeling import MatryoshkaSAE
@@ -162,7 +163,7 @@ def measure_stitching(
     cosine. Raises `ValueError` for SAEs of different widths, for a cut outside (0, 1], and for less than one step.
     """
     if not 0 < cosine_cut <= 1 or steps < 1:
-        raise ValueError(
+        raise InputError(
             f"cosine_cut must be in (0, 1] and steps at least 1, got cosine_cut={cosine_cut}, steps={steps}."
         )
     novelty = measure_novelty(text, small, large)
@@ -302,7 +303,7 @@ def _nearest(rows: Tensor, others: Tensor) -> Tensor:
 def _check_widths(text: TextActivations, small: MatryoshkaSAE, large: MatryoshkaSAE) -> None:
     widths = (text.x.shape[1], small.config.hidden_size, large.config.hidden_size)
     if len(set(widths)) > 1:
-        raise ValueError(
+        raise InputError(
             "Stitching needs two SAEs of one site: the activations have "
             f"{widths[0]} dimensions, the SAEs read {widths[1]} and {widths[2]}."
         )

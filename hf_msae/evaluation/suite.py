@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_msae.errors import InputError
 from hf_msae.evaluation.absorption import ConceptAbsorption, LevelAbsorption, measure_absorption
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.core import CoreResult, measure_core
@@ -116,7 +117,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     """Raises `ValueError` for a name that is no metric."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
-        raise ValueError(f"There is no metric {unknown[0]!r}; there are {', '.join(METRICS)}.")
+        raise InputError(f"There is no metric {unknown[0]!r}; there are {', '.join(METRICS)}.")
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, dtype, promote_types
 
-from hf_msae.errors import InputError
+from hf_msae.errors import InputError, OutputExistsError
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
@@ -305,7 +305,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder; name another, or remove it first.")
+        raise OutputExistsError(f"{target} exists and is not an empty folder; name another, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

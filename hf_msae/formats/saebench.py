@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_msae.errors import InputError
 from hf_msae.formats.saelens_names import hook_of_site, model_in_lens
 from hf_msae.modeling import MatryoshkaSAE
 
@@ -110,7 +111,7 @@ def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> SAEBenchSAE:
         model_name = model_in_lens(config.base_model)
         hook_name = hook_of_site(config.site, config.base_model) if model_name else None
     if hook_name is None or hook_name == "hook_embed" or "attn.hook_z" in hook_name:
-        raise ValueError(
+        raise InputError(
             f"SAEBench runs language models in TransformerLens, and {config.site} of {config.base_model} is no place "
             "that it hooks there. Set sae.config.base_model to the Hub id of a model that TransformerLens has, and "
             "sae.config.site to a place in its residual stream ('layers.12'), or the output of .mlp or .attn."

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.formats.common import (
     Files,
     Foreign,
@@ -166,7 +167,7 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
     """
     config = sae.config
     if config.activation != "topk":
-        raise ValueError(
+        raise InputError(
             f"sparsify has only TopK SAEs, which keep the k largest of each token, and this one has "
             f"activation={config.activation!r}, which keeps what exceeds a threshold. Export it to SAELens "
             "(to_saelens), whose JumpReLU form says the same."

@@ -102,7 +102,7 @@ def _read_entry(values: Mapping[str, Any]) -> SAEEntry:
     """One entry of the index, checked as its configuration would be. Raises what is wrong with it."""
     entry = SAEEntry(**{field.name: values[field.name] for field in fields(SAEEntry) if field.name in values})
     if inside(entry.subfolder) != entry.subfolder or re.search(r"(^|/)[.-]", entry.subfolder):
-        raise ValueError(f"{entry.subfolder!r} is no folder of an SAE")
+        raise InputError(f"{entry.subfolder!r} is no folder of an SAE")
     names = [field.name for field in fields(SAEEntry)][1:-2]
     MatryoshkaSAEConfig(**{name: getattr(entry, name) for name in names})
     if not all(value is None or isinstance(value, int | float) for value in (entry.l0, entry.fve)):

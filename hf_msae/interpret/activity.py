@@ -8,6 +8,7 @@ for powers of two: so the histogram does not depend on the order in which activa
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 
@@ -26,7 +27,7 @@ def active_latents(sae: MatryoshkaSAE, x: Tensor) -> ActiveLatents:
     Raises ValueError for an SAE in training mode, which selects in another way.
     """
     if sae.training:
-        raise ValueError("the SAE is in training mode, where it selects by rank; call sae.eval() first")
+        raise InputError("the SAE is in training mode, where it selects by rank; call sae.eval() first")
     # A variance of zero leaves jumprelu exactly its thresholds, without the margin that their gradient needs.
     active = sae.select(x, variance=0.0)
     if active is None:

@@ -38,6 +38,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.interpret.cofiring import Cofirings, PairSums
 from hf_msae.interpret.hierarchy import Edge, Hierarchy, HierarchySettings
 from hf_msae.interpret.scan import Firings
@@ -92,9 +93,9 @@ def find_candidates(sae: MatryoshkaSAE, firings: Firings, settings: HierarchySet
     """Count and measure pairs; raises as `find_hierarchy` does."""
     sizes = list(sae.config.prefix_sizes)
     if len(sizes) < 2:
-        raise ValueError(f"A hierarchy needs at least two levels; this SAE has one, of {sizes[0]} latents.")
+        raise InputError(f"A hierarchy needs at least two levels; this SAE has one, of {sizes[0]} latents.")
     if not firings.num_tokens:
-        raise ValueError("No firings were recorded; scan with record_tokens above 0.")
+        raise InputError("No firings were recorded; scan with record_tokens above 0.")
     cofirings = Cofirings(firings, sae.config.num_latents)
     pairs, num_eligible, num_shared = _covered_pairs(cofirings, sizes, settings)
     edges, threshold = _measured(sae, cofirings, pairs, sizes, settings)

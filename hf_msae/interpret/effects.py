@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers import PreTrainedModel
 
+from hf_msae.errors import InputError
 from hf_msae.process_wide import forward_mode
 from hf_msae.sites import in_this_thread, replace, resolve_site
 
@@ -46,9 +47,9 @@ class LogitEffects:
     def __init__(self, model: PreTrainedModel, directions: Tensor, references: Tensor) -> None:
         head = model.get_output_embeddings()
         if head is None:
-            raise ValueError(f"{type(model).__name__} has no unembedding, so its latents promote no tokens.")
+            raise InputError(f"{type(model).__name__} has no unembedding, so its latents promote no tokens.")
         if directions.shape[-1] != references.shape[-1]:
-            raise ValueError(
+            raise InputError(
                 f"Directions of width {directions.shape[-1]} are not in a residual stream of width "
                 f"{references.shape[-1]}, so they have no direct effect on the output."
             )

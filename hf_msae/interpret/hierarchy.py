@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from hf_msae.errors import InputError
 from hf_msae.modeling.untrusted import parse_json
 
 # So many of a latent's children tell whether it is the sum of a few kinds.
@@ -38,7 +39,7 @@ class HierarchySettings:
         for name in ("min_coverage", "false_discovery_rate", "min_score", "min_use", "residual_quantile"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+                raise InputError(f"{name} must be between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Hierarchy:
             _check(found)
             return found
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ValueError(f"This is no hierarchy as Hierarchy.to_json writes it: {error!s:.200}") from error
+            raise InputError(f"This is no hierarchy as Hierarchy.to_json writes it: {error!s:.200}") from error
 
     def save(self, path: str | Path) -> None:
         """Write it as Graphviz where the name ends in .dot or .gv, else as JSON."""
@@ -196,7 +197,7 @@ def _check(hierarchy: Hierarchy) -> None:
     if not sizes or any(type(number) is not int or number < 0 for number in numbers):
         raise TypeError("sizes, counts, tokens, survivors and super-parents are whole numbers")
     if len(counts) != sizes[-1] or max(counts) > hierarchy.num_tokens or not hierarchy.num_tokens:
-        raise ValueError(f"{len(counts):,} counts of {hierarchy.num_tokens:,} tokens, for {sizes[-1]:,} latents")
+        raise InputError(f"{len(counts):,} counts of {hierarchy.num_tokens:,} tokens, for {sizes[-1]:,} latents")
     if not _is_number(hierarchy.residual_threshold):
         raise TypeError("the threshold of the residual is no number")
     for edge in hierarchy.edges:
@@ -206,7 +207,7 @@ def _check(hierarchy: Hierarchy) -> None:
         # Edges go from earlier latents to later ones, so that no walk along them ends where it began.
         between = 0 <= edge.parent < edge.child < len(counts) and counts[edge.parent]
         if not between or not 0 <= edge.shared <= hierarchy.num_tokens:
-            raise ValueError(
+            raise InputError(
                 f"an edge goes from {edge.parent} to {edge.child} with {edge.shared} tokens, of {len(counts):,}"
             )
 

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hf_msae.errors import InputError
 from hf_msae.formats.common import written_whole
 from hf_msae.interpret.pages import LatentPage
 from hf_msae.interpret.store import Interpretation
@@ -72,7 +73,7 @@ class NeuronpediaNames:
     def __post_init__(self) -> None:
         for what, name in (("model", self.model), ("source set", self.source_set), ("release", self.release)):
             if not _NAME.fullmatch(name):
-                raise ValueError(
+                raise InputError(
                     f"{name!r} cannot be the name of a {what} on Neuronpedia: it becomes a part of addresses and "
                     "may have only letters, digits, dashes, dots and underscores."
                 )

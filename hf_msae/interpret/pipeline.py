@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.errors import OutputExistsError
 from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.effects import LogitEffects
 from hf_msae.interpret.hierarchy import HierarchySettings
@@ -32,7 +33,7 @@ def interpret(
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; name another, or remove it first.")
+        raise OutputExistsError(f"{folder} exists and is not an empty folder; name another, or remove it first.")
     collected = scan(model, tokenizer, sae, documents, max_tokens=max_tokens, **options)
     several = len(sae.config.prefix_sizes) > 1
     hierarchy = find_hierarchy(sae, collected.firings, settings) if several and collected.firings.num_tokens else None

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, vocabulary
 from hf_msae.data.forward import capture_counted, leave_out
+from hf_msae.errors import InputError
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
 from hf_msae.interpret.contexts import (
     NO_TOKEN,
@@ -118,7 +119,7 @@ def scan(
         ("context_tokens", context_tokens),
     ):
         if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+            raise InputError(f"{name} must be at least 1, got {number}")
     check_multiple(norm_outlier_multiple)
     place, limit = find_site(model, sae, site), sae.config.norm_limit
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
@@ -159,11 +160,11 @@ def find_site(model: PreTrainedModel, sae: MatryoshkaSAE, name: str | None = Non
     """
     recorded = name or sae.config.site
     if recorded is None:
-        raise ValueError("The SAE records no site; say where it reads the model, such as layers.12.")
+        raise InputError("The SAE records no site; say where it reads the model, such as layers.12.")
     place = resolve_site(model, recorded)
     width = site_width(model, place)
     if width != sae.config.hidden_size:
-        raise ValueError(
+        raise InputError(
             f"The SAE reads activations of width {sae.config.hidden_size}, but those at {place} of "
             f"{model.config.name_or_path or 'the model'} have {width}. It was trained on "
             f"{sae.config.base_model or 'an unrecorded model'}; give that model, and its site."

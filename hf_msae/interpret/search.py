@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.forward import capture_counted
 from hf_msae.data.windows import DocumentEncoder, pad_id, vocabulary
+from hf_msae.errors import InputError
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.effects import decode_tokens
 from hf_msae.interpret.scan import find_site
@@ -79,7 +80,7 @@ def search_firing(
     site, encoder = find_site(model, sae), DocumentEncoder(tokenizer, vocabulary(model))
     encoded = encoder.encode([text])
     if not encoded:
-        raise ValueError(f"The text {text!r} has no token that counts; write a word or more.")
+        raise InputError(f"The text {text!r} has no token that counts; write a word or more.")
     window = encoder.window(encoded[0])
     captured = capture_counted(model, [site], [window], pad_id(tokenizer, vocabulary(model)))
     assert captured is not None  # the text has tokens that count
@@ -123,7 +124,7 @@ def search_promoting(word: str, interpretation: Interpretation, *, most: int = 2
     """
     wanted = word.strip().casefold()
     if not wanted:
-        raise ValueError("An empty word was given; write the word to be promoted.")
+        raise InputError("An empty word was given; write the word to be promoted.")
     hits = []
     for latent, promoted in enumerate(interpretation.column("promoted")):
         for rank, effect in enumerate(promoted):
@@ -144,7 +145,7 @@ def search_labels(text: str, interpretation: Interpretation, *, most: int = 20) 
     """
     wanted = _words(text)
     if not wanted:
-        raise ValueError(f"{text!r} has no words to look for.")
+        raise InputError(f"{text!r} has no words to look for.")
     hits = []
     for latent, label in interpretation.labels.items():
         words = _words(label.text)

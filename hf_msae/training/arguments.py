@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
+from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
 
 # What `resume_from_checkpoint` may be besides a folder, as words.
@@ -185,7 +186,7 @@ class SAETrainingArguments:
         self._take_habits()
         for name, kind in get_type_hints(type(self)).items():
             if getattr(self, name) is None and type(None) not in get_args(kind):
-                raise ValueError(f"{name} must not be None; leave it out for its default.")
+                raise InputError(f"{name} must not be None; leave it out for its default.")
         positive = (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -198,26 +199,26 @@ class SAETrainingArguments:
         )
         for name in positive:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("warmup_steps", "decay_steps", "k_anneal_steps", "max_grad_norm", "save_steps", "ce_tokens"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.learning_rate is not None and self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+            raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.max_tokens is not None and self.max_tokens < self.per_device_train_batch_size:
-            raise ValueError(
+            raise InputError(
                 f"max_tokens={self.max_tokens:,} is less than one batch of {self.per_device_train_batch_size:,}; "
                 "train on more tokens or take a smaller per_device_train_batch_size."
             )
         check_multiple(self.norm_outlier_multiple)
         if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"save_total_limit must be at least 1 or None, got {self.save_total_limit}.")
+            raise InputError(f"save_total_limit must be at least 1 or None, got {self.save_total_limit}.")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise ValueError(
+            raise InputError(
                 "overwrite_output_dir deletes what resume_from_checkpoint would resume; give one of them."
             )
         if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError(f"hub_model_id={self.hub_model_id!r} is of use only with push_to_hub.")
+            raise InputError(f"hub_model_id={self.hub_model_id!r} is of use only with push_to_hub.")
 
     def _take_habits(self) -> None:
         """What people write for `transformers.TrainingArguments`, in the form that is used here."""

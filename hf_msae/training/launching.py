@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType
 
+from hf_msae.errors import InputError
 from hf_msae.training.arguments import SAETrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,9 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name != "all" and name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
-            raise ValueError(f"report_to names {name!r}, which is no tracker. Known: {known}; all; none.")
+            raise InputError(f"report_to names {name!r}, which is no tracker. Known: {known}; all; none.")
         if name != "all" and name not in available:
-            raise ValueError(
+            raise InputError(
                 f"report_to names {name!r}, which is not installed here: pip install {PACKAGES.get(name, name)}, or "
                 "leave it out."
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.errors import InputError
 from hf_msae.metrics import (
     Measurement,
     ReconstructionMeter,
@@ -108,7 +109,7 @@ class Examiner:
         meter.sums = {name: ranks.sum(total) for name, total in meter.sums.items()}
         meter.max_activation = ranks.maximum(meter.max_activation)
         if meter.num_tokens == 0:
-            raise ValueError("Nothing to measure: the held-out data gave no activation.")
+            raise InputError("Nothing to measure: the held-out data gave no activation.")
         return meter
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:

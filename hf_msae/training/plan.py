@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from hf_msae.data import CachedActivations
+from hf_msae.errors import InputError
 from hf_msae.metrics import predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.modeling_matryoshka_sae import MEASURED_COPIES
@@ -176,7 +177,7 @@ def _buffer_bytes(
         tokens = args.eval_tokens + args.calibration_tokens + max(shard["num_tokens"] for shard in shards)
         return tokens * (sum(widths.values()) * FLOAT + DOUBLE)
     if model is None:
-        raise ValueError("A plan for text needs the language model.")
+        raise InputError("A plan for text needs the language model.")
     window = max(sae.config.context_length or 1 for sae in saes.values())
     tokens = args.block_tokens + window
     blocks = 2 if steps * args.tokens_per_process > args.block_tokens else 1

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import CachedActivations, Documents, as_documents
+from hf_msae.errors import InputError
 from hf_msae.hub import STORIES
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
@@ -37,13 +38,13 @@ def named_saes(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, Matry
         return dict(sae)
     saes = [sae] if isinstance(sae, MatryoshkaSAE) else list(sae)
     if not saes:
-        raise ValueError("There is no SAE to train: give one MatryoshkaSAE, a list or a mapping of them.")
+        raise InputError("There is no SAE to train: give one MatryoshkaSAE, a list or a mapping of them.")
     named: dict[str, MatryoshkaSAE] = {}
     for item in saes:
         site = (item.config.site or "site").replace(":", ".").replace(os.sep, ".")
         name = f"{site}-{item.config.num_latents}-k{item.config.k:g}"
         if name in named:
-            raise ValueError(
+            raise InputError(
                 f"Two SAEs would be called {name!r}; give a mapping from names to SAEs instead of a list."
             )
         named[name] = item
@@ -55,14 +56,14 @@ def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSA
     sites = {}
     for name, sae in saes.items():
         if sae.config.site is None:
-            raise ValueError(f"The SAE {name!r} has no site. Set config.site, for example to 'layers.12'.")
+            raise InputError(f"The SAE {name!r} has no site. Set config.site, for example to 'layers.12'.")
         if model is None:
             sites[name] = Site.parse(sae.config.site)
             continue
         sites[name] = resolve_site(model, sae.config.site)
         width = site_width(model.eval(), sites[name])
         if width != sae.config.hidden_size:
-            raise ValueError(
+            raise InputError(
                 f"The activations at {sites[name]} have {width} dimensions, but the SAE {name!r} was made for "
                 f"hidden_size={sae.config.hidden_size}. Make it with hidden_size={width}."
             )
@@ -95,7 +96,7 @@ def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:
     if args.context_length is None:
         return min(DEFAULT_CONTEXT_LENGTH, limit or DEFAULT_CONTEXT_LENGTH)
     if limit is not None and args.context_length > limit:
-        raise ValueError(
+        raise InputError(
             f"context_length={args.context_length} is more than the {limit} positions of "
             f"{model.config.name_or_path or 'the model'}."
         )
@@ -116,7 +117,7 @@ def runs_together(model: PreTrainedModel, world_size: int) -> bool:
     """
     parts = model.tp_size or 1
     if parts not in (1, world_size):
-        raise ValueError(
+        raise InputError(
             f"The language model is split over {parts} processes, and the run has {world_size}. Tensor parallel "
             "models must be split over all processes of the run."
         )
@@ -151,7 +152,7 @@ def open_data(
             skip_rows = held_out.num_rows
         return held_out, CacheFeed(train_dataset, sites, args, skip_rows, rank, world_size), None
     if model is None or tokenizer is None:
-        raise ValueError("Training on text needs the language model and its tokenizer (processing_class).")
+        raise InputError("Training on text needs the language model and its tokenizer (processing_class).")
     documents = as_documents(train_dataset)
     if held_out is None:
         held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length, together)
@@ -214,7 +215,7 @@ def count_steps(args: SAETrainingArguments, feed: Feed, num_processes: int) -> i
     per_step = args.tokens_per_step(num_processes)
     tokens = args.max_tokens if args.max_tokens is not None else feed.tokens_per_pass()
     if tokens < per_step:
-        raise ValueError(
+        raise InputError(
             f"There are {tokens:,} tokens to train on, fewer than one step of {per_step:,}. Use more data, a smaller "
             "per_device_train_batch_size, or hold out fewer tokens (eval_tokens, calibration_tokens)."
         )

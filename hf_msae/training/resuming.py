@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from hf_msae.data import differences
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, find_checkpoint, read_state
@@ -110,15 +111,15 @@ def check_state(state: Any) -> None:
     for pair in state["extensions"]:
         require_form(pair, [0], "extensions")
         if len(pair) != 2:
-            raise ValueError(f"holds an extension that is no pair: {pair}")
+            raise InputError(f"holds an extension that is no pair: {pair}")
     if min(state["step"], state["tokens"], state["first_max_steps"]) < 0:
-        raise ValueError("counts steps or tokens below zero")
+        raise InputError("counts steps or tokens below zero")
     if "max_tokens" not in state["arguments"] or not state["feeds"] or state["tokens_per_step"] < 1:
-        raise ValueError("lacks a run's length, its place in the data, or its tokens per step")
+        raise InputError("lacks a run's length, its place in the data, or its tokens per step")
     data = state.get("data", {"train": {}, "eval": None})
     require_form(data, {"train": {}})
     if not isinstance(data.get("eval", 0), dict | None):
-        raise ValueError("does not say which data was measured on")
+        raise InputError("does not say which data was measured on")
 
 
 def require_form(value: Any, example: Any, name: str = "it") -> None:
@@ -128,11 +129,11 @@ def require_form(value: Any, example: Any, name: str = "it") -> None:
     if example is None:
         return
     if type(value) is not type(example) and (type(value), type(example)) != (int, float):
-        raise ValueError(f"holds for {name} {str(value)[:40]!r}, expected {type(example).__name__}")
+        raise InputError(f"holds for {name} {str(value)[:40]!r}, expected {type(example).__name__}")
     if isinstance(example, dict):
         for key, inner in example.items():
             if key not in value:
-                raise ValueError(f"has no {key!r} in {name}")
+                raise InputError(f"has no {key!r} in {name}")
             require_form(value[key], inner, key)
     if isinstance(example, list):
         for item in value:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.dense_ops import decode_levels
 from hf_msae.modeling.selection import ALONE, Ranks, among_largest
@@ -47,7 +48,7 @@ class ShardedSAE(MatryoshkaSAE):
 
     def __init__(self, config: MatryoshkaSAEConfig, ranks: Ranks, device: torch.device) -> None:
         if config.num_latents < ranks.size:
-            raise ValueError(
+            raise InputError(
                 f"shard_latents gives each process some latents, but there are {ranks.size} processes and "
                 f"num_latents={config.num_latents}. Use fewer processes, or leave shard_latents out."
             )
@@ -118,7 +119,7 @@ class ShardedSAE(MatryoshkaSAE):
     def encode(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
         """Latent activations (..., last_latent - first_latent) in evaluation mode."""
         if self.training or prefix is not None:
-            raise ValueError("A ShardedSAE encodes in evaluation mode and all of its latents: call eval(), no prefix.")
+            raise InputError("A ShardedSAE encodes in evaluation mode and all of its latents: call eval(), no prefix.")
         if self.config.inference == "threshold":
             return super().encode(hidden_states)
         pre = self.pre_activations(hidden_states)

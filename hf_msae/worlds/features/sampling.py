@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
 from hf_msae.worlds.features.trees import Forest
 
 # Samples made at once: what a core's cache holds with a few dozen features. A third faster than all in one piece.
@@ -23,7 +24,7 @@ def make_directions(num_features: int, hidden_size: int, orthogonal: bool, gener
     Raises `ValueError` where more orthogonal directions are asked for than there are dimensions.
     """
     if orthogonal and num_features > hidden_size:
-        raise ValueError(
+        raise InputError(
             f"{num_features} features cannot be orthogonal in {hidden_size} dimensions; take hidden_size of at least "
             f"{num_features} or orthogonal=False."
         )
@@ -67,13 +68,13 @@ class FeatureWorld:
         seed: int = 0,
     ) -> None:
         if not 0 <= magnitude_spread <= 0.2:
-            raise ValueError(
+            raise InputError(
                 f"magnitude_spread must be in [0, 0.2], got {magnitude_spread}: far beyond, strengths turn negative."
             )
         if not 0 <= sample_spread <= 1:
-            raise ValueError(f"sample_spread must be in [0, 1], got {sample_spread}: strengths are never negative.")
+            raise InputError(f"sample_spread must be in [0, 1], got {sample_spread}: strengths are never negative.")
         if not 0 <= noise < float("inf"):
-            raise ValueError(f"noise must be finite and not negative, got {noise}.")
+            raise InputError(f"noise must be finite and not negative, got {noise}.")
         generator = torch.Generator().manual_seed(seed)
         self.forest, self.hidden_size, self.sample_spread, self.noise = forest, hidden_size, sample_spread, noise
         self.directions = make_directions(forest.num_features, hidden_size, orthogonal, generator)
@@ -111,7 +112,7 @@ class FeatureWorld:
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Samples:
         """Draw samples, float32 on the CPU; torch's own generator by default."""
         if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+            raise InputError(f"num_samples must be at least 1, got {num_samples}.")
         sizes = [CHUNK] * (num_samples // CHUNK) + ([num_samples % CHUNK] if num_samples % CHUNK else [])
         x = torch.empty(num_samples, self.hidden_size)
         features = torch.empty(num_samples, self.num_features)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_msae.errors import InputError
+
 
 @dataclass(frozen=True)
 class Node:
@@ -31,14 +33,14 @@ class Node:
 
     def __post_init__(self) -> None:
         if not 0 < self.probability <= 1:
-            raise ValueError(f"The probability of feature {self.name!r} must be in (0, 1], got {self.probability}.")
+            raise InputError(f"The probability of feature {self.name!r} must be in (0, 1], got {self.probability}.")
         if not 0 < self.magnitude < float("inf"):
-            raise ValueError(
+            raise InputError(
                 f"The magnitude of feature {self.name!r} must be finite and above 0, got {self.magnitude}."
             )
         total = sum(child.probability for child in self.children)
         if self.exclusive and total > 1 + 1e-9:
-            raise ValueError(
+            raise InputError(
                 f"The children of {self.name!r} exclude each other, so their probabilities must sum to at most 1, "
                 f"got {total:.4g}."
             )
@@ -67,14 +69,14 @@ class Forest:
     def __post_init__(self) -> None:
         rows = [(root, -1, 0, False) for root in self.roots]
         if not rows:
-            raise ValueError("A forest needs at least one feature, got no roots.")
+            raise InputError("A forest needs at least one feature, got no roots.")
         for row, (node, _, depth, _) in enumerate(rows):  # the list grows while it is read
             rows.extend((child, row, depth + 1, node.exclusive) for child in node.children)
         nodes, parents, depths, exclusive = zip(*rows, strict=True)
         names = [node.name for node in nodes]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"Features need names of their own; {', '.join(twice)} was given more than once.")
+            raise InputError(f"Features need names of their own; {', '.join(twice)} was given more than once.")
         tables = {
             "names": names,
             "parents": torch.tensor(parents),
@@ -169,13 +171,13 @@ def random_forest(
     """
     for name, count in (("num_roots", num_roots), ("depth", depth), ("branching", branching)):
         if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
+            raise InputError(f"{name} must be at least 1, got {count}.")
     for name, share in (("branching_share", branching_share), ("exclusive_share", exclusive_share)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {share}.")
+            raise InputError(f"{name} must be in [0, 1], got {share}.")
     for name, (low, high) in (("root_probability", root_probability), ("child_probability", child_probability)):
         if not 0 < low <= high <= 1:
-            raise ValueError(f"{name} must be (lowest, highest) in (0, 1], got {(low, high)}.")
+            raise InputError(f"{name} must be (lowest, highest) in (0, 1], got {(low, high)}.")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float) -> float:

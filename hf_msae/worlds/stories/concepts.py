@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from hf_msae.errors import InputError
+
 # One line a parent, its children after it from common to rare. `*` stands above the roots. A name with an underscore
 # is a kind that no word of the stories names; every other name is also a word.
 TREE = """
@@ -178,7 +180,7 @@ class Concept:
     def word(self) -> str:
         """The base form. Raises ValueError for a kind without a word."""
         if not self.words:
-            raise ValueError(f"no word names the concept {self.name!r}; ask for the word of one of its children")
+            raise InputError(f"no word names the concept {self.name!r}; ask for the word of one of its children")
         return self.words[0]
 
 
@@ -231,7 +233,7 @@ CONCEPT_OF_WORD: dict[str, str] = {word: concept.name for concept in CONCEPTS.va
 def concept(name: str) -> Concept:
     """The concept of this name. Raises ValueError for an unknown one."""
     if name not in CONCEPTS:
-        raise ValueError(f"{name!r} is no concept of the story world; CONCEPTS has them all, such as 'owl'")
+        raise InputError(f"{name!r} is no concept of the story world; CONCEPTS has them all, such as 'owl'")
     return CONCEPTS[name]
 
 

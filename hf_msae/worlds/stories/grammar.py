@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import overload
 
+from hf_msae.errors import InputError
+
 from .adventures import ADVENTURES
 from .concepts import CONCEPTS, ancestors
 from .frames import COMMON_FRAMES
@@ -120,14 +122,14 @@ def _noun(name: str, form: str) -> str:
     node = CONCEPTS[name]
     if form == "s":
         if node.plural is None:
-            raise ValueError(f"the concept {name!r} has no plural, so a frame cannot ask for '.s'")
+            raise InputError(f"the concept {name!r} has no plural, so a frame cannot ask for '.s'")
         return node.plural
     if form == "at":
         return f"{PREPOSITIONS.get(name, 'in')} the {node.word}"
     if form == "kind":
         return _kind_word(name)
     if form:
-        raise ValueError(f"a frame asks for the unknown form {form!r} of {name!r}; use s, at or kind")
+        raise InputError(f"a frame asks for the unknown form {form!r} of {name!r}; use s, at or kind")
     return node.word
 
 
@@ -287,17 +289,17 @@ class StoryWorld:
 
     def __init__(self, seed: int = 0) -> None:
         if seed < 0:
-            raise ValueError(f"the seed of a StoryWorld must be 0 or more, got {seed}")
+            raise InputError(f"the seed of a StoryWorld must be 0 or more, got {seed}")
         self.seed = seed
 
     def story(self, index: int) -> Story:
         """Story number `index` (0, 1, 2, ... without end): a pure function of (seed, index)."""
         if index < 0:
-            raise ValueError(f"stories are numbered from 0, got {index}")
+            raise InputError(f"stories are numbered from 0, got {index}")
         return _Teller(random.Random(f"hf_msae stories {self.seed} {index}")).tell()
 
     def documents(self, num_documents: int, start: int = 0) -> StoryDocuments:
         """The texts of the stories `start` to `start + num_documents - 1`, as a sequence."""
         if num_documents < 0 or start < 0:
-            raise ValueError(f"num_documents and start must be 0 or more, got {num_documents} and {start}")
+            raise InputError(f"num_documents and start must be 0 or more, got {num_documents} and {start}")
         return StoryDocuments(self, range(start, start + num_documents))

@@ -8,6 +8,8 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_msae.errors import InputError
+
 from .concepts import CONCEPT_OF_WORD, path
 
 Span = tuple[int, int, tuple[str, ...]]
@@ -45,7 +47,7 @@ def token_concepts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     A token expresses what the words it overlaps express. Raises ValueError for a slow tokenizer: it knows no offsets.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"token_concepts needs a fast tokenizer, which knows offsets; got {type(tokenizer).__name__}")
+        raise InputError(f"token_concepts needs a fast tokenizer, which knows offsets; got {type(tokenizer).__name__}")
     spans = concept_spans(text)
     labels: list[tuple[str, ...]] = []
     position = 0
