@@ -35,6 +35,7 @@ FLOORS = {
     "hf_msae.errors": -1,  # the ground itself raises them
     "hf_msae.outliers": 0,
     "hf_msae.process_wide": 0,
+    "hf_msae.language_models": 1,
     "hf_msae.modeling": 1,
     "hf_msae.sites": 1,
     "hf_msae.worlds": 1,

@@ -18,10 +18,10 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from hf_msae.cli.language_models import load_weights
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
 from hf_msae.errors import InputError
 from hf_msae.hub import STORIES
+from hf_msae.language_models import load_weights
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
 
 # As many stories as `hf-msae train` reads when no dataset is given: about 1.6 million tokens.
