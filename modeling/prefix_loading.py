@@ -43,7 +43,7 @@ from torch import Tensor
 from transformers.utils import cached_file, logging
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
-from .ranged_files import Place, RemoteFile, damaged, read_places, written_whole
+from .ranged_files import Place, RemoteFile, damaged, read_places
 from .untrusted import PER_LATENT, SAEError, SAENotFoundError, check_shapes, inside, read_json, shown, weight_shapes
 
 logger = logging.get_logger(__name__)
@@ -279,8 +279,9 @@ def _hub_file(repo: _Repo, name: str, shapes: Mapping[str, tuple[int, ...]], pre
     kept = None if repo.force else _kept(repo.prefixes / remote.etag, prefix)
     path = kept or _fetch_prefix(repo, remote, name, shapes, prefix)
     if path.parent == repo.prefixes / remote.etag:
-        with written_whole(note) as partial:
-            partial.write_text(remote.etag, encoding="utf-8")
+        # Half of a name finds no file, and the Hub is asked again: so it is written in place.
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(remote.etag, encoding="utf-8")
     return path
 
 

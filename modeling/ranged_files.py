@@ -26,8 +26,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,18 +109,6 @@ def _place(name: str, entry: Any, data_start: int) -> Place:
     return Place(name, dtype, shape, data_start + start, data_start + stop)
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end and vanishes on failure: `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.incomplete")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class RemoteFile:
     """A file of `size` bytes at an address that honours ranges; `etag` names its content, and can name a folder."""
@@ -202,17 +189,19 @@ class RemoteFile:
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8, as safetensors aligns them
-        with written_whole(path) as partial:
-            with (
-                open(partial, "wb") as file,
-                tqdm(total=offset, unit="B", unit_scale=True, desc=path.name) as progress,
-            ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # As hf_msae.atomic_files does it, which a reader of these files may not have.
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with open(draft, "wb") as file, tqdm(total=offset, unit="B", unit_scale=True, desc=path.name) as progress:
                 file.write(len(encoded).to_bytes(8, "little") + encoded)
                 for place in places:
                     for start in range(place.start, place.stop, CHUNK):
                         progress.update(file.write(self.read(start, min(start + CHUNK, place.stop))))
-            try:
-                with safe_open(partial, framework="pt"):
-                    """Opening checks that shapes and sizes agree."""
-            except SafetensorError as error:
-                raise damaged(self.where, str(error)) from error
+            with safe_open(draft, framework="pt"):
+                """Opening checks that shapes and sizes agree."""
+            os.replace(draft, path)
+        except SafetensorError as error:
+            raise damaged(self.where, str(error)) from error
+        finally:
+            draft.unlink(missing_ok=True)

@@ -33,6 +33,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The floor of each room: a file imports only from its own room or from floors below.
 FLOORS = {
     "hf_msae.errors": -1,  # the ground itself raises them
+    "hf_msae.atomic_files": 0,
     "hf_msae.outliers": 0,
     "hf_msae.process_wide": 0,
     "hf_msae.language_models": 1,
@@ -52,7 +53,6 @@ FLOORS = {
 # Rooms of one floor that may see each other all the same.
 NEIGHBOURS = {
     ("hf_msae.formats", "hf_msae.hub"): "what the model hands over includes publishing",
-    ("hf_msae.hub", "hf_msae.formats"): "a pull is written as a converted checkpoint is, whole or not at all",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",
 }

@@ -8,13 +8,13 @@ from typing import Literal
 from accelerate import PartialState
 from rich.console import Console
 
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.completing import complete
-from hf_msae.formats.common import written_whole
 from hf_msae.formats.conversion import FORMATS, WRITABLE, load_foreign, locate, recognise, write_foreign
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> None:
     if args.measure:
         _measure(sae, args, sources)
     if args.to == "hf_msae":
-        with written_whole(destination) as draft:
+        with atomic_folder(destination) as draft:
             sae.save_pretrained(draft)
     else:
         write_foreign(sae, destination, args.to)

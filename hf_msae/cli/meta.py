@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
@@ -18,7 +19,6 @@ from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
 from hf_msae.evaluation.meta_browser import render_browser, token_labels
-from hf_msae.formats.common import written_whole
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 
@@ -182,7 +182,7 @@ def _facts(result: MetaResult, args: MetaArguments) -> dict[str, Any]:
 
 
 def _save(folder: Path, result: MetaResult, sae: MatryoshkaSAE, facts: dict[str, Any], labels: Sequence[str]) -> None:
-    with written_whole(folder) as draft:
+    with atomic_folder(folder) as draft:
         result.sae.save_pretrained(draft)
         (draft / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n")
         page = render_browser(result.sae, sae, facts, labels)

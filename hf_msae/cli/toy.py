@@ -8,7 +8,6 @@ is before training, and the first Matryoshka SAE judged by a hierarchy whose lab
 import json
 import logging
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hf_msae.atomic_files import atomic_file
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.errors import InputError
 from hf_msae.evaluation.heatmaps import draw_heatmaps
@@ -273,13 +273,6 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the file and move there, so that it is whole or absent."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    os.replace(draft, path)
-
-
 def run(arguments: list[str]) -> None:
     """Parse, train, print the table, write numbers and pictures."""
     (args,) = parse(build_parser("toy", DESCRIPTION, (ToyArguments,)), arguments)
@@ -296,6 +289,8 @@ def run(arguments: list[str]) -> None:
         "hierarchy is wrong.",
         soft_wrap=True,
     )
-    write_whole(folder / "recovery.json", to_json(args, results).encode())
-    write_whole(folder / "heatmaps.png", draw_heatmaps(results.toy.world, results.saes))
+    with atomic_file(folder / "recovery.json") as draft:
+        draft.write_text(to_json(args, results), encoding="utf-8")
+    with atomic_file(folder / "heatmaps.png") as draft:
+        draft.write_bytes(draw_heatmaps(results.toy.world, results.saes))
     console.print(f"Saved to {folder}", soft_wrap=True)

@@ -12,7 +12,6 @@ end.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_msae.atomic_files import atomic_file, remove_drafts
 from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.stream import ActivationStream, BatchIterator
@@ -131,6 +131,7 @@ class _CacheWriter:
                 f"({', '.join(repr(progress['settings'].get(key)) for key in changed)}, now "
                 f"{', '.join(repr(ours[key]) for key in changed)}). Remove it to begin anew, or use the same settings."
             )
+        remove_drafts(self.unfinished)
         self.shards = progress["shards"]
         self.hidden_sizes, self.dtypes = progress["hidden_sizes"], progress["dtypes"]
         self.stream.load_state_dict(progress["stream"])
@@ -160,8 +161,8 @@ class _CacheWriter:
     def _write_shard(self, batches: Sequence[Mapping[Site, Tensor]]) -> None:
         name = f"activations-{len(self.shards):05d}.safetensors"
         tensors = {str(site): torch.cat([batch[site] for batch in batches]) for site in batches[0]}
-        save_file(tensors, self.unfinished / (name + ".part"))
-        os.replace(self.unfinished / (name + ".part"), self.unfinished / name)
+        with atomic_file(self.unfinished / name) as draft:
+            save_file(tensors, draft)
         self.shards.append({"file": name, "num_tokens": len(batches) * self.stream.batch_size})
         progress = {"settings": self._settings(), "shards": self.shards, "stream": self.stream.state_dict()}
         progress |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes}
@@ -371,6 +372,5 @@ def _choose_sites(index: Mapping[str, Any], directory: Path, sites: Sequence[Sit
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
 """An evaluation on disk: `evaluation.json` with every number, and one HTML page that needs nothing else."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from hf_msae.atomic_files import atomic_file
 from hf_msae.evaluation.absorption import ConceptAbsorption
 from hf_msae.evaluation.plots import draw_plots
 from hf_msae.evaluation.suite import Evaluation
@@ -32,13 +32,11 @@ SHOWN_FACTS = {
 
 
 def write_report(result: Evaluation, folder: Path) -> None:
-    """Write both files; each is made beside its place and then moved there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files, each whole or not at all."""
     contents = {HTML_NAME: render_html(result), JSON_NAME: json.dumps(result.to_dict(), indent=1) + "\n"}
     for name, text in contents.items():
-        draft = folder / (name + ".part")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / name)
+        with atomic_file(folder / name) as draft:
+            draft.write_text(text, encoding="utf-8")
 
 
 def render_html(result: Evaluation) -> str:

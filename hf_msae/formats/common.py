@@ -4,11 +4,7 @@ A format's reader sees a `Files`, so that a folder and a repo of the Hub are one
 the values of a configuration, tensors in our orientation, and what a user should know about the conversion.
 """
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, dtype, promote_types
 
-from hf_msae.errors import InputError, OutputExistsError
+from hf_msae.errors import InputError
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
@@ -295,22 +291,3 @@ def refuse_many(files: Files, marker: str, library: str) -> None:
 def holds(files: Files, marker: str) -> bool:
     """Whether a file of that name is here or in a folder below."""
     return any(PurePosixPath(name).name == marker for name in files.names)
-
-
-@contextmanager
-def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write into, which takes its place only when everything was written.
-
-    Raises `FileExistsError` where something is there already.
-    """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(f"{target} exists and is not an empty folder; name another, or remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield beside
-        beside.chmod(0o755)
-        os.replace(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.formats.common import (
     Files,
     Foreign,
@@ -37,7 +38,6 @@ from hf_msae.formats.common import (
     refuse_many,
     single_level,
     target_k,
-    written_whole,
 )
 from hf_msae.formats.saelens_folding import CONFIG, FACTORS, fold
 from hf_msae.formats.saelens_names import origin, written_origin
@@ -122,7 +122,7 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
     }
     if architecture == "jumprelu":
         tensors["threshold"] = _rounded_down(sae.threshold.detach(), sae.W_enc.dtype)
-    with written_whole(folder) as new:
+    with atomic_folder(folder) as new:
         save_file(_on_cpu(tensors), new / WEIGHTS, metadata={"format": "pt"})
         if sae.firing_rate.any():
             save_file(_on_cpu({"sparsity": torch.log10(sae.firing_rate + SMALLEST_RATE)}), new / SPARSITY)

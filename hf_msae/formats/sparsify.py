@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import InputError
 from hf_msae.formats.common import (
     Files,
@@ -31,7 +32,6 @@ from hf_msae.formats.common import (
     refuse_disagreement,
     refuse_many,
     single_level,
-    written_whole,
 )
 from hf_msae.modeling import MatryoshkaSAE
 
@@ -196,7 +196,7 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
             folder,
             round(config.k),
         )
-    with written_whole(folder) as beside:
+    with atomic_folder(folder) as beside:
         save_file(tensors, beside / WEIGHTS)
         (beside / CONFIG).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from hf_msae.formats.common import written_whole
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.hub.card import write_model_card
 from hf_msae.hub.index import (
     CONFIG_NAME,
@@ -86,7 +86,7 @@ def pull(
         )
     # An SAE asked for by its folder becomes the folder itself.
     places = {entry.subfolder: "" if subfolder is not None else entry.subfolder for entry in entries}
-    with written_whole(target) as draft:
+    with atomic_folder(target) as draft:
         if prefix is None:
             _fetch_files(repo_id, places, draft, hub)
         else:

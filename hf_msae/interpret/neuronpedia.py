@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import InputError
-from hf_msae.formats.common import written_whole
 from hf_msae.interpret.pages import LatentPage
 from hf_msae.interpret.store import Interpretation
 
@@ -98,7 +98,7 @@ def write_neuronpedia(interpretation: Interpretation, names: NeuronpediaNames, f
     created = datetime.now(UTC).replace(tzinfo=None).isoformat()
     stamp = {"creatorId": names.creator_id, "createdAt": created}
     place = Path(folder) / names.model / names.source
-    with written_whole(place) as draft:
+    with atomic_folder(place) as draft:
         for name, record in _headers(interpretation, names).items():
             _write_lines(draft / f"{name}.jsonl", [record | stamp])
         for number, start in enumerate(range(0, len(interpretation), BATCH)):

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 
+from hf_msae.atomic_files import atomic_file
 from hf_msae.errors import InputError
 from hf_msae.interpret.hierarchy import Edge, Hierarchy
 from hf_msae.interpret.pages import Label, LatentPage, name_of, page_from_row
@@ -136,9 +137,8 @@ class Interpretation:
         """Add labels, or replace those of the same latents."""
         self.labels = dict(sorted({**self.labels, **labels}.items()))
         text = json.dumps({str(latent): asdict(label) for latent, label in self.labels.items()}, indent=1)
-        draft = self.folder / f".{LABELS_NAME}"
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self.folder / LABELS_NAME)
+        with atomic_file(self.folder / LABELS_NAME) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
         self.__dict__.pop("names", None)
 
     def push(self, repo_id: str, *, subfolder: str | None = None, token: str | bool | None = None) -> str:

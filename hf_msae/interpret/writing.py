@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_msae.formats.common import written_whole
+from hf_msae.atomic_files import atomic_folder
 from hf_msae.interpret.contexts import NO_TOKEN, Contexts
 from hf_msae.interpret.effects import LogitEffects, decode_tokens, nearest_latents
 from hf_msae.interpret.hierarchy import Hierarchy
@@ -73,7 +73,7 @@ def write_interpretation(
         norm_limit=scan.norm_limit,
         num_outliers=scan.num_outliers,
     )
-    with written_whole(folder) as draft:
+    with atomic_folder(folder) as draft:
         _write_rows(draft, _Rows(scan, sae, tokenizer, effects), config.num_latents)
         (draft / INDEX_NAME).write_text(json.dumps(source.__dict__, indent=2) + "\n", encoding="utf-8")
         if hierarchy is not None:

@@ -5,8 +5,6 @@ something only beside its own SAE; in a repo of several SAEs it lies at the root
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.atomic_files import atomic_file
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside, parse_json
 from hf_msae.steering.context import steering_context
@@ -99,9 +98,8 @@ def save_steering(steering: Steering, folder: str | Path) -> Path:
         raise SteeringError(f"{folder} holds no SAE; a steering names latents, so save it where its SAE is saved.")
     path = folder / STEERING_NAME
     before = _parse(path.read_bytes(), str(folder)) if path.is_file() else {}
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".steering-", delete=False) as draft:
-        draft.write(_format({**before, steering.name: steering}))
-    os.replace(draft.name, path)
+    with atomic_file(path) as draft:
+        draft.write_text(_format({**before, steering.name: steering}), encoding="utf-8")
     return path
 
 

@@ -14,6 +14,7 @@ import transformers
 from accelerate import Accelerator
 from safetensors import safe_open
 
+from hf_msae.atomic_files import atomic_file
 from hf_msae.hub.card import choose_latent, write_model_card
 from hf_msae.hub.results import public_arguments
 from hf_msae.metrics import Measurement
@@ -86,9 +87,8 @@ class RunLog:
         lines = [
             line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
         ]
-        draft = path.with_suffix(".part")
-        draft.write_text("".join(line + "\n" for line in lines))
-        os.replace(draft, path)
+        with atomic_file(path) as draft:
+            draft.write_text("".join(line + "\n" for line in lines))
         self._file = path.open("ab", buffering=0)
 
     def write(self, name: str, entry: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """What every format's reader and writer rests on."""
 
-from contextlib import suppress
-
 import pytest
 import torch
 
@@ -15,7 +13,6 @@ from hf_msae.formats.common import (
     refuse_many,
     single_level,
     target_k,
-    written_whole,
 )
 
 
@@ -95,32 +92,3 @@ def test_json_that_is_no_object(tmp_path, content):
     assert peek_json(Files(tmp_path), "c.json") == {}
     with pytest.raises(FormatError, match=r"c\.json of .* (is no JSON that can be read|should hold an object)"):
         read_json(Files(tmp_path), "c.json")
-
-
-class TestWrittenWhole:
-    def test_all_or_nothing(self, tmp_path):
-        with suppress(RuntimeError), written_whole(tmp_path / "a" / "out") as folder:
-            (folder / "half").touch()
-            raise RuntimeError("disk full")
-        assert list((tmp_path / "a").iterdir()) == []
-        with written_whole(tmp_path / "a" / "out") as folder:
-            (folder / "whole").touch()
-            assert not (tmp_path / "a" / "out").exists()
-        assert [path.name for path in (tmp_path / "a").rglob("*")] == ["out", "whole"]
-
-    def test_an_empty_folder_is_taken(self, tmp_path):
-        with written_whole(tmp_path) as folder:
-            (folder / "x").touch()
-        assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-    @pytest.mark.parametrize("kind", ["file", "folder"])
-    def test_what_is_there_stays(self, tmp_path, kind):
-        target = tmp_path / "out"
-        if kind == "file":
-            target.write_text("mine")
-        else:
-            target.mkdir()
-            (target / "mine").touch()
-        with pytest.raises(FileExistsError, match="exists and is not an empty folder"), written_whole(target):
-            pytest.fail("must not be entered")
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]

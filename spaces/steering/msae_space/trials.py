@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.atomic_files import atomic_file
 from hf_msae.interpret.store import Interpretation
 from hf_msae.steering import SteeredPipeline, Steering
 from hf_msae.worlds.stories import StoryWorld
@@ -62,11 +62,8 @@ def tried(bench: Workbench, model: PreTrainedModel, found: Interpretation, path:
     ranked = [one for place in places if (one := _try(bench, pipe, place)) is not None]
     ranked.sort(key=lambda one: -one[0])
     presets = [preset for _, preset in ranked[:NUM_PRESETS]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of its own name, because the same SAE may be tried out twice at once, under two names or by two processes.
-    draft = path.with_name(f".{path.name}-{uuid4().hex}")
-    draft.write_text(json.dumps([asdict(preset) for preset in presets]), encoding="utf-8")
-    draft.replace(path)
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps([asdict(preset) for preset in presets]), encoding="utf-8")
     return presets
 
 
