@@ -42,11 +42,11 @@ from hf_msae.evaluation import (
     story_examples,
 )
 from hf_msae.evaluation.baselines import prune
-from hf_msae.evaluation.meta import train_meta_sae
 from hf_msae.evaluation.probing import make_split, measure_probing
 from hf_msae.interpret.edges import filter_edges, find_candidates
 from hf_msae.interpret.hierarchy import HierarchySettings
 from hf_msae.interpret.scan import scan
+from hf_msae.research.meta import train_meta_sae
 from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.worlds.stories import StoryWorld, load_story_lm

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_msae.cli.toy import ToyArguments, format_cell, make_rows, run_toy, to_json, write_whole
-from hf_msae.evaluation.heatmaps import draw_heatmaps
-from hf_msae.evaluation.recovery import Recovery
+from hf_msae.research.heatmaps import draw_heatmaps
+from hf_msae.research.recovery import Recovery
 
 SETTINGS = {
     "tree": ToyArguments(world="tree"),

@@ -24,7 +24,6 @@ from hf_msae.evaluation.geometry import measure_agreement, measure_geometry, nea
 from hf_msae.evaluation.labelled import LabelledActivations, encoder_of
 from hf_msae.evaluation.probes import draw_samples, fit_probes
 from hf_msae.evaluation.probing import make_split, measure_probing
-from hf_msae.evaluation.stitching import measure_level_novelty
 from hf_msae.interpret import Labeller
 from hf_msae.interpret.activity import active_latents, gains
 from hf_msae.interpret.cofiring import Cofirings
@@ -33,6 +32,7 @@ from hf_msae.interpret.effects import LogitEffects, final_norm_jacobian, nearest
 from hf_msae.interpret.hierarchy import HierarchySettings
 from hf_msae.interpret.scan import scan
 from hf_msae.metrics import measure_cross_entropy
+from hf_msae.research.stitching import measure_level_novelty
 from hf_msae.sites import resolve_site
 from hf_msae.training.collectives import row_pieces
 
@@ -51,7 +51,7 @@ ELSEWHERE = {
     "hf_msae.training.collectives.PACK": "tests/training/test_sharded.py",
     "hf_msae.training.optimizer.CPU_CHUNK": "tests/training/test_optimizer.py",
     "hf_msae.training.sharded.DRAWN_AT_ONCE": "tests/training/test_sharded.py",
-    "hf_msae.worlds.features.sampling.CHUNK": "each block draws its own random numbers",
+    "hf_msae.research.toys.sampling.CHUNK": "each block draws its own random numbers",
 }
 
 

@@ -17,9 +17,9 @@ from hf_msae.cli.sources import SourceArguments, load_language_model, load_train
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect
-from hf_msae.evaluation.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
-from hf_msae.evaluation.meta_browser import render_browser, token_labels
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.research.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
+from hf_msae.research.meta_browser import render_browser, token_labels
 from hf_msae.sites import resolve_site
 
 BROWSER_NAME, FACTS_NAME = "decompositions.html", "meta_sae.json"

@@ -26,13 +26,13 @@ from torch import Tensor
 from hf_msae.atomic_files import atomic_file
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.errors import InputError
-from hf_msae.evaluation.heatmaps import draw_heatmaps
-from hf_msae.evaluation.recovery import Recovery, measure_recovery
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.research.heatmaps import draw_heatmaps
+from hf_msae.research.recovery import Recovery, measure_recovery
+from hf_msae.research.toys import TOYS, Forest, Samples, Toy
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.learner import Learner
-from hf_msae.worlds.features import TOYS, Forest, Samples, Toy
 
 DESCRIPTION = """\
 Train SAEs on activations made of known features in a known hierarchy, and print how well each variant recovers them:

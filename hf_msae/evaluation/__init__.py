@@ -2,21 +2,21 @@
 
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.evaluation.labelled import LabelledActivations, labelled_documents, read_labelled, story_examples
-from hf_msae.evaluation.recovery import Recovery, measure_recovery
 from hf_msae.evaluation.report import write_report
 from hf_msae.evaluation.suite import METRICS, Evaluation, Subject, evaluate
+from hf_msae.moved import moved
+
+__getattr__ = moved(__name__, "hf_msae.research.recovery", ("Recovery", "measure_recovery"))
 
 __all__ = [
     "METRICS",
     "Evaluation",
     "LabelledActivations",
-    "Recovery",
     "Subject",
     "TextActivations",
     "collect",
     "evaluate",
     "labelled_documents",
-    "measure_recovery",
     "read_labelled",
     "story_examples",
     "write_report",

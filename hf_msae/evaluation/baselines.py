@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import tokens_at_once
-from hf_msae.evaluation.progressive import measure_importance, reorder
+from hf_msae.evaluation.importance import measure_importance, reorder
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
 

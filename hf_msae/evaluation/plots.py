@@ -10,8 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 from hf_msae.evaluation.erasure import COUNTS
-from hf_msae.evaluation.progressive import draw_progressive
-from hf_msae.evaluation.stitching import StitchResult, draw_stitching
 from hf_msae.evaluation.suite import Evaluation
 from hf_msae.evaluation.tables import ABSORPTION, CORE, ERASURE, PROBING, PROGRESSIVE, STITCHING
 
@@ -260,12 +258,16 @@ def _erasure(result: Evaluation, figure: Any) -> None:
     _outside_legend(axis)
 
 
-def _stitching(curve: StitchResult, _: Evaluation, figure: Any) -> None:
+def _stitching(curve: Any, _: Evaluation, figure: Any) -> None:
+    from hf_msae.research.stitching import draw_stitching
+
     draw_stitching(curve, figure)
 
 
 def _progressive(result: Evaluation, figure: Any) -> None:
     """Of one SAE of each method: more lines could not be told apart."""
+    from hf_msae.research.progressive import draw_progressive
+
     progressive = result.progressive
     if progressive is None:
         return

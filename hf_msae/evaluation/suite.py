@@ -20,18 +20,8 @@ from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.core import CoreResult, measure_core
 from hf_msae.evaluation.erasure import PerturbationScore, RemovalScore, measure_perturbation, measure_removal
 from hf_msae.evaluation.geometry import Agreement, LevelGeometry, measure_agreement, measure_geometry
-from hf_msae.evaluation.hedging import HedgingDegree
-from hf_msae.evaluation.instruments import (
-    MetaNumbers,
-    Stitching,
-    compare_prefixes,
-    measure_composition,
-    measure_hedging_of_prefixes,
-    stitch,
-)
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.probing import ProbingResult, Split, make_split, measure_probing
-from hf_msae.evaluation.progressive import ProgressiveResult
 from hf_msae.modeling import MatryoshkaSAE
 
 DEFAULT_METRICS = ("core", "geometry", "probing", "absorption", "erasure", "progressive")
@@ -82,10 +72,10 @@ class Evaluation:
     probing: ProbingResult | None = None
     absorption: dict[str, AbsorptionResult] = field(default_factory=dict)
     erasure: dict[str, ErasureResult] = field(default_factory=dict)
-    progressive: ProgressiveResult | None = None
-    stitching: list[Stitching] = field(default_factory=list)
-    meta: dict[str, MetaNumbers] = field(default_factory=dict)
-    hedging: dict[str, list[HedgingDegree]] = field(default_factory=dict)
+    progressive: Any = None
+    stitching: list[Any] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    hedging: dict[str, list[Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without numbers of single latents; what could not be measured is null."""
@@ -181,6 +171,13 @@ def _measure_concepts(
 def _measure_with_instruments(
     result: Evaluation, subjects: Sequence[Subject], text: TextActivations, metrics: Sequence[str], seed: int
 ) -> None:
+    from hf_msae.research.instruments import (
+        compare_prefixes,
+        measure_composition,
+        measure_hedging_of_prefixes,
+        stitch,
+    )
+
     saes = {subject.name: subject.sae for subject in subjects if subject.method not in UNTRAINED}
     saes = {name: sae for name, sae in saes.items() if int((result.core[name].firing_rate > 0).sum()) >= MIN_FIRING}
     if not saes:

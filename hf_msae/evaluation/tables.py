@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_msae.evaluation.stitching import COSINE_CUT
 from hf_msae.evaluation.suite import Evaluation
 
 # How many latents the erasure scores of the tables ablate.
@@ -330,6 +329,8 @@ def power_law_table(result: Evaluation) -> Table:
 
 def stitching_table(result: Evaluation) -> Table:
     """What larger dictionaries know that smaller ones do not."""
+    from hf_msae.research.stitching import COSINE_CUT
+
     rows = []
     for item in result.stitching:
         numbers = item.novelty

@@ -8,7 +8,7 @@ import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
-from hf_msae.evaluation.meta import is_meta_sae
+from hf_msae.research.meta import is_meta_sae
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from hf_msae.cli.toy import (
     train,
     wrong_places,
 )
-from hf_msae.worlds.features import TOYS
+from hf_msae.research.toys import TOYS
 
 
 def run(*arguments: str) -> int:

@@ -15,7 +15,7 @@ from msae_space.workbench import Key, SpaceError, own_modules
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.space import space_folder
-from hf_msae.evaluation.meta import decompose, train_meta_sae
+from hf_msae.research.meta import decompose, train_meta_sae
 from hf_msae.steering import LatentEdit, PrefixEdit, Steering, save_steering
 
 TEXT = "Once upon a time, there was a little owl. She lived in the forest with her mother."

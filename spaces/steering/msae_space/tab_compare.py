@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from hf_msae import MatryoshkaSAE
-from hf_msae.evaluation.meta import Decomposition, decompose
+from hf_msae.research.meta import Decomposition, decompose
 from msae_space import asked, drawing
 from msae_space.drawing import ON_CLICK
 from msae_space.library import short

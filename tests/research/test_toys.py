@@ -8,7 +8,7 @@ import pytest
 import torch
 from patience import calls_of
 
-from hf_msae.worlds.features import TOYS, FeatureWorld, Forest, Node, group, make_directions, random_forest
+from hf_msae.research.toys import TOYS, FeatureWorld, Forest, Node, group, make_directions, random_forest
 
 SAMPLES = 200_000
 

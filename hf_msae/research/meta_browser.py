@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_msae.evaluation.activations import TextActivations
-from hf_msae.evaluation.meta import decompose, unit_rows
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.research.meta import decompose, unit_rows
 
 LOOKED_AT = 24
 WORDS = 4

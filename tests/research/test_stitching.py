@@ -7,7 +7,7 @@ import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.activations import TextActivations
-from hf_msae.evaluation.stitching import (
+from hf_msae.research.stitching import (
     Novelty,
     draw_stitching,
     measure_level_novelty,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_msae.evaluation.representation import _ranks, linear_cka, rsa
+from hf_msae.research.representation import _ranks, linear_cka, rsa
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Worlds without a language model: activations made of known features in a known hierarchy."""
 
-from hf_msae.worlds.features.sampling import FeatureWorld, Samples, make_directions
-from hf_msae.worlds.features.toys import TOYS, Toy
-from hf_msae.worlds.features.trees import Forest, Node, group, random_forest
+from hf_msae.research.toys.sampling import FeatureWorld, Samples, make_directions
+from hf_msae.research.toys.toys import TOYS, Toy
+from hf_msae.research.toys.trees import Forest, Node, group, random_forest
 
 __all__ = [
     "TOYS",

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_msae.evaluation.activations import TextActivations
-from hf_msae.evaluation.hedging import HedgingDegree, measure_hedging
-from hf_msae.evaluation.meta import train_meta_sae
-from hf_msae.evaluation.progressive import ProgressiveResult, measure_progressive
-from hf_msae.evaluation.stitching import Novelty, StitchResult, measure_level_novelty, measure_stitching
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.research.hedging import HedgingDegree, measure_hedging
+from hf_msae.research.meta import train_meta_sae
+from hf_msae.research.progressive import ProgressiveResult, measure_progressive
+from hf_msae.research.stitching import Novelty, StitchResult, measure_level_novelty, measure_stitching
 
 # By contribution, E[a²]·‖W_dec‖², is by energy where decoder rows are of norm 1.
 ORDERS = ("own", "energy", "frequency")

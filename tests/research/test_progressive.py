@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.activations import TextActivations, collect
-from hf_msae.evaluation.progressive import (
+from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
+from hf_msae.research.progressive import (
     draw_progressive,
     fit_power_law,
     measure_importance,
     measure_progressive,
     reorder,
 )
-from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
 from hf_msae.sites import Site, resolve_site
 
 WIDTH = 8

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.activations import TextActivations
-from hf_msae.evaluation.hedging import hedging_degree, measure_hedging, widen
+from hf_msae.research.hedging import hedging_degree, measure_hedging, widen
 from hf_msae.sites import Site
 
 LATENTS, WIDTH, NEW = 50, 64, 6

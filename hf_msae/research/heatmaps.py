@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_msae.evaluation.recovery import assign, truth_cosines
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.worlds.features import FeatureWorld, Forest
+from hf_msae.research.recovery import assign, truth_cosines
+from hf_msae.research.toys import FeatureWorld, Forest
 
 # Samples drawn in the activation pictures, and features up to which cells carry their numbers.
 NUM_SHOWN = 120

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.evaluation.recovery import assign, measure_recovery, truth_cosines
-from hf_msae.worlds.features import TOYS, FeatureWorld, Forest, Node, Samples, group
+from hf_msae.research.recovery import assign, measure_recovery, truth_cosines
+from hf_msae.research.toys import TOYS, FeatureWorld, Forest, Node, Samples, group
 
 WORLD = FeatureWorld(
     Forest((group("p", 0.4, (0.3, 0.2), exclusive=True), group("q", 0.3, (0.5,), exclusive=False), Node("s", 0.2))),

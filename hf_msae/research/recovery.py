@@ -27,7 +27,7 @@ from torch import Tensor
 from hf_msae.errors import InputError
 from hf_msae.metrics import ReconstructionMeter
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.worlds.features import Forest, Samples
+from hf_msae.research.toys import Forest, Samples
 
 # From which cosine on a latent stands for the feature it is matched with, and from which on it has found it.
 STANDS_FOR = 0.5

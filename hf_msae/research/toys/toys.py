@@ -6,8 +6,8 @@ Each comes with what its source trains on it: number of latents, prefixes, and t
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hf_msae.worlds.features.sampling import FeatureWorld
-from hf_msae.worlds.features.trees import Forest, Node, group, random_forest
+from hf_msae.research.toys.sampling import FeatureWorld
+from hf_msae.research.toys.trees import Forest, Node, group, random_forest
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_msae.errors import InputError
-from hf_msae.worlds.features.trees import Forest
+from hf_msae.research.toys.trees import Forest
 
 # Samples made at once: what a core's cache holds with a few dozen features. A third faster than all in one piece.
 CHUNK = 8192

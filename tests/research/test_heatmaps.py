@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.evaluation.heatmaps import NUM_SHOWN, _borders, _sorted_samples, depth_first, draw_heatmaps
-from hf_msae.worlds.features import TOYS, FeatureWorld
+from hf_msae.research.heatmaps import NUM_SHOWN, _borders, _sorted_samples, depth_first, draw_heatmaps
+from hf_msae.research.toys import TOYS, FeatureWorld
 
 
 def build(world: FeatureWorld, rows: torch.Tensor) -> MatryoshkaSAE:

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.evaluation.meta import decompose, is_meta_sae, train_meta_sae, unit_rows
-from hf_msae.evaluation.meta_browser import render_browser, token_labels
+from hf_msae.research.meta import decompose, is_meta_sae, train_meta_sae, unit_rows
+from hf_msae.research.meta_browser import render_browser, token_labels
 
 ATOMS, WIDTH = 16, 32
 PAIRS = list(combinations(range(ATOMS), 2))

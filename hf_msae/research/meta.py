@@ -1,0 +1,255 @@
+"""Meta-SAEs: an SAE on the decoder rows of another SAE (Leask et al., arXiv:2502.04878).
+
+If the latents of an SAE were atoms, their directions could not be explained by a smaller dictionary. In fact many are
+sums: "Einstein" is scientist + Germany + famous person. The share of the rows' variance that a meta-SAE explains is
+therefore a measure of composition, and lower is better: 55% for BatchTopK and 42% for Matryoshka SAEs of 65,536
+latents with a quarter as many meta-latents and k = 4 (arXiv:2503.17547). It depends on the meta-SAE's width, k and
+training, so only numbers of equal settings compare; random rows of the same shape give the floor.
+
+A meta-SAE is a `MatryoshkaSAE` like any other, trained by the package's own learner. Its configuration says what it
+is: the site is `W_dec`, `base_model` the SAE that was decomposed, and `measured["meta_sae_of"]` names it too.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers.utils import logging
+
+from hf_msae.errors import InputError
+from hf_msae.metrics import ReconstructionMeter
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.sites import Site
+from hf_msae.training import SAETrainingArguments, TrainingDiverged
+from hf_msae.training.learner import Learner
+
+SITE = Site("W_dec")
+META_KEY = "meta_sae_of"
+WIDTH_SHARE = 4
+BATCH_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class MetaResult:
+    """A meta-SAE and how much it explains.
+
+    rows: which latents of the base SAE it was trained on, (n,): those that fire. explained: 1 − Σ‖d − d̂‖²/Σ‖d − d̄‖²
+    over their unit decoder rows. explained_random: of a meta-SAE of the same settings on random directions, the floor.
+    l0: meta-latents per row. dead: the share of meta-latents that no row uses.
+    """
+
+    sae: MatryoshkaSAE
+    rows: Tensor
+    explained: float
+    explained_random: float | None
+    l0: float
+    dead: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A meta-latent in a decomposition: its activation, and the other latents that use it most, with theirs."""
+
+    meta_latent: int
+    activation: float
+    shared_with: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What a latent's decoder row is made of; the largest part first.
+
+    cosine: of the sum of the parts with the row, less the meta-SAE's bias, which holds what all rows have in common;
+        0 where there is no part.
+    """
+
+    latent: int
+    cosine: float
+    parts: list[Part]
+
+
+def unit_rows(sae: MatryoshkaSAE) -> tuple[Tensor, Tensor]:
+    """Latents that fire, (n,), and their unit decoder rows, (n, hidden_size) float32 on the CPU.
+
+    Where no firing rates were recorded, all latents. Directions of latents that never fire are left from the beginning
+    of training.
+    """
+    recorded = bool((sae.firing_rate > 0).any())
+    rows = (sae.firing_rate > 0).nonzero().flatten() if recorded else torch.arange(sae.config.num_latents)
+    return rows.cpu(), normalize(sae.W_dec.detach()[rows].float(), dim=1).cpu()
+
+
+def train_meta_sae(
+    sae: MatryoshkaSAE,
+    *,
+    num_latents: int | None = None,
+    k: float = 4,
+    prefix_sizes: Sequence[int] = (),
+    max_steps: int = 1500,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    random_control: bool = True,
+    use_cpu: bool = False,
+) -> MetaResult:
+    """Train a meta-SAE on an SAE's decoder rows.
+
+    Args:
+        num_latents: meta-latents; by default a quarter of the latents that fire (SAEBench's share).
+        k: mean number of meta-latents per row.
+        prefix_sizes: nested sizes of the meta-SAE; a plain one by default, as in the papers.
+        max_steps: steps of up to 1,024 rows.
+        learning_rate: by default what training takes for that width.
+        name: what the base SAE is called in the configuration; by default where it was loaded from.
+        random_control: train another one on random directions, for the floor.
+    Raises `ValueError` where fewer than eight latents fire, or for sizes that do not fit.
+    """
+    rows, directions = unit_rows(sae)
+    num_latents = num_latents or max(1, len(rows) // WIDTH_SHARE)
+    _check_sizes(len(rows), num_latents, k, max_steps)
+    origin = name or sae.config.name_or_path or None
+    config = MatryoshkaSAEConfig(
+        hidden_size=sae.config.hidden_size,
+        num_latents=num_latents,
+        prefix_sizes=list(prefix_sizes) or [num_latents],
+        k=k,
+        base_model=origin,
+        site=str(SITE),
+    )
+    args = SAETrainingArguments(
+        output_dir="",
+        max_steps=max_steps,
+        per_device_train_batch_size=min(BATCH_SIZE, len(rows)),
+        learning_rate=learning_rate,
+        seed=seed,
+        use_cpu=use_cpu,
+    )
+    meta = MatryoshkaSAE(config)
+    fit_rows(meta, directions, args, SITE, "Meta-SAE")
+    meter = _calibrate_and_measure(meta, directions)
+    level = meter.levels()[-1]
+    meta.config.measured = {
+        "tokens": len(rows),
+        "l0": [round(item.l0, 4) for item in meter.levels()],
+        "fve": [round(item.fve, 5) for item in meter.levels()],
+        META_KEY: origin,
+    }
+    floor = None
+    if random_control:
+        generator = torch.Generator().manual_seed(seed)
+        noise = normalize(torch.randn(directions.shape, generator=generator), dim=1)
+        # A configuration of its own: training says in it what is no longer true of the weights.
+        control = MatryoshkaSAE(deepcopy(config))
+        fit_rows(control, noise, args, SITE, "Random rows")
+        floor = _calibrate_and_measure(control, noise).levels()[-1].fve
+    return MetaResult(meta, rows, level.fve, floor, level.l0, level.dead)
+
+
+def is_meta_sae(sae: MatryoshkaSAE) -> bool:
+    """Whether an SAE was trained on another one's decoder rows."""
+    return META_KEY in (sae.config.measured or {})
+
+
+def _check_sizes(num_rows: int, num_latents: int, k: float, max_steps: int) -> None:
+    if num_rows < 8:
+        raise InputError(
+            f"A meta-SAE needs the decoder rows of at least 8 latents that fire; this SAE has {num_rows}."
+        )
+    if num_latents >= num_rows:
+        raise InputError(
+            f"A meta-SAE of {num_latents} latents could store each of the {num_rows} decoder rows by itself; give "
+            f"fewer, such as {max(1, num_rows // WIDTH_SHARE)}."
+        )
+    if not 0 < k <= num_latents or max_steps < 1:
+        raise InputError(f"Expected 0 < k <= {num_latents} and max_steps of at least 1; got {k} and {max_steps}.")
+
+
+def fit_rows(sae: MatryoshkaSAE, x: Tensor, args: SAETrainingArguments, site: Site, what: str) -> None:
+    """Train an SAE on rows in memory, x (n, hidden_size), reshuffled in every pass, with a progress bar called `what`.
+
+    Takes from `args` what a learner takes; with `init_from` the SAE's weights are where it begins. Ends in evaluation
+    mode, without a threshold set. Raises `TrainingDiverged` where the loss was not finite.
+    """
+    accelerator = Accelerator(cpu=args.on_cpu)
+    learner = Learner(what, sae.to(accelerator.device), site, args, args.max_steps, accelerator)
+    batches = _batches(x, args.per_device_train_batch_size, args.seed)
+    learner.start(x[: 64 * args.per_device_train_batch_size])
+    for step in logging.tqdm(range(args.max_steps), desc=what, unit="step"):
+        learner.step(next(batches), step)
+    learner.finish()
+    if int(learner.bad_step) >= 0:
+        raise TrainingDiverged(
+            f"{what}: the loss was NaN or infinite at step {int(learner.bad_step)}. Give a lower learning rate than "
+            f"{learner.learning_rate:g}."
+        )
+
+
+def _batches(x: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of rows without end; a remainder of a pass is left out of that pass."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for start in range(0, len(x) - size + 1, size):
+            yield x[order[start : start + size]]
+
+
+def _calibrate_and_measure(sae: MatryoshkaSAE, rows: Tensor) -> ReconstructionMeter:
+    """Set the threshold so that L0 is k, and record firing rates and maxima. There is no other data to hold out: the
+    rows are all that will ever be decomposed.
+    """
+    parts = rows.split(BATCH_SIZE)
+    sae.calibrate_threshold(part.to(sae.device) for part in parts)
+    meter = ReconstructionMeter(sae)
+    for part in parts:
+        meter.update(part)
+    with torch.no_grad():
+        sae.max_activation.copy_(meter.max_activation)
+        sae.firing_rate.copy_(meter.firing_rate)
+    return meter
+
+
+@torch.inference_mode()
+def decompose(
+    meta: MatryoshkaSAE, sae: MatryoshkaSAE, latents: Sequence[int], *, neighbours: int = 5
+) -> list[Decomposition]:
+    """Take latents of an SAE apart: each one's meta-latents, and for each of those the other latents that use it most.
+
+    Raises `ValueError` for latents that the SAE does not have, and for a meta-SAE of another width.
+    """
+    if meta.config.hidden_size != sae.config.hidden_size:
+        raise InputError(
+            f"The meta-SAE reads rows of {meta.config.hidden_size} dimensions, the SAE's have "
+            f"{sae.config.hidden_size}; it was trained on {meta.config.base_model or 'another SAE'}."
+        )
+    missing = [latent for latent in latents if not 0 <= latent < sae.config.num_latents]
+    if missing:
+        raise InputError(f"There are latents 0 to {sae.config.num_latents - 1}; got {missing}.")
+    rows, directions = unit_rows(sae)
+    users = meta.encode(directions.to(meta.device)).cpu()
+    wanted = normalize(sae.W_dec[torch.tensor(list(latents), dtype=torch.long)].float(), dim=1).to(meta.device)
+    found = meta.encode(wanted)
+    cosines = torch.cosine_similarity(found @ meta.W_dec, wanted - meta.b_dec, dim=1).tolist()
+    return [
+        Decomposition(latent, cosine, _parts(latent, activations, users, rows, neighbours))
+        for latent, cosine, activations in zip(latents, cosines, found.cpu(), strict=True)
+    ]
+
+
+def _parts(latent: int, activations: Tensor, users: Tensor, rows: Tensor, neighbours: int) -> list[Part]:
+    used = activations.nonzero().flatten()
+    parts = []
+    for meta_latent in used[activations[used].argsort(descending=True)].tolist():
+        others = _others(latent, users[:, meta_latent], rows, neighbours) if neighbours else []
+        parts.append(Part(meta_latent, activations[meta_latent].item(), others))
+    return parts
+
+
+def _others(latent: int, column: Tensor, rows: Tensor, neighbours: int) -> list[tuple[int, float]]:
+    """The latents but one with the largest activations of a meta-latent (n,), and these."""
+    column = column.masked_fill(rows == latent, 0.0)
+    order = column.argsort(descending=True, stable=True)[:neighbours]
+    return [(int(rows[place]), column[place].item()) for place in order.tolist() if column[place] > 0]
