@@ -6,7 +6,6 @@ code.
 
 from transformers import AutoConfig, AutoModel
 
-from hf_msae.formats import conversion
 from hf_msae.hub import SAEEntry, list_saes, load_saes
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.steering import SteeredPipeline, Steering, load_steering, save_steering, steer
@@ -18,7 +17,8 @@ AutoModel.register(MatryoshkaSAEConfig, MatryoshkaSAE, exist_ok=True)
 # Every checkpoint takes these files along and names them in its `auto_map`, for readers who lack hf_msae.
 MatryoshkaSAEConfig.register_for_auto_class()
 MatryoshkaSAE.register_for_auto_class("AutoModel")
-MatryoshkaSAE.exchange = conversion
+MatryoshkaSAE.publishing_module = "hf_msae.hub.publishing"
+MatryoshkaSAE.formats_module = "hf_msae.formats.conversion"
 
 __all__ = [
     "MatryoshkaSAE",

@@ -350,8 +350,8 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         if hub.get("subfolder"):
             hub["subfolder"] = inside(hub["subfolder"])
         config = kwargs.pop("config", None)
-        if cls.exchange is not None and config is None:
-            foreign = cls.exchange.read_if_foreign(source, kwargs.get("prefix_sizes"), **hub)
+        if cls.formats_module is not None and config is None:
+            foreign = cls._imported(cls.formats_module).read_if_foreign(source, kwargs.get("prefix_sizes"), **hub)
             if foreign is not None:
                 kwargs.pop("prefix_sizes", None)
                 config, state = foreign

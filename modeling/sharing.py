@@ -14,9 +14,10 @@
 """Publishing, and other libraries' formats: what the model offers, and `hf_msae.hub` and `hf_msae.formats` do.
 
 These files also lie beside every checkpoint, where hf_msae may not be installed, so the model cannot import the
-package around it. The methods are declared here; importing hf_msae hands in who does the work.
+package around it. The methods are declared here; importing hf_msae says which modules do the work.
 """
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,17 +26,18 @@ from typing import Any, ClassVar
 class SharingMixin:
     """Methods of [`MatryoshkaSAE`] that need hf_msae to be installed; `ImportError` says so where it is not."""
 
-    # hf_msae.formats.conversion, once hf_msae was imported.
-    exchange: ClassVar[Any] = None
+    # The modules that do the work, imported when they are needed. hf_msae names them when it is imported.
+    publishing_module: ClassVar[str | None] = None
+    formats_module: ClassVar[str | None] = None
 
-    @classmethod
-    def _exchange(cls) -> Any:
-        if cls.exchange is None:
+    @staticmethod
+    def _imported(module: str | None) -> Any:
+        if module is None:
             raise ImportError(
                 "Publishing and other libraries' formats need hf_msae itself, not only the files beside a checkpoint: "
                 "pip install hf-msae, then import hf_msae."
             )
-        return cls.exchange
+        return importlib.import_module(module)
 
     def push_to_hub(
         self,
@@ -53,7 +55,7 @@ class SharingMixin:
         Several SAEs may share a repo, each in a `subfolder`; an index at the root lists them. What people wrote into
         an existing card stays. A branch `revision` that does not exist is made.
         """
-        return self._exchange().push(
+        return self._imported(self.publishing_module).push(
             self,
             repo_id,
             subfolder=subfolder,
@@ -72,35 +74,35 @@ class SharingMixin:
         `prefix_sizes` only where the files do not record the nesting. `hub` takes `subfolder`, `revision`, `token`,
         `cache_dir`, `local_files_only`. Raises `ValueError` for what has no equal here (gated, layer-normed, ...).
         """
-        return cls._exchange().load_foreign(cls, source, "saelens", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_foreign(cls, source, "saelens", prefix_sizes, **hub)
 
     @classmethod
     def from_dictionary_learning(
         cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
     ) -> Any:
         """A dictionary_learning trainer folder (`ae.pt`, `config.json`); arguments as in `from_saelens`."""
-        return cls._exchange().load_foreign(cls, source, "dictionary_learning", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_foreign(cls, source, "dictionary_learning", prefix_sizes, **hub)
 
     @classmethod
     def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
         """A sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`); arguments as in `from_saelens`."""
-        return cls._exchange().load_foreign(cls, source, "sparsify", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_foreign(cls, source, "sparsify", prefix_sizes, **hub)
 
     @classmethod
     def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
         """A Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2); arguments as in
         `from_saelens`.
         """
-        return cls._exchange().load_foreign(cls, source, "gemma_scope", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_foreign(cls, source, "gemma_scope", prefix_sizes, **hub)
 
     def to_saelens(self, folder: str | Path) -> None:
         """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads, into a new or empty folder."""
-        self._exchange().write_foreign(self, folder, "saelens")
+        self._imported(self.formats_module).write_foreign(self, folder, "saelens")
 
     def to_sparsify(self, folder: str | Path) -> None:
         """Write sparsify's form, which `sparsify.SparseCoder.load_from_disk` reads."""
-        self._exchange().write_foreign(self, folder, "sparsify")
+        self._imported(self.formats_module).write_foreign(self, folder, "sparsify")
 
     def to_saebench(self, prefix: int | None = None) -> Any:
         """An object that SAEBench's evaluations take, of the first `prefix` latents."""
-        return self._exchange().to_saebench(self, prefix)
+        return self._imported(self.formats_module).to_saebench(self, prefix)

@@ -38,6 +38,7 @@ for _name in (
 os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": _HF_HOME}
 
 from huggingface_hub import constants as hub_constants  # noqa: E402
+from known_world import known  # noqa: E402, F401
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,

@@ -54,7 +54,10 @@ FLOORS = {
 }
 # Rooms of one floor that may see each other all the same.
 NEIGHBOURS = {
-    ("hf_msae.formats", "hf_msae.hub"): "what the model hands over includes publishing",
+    (
+        "hf_msae.formats",
+        "hf_msae.interpret",
+    ): "types alone: Neuronpedia shows an interpretation's pages",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.research"): "until research plugs its metrics in from above",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",

@@ -8,8 +8,8 @@ from rich.console import Console
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import check_sae_place
 from hf_msae.errors import InputError
+from hf_msae.formats.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
 from hf_msae.formats.saelens_names import model_in_lens
-from hf_msae.interpret.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
 from hf_msae.interpret.store import Interpretation
 
 DESCRIPTION = """\

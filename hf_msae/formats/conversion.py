@@ -1,6 +1,7 @@
-"""What `MatryoshkaSAE` hands over to this package: publishing, and other libraries' checkpoints.
+"""Other libraries' checkpoints: whose a checkpoint is, and converting it, in either direction.
 
-`modeling/` cannot import what lies above it, so importing hf_msae makes this module `MatryoshkaSAE.exchange`.
+`MatryoshkaSAE.from_pretrained`, `from_saelens`, `to_saelens` and their kin end here. `modeling/` cannot import what
+lies above it, so it knows this module by its name, which importing hf_msae gives it.
 """
 
 import importlib
@@ -186,10 +187,3 @@ def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> Any:
     from hf_msae.formats import saebench
 
     return saebench.to_saebench(sae, prefix)
-
-
-def push(sae: MatryoshkaSAE, repo_id: str, **options: Any) -> str:
-    """See `MatryoshkaSAE.push_to_hub`."""
-    from hf_msae.hub import publishing
-
-    return publishing.push(sae, repo_id, **options)

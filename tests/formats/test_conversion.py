@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.formats.common import Files, FormatError
-from hf_msae.formats.conversion import FORMATS, recognise
+from hf_msae.formats.conversion import FORMATS, recognise, write_foreign
 
 FIXTURES = {
     "saelens_matryoshka_inference": ("saelens", [64, 128, 256, 512, 1024]),
@@ -145,7 +145,7 @@ def test_another_librarys_loader_is_refused_by_name(tmp_path):
     with pytest.raises(FormatError, match=r"is no SAELens checkpoint: it holds .*config\.json"):
         MatryoshkaSAE.from_saelens(tmp_path)
     with pytest.raises(FormatError, match="can be written for saelens and sparsify"):
-        MatryoshkaSAE._exchange().write_foreign(make_sae(), tmp_path / "x", "openmoss")
+        write_foreign(make_sae(), tmp_path / "x", "openmoss")
 
 
 @pytest.mark.parametrize("name", ["saelens_matryoshka_inference", "sparsify_topk/layers.2"])
@@ -170,9 +170,12 @@ def test_given_sizes_are_kept_and_contradictions_refused(fixtures, tmp_path, cap
 
 def test_without_the_package_the_methods_say_what_is_missing(monkeypatch):
     sae = make_sae()
-    monkeypatch.setattr(MatryoshkaSAE, "exchange", None)
+    for module in ("formats_module", "publishing_module"):
+        monkeypatch.setattr(MatryoshkaSAE, module, None)
     with pytest.raises(ImportError, match="pip install hf-msae"):
         sae.push_to_hub("me/sae")
+    with pytest.raises(ImportError, match="pip install hf-msae"):
+        MatryoshkaSAE.from_saelens("me/sae")
 
 
 # Names that people have at hand

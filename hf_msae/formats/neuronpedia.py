@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import InputError
-from hf_msae.interpret.pages import LatentPage
-from hf_msae.interpret.store import Interpretation
+
+if TYPE_CHECKING:
+    from hf_msae.interpret import Interpretation, LatentPage
 
 BATCH = 1024
 # What Neuronpedia's tools truncate to.
@@ -90,7 +91,7 @@ def layer_of(site: str | None) -> int | None:
     return int(found[1]) if found else None
 
 
-def write_neuronpedia(interpretation: Interpretation, names: NeuronpediaNames, folder: str | Path) -> Path:
+def write_neuronpedia(interpretation: "Interpretation", names: NeuronpediaNames, folder: str | Path) -> Path:
     """Write an interpretation for Neuronpedia's importer into `folder/<model>/<source>`, and return that folder.
 
     It appears when everything is written. Raises `FileExistsError` where it holds something already.
@@ -124,7 +125,7 @@ def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
-def _headers(interpretation: Interpretation, names: NeuronpediaNames) -> dict[str, dict[str, Any]]:
+def _headers(interpretation: "Interpretation", names: NeuronpediaNames) -> dict[str, dict[str, Any]]:
     """Release, model, source set and source."""
     of, urls = interpretation.source, [names.url] if names.url else []
     sizes = ", ".join(f"{size:,}" for size in of.prefix_sizes)
@@ -171,11 +172,11 @@ def _headers(interpretation: Interpretation, names: NeuronpediaNames) -> dict[st
     }
 
 
-def _place(page: LatentPage, names: NeuronpediaNames) -> dict[str, Any]:
+def _place(page: "LatentPage", names: NeuronpediaNames) -> dict[str, Any]:
     return {"modelId": names.model, "layer": names.source, "index": str(page.latent)}
 
 
-def _feature(page: LatentPage, names: NeuronpediaNames) -> dict[str, Any]:
+def _feature(page: "LatentPage", names: NeuronpediaNames) -> dict[str, Any]:
     width = page.histogram_range / max(1, len(page.histogram))
     bars = [number for number, count in enumerate(page.histogram) if count]
     return {
@@ -198,7 +199,7 @@ def _feature(page: LatentPage, names: NeuronpediaNames) -> dict[str, Any]:
     }
 
 
-def _activations(page: LatentPage, names: NeuronpediaNames) -> Iterator[dict[str, Any]]:
+def _activations(page: "LatentPage", names: NeuronpediaNames) -> Iterator[dict[str, Any]]:
     """The contexts, the strongest first, and then those sampled evenly."""
     for number, context in enumerate([*page.top, *page.sampled]):
         values = [_short(value) for value in context.activations]
@@ -217,7 +218,7 @@ def _activations(page: LatentPage, names: NeuronpediaNames) -> Iterator[dict[str
         }
 
 
-def _explanations(page: LatentPage, names: NeuronpediaNames) -> Iterator[dict[str, Any]]:
+def _explanations(page: "LatentPage", names: NeuronpediaNames) -> Iterator[dict[str, Any]]:
     if page.label is not None:
         yield {
             "id": _id(names, page.latent, 0, "e"),

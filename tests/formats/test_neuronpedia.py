@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hf_msae.cli.main import main
+from hf_msae.formats import neuronpedia as module
+from hf_msae.formats.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
 from hf_msae.interpret import Interpretation, Label, interpret
-from hf_msae.interpret import neuronpedia as module
-from hf_msae.interpret.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
 
 FIELDS = {
     "features": """modelId layer index creatorId createdAt maxActApprox hasVector vector vectorLabel hookName
