@@ -4,10 +4,12 @@
 
 The plan says which SAEs are trained, a whole grid in one run because starting processes takes longer than the run, on
 a cache of activations or on texts and a model. It may set constants of hf_msae's modules, such as the size of a
-message.
+message. With "rehearsal", the main process first writes to this path what `--dry-run` says, by a clock that ticks once
+whenever it is read.
 """
 
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -65,8 +68,33 @@ def main(plan: dict[str, Any]) -> None:
         saes = {name: MatryoshkaSAE(MatryoshkaSAEConfig(**options)) for name, options in plan["saes"].items()}
     dataset = plan["texts"] if "texts" in plan else CachedActivations(plan["cache"], batch_size=1)
     trainer = SAETrainer(model, saes, args, dataset, processing_class=tokenizer)
+    if "rehearsal" in plan:
+        rehearse(trainer, Path(plan["rehearsal"]))
+        trainer = SAETrainer(model, saes, args, dataset, processing_class=tokenizer)
     trainer.train()
     print(f"process {os.environ['RANK']}: {trainer.feed.epoch} passes ended", file=sys.stderr)
+
+
+def rehearse(trainer: Any, path: Path) -> None:
+    """Write what `--dry-run` would say of the run, in numbers that do not depend on how fast the machine is."""
+    from hf_msae.training import plan
+    from hf_msae.training import trainer as loop
+
+    for module in (plan, loop):
+        module.time = SimpleNamespace(perf_counter=itertools.count().__next__)  # type: ignore[attr-defined]
+    told, rates = trainer.plan(), trainer.probe()
+    if trainer.state.is_world_process_zero:
+        path.write_text(
+            json.dumps(
+                {
+                    "steps": told.steps,
+                    "tokens": told.tokens,
+                    "tokens_per_step": told.tokens_per_step,
+                    "rate": rates.steps,
+                    "language_model": rates.language_model,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

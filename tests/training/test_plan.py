@@ -20,6 +20,10 @@ from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
 from hf_msae.training.resuming import deal_anew
 from hf_msae.training.schedules import learning_rate_factor
 
+sys.path.append(str(Path(__file__).parent))
+
+from runs_of_processes import launch
+
 # How far the expected peak may be from the measured one, as a share of it.
 TOLERANCE = 0.2
 
@@ -67,6 +71,31 @@ def test_a_plan_counts_the_tokens_that_the_run_takes(trainer, accumulation):
     run.train()
     assert (plan.steps, plan.tokens) == (run.state.global_step, run.state.num_input_tokens_seen)
     assert plan.tokens == 3 * 64 * accumulation
+
+
+def test_a_plan_of_two_processes_counts_what_they_then_do(tmp_path, lm, tokenizer, texts):
+    """Two processes of three micro-batches each: steps, tokens and rates of `--dry-run` are those of the log."""
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    args = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 32, "gradient_accumulation_steps": 3}
+    args |= {"max_tokens": 1000, "context_length": 32, "block_tokens": 300, "ce_tokens": 0}
+    args |= {"eval_tokens": 200, "calibration_tokens": 400, "logging_steps": 1, "save_steps": 0, "lm_batch_size": 4}
+    args |= {"use_cpu": True, "disable_tqdm": True}
+    sae = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 64], "k": 4, "site": "layers.0"}
+    told_at = tmp_path / "told.json"
+    rehearsal = {"rehearsal": str(told_at), "model": str(tmp_path / "lm"), "texts": texts}
+    launch(2, rehearsal | {"saes": {"sae": sae, "other": sae}, "args": args})
+    told = json.loads(told_at.read_text())
+    log = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
+    steps = 1000 // 192
+    assert (told["steps"], told["tokens_per_step"]) == (steps, 192)
+    assert told["steps"] == len(log) // 2 == log[-1]["step"]
+    assert told["tokens"] == log[-1]["tokens"] == 192 * steps
+    # The clock ticks once in a step, of the probe and of the run, so a rate is the tokens of a step.
+    assert told["rate"] == pytest.approx(192)
+    assert all(line["tokens_per_second"] == pytest.approx(192) for line in log)
+    # And once in a pass of the language model, in which each process reads four windows of its own.
+    assert 2 * 4 * 16 < told["language_model"] <= 2 * 4 * 32
 
 
 def test_the_size_of_checkpoints_and_of_the_disk_is_that_of_the_files(trainer, tmp_path):
