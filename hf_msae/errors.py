@@ -8,6 +8,9 @@ keeps its traceback.
 class HfMsaeError(Exception):
     """Base of the errors that a user can mend: each says what was given, what was expected and what to do."""
 
+    # With which a command ends that meets it.
+    exit_code = 2
+
 
 class InputError(HfMsaeError, ValueError):
     """An argument, a setting or a file cannot be used as it was given."""

@@ -9,6 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,6 +29,10 @@ from transformers.models.auto.modeling_auto import (
 from hf_msae.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+# What transformers raises for files that are absent, damaged, of an unknown architecture, or in need of a package that
+# is not installed.
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 
 
 def load_weights(name: str | Path, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

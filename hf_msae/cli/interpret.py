@@ -25,6 +25,7 @@ from hf_msae.interpret.pages import Label
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.store import Interpretation
 from hf_msae.interpret.writing import FOLDER_NAME
+from hf_msae.language_models import LOADING_ERRORS
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
@@ -121,7 +122,7 @@ def load_labeller(name: str) -> Labeller:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except OSError as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"Cannot load the model {name!r} of --labels-model: {error}") from error
     return Labeller(model, tokenizer)
 

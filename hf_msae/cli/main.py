@@ -6,6 +6,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from hf_msae.errors import HfMsaeError
+
 # Name, module that has a `run(argv)`, and what it is for. A module is imported when it is called.
 COMMANDS = {
     "quickstart": ("hf_msae.cli.quickstart", "train, read and steer a small SAE of the story model in two minutes"),
@@ -68,34 +70,39 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, arguments: list[str], debug: bool) -> int:
-    from huggingface_hub.errors import StrictDataclassError
-    from huggingface_hub.utils import httpx
-
-    from hf_msae.training import TrainingDiverged, TrainingInterrupted
-
     try:
         importlib.import_module(COMMANDS[command][0]).run(arguments)
     except KeyboardInterrupt:
         print("hf-msae: interrupted", file=sys.stderr)
         return 130
-    except (
-        TrainingInterrupted,
-        TrainingDiverged,
-        StrictDataclassError,
-        ValueError,
-        OSError,
-        httpx.TransportError,
-    ) as error:
-        if debug:
+    except Exception as error:
+        words = in_words(error)
+        if debug or words is None:
             traceback.print_exc()
-        words: object = error
-        if isinstance(error, StrictDataclassError) and error.__cause__:
-            words = error.__cause__  # a configuration's own words; around them stands which validator raised them
-        elif isinstance(error, httpx.TransportError):
-            words = f"the Hub cannot be reached ({error}). Check the network, or the name if it is meant as a folder."
+        if words is None:
+            return 1
         hint = "" if debug else "\n(--debug shows where this came from)"
         print(f"hf-msae {command}: {words}{hint}", file=sys.stderr)
-        if isinstance(error, TrainingInterrupted):
-            return error.exit_code
-        return 1 if isinstance(error, TrainingDiverged) else 2
+        return error.exit_code if isinstance(error, HfMsaeError) else 2
     return 0
+
+
+def in_words(error: Exception) -> str | None:
+    """What a user can do about an error: our own words, the Hub's, or the system's about a file that was named.
+
+    None for any other error, also for a ValueError that nobody expected: it is a fault of this package, and its
+    traceback is what a report needs.
+    """
+    from huggingface_hub.errors import HFValidationError, StrictDataclassError
+    from huggingface_hub.utils import httpx
+
+    from hf_msae.modeling.untrusted import SAEError
+
+    if isinstance(error, StrictDataclassError):
+        return str(error.__cause__ or error)  # a configuration's own words; around them stands which validator raised
+    if isinstance(error, httpx.TransportError):
+        return f"the Hub cannot be reached ({error}). Check the network, or the name if it is meant as a folder."
+    # Without a number of the system's, an OSError holds a sentence of transformers or of the Hub about what it lacks.
+    of_files = isinstance(error, OSError) and (error.errno is None or error.filename is not None)
+    known = of_files or isinstance(error, (HfMsaeError, SAEError, HFValidationError))
+    return str(error) if known else None

@@ -117,7 +117,10 @@ def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
     """A file's values, converted as flags are; a null leaves the default, where None is no value."""
     if not path.is_file():
         raise InputError(f"There is no configuration file {path}.")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML file that can be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `name: value` lines, got a {type(values).__name__}.")
     actions = {action.dest: action for action in parser._actions}

@@ -19,9 +19,9 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
-from hf_msae.errors import InputError
+from hf_msae.errors import HfMsaeError, InputError
 from hf_msae.hub import STORIES
-from hf_msae.language_models import load_weights
+from hf_msae.language_models import LOADING_ERRORS, load_weights
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
 
 # As many stories as `hf-msae train` reads when no dataset is given: about 1.6 million tokens.
@@ -92,7 +92,9 @@ def load_language_model(
         tokenizer = _load_tokenizer(name, args.model, hub)
         dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
         model = load_weights(name, config, dtype=dtype, **places, **hub)
-    except OSError as error:
+    except HfMsaeError:
+        raise
+    except LOADING_ERRORS as error:
         raise InputError(f"Cannot load the model {args.model!r}: {error}") from error
     if args.device_map is None and not tensor_parallel:
         model = model.to(PartialState().device)

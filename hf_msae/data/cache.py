@@ -122,7 +122,10 @@ class _CacheWriter:
         if not progress_file.exists():
             self.unfinished.mkdir(parents=True, exist_ok=True)
             return
-        progress = json.loads(progress_file.read_text(encoding="utf-8"))
+        try:
+            progress = json.loads(progress_file.read_bytes())
+        except ValueError as error:
+            raise CacheError(f"{progress_file} is damaged ({error}); remove its folder to begin anew") from error
         ours = self._settings()
         changed = [key for key in ours if ours[key] != progress["settings"].get(key)]
         if changed:

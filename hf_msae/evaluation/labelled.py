@@ -271,13 +271,13 @@ def read_labelled(path: str | Path, text_column: str = "text", label_column: str
             f"{'no such file' if path.suffix == '.jsonl' else 'no .jsonl file'}."
         )
     pairs = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             pairs.append((str(row[text_column]), str(row[label_column])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}, line {number}: expected a JSON object with {text_column!r} and {label_column!r} "
                 f"({type(error).__name__}: {error})."

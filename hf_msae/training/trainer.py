@@ -64,6 +64,8 @@ KEPT_ENTRIES = 1000
 class TrainingDiverged(HfMsaeError, RuntimeError):
     """Activations or a loss became NaN or infinite."""
 
+    exit_code = 1
+
 
 class SAETrainer:
     """Trains one or several SAEs on a language model's activations.
