@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .selection import ALONE, Ranks, among_largest, sum_over
+from .selection import SINGLE_PROCESS, ProcessGroup, among_largest, sum_over
 
 # Latent activations are binned by the upper bits of their float32 pattern: for positive numbers the pattern grows with
 # the value, so 20 of the 31 bits make a histogram with a relative resolution of 1/4096 over all magnitudes.
@@ -102,7 +102,7 @@ def decode_levels(
     b_dec: Tensor,
     prefix_sizes: Sequence[int],
     detach: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[Tensor]:
     """Each prefix's reconstruction, (B, d), from the smallest to the whole dictionary.
 
@@ -118,7 +118,7 @@ def decode_levels(
         yield reconstruction
 
 
-def decode_dead(residual: Tensor, pre: Tensor, W_dec: Tensor, k: int, ranks: Ranks = ALONE) -> Tensor:
+def decode_dead(residual: Tensor, pre: Tensor, W_dec: Tensor, k: int, ranks: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Mean squared error (scalar) of the residual (B, d) decoded from each token's k strongest dead latents.
 
     `pre` (B, n) and `W_dec` (n, d) are those of the n dead latents. The residual takes no gradient (arXiv:2406.04093,

@@ -50,9 +50,9 @@ from .dense_ops import (
     select_above,
     select_topk,
 )
-from .objective import ObjectiveMixin, Share, of_whole
+from .objective import BatchContext, ObjectiveMixin, straight_through
 from .prefix_loading import HUB_ARGUMENTS, read_state, truncate_state
-from .selection import ALONE, Ranks
+from .selection import SINGLE_PROCESS, ProcessGroup
 from .sharing import SharingMixin
 from .sparse_encoder import ActiveLatents, tokens_at_once
 from .untrusted import SAEError, check_shapes, check_values, inside, weight_shapes
@@ -212,7 +212,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         k: float | None = None,
         sparsity_weight: Tensor | float | None = None,
         return_latents: bool = True,
-        share: Share | None = None,
+        batch: BatchContext | None = None,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations (..., hidden_size) at every level and give the loss.
 
@@ -224,7 +224,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             k: active latents per token of this step in place of `config.k` (annealing).
             sparsity_weight: weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
             return_latents: whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
-            share: where these activations are a part of a batch only, what it must know of the whole (see `select`).
+            batch: where these activations are a part of a batch only, what it must know of the whole (see `select`).
         """
         x = self._flat(hidden_states)
         if variance is None:
@@ -232,20 +232,20 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         k = self.config.k if k is None else k
         sizes, weights = self._levels_of_step(prefix_sizes)
         # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
-        share = share or Share()
-        active = share.active
+        batch = batch or BatchContext()
+        active = batch.active
         if active is None and (self.training or not torch.is_grad_enabled()):
             active = self._select(x, k, variance)
         latents: Tensor | None
         if active is None:
-            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance, share)
+            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance, batch)
         else:
-            errors, reconstruction, active, sparsity_loss = self._sparse_errors(x, active, k, sizes, variance, share)
+            errors, reconstruction, active, sparsity_loss = self._sparse_errors(x, active, k, sizes, variance, batch)
             latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
         level_losses = errors / variance
         losses = level_losses
         if self.config.log_loss:
-            losses = (of_whole(errors, share.level_errors) / variance).log()
+            losses = (straight_through(errors, batch.level_errors) / variance).log()
         sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
         loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
 
@@ -267,7 +267,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         )
 
     @torch.no_grad()
-    def calibrate_threshold(self, batches: Iterable[Tensor], ranks: Ranks = ALONE) -> float:
+    def calibrate_threshold(self, batches: Iterable[Tensor], ranks: ProcessGroup = SINGLE_PROCESS) -> float:
         """Set the inference threshold so that on these activations, tensors (..., hidden_size), mean L0 is `config.k`.
 
         `batch_topk` and `topk` get one threshold for the dictionary; `jumprelu` has its learnt thresholds scaled by

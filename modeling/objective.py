@@ -35,13 +35,13 @@ from .dense_ops import (
     select_batch_topk,
     select_topk,
 )
-from .selection import ALONE, Ranks, sum_over
+from .selection import SINGLE_PROCESS, ProcessGroup, sum_over
 from .sparse_encoder import ActiveLatents, select_exceeding, select_largest, select_largest_per_token
-from .sparse_ops import DENSE_DEAD_SHARE, GradientMemory, LevelErrors, Places, PreActivations, make_places
+from .sparse_ops import DENSE_DEAD_SHARE, ActiveIndices, GradientMemory, LevelErrors, PreActivations, index_active
 from .untrusted import SAEError
 
 
-class Share(NamedTuple):
+class BatchContext(NamedTuple):
     """What one part of a batch (a micro-batch, or what one process has) must know of the whole batch.
 
     The active latents of its tokens (None: it selects by itself), as selected from the whole batch; the whole batch's
@@ -55,7 +55,7 @@ class Share(NamedTuple):
     level_errors: Tensor | None = None
 
 
-def of_whole(part: Tensor, whole: Tensor | None) -> Tensor:
+def straight_through(part: Tensor, whole: Tensor | None) -> Tensor:
     """The value of the whole batch with the gradient of this part; the part itself where there is no more."""
     return part if whole is None else part + (whole - part).detach()
 
@@ -73,7 +73,7 @@ class ObjectiveMixin:
     # Set by a trainer on the CPU, where fresh memory for gradients costs as much as the gradients.
     gradient_memory: GradientMemory | None = None
     # Set by a trainer whose processes each hold some of the latents: the others, and the first latent that is here.
-    ranks: Ranks = ALONE
+    ranks: ProcessGroup = SINGLE_PROCESS
     first_latent: int = 0
 
     def _flat(self, hidden_states: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class ObjectiveMixin:
         hidden_states: Tensor,
         k: float | None = None,
         variance: Tensor | float | None = None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> ActiveLatents | None:
         """What a training step on activations (N, hidden_size) will have active; None where that is too much for the
         sparse path, and each part of the batch may then select by itself.
@@ -133,14 +133,16 @@ class ObjectiveMixin:
         """
         x, (sizes, _) = self._flat(hidden_states), self._levels_of_step(prefix_sizes)
         if active is None:
-            return self._dense_errors(x, k, sizes, variance, Share())[0]
-        return self._sparse_errors(x, active, k, sizes, variance, Share())[0]
+            return self._dense_errors(x, k, sizes, variance, BatchContext())[0]
+        return self._sparse_errors(x, active, k, sizes, variance, BatchContext())[0]
 
     def _subtracted_bias(self) -> Tensor | None:
         """What is subtracted from activations before they are encoded."""
         return self.b_dec if self.config.apply_b_dec_to_input else None
 
-    def _select(self, x: Tensor, k: float, variance: Tensor | float, ranks: Ranks = ALONE) -> ActiveLatents | None:
+    def _select(
+        self, x: Tensor, k: float, variance: Tensor | float, ranks: ProcessGroup = SINGLE_PROCESS
+    ) -> ActiveLatents | None:
         """The places where latents of x (B, d) are active, or so nearly that their thresholds have a gradient, and the
         pre-activations there; None where these are too many for the sparse path.
         """
@@ -165,15 +167,15 @@ class ObjectiveMixin:
         k: float,
         sizes: Sequence[int],
         variance: Tensor | float,
-        share: Share,
+        batch: BatchContext,
     ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
         """Mean squared error of every level (G,), the whole reconstruction (B, d), what is active, and the sparsity
         penalty.
         """
-        places, memory = make_places(active, self.W_enc.shape[0]), self.gradient_memory
+        places, memory = index_active(active, self.W_enc.shape[0]), self.gradient_memory
         bias = self._subtracted_bias()
         pre = PreActivations.apply(x, self.W_enc, self.b_enc, bias, active.values, memory, *places)
-        values, sparsity_loss = self._activate(pre, places, x, k, variance, share)
+        values, sparsity_loss = self._activate(pre, places, x, k, variance, batch)
         detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
         errors, reconstruction = LevelErrors.apply(
             x, values, self.W_dec, self.b_dec, sizes_here, detach, memory, self.ranks, *places
@@ -186,7 +188,7 @@ class ObjectiveMixin:
         return errors, reconstruction, active, sparsity_loss
 
     def _activate(
-        self, pre: Tensor, places: Places, x: Tensor, k: float, variance: Tensor | float, share: Share
+        self, pre: Tensor, places: ActiveIndices, x: Tensor, k: float, variance: Tensor | float, batch: BatchContext
     ) -> tuple[Tensor, Tensor]:
         """Latent activations (n,) of pre-activations at some places, and the sparsity penalty, as
         `_select_for_loss`.
@@ -194,18 +196,18 @@ class ObjectiveMixin:
         if self.config.activation == "jumprelu":
             threshold = self.threshold.to(pre.dtype)[places.latents]
             values, active = JumpReLU.apply(pre, threshold, self._bandwidth(variance, x))
-            return values, self._l0_penalty(active.sum() / x.shape[0], k, share)
+            return values, self._l0_penalty(active.sum() / x.shape[0], k, batch)
         if self.config.activation == "relu":
             norms = self.W_dec.norm(dim=-1)[places.latents]
             total = sum_over((pre * norms).sum(), self.ranks)
             return pre, total / (x.shape[0] * self._scale(variance, x) * math.sqrt(x.shape[1]))
         return pre, pre.new_zeros(())
 
-    def _l0_penalty(self, l0: Tensor, k: float, share: Share) -> Tensor:
+    def _l0_penalty(self, l0: Tensor, k: float, batch: BatchContext) -> Tensor:
         """The penalty (scalar) on active latents per token; relative, so that its size does not depend on k (Gemma
         Scope 2 uses this form).
         """
-        return (of_whole(sum_over(l0, self.ranks), share.l0) / k - 1).pow(2)
+        return (straight_through(sum_over(l0, self.ranks), batch.l0) / k - 1).pow(2)
 
     def _scale(self, variance: Tensor | float, like: Tensor) -> Tensor:
         """Standard deviation of the activations per dimension."""
@@ -215,11 +217,11 @@ class ObjectiveMixin:
         return self.config.jumprelu_bandwidth * self._scale(variance, like)
 
     def _dense_errors(
-        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float, share: Share
+        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float, batch: BatchContext
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, latent activations (B, F), and the sparsity penalty."""
         pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
-        latents, sparsity_loss = self._select_for_loss(pre, variance, k, share)
+        latents, sparsity_loss = self._select_for_loss(pre, variance, k, batch)
         errors, reconstruction = [], x
         detach, width = self.config.detach_prefixes, latents.shape[1]
         sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
@@ -237,7 +239,7 @@ class ObjectiveMixin:
             return decode_dead(residual, pre_activations(x, W_enc, b_enc, bias), W_dec, k, self.ranks)
         encoded = (x if bias is None else x - bias).detach()
         active = select_largest_per_token(encoded, W_enc, b_enc, k, self.ranks)
-        places = make_places(active, dead.numel())
+        places = index_active(active, dead.numel())
         values = PreActivations.apply(x, W_enc, b_enc, bias, active.values, None, *places)
         nothing = torch.zeros_like(self.b_dec)
         errors, _ = LevelErrors.apply(
@@ -261,12 +263,14 @@ class ObjectiveMixin:
             return select_batch_topk(pre, k)
         return select_topk(pre, round(k))
 
-    def _select_for_loss(self, pre: Tensor, variance: Tensor | float, k: float, share: Share) -> tuple[Tensor, Tensor]:
+    def _select_for_loss(
+        self, pre: Tensor, variance: Tensor | float, k: float, batch: BatchContext
+    ) -> tuple[Tensor, Tensor]:
         """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
         if self.config.activation == "jumprelu":
             bandwidth = self._bandwidth(variance, pre)
             latents, active = JumpReLU.apply(pre, self.threshold.to(pre.dtype), bandwidth)
-            return latents, self._l0_penalty(active.sum(-1).mean(), k, share)
+            return latents, self._l0_penalty(active.sum(-1).mean(), k, batch)
         if self.config.activation == "relu":
             latents = torch.relu(pre)
             norms = self.W_dec.norm(dim=-1)

@@ -18,7 +18,7 @@ digit: every process counts how many of its own values reach each possible next 
 largest digit that k values reach is the right one. What travels is a few thousand counts, whatever the number of
 values. The same procedure serves one selection over a whole batch (a row) and one for each token (many rows).
 
-`Ranks` is what this needs of a group of processes; alone, each of its operations is the identity. The processes
+`ProcessGroup` is what this needs of a group of processes; alone, each of its operations is the identity. The processes
 themselves are the trainer's business (`hf_msae.training.collectives`), so that these files need none.
 """
 
@@ -32,7 +32,7 @@ WIDEST_DIGIT = 11
 NARROWEST_DIGIT = 3
 
 
-class Ranks:
+class ProcessGroup:
     """Processes that work on one batch or one dictionary together; as this class is, a process by itself.
 
     Every process of a group must call the same operations in the same order. `sum`, `minimum` and `maximum` may
@@ -63,7 +63,7 @@ class Ranks:
         return number
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -73,7 +73,7 @@ class SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx, tensor: Tensor, ranks: ProcessGroup) -> Tensor:
         return ranks.sum(tensor.clone())
 
     @staticmethod
@@ -81,13 +81,13 @@ class SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def sum_over(tensor: Tensor, ranks: Ranks) -> Tensor:
+def sum_over(tensor: Tensor, ranks: ProcessGroup) -> Tensor:
     """The sum of every process's part, with a gradient."""
     return tensor if ranks.size == 1 else SumOverRanks.apply(tensor, ranks)
 
 
 @torch.no_grad()
-def among_largest(values: Tensor, k: int, ranks: Ranks) -> Tensor:
+def among_largest(values: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
     """Which of the values (rows, n) are positive and among the k largest of their row over all processes, bool of the
     same shape; n may differ between processes.
 
@@ -111,7 +111,7 @@ def _keys(values: Tensor) -> Tensor:
     return torch.where(wide > 0, wide, 0).contiguous().view(integer)
 
 
-def _largest_reached(keys: Tensor, k: int, ranks: Ranks) -> Tensor:
+def _largest_reached(keys: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
     """The largest number that at least k of each row's keys (rows, n), over all processes, reach: (rows, 1)."""
     rows, num_keys = keys.shape
     bits = torch.iinfo(keys.dtype).bits - 1

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_triton_available
 
-from .selection import ALONE, Ranks, among_largest
+from .selection import SINGLE_PROCESS, ProcessGroup, among_largest
 
 # Numbers of a tile of pre-activations: on the CPU what stays in the caches until it is searched, on a GPU what fills
 # it. And the most tokens of a tile, so that it has latents enough for a product.
@@ -118,7 +118,9 @@ def tokens_at_once(num_latents: int, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, ranks: Ranks = ALONE) -> ActiveLatents:
+def select_largest(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, ranks: ProcessGroup = SINGLE_PROCESS
+) -> ActiveLatents:
     """The `count` largest positive pre-activations of activations x (B, d), from which b_dec is subtracted already.
 
     Equal to `torch.topk` of all pre-activations where no two are equal. With `ranks`, `count` is that of all processes
@@ -149,7 +151,7 @@ def select_largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, count: int, ranks: R
     return active
 
 
-def _largest_places(values: Tensor, count: int, ranks: Ranks) -> Tensor:
+def _largest_places(values: Tensor, count: int, ranks: ProcessGroup) -> Tensor:
     """Which of the values (n,) are among the `count` largest over all processes: places, in order, or a mask."""
     if ranks.size == 1:
         return values.topk(count, sorted=False).indices.sort().values
@@ -157,7 +159,9 @@ def _largest_places(values: Tensor, count: int, ranks: Ranks) -> Tensor:
 
 
 @torch.no_grad()
-def select_largest_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, ranks: Ranks = ALONE) -> ActiveLatents:
+def select_largest_per_token(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, ranks: ProcessGroup = SINGLE_PROCESS
+) -> ActiveLatents:
     """The k largest positive pre-activations of each token of x (B, d); with `ranks`, of the same tokens in every
     process and other latents in each.
     """

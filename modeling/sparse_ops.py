@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .selection import Ranks
+from .selection import ProcessGroup
 from .sparse_encoder import ActiveLatents, has_kernels
 
 # The auxiliary loss takes the dense path where a larger share of the dead latents is active: measured at width 768,
@@ -103,7 +103,7 @@ def _parameter_gradient(
     return out
 
 
-class Places(NamedTuple):
+class ActiveIndices(NamedTuple):
     """Where latents are active: `tokens` and `latents` (n,), ordered by token and then by latent; and for sums over
     each latent, `order` (n,), which sorts the places by latent, and `first` (F,), where each latent begins in that
     order.
@@ -115,18 +115,18 @@ class Places(NamedTuple):
     first: Tensor
 
 
-def make_places(active: ActiveLatents, num_latents: int) -> Places:
+def index_active(active: ActiveLatents, num_latents: int) -> ActiveIndices:
     """The places of active latents, with what sums over latents need."""
     order = active.latents.argsort(stable=True)
     every = torch.arange(num_latents, device=order.device)
-    return Places(active.tokens, active.latents, order, torch.searchsorted(active.latents[order], every))
+    return ActiveIndices(active.tokens, active.latents, order, torch.searchsorted(active.latents[order], every))
 
 
 class PreActivations(torch.autograd.Function):
     """The pre-activations (n,) at some places, given their values, with the gradients of the dense encoder.
 
     forward takes x (B, d), W_enc, b_enc, b_dec (None where it is not subtracted), the values, the memory for W_enc's
-    gradient or None, and the `Places`.
+    gradient or None, and the `ActiveIndices`.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ class LevelErrors(torch.autograd.Function):
 
     forward takes x (B, d), the latent activations, W_dec, b_dec, the nested sizes, whether a level's gradient stays in
     the group that it adds, the memory for W_dec's gradient or None, the processes that hold other latents of the same
-    dictionary, and the `Places`; it gives the errors, and the whole reconstruction (B, d), which takes no gradient.
+    dictionary, and the `ActiveIndices`; it gives the errors, and the whole reconstruction (B, d), which takes no gradient.
     With other latents elsewhere, their part of every group's sum is added, and nothing needs to be sent backward: all
     processes know every level's error, from which each has the gradients of its own latents.
     """
@@ -178,7 +178,7 @@ class LevelErrors(torch.autograd.Function):
         sizes: Sequence[int],
         detach: bool,
         memory: GradientMemory | None,
-        ranks: Ranks,
+        ranks: ProcessGroup,
         *places: Tensor,
     ) -> tuple[Tensor, Tensor]:
         tokens, latents, order, first = places

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_msae.modeling.selection import ALONE
+from hf_msae.modeling.selection import SINGLE_PROCESS
 
 import hf_msae
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -169,7 +169,7 @@ def windows(world: World) -> Any:
 
 
 def pieces(world: World) -> Any:
-    return torch.cat(list(row_pieces(world.x, ALONE)))
+    return torch.cat(list(row_pieces(world.x, SINGLE_PROCESS)))
 
 
 CASES: dict[str, Callable[[World], Any]] = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_msae.modeling.selection import ALONE, Ranks
+from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 
 # Numbers that travel together when gradients are summed: smaller ones are packed into one message of this size.
 PACK = 1 << 20
@@ -23,7 +23,7 @@ PACK = 1 << 20
 PIECE_BYTES = 1 << 28
 
 
-class ProcessRanks(Ranks):
+class ProcessRanks(ProcessGroup):
     """All processes of the run, by torch.distributed.
 
     Attributes:
@@ -85,12 +85,12 @@ class ProcessRanks(Ranks):
                 yield piece
 
 
-def ranks_of(accelerator: Accelerator) -> Ranks:
+def ranks_of(accelerator: Accelerator) -> ProcessGroup:
     """The processes of a run."""
-    return ProcessRanks(accelerator.device) if accelerator.num_processes > 1 else ALONE
+    return ProcessRanks(accelerator.device) if accelerator.num_processes > 1 else SINGLE_PROCESS
 
 
-def row_pieces(rows: Tensor, ranks: Ranks) -> Iterator[Tensor]:
+def row_pieces(rows: Tensor, ranks: ProcessGroup) -> Iterator[Tensor]:
     """`ProcessRanks.pieces`, also of a process by itself."""
     return ranks.pieces(rows) if isinstance(ranks, ProcessRanks) else iter(rows.split(_rows_per_piece(rows)))
 
@@ -101,7 +101,7 @@ def _rows_per_piece(rows: Tensor) -> int:
 
 
 @torch.no_grad()
-def sum_gradients(parameters: Iterable[Tensor], ranks: Ranks) -> None:
+def sum_gradients(parameters: Iterable[Tensor], ranks: ProcessGroup) -> None:
     """Replace each gradient by the sum over the processes: large ones where they lie, small ones in one message."""
     if ranks.size == 1:
         return
@@ -131,7 +131,7 @@ class OneWriter:
     leaving it, the others do what the main one asks for, until it leaves as well, be it by an error.
     """
 
-    def __init__(self, ranks: Ranks, jobs: Sequence[Callable[[Path | None], None]]) -> None:
+    def __init__(self, ranks: ProcessGroup, jobs: Sequence[Callable[[Path | None], None]]) -> None:
         self.ranks, self.jobs = ranks, jobs
 
     def run(self, number: int, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hf_msae.modeling.selection import Ranks
+from hf_msae.modeling.selection import ProcessGroup
 from hf_msae.training.collectives import row_pieces
 
 DTYPES = {
@@ -28,7 +28,7 @@ DTYPES = {
 
 
 def write_latent_file(
-    path: Path | None, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor], num_latents: int, ranks: Ranks
+    path: Path | None, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor], num_latents: int, ranks: ProcessGroup
 ) -> None:
     """Write a safetensors file; every process calls this at the same time, the first with a path.
 

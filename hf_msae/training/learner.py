@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.objective import Share
-from hf_msae.modeling.selection import ALONE, Ranks
+from hf_msae.modeling.objective import BatchContext
+from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.process_wide import no_transformers_bars
@@ -69,7 +69,7 @@ class _Seen:
         if output.level_losses.shape == levels.shape:  # not where other levels are drawn every step
             levels += weight * output.level_losses
 
-    def whole(self, ranks: Ranks) -> Sequence[Tensor]:
+    def whole(self, ranks: ProcessGroup) -> Sequence[Tensor]:
         """The same of all processes."""
         return ranks.sum(self.sums).split(self.sizes)
 
@@ -102,7 +102,7 @@ class Learner:
         if accelerator.device.type == "cpu":
             sae.gradient_memory = GradientMemory()
         # Who else has tokens of this batch. Where each process has some of the latents, every one has all tokens.
-        self.batch_ranks = ALONE if isinstance(sae, ShardedSAE) else ranks_of(accelerator)
+        self.batch_ranks = SINGLE_PROCESS if isinstance(sae, ShardedSAE) else ranks_of(accelerator)
         config, device = sae.config, accelerator.device
         self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
         self.dead_after = args.dead_after_tokens or self._default_dead_after()
@@ -223,10 +223,10 @@ class Learner:
         seen = _Seen(self.silent_tokens.shape[0], config.num_levels, device)
         parts = x.split(-(-x.shape[0] // self.args.gradient_accumulation_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-            shares = self._shares(x, parts, options)
-        for part, share in zip(parts, shares, strict=True):
+            contexts = self._batch_contexts(x, parts, options)
+        for part, context in zip(parts, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-                output = self.sae(part, share=share, **options)
+                output = self.sae(part, batch=context, **options)
             weight = part.shape[0] / (x.shape[0] * self.batch_ranks.size)
             (output.loss * weight).backward()
             seen.add(output, weight)
@@ -240,10 +240,10 @@ class Learner:
         self._drop_gradients()
         self._after_step(seen, x.shape[0] * self.batch_ranks.size, step)
 
-    def _shares(self, x: Tensor, parts: Sequence[Tensor], options: Mapping[str, Any]) -> list[Share]:
+    def _batch_contexts(self, x: Tensor, parts: Sequence[Tensor], options: Mapping[str, Any]) -> list[BatchContext]:
         """What each micro-batch must know of the step's whole batch, of all processes."""
         if len(parts) == 1 and self.batch_ranks.size == 1:
-            return [Share()]
+            return [BatchContext()]
         config, k, variance = self.sae.config, options["k"], options["variance"]
         active = self.sae.select(x, k, variance, self.batch_ranks)
         own: list[ActiveLatents | None] = [None] * len(parts)
@@ -258,7 +258,7 @@ class Learner:
             errors = [self.sae.level_errors(*pair, k, options["prefix_sizes"], variance) for pair in pairs]
             mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
             level_errors = self.batch_ranks.sum(mean) / self.batch_ranks.size
-        return [Share(active, l0, level_errors) for active in own]
+        return [BatchContext(active, l0, level_errors) for active in own]
 
     def _drop_gradients(self) -> None:
         if self.sae.gradient_memory is not None:

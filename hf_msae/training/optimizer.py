@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from hf_msae.modeling.selection import ALONE, Ranks
+from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 
 # Numbers of a tensor that go through the step together: on the CPU what fits the caches with its gradient and moments.
 CPU_CHUNK = 1 << 19
@@ -36,7 +36,7 @@ class DictionaryAdam(torch.optim.Adam):
         groups: Iterable[dict[str, Any]],
         unit_rows: Tensor,
         max_grad_norm: float,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
         shared: Sequence[Tensor] = (),
         **options: Any,
     ) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.dense_ops import decode_levels
-from hf_msae.modeling.selection import ALONE, Ranks, among_largest
+from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup, among_largest
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.training.latent_files import read_latent_file, write_latent_file
 
@@ -46,7 +46,7 @@ class ShardedSAE(MatryoshkaSAE):
     Raises `ValueError` where there are more processes than latents.
     """
 
-    def __init__(self, config: MatryoshkaSAEConfig, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, config: MatryoshkaSAEConfig, ranks: ProcessGroup, device: torch.device) -> None:
         if config.num_latents < ranks.size:
             raise InputError(
                 f"shard_latents gives each process some latents, but there are {ranks.size} processes and "
@@ -106,7 +106,9 @@ class ShardedSAE(MatryoshkaSAE):
             self.b_dec.grad += self.ranks.sum(self._bias_here.grad)
         self._bias_here = None
 
-    def _select(self, x: Tensor, k: float, variance: Tensor | float, ranks: Ranks = ALONE) -> ActiveLatents | None:
+    def _select(
+        self, x: Tensor, k: float, variance: Tensor | float, ranks: ProcessGroup = SINGLE_PROCESS
+    ) -> ActiveLatents | None:
         """As in the whole, of these latents; the processes must agree on the path that they take."""
         active = super()._select(x, k, variance)
         if self.config.activation in ("batch_topk", "topk"):

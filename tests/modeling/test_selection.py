@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hf_msae.modeling import selection
-from hf_msae.modeling.selection import ALONE, Ranks, among_largest, sum_over
+from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup, among_largest, sum_over
 from hf_msae.modeling.sparse_encoder import select_largest, select_largest_per_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from torch import Tensor
 properties = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-class ThreadRanks(Ranks):
+class ThreadRanks(ProcessGroup):
     """One of several threads; every operation waits for all."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[Any]) -> None:
@@ -43,7 +43,7 @@ class ThreadRanks(Ranks):
         return sum(self._all(number))
 
 
-def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
+def together(size: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
     """What `work` gives to each of so many threads."""
     barrier, table = threading.Barrier(size, timeout=HANG_SECONDS), [None] * size
     results: list[Any] = [None] * size
@@ -94,8 +94,10 @@ def test_exactly_the_k_largest_positive_of_each_row(rows, widths, k, dtype, coun
 def test_extreme_values_have_their_place():
     tiny, inf = torch.finfo(torch.float32).tiny, float("inf")
     values = torch.tensor([[0.0, -1.0, tiny, inf, float("nan"), 1.0, -inf, 3e38]])
-    assert among_largest(values, 2, ALONE).tolist() == [[False, False, False, True, False, False, False, True]]
-    assert among_largest(values, 9, ALONE).tolist() == [[False, False, True, True, False, True, False, True]]
+    assert among_largest(values, 2, SINGLE_PROCESS).tolist() == [
+        [False, False, False, True, False, False, False, True]
+    ]
+    assert among_largest(values, 9, SINGLE_PROCESS).tolist() == [[False, False, True, True, False, True, False, True]]
 
 
 @given(size=st.integers(2, 4), k=st.integers(1, 6), loud=st.sampled_from([1.0, 50.0]), seed=st.integers(0, 500))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_msae.modeling.selection import ALONE
+from hf_msae.modeling.selection import SINGLE_PROCESS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -120,7 +120,7 @@ def test_messages_of_any_size_carry_the_same(folder, tmp_path, shard_latents):
 
 
 def test_more_processes_than_latents_are_refused():
-    class Three(type(ALONE)):
+    class Three(type(SINGLE_PROCESS)):
         size = 3
 
     config = MatryoshkaSAEConfig(hidden_size=4, num_latents=2, k=1)
@@ -147,7 +147,7 @@ def test_many_blocks_of_rows_are_drawn_as_one(monkeypatch):
 def test_files_are_what_safetensors_writes_and_reads(tmp_path):
     rows = {"W": torch.randn(7, 3), "count": torch.arange(7), "half": torch.randn(7, 2).bfloat16()}
     shared = {"b_dec": torch.randn(7)}
-    write_latent_file(tmp_path / "ours", rows, shared, 7, ALONE)
+    write_latent_file(tmp_path / "ours", rows, shared, 7, SINGLE_PROCESS)
     save_file(rows | shared, tmp_path / "theirs")
     ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
@@ -159,4 +159,4 @@ def test_files_are_what_safetensors_writes_and_reads(tmp_path):
 
 def test_a_file_that_cannot_be_written_says_why():
     with pytest.raises(OSError, match="No space left"):
-        write_latent_file(Path("/dev/full"), {"W": torch.zeros(1 << 16, 8)}, {}, 1 << 16, ALONE)
+        write_latent_file(Path("/dev/full"), {"W": torch.zeros(1 << 16, 8)}, {}, 1 << 16, SINGLE_PROCESS)
