@@ -351,10 +351,12 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             hub["subfolder"] = inside(hub["subfolder"])
         config = kwargs.pop("config", None)
         if cls.formats_module is not None and config is None:
-            foreign = cls._imported(cls.formats_module).read_if_foreign(source, kwargs.get("prefix_sizes"), **hub)
-            if foreign is not None:
+            converted = cls._imported(cls.formats_module).read_library_checkpoint(
+                source, kwargs.get("prefix_sizes"), **hub
+            )
+            if converted is not None:
                 kwargs.pop("prefix_sizes", None)
-                config, state = foreign
+                config, state = converted
                 return (config, state) if prefix is None else (config.truncated(prefix), truncate_state(state, prefix))
         # Remote code's configuration may be of another copy of these files than its model is.
         if not isinstance(config, PreTrainedConfig):

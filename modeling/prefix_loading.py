@@ -43,7 +43,7 @@ from torch import Tensor
 from transformers.utils import cached_file, logging
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
-from .ranged_files import Place, RemoteFile, damaged, read_places
+from .ranged_files import RemoteFile, TensorSpan, damaged, read_spans
 from .untrusted import PER_LATENT, SAEError, SAENotFoundError, check_shapes, inside, read_json, shown, weight_shapes
 
 logger = logging.get_logger(__name__)
@@ -78,46 +78,40 @@ def read_state(
         files = _local_files(Path(source) / inside(hub.get("subfolder") or ""), shapes)
     else:
         files = _hub_files(_Repo.find(str(source), **hub), shapes, None if prefix == config.num_latents else prefix)
-    found = {path: _local_places(path) for path in files}
-    rows = {place.name: _whole_shape(path, place, prefix, shapes) for path in files for place in found[path]}
+    found = {path: _local_spans(path) for path in files}
+    rows = {span.name: _whole_shape(path, span, prefix, shapes) for path in files for span in found[path]}
     check_shapes(rows, shapes, str(files[0] if len(files) == 1 else files[0].parent))
     if len(rows) < sum(map(len, found.values())):
         raise SAEError(f"Several of the files {', '.join(map(str, files))} hold the same tensor; save the SAE again.")
     return dict(chain.from_iterable(_read_file(path, prefix).items() for path in files))
 
 
-def _local_places(path: Path) -> list[Place]:
+def _local_spans(path: Path) -> list[TensorSpan]:
     with open(path, "rb") as content:
 
         def read(start: int, stop: int) -> bytes:
             content.seek(start)
             return content.read(stop - start)
 
-        return read_places(read, path.stat().st_size, str(path))
+        return read_spans(read, path.stat().st_size, str(path))
 
 
 def _whole_shape(
-    path: Path, place: Place, prefix: int | None, shapes: Mapping[str, tuple[int, ...]]
+    path: Path, span: TensorSpan, prefix: int | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...]:
     """The shape of a tensor in the whole checkpoint: a file of first rows has fewer."""
-    whole = shapes.get(place.name, ())
-    if (
-        prefix is None
-        or not path.name.startswith(KEPT)
-        or place.name not in PER_LATENT
-        or not place.shape
-        or not whole
-    ):
-        return place.shape
-    return (whole[0], *place.shape[1:]) if prefix <= place.shape[0] <= whole[0] else place.shape
+    whole = shapes.get(span.name, ())
+    if prefix is None or not path.name.startswith(KEPT) or span.name not in PER_LATENT or not span.shape or not whole:
+        return span.shape
+    return (whole[0], *span.shape[1:]) if prefix <= span.shape[0] <= whole[0] else span.shape
 
 
-def _first_rows(place: Place, prefix: int) -> Place:
+def _first_rows(span: TensorSpan, prefix: int) -> TensorSpan:
     """The part of a tensor that the first `prefix` latents need."""
-    if place.name not in PER_LATENT:
-        return place
-    stop = place.start + place.size // place.shape[0] * prefix
-    return place._replace(shape=(prefix, *place.shape[1:]), stop=stop)
+    if span.name not in PER_LATENT:
+        return span
+    stop = span.start + span.size // span.shape[0] * prefix
+    return span._replace(shape=(prefix, *span.shape[1:]), stop=stop)
 
 
 def _read_file(path: Path, prefix: int | None) -> dict[str, Tensor]:
@@ -134,8 +128,8 @@ def _read_file(path: Path, prefix: int | None) -> dict[str, Tensor]:
 def _shards(index: Path, where: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The files that an index names, each beside it. Raises `ValueError` for an index of anything but an SAE."""
     try:
-        places = dict(read_json(index, where)["weight_map"])
-        names = sorted({str(name) for name in places.values()})
+        files = dict(read_json(index, where)["weight_map"])
+        names = sorted({str(name) for name in files.values()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"it cannot be read ({error})"
         raise SAEError(f"{where} is no index of safetensors files: {problem}. Save or upload it again.") from error
@@ -144,7 +138,7 @@ def _shards(index: Path, where: str, shapes: Mapping[str, tuple[int, ...]]) -> l
         raise SAEError(
             f"{where} names other files than safetensors beside it ({shown(astray)[1:-1]}), so none of them is read."
         )
-    check_shapes({name: shapes.get(name, ()) for name in places}, shapes, where)
+    check_shapes({name: shapes.get(name, ()) for name in files}, shapes, where)
     return names
 
 
@@ -296,16 +290,16 @@ def _fetch_prefix(
     repo: _Repo, remote: RemoteFile, name: str, shapes: Mapping[str, tuple[int, ...]], prefix: int
 ) -> Path:
     """Download the first `prefix` rows to the cache, or the whole file where they are all of it."""
-    places = remote.read_places()
-    check_shapes({place.name: place.shape for place in places}, shapes, remote.where, whole=False)
-    wanted = [_first_rows(place, prefix) for place in places]
-    if wanted == places:
+    spans = remote.read_spans()
+    check_shapes({span.name: span.shape for span in spans}, shapes, remote.where, whole=False)
+    wanted = [_first_rows(span, prefix) for span in spans]
+    if wanted == spans:
         return repo.download(name)
     path = repo.prefixes / remote.etag / f"{KEPT}{prefix}.safetensors"
     remote.save(wanted, path)
     logger.warning(
         "Read %.1f MB of the %.1f MB of %s: the first %s of %s latents.",
-        sum(place.size for place in wanted) / 1e6,
+        sum(span.size for span in wanted) / 1e6,
         remote.size / 1e6,
         remote.where,
         f"{prefix:,}",

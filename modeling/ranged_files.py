@@ -52,7 +52,7 @@ ITEM_BYTES = {
 }
 
 
-class Place(NamedTuple):
+class TensorSpan(NamedTuple):
     """Where a tensor lies in a safetensors file: its bytes are from `start` to `stop` of the file."""
 
     name: str
@@ -74,7 +74,7 @@ def damaged(where: str, problem: str) -> SAEError:
     )
 
 
-def read_places(read: Callable[[int, int], bytes], size: int, where: str) -> list[Place]:
+def read_spans(read: Callable[[int, int], bytes], size: int, where: str) -> list[TensorSpan]:
     """The tensors of a safetensors file of `size` bytes, in the order of the file; `read(start, stop)` gives bytes.
 
     Raises `ValueError` where the header is damaged, or its tensors are not the rest of the file, one after the other.
@@ -86,27 +86,27 @@ def read_places(read: Callable[[int, int], bytes], size: int, where: str) -> lis
         raise damaged(where, f"its first 8 bytes announce a header up to byte {end:,}, and it has {size:,} bytes")
     try:
         header = parse_json(read(8, end), "its header")
-        places = [_place(name, entry, end) for name, entry in header.items() if name != "__metadata__"]
+        spans = [_span(name, entry, end) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise damaged(where, f"its header cannot be read ({error})") from error
-    described = max((place.stop for place in places), default=end)
+    described = max((span.stop for span in spans), default=end)
     if described != size:
         raise damaged(where, f"its header describes {described:,} bytes, and it has {size:,}")
-    places.sort(key=lambda place: (place.start, place.stop))
-    for place, start in zip(places, [end, *(place.stop for place in places)], strict=False):
-        if place.start != start:
-            raise damaged(where, f"{place.name} begins at byte {place.start:,} and not where the one before ends")
-    return places
+    spans.sort(key=lambda span: (span.start, span.stop))
+    for span, start in zip(spans, [end, *(span.stop for span in spans)], strict=False):
+        if span.start != start:
+            raise damaged(where, f"{span.name} begins at byte {span.start:,} and not where the one before ends")
+    return spans
 
 
-def _place(name: str, entry: Any, data_start: int) -> Place:
+def _span(name: str, entry: Any, data_start: int) -> TensorSpan:
     start, stop = entry["data_offsets"]
     shape, dtype = tuple(entry["shape"]), entry["dtype"]
     if dtype not in ITEM_BYTES or any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
         raise SAEError(f"{name} is said to be {dtype} of shape {shape} from {start} to {stop}")
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise SAEError(f"{name}, {dtype} of shape {shape}, does not take the bytes from {start} to {stop}")
-    return Place(name, dtype, shape, data_start + start, data_start + stop)
+    return TensorSpan(name, dtype, shape, data_start + start, data_start + stop)
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,20 @@ class RemoteFile:
             )
         return response.content
 
-    def read_places(self) -> list[Place]:
-        """As `read_places`, mostly by one request."""
+    def read_spans(self) -> list[TensorSpan]:
+        """As `read_spans`, mostly by one request."""
         head = self.read(0, min(FIRST_READ, self.size))
 
         def read(start: int, stop: int) -> bytes:
             return head[start:stop] if stop <= len(head) else self.read(start, stop)
 
-        return read_places(read, self.size, self.where)
+        return read_spans(read, self.size, self.where)
 
-    def save(self, places: Sequence[Place], path: Path) -> None:
+    def save(self, spans: Sequence[TensorSpan], path: Path) -> None:
         """Write a safetensors file of these tensors, or parts of tensors; a failure leaves nothing."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name, dtype, shape, start, stop in places:
+        for name, dtype, shape, start, stop in spans:
             offsets = [offset, offset := offset + stop - start]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         encoded = json.dumps(header).encode()
@@ -195,9 +195,9 @@ class RemoteFile:
         try:
             with open(draft, "wb") as file, tqdm(total=offset, unit="B", unit_scale=True, desc=path.name) as progress:
                 file.write(len(encoded).to_bytes(8, "little") + encoded)
-                for place in places:
-                    for start in range(place.start, place.stop, CHUNK):
-                        progress.update(file.write(self.read(start, min(start + CHUNK, place.stop))))
+                for span in spans:
+                    for start in range(span.start, span.stop, CHUNK):
+                        progress.update(file.write(self.read(start, min(start + CHUNK, span.stop))))
             with safe_open(draft, framework="pt"):
                 """Opening checks that shapes and sizes agree."""
             os.replace(draft, path)

@@ -74,34 +74,38 @@ class SharingMixin:
         `prefix_sizes` only where the files do not record the nesting. `hub` takes `subfolder`, `revision`, `token`,
         `cache_dir`, `local_files_only`. Raises `ValueError` for what has no equal here (gated, layer-normed, ...).
         """
-        return cls._imported(cls.formats_module).load_foreign(cls, source, "saelens", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "saelens", prefix_sizes, **hub)
 
     @classmethod
     def from_dictionary_learning(
         cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
     ) -> Any:
         """A dictionary_learning trainer folder (`ae.pt`, `config.json`); arguments as in `from_saelens`."""
-        return cls._imported(cls.formats_module).load_foreign(cls, source, "dictionary_learning", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_library_checkpoint(
+            cls, source, "dictionary_learning", prefix_sizes, **hub
+        )
 
     @classmethod
     def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
         """A sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`); arguments as in `from_saelens`."""
-        return cls._imported(cls.formats_module).load_foreign(cls, source, "sparsify", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "sparsify", prefix_sizes, **hub)
 
     @classmethod
     def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
         """A Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2); arguments as in
         `from_saelens`.
         """
-        return cls._imported(cls.formats_module).load_foreign(cls, source, "gemma_scope", prefix_sizes, **hub)
+        return cls._imported(cls.formats_module).load_library_checkpoint(
+            cls, source, "gemma_scope", prefix_sizes, **hub
+        )
 
     def to_saelens(self, folder: str | Path) -> None:
         """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads, into a new or empty folder."""
-        self._imported(self.formats_module).write_foreign(self, folder, "saelens")
+        self._imported(self.formats_module).write_library_checkpoint(self, folder, "saelens")
 
     def to_sparsify(self, folder: str | Path) -> None:
         """Write sparsify's form, which `sparsify.SparseCoder.load_from_disk` reads."""
-        self._imported(self.formats_module).write_foreign(self, folder, "sparsify")
+        self._imported(self.formats_module).write_library_checkpoint(self, folder, "sparsify")
 
     def to_saebench(self, prefix: int | None = None) -> Any:
         """An object that SAEBench's evaluations take, of the first `prefix` latents."""

@@ -163,9 +163,9 @@ class LevelErrors(torch.autograd.Function):
 
     forward takes x (B, d), the latent activations, W_dec, b_dec, the nested sizes, whether a level's gradient stays in
     the group that it adds, the memory for W_dec's gradient or None, the processes that hold other latents of the same
-    dictionary, and the `ActiveIndices`; it gives the errors, and the whole reconstruction (B, d), which takes no gradient.
-    With other latents elsewhere, their part of every group's sum is added, and nothing needs to be sent backward: all
-    processes know every level's error, from which each has the gradients of its own latents.
+    dictionary, and the `ActiveIndices`; it gives the errors, and the whole reconstruction (B, d), which takes no
+    gradient. With other latents elsewhere, their part of every group's sum is added, and nothing needs to be sent
+    backward: all processes know every level's error, from which each has the gradients of its own latents.
     """
 
     @staticmethod

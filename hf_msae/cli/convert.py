@@ -15,7 +15,14 @@ from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect
 from hf_msae.evaluation.completing import complete
-from hf_msae.formats.conversion import FORMATS, WRITABLE, load_foreign, locate, recognise, write_foreign
+from hf_msae.formats.conversion import (
+    FORMATS,
+    WRITABLE,
+    load_library_checkpoint,
+    locate,
+    recognise,
+    write_library_checkpoint,
+)
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
@@ -83,7 +90,7 @@ def run(arguments: list[str]) -> None:
         with atomic_folder(destination) as draft:
             sae.save_pretrained(draft)
     else:
-        write_foreign(sae, destination, args.to)
+        write_library_checkpoint(sae, destination, args.to)
     config = sae.config
     Console(highlight=False).print(
         f"{config.num_latents:,} latents of width {config.hidden_size}, prefixes "
@@ -97,7 +104,7 @@ def _load(args: ConvertArguments) -> MatryoshkaSAE:
     sizes = args.prefix_sizes or None
     hub = {"subfolder": args.subfolder, "revision": args.revision}
     if args.format is not None or (args.measure and recognise(locate(args.src, **hub)) is not None):
-        sae = load_foreign(MatryoshkaSAE, args.src, args.format, sizes, calibrating=args.measure, **hub)
+        sae = load_library_checkpoint(MatryoshkaSAE, args.src, args.format, sizes, calibrating=args.measure, **hub)
         return sae if args.prefix is None else sae.truncate(args.prefix)
     options = {} if sizes is None else {"prefix_sizes": sizes}
     return MatryoshkaSAE.from_pretrained(args.src, prefix=args.prefix, **hub, **options)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_msae.formats.common import (
+    ConvertedCheckpoint,
     Files,
-    Foreign,
     FormatError,
     check_tensors,
     chosen_prefix_sizes,
@@ -50,7 +50,7 @@ def recognises(files: Files) -> bool:
     return holds(files, WEIGHTS)
 
 
-def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read a checkpoint folder.
 
     Raises `FormatError` for the JumpReLU class, for `input_unit_norm`, tied weights and activations other than relu,
@@ -95,7 +95,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         "context_length": config.get("seq_len"),
     }
     uncalibrated = activation == "batch_topk" and "threshold" not in state
-    return Foreign(LIBRARY, arguments, state, notes, uncalibrated)
+    return ConvertedCheckpoint(LIBRARY, arguments, state, notes, uncalibrated)
 
 
 def _literals(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What every format shares: where a checkpoint's files are, and what is read from them.
 
-A format's reader sees a `Files`, so that a folder and a repo of the Hub are one thing to it, and gives a `Foreign`:
-the values of a configuration, tensors in our orientation, and what a user should know about the conversion.
+A format's reader sees a `Files`, so that a folder and a repo of the Hub are one thing to it, and gives a
+`ConvertedCheckpoint`: the values of a configuration, tensors in our orientation, and what a user should know about the
+conversion.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def _names_below(root: Path) -> tuple[str, ...]:
 
 
 @dataclass
-class Foreign:
+class ConvertedCheckpoint:
     """A checkpoint of another library in our terms.
 
     `config` are arguments of `MatryoshkaSAEConfig`. `state` holds W_enc and W_dec (num_latents, hidden_size), b_enc

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
-from hf_msae.formats.common import Files, Foreign, FormatError
+from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError
 from hf_msae.formats.naming import describe_absence, describe_name, first_few
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
@@ -61,7 +61,7 @@ def locate(source: str | Path, subfolder: str | None = None, **hub: Any) -> File
     return Files(source, subfolder=subfolder, chosen="/".join(place.parts[-depth:]), **hub)
 
 
-def load_foreign(
+def load_library_checkpoint(
     cls: type[MatryoshkaSAE],
     source: str | Path,
     name: str | None,
@@ -88,7 +88,7 @@ def load_foreign(
     return model
 
 
-def read_if_foreign(
+def read_library_checkpoint(
     source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
 ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]] | None:
     """Configuration and state of another library's checkpoint; None for one of ours.
@@ -114,7 +114,7 @@ def read_if_foreign(
     return _read(name, files, prefix_sizes)
 
 
-def write_foreign(sae: MatryoshkaSAE, folder: str | Path, name: str) -> None:
+def write_library_checkpoint(sae: MatryoshkaSAE, folder: str | Path, name: str) -> None:
     """Write what the loader of the library `name` reads; raises `FormatError` for what it cannot express."""
     if name not in WRITABLE:
         raise FormatError(f"SAEs can be written for {' and '.join(WRITABLE)}, not for {name!r}.")
@@ -126,18 +126,18 @@ def _read(
 ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]]:
     module = _format(name)
     _refuse_other_file(module, name, files)
-    foreign: Foreign = module.read(files, prefix_sizes)
-    if foreign.uncalibrated and not calibrating:
+    converted: ConvertedCheckpoint = module.read(files, prefix_sizes)
+    if converted.uncalibrated and not calibrating:
         raise FormatError(
-            f"{files} is a batch TopK SAE without a threshold: {foreign.library} keeps the largest activations of a "
+            f"{files} is a batch TopK SAE without a threshold: {converted.library} keeps the largest activations of a "
             "whole batch, so that no token has latents of its own. Give it a threshold, set on text: `hf-msae convert "
             f"{files} FOLDER --measure --model MODEL --dataset TEXT`, and load FOLDER."
         )
-    for note in foreign.notes:
+    for note in converted.notes:
         logger.warning("%s: %s", files, note)
-    config = MatryoshkaSAEConfig(**foreign.config, converted_from=foreign.library)
+    config = MatryoshkaSAEConfig(**converted.config, converted_from=converted.library)
     zeros = {key: torch.zeros(config.num_latents) for key in ("threshold", "max_activation", "firing_rate")}
-    return config, zeros | foreign.state
+    return config, zeros | converted.state
 
 
 def _refuse_other_file(module: ModuleType, name: str, files: Files) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hf_msae.formats.common import (
+    ConvertedCheckpoint,
     Files,
-    Foreign,
     FormatError,
     check_tensors,
     chosen_prefix_sizes,
@@ -89,7 +89,7 @@ def _weights(files: Files) -> list[str]:
     return [name for name in files.names if any(PurePosixPath(name).match(pattern) for pattern in FILES)]
 
 
-def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read a trainer folder, one of its checkpoints, or a backup of one that was still training.
 
     Raises `FormatError` for gated SAEs, for pickles with code in them, and where configuration and tensors disagree.
@@ -133,7 +133,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         )
     if kind_name == "AutoEncoder":
         state = _normalise_decoder(state, notes)
-    return Foreign(LIBRARY, arguments, state, notes, uncalibrated=batch_topk and "threshold" not in weights)
+    return ConvertedCheckpoint(
+        LIBRARY, arguments, state, notes, uncalibrated=batch_topk and "threshold" not in weights
+    )
 
 
 def _refuse_choice(files: Files) -> None:

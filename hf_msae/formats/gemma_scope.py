@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_msae.formats.common import (
+    ConvertedCheckpoint,
     Files,
-    Foreign,
     FormatError,
     check_tensors,
     complete_state,
@@ -66,7 +66,7 @@ def recognises(files: Files) -> bool:
     return holds(files, WEIGHTS_1) or holds(files, WEIGHTS_2)
 
 
-def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read one SAE's folder of either release.
 
     Raises `FormatError` for transcoders and crosscoders, and for a folder that holds many SAEs.
@@ -95,7 +95,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         "prepend_bos": True,
         "context_length": CONTEXT_LENGTH,
     }
-    return Foreign(LIBRARY, arguments, state, notes)
+    return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
 
 
 def _place(files: Files) -> str:

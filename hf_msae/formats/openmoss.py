@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hf_msae.formats.common import (
+    ConvertedCheckpoint,
     Files,
-    Foreign,
     FormatError,
     check_tensors,
     complete_state,
@@ -58,7 +58,7 @@ def recognises(files: Files) -> bool:
     return any(weights) and {"d_model", "act_fn"} <= peek_json(files, CONFIG).keys()
 
 
-def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read an SAE of either layout.
 
     Raises `FormatError` for transcoders, Lorsa, CLT, GLU encoders, for scaling that depends on the token or batch, for
@@ -100,7 +100,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         "site": _site(config["hook_point_in"], base_model, notes),
     }
     # Of batch TopK this library stores no threshold: it takes the largest of whatever batch it is given.
-    return Foreign(LIBRARY, arguments, state, notes, activation == "batch_topk")
+    return ConvertedCheckpoint(LIBRARY, arguments, state, notes, activation == "batch_topk")
 
 
 def _refuse_kinds(files: Files, config: Mapping[str, Any], weights_name: str) -> None:

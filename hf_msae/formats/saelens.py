@@ -25,8 +25,8 @@ from torch import Tensor
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.formats.common import (
+    ConvertedCheckpoint,
     Files,
-    Foreign,
     FormatError,
     check_tensors,
     chosen_prefix_sizes,
@@ -90,7 +90,7 @@ def recognises(files: Files) -> bool:
     return not configs.isdisjoint(weights) or "d_sae" in peek_json(files, CONFIG)
 
 
-def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """The checkpoint in our terms.
 
     `prefix_sizes` where the nesting is not recorded: an inference form of a Matryoshka SAE written before SAELens kept
@@ -104,7 +104,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
     state = complete_state(files, _state(files, settings))
     notes = fold(files, settings, state)
     config = _shape(files, settings, state, prefix_sizes, notes) | origin(settings["metadata"], notes)
-    return Foreign(LIBRARY, config, state, notes)
+    return ConvertedCheckpoint(LIBRARY, config, state, notes)
 
 
 def write(sae: MatryoshkaSAE, folder: str | Path) -> None:

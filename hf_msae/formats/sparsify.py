@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import InputError
 from hf_msae.formats.common import (
+    ConvertedCheckpoint,
     Files,
-    Foreign,
     FormatError,
     check_tensors,
     chosen_prefix_sizes,
@@ -53,7 +53,7 @@ def recognises(files: Files) -> bool:
     return holds(files, WEIGHTS) and holds(files, CONFIG)
 
 
-def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
+def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read the folder of one hookpoint.
 
     Raises `FormatError` for transcoders, skip connections, GroupMax and signed SAEs, for a folder with many
@@ -88,7 +88,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> Foreign:
         "context_length": run.get("ctx_len"),
         "site": _site(files, notes),
     }
-    return Foreign(LIBRARY, arguments, state, notes)
+    return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
 
 
 def _refuse_kinds(files: Files, cfg: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from hf_msae.hub.card_parts import seal
+from hf_msae.hub.card_parts import fingerprint_parts
 from hf_msae.hub.curves import NAME as CURVES_NAME
 from hf_msae.hub.index import SAEEntry
 from hf_msae.metrics import LevelMetrics, Measurement, table_rows
@@ -88,7 +88,7 @@ def render_model_card(facts: CardFacts) -> str:
         entries=facts.others,
         source=facts.source,
     )
-    return seal(_metadata(facts), body)
+    return fingerprint_parts(_metadata(facts), body)
 
 
 def render_collection_card(entries: Sequence[SAEEntry], source: str) -> str:
@@ -102,12 +102,12 @@ def render_collection_card(entries: Sequence[SAEEntry], source: str) -> str:
         base_model=ids[0] if len(ids) == 1 else ids or None,
         base_model_relation="adapter" if ids else None,
     )
-    return seal(data.to_dict(), _render(COLLECTION_TEMPLATE, entries=entries, names=names, source=source))
+    return fingerprint_parts(data.to_dict(), _render(COLLECTION_TEMPLATE, entries=entries, names=names, source=source))
 
 
 def render_collection_part(entries: Sequence[SAEEntry], source: str) -> str:
     """Only the part of a card that lists SAEs in folders, to update the card of an SAE at the root."""
-    return seal({}, _render(PART_TEMPLATE, entries=entries, source=source))
+    return fingerprint_parts({}, _render(PART_TEMPLATE, entries=entries, source=source))
 
 
 def write_model_card(

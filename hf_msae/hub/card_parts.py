@@ -40,10 +40,10 @@ def _value_fingerprint(value: Any) -> str:
     return fingerprint(json.dumps(value, sort_keys=True, default=str))
 
 
-def seal(metadata: Mapping[str, Any], body: str) -> str:
+def fingerprint_parts(metadata: Mapping[str, Any], body: str) -> str:
     """A new card: metadata, and a body whose generated parts and metadata get their fingerprints."""
-    sealed = PART.sub(lambda part: _part(part["name"], part["body"]), body)
-    return _join(dict(metadata), _record({key: _value_fingerprint(metadata[key]) for key in metadata}) + "\n" + sealed)
+    body = PART.sub(lambda part: _part(part["name"], part["body"]), body)
+    return _join(dict(metadata), _record({key: _value_fingerprint(metadata[key]) for key in metadata}) + "\n" + body)
 
 
 def _part(name: str, body: str) -> str:
@@ -79,7 +79,7 @@ def has_marks(card: str) -> bool:
 
 
 def merge_cards(existing: str, fresh: str) -> str:
-    """The existing card with what nobody edited brought up to date from a fresh one, as `seal` gives it.
+    """The existing card with what nobody edited brought up to date from a fresh one, as `fingerprint_parts` gives it.
 
     A card without any mark of ours is somebody's own and stays as it is; one that has no text yet, as the Hub's
     website makes them, keeps its metadata and gets ours and the text. A `fresh` without metadata leaves the metadata

@@ -140,7 +140,7 @@ def find_entries(source: str | Path, **hub: Any) -> list[SAEEntry]:
     """The same, and none where there is none. `hub` are the other arguments of `list_saes`."""
     if Path(source).is_dir():
         return _entries_of_folder(Path(source))
-    with told_in_words(source, hub.get("revision")):
+    with explained_refusals(source, hub.get("revision")):
         try:
             index = hf_hub_download(str(source), INDEX_NAME, **hub)
         except EntryNotFoundError:
@@ -198,7 +198,7 @@ def describe_contents(source: str | Path, **hub: Any) -> str:
 
 
 @contextmanager
-def told_in_words(source: str | Path, revision: str | None) -> Iterator[None]:
+def explained_refusals(source: str | Path, revision: str | None) -> Iterator[None]:
     """Turns the Hub's refusals to read into `NoSAEError`s that say what to do."""
     try:
         yield

@@ -47,7 +47,7 @@ class PublishError(InputError):
 
 
 @dataclass(frozen=True)
-class Place:
+class PushTarget:
     """Where a push goes."""
 
     api: HfApi
@@ -82,7 +82,7 @@ def push(
         result = read_result(Path(draft), beside=origin if origin is not None and origin.is_dir() else None)
         if result.config.converted_from and origin is not None and not origin.exists():
             result = replace(result, origin=str(origin))
-        results = {_clean(subfolder): result}
+        results = {_checked_subfolder(subfolder): result}
         return _push(api, repo_id, results, {}, private, revision, create_pr, commit_message)
 
 
@@ -103,7 +103,7 @@ def push_folder(
     Raises `PublishError` as `push` does, and `NoSAEError` where the folder holds no SAE.
     """
     api = _checked_api(repo_id, token)
-    folder, at = Path(folder), _clean(subfolder)
+    folder, at = Path(folder), _checked_subfolder(subfolder)
     if not folder.is_dir():
         raise PublishError(f"There is no folder {folder} to push.")
     found = {"/".join(filter(None, (at, name))): read_result(path) for name, path in grid_folders(folder).items()}
@@ -122,16 +122,16 @@ def prepare_repo(repo_id: str, private: bool | None = None, token: str | bool | 
     api = _checked_api(repo_id, token)
 
     def attempt() -> str:
-        place = _prepared(api, repo_id, private, None, create_pr=False)
+        target = _prepare(api, repo_id, private, None, create_pr=False)
         # Of a repo that is there, the Hub does not tell a token that only reads that it may not have made it.
         account = api.whoami()
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         owners = {account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))}
-        if role == "read" or place.repo_id.split("/")[0] not in owners:
-            raise PublishError(_may_not_write(place.repo_id, f"It is {account['name']}'s, with the role {role!r}."))
-        return place.repo_id
+        if role == "read" or target.repo_id.split("/")[0] not in owners:
+            raise PublishError(_may_not_write(target.repo_id, f"It is {account['name']}'s, with the role {role!r}."))
+        return target.repo_id
 
-    return _tried(api, repo_id, None, attempt)
+    return _with_retries(api, repo_id, None, attempt)
 
 
 # Checks
@@ -149,7 +149,7 @@ def _checked_api(repo_id: str, token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="hf_msae")
 
 
-def _clean(subfolder: str | None) -> str:
+def _checked_subfolder(subfolder: str | None) -> str:
     try:
         cleaned = inside(subfolder or "")
     except ValueError as error:
@@ -179,13 +179,13 @@ def _push(
     weights = _additions(results, shared)
 
     def attempt() -> str:
-        place = _prepared(api, repo_id, private, revision, create_pr)
-        return _commit(place, results, weights, message)
+        target = _prepare(api, repo_id, private, revision, create_pr)
+        return _commit(target, results, weights, message)
 
-    return _tried(api, repo_id, revision, attempt)
+    return _with_retries(api, repo_id, revision, attempt)
 
 
-def _tried(api: HfApi, repo_id: str, revision: str | None, attempt: Callable[[], str]) -> str:
+def _with_retries(api: HfApi, repo_id: str, revision: str | None, attempt: Callable[[], str]) -> str:
     """The result of `attempt`, which is made again after errors that pass by themselves; others are told in words."""
     for number in range(ATTEMPTS):
         try:
@@ -206,7 +206,7 @@ def _tried(api: HfApi, repo_id: str, revision: str | None, attempt: Callable[[],
     raise AssertionError("the last attempt returns or raises")
 
 
-def _prepared(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> Place:
+def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> PushTarget:
     """The repo, made if it is not there, and the branch."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
@@ -216,22 +216,24 @@ def _prepared(api: HfApi, repo_id: str, private: bool | None, revision: str | No
         )
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return Place(api, repo_id, revision, create_pr)
+    return PushTarget(api, repo_id, revision, create_pr)
 
 
-def _commit(place: Place, results: Mapping[str, Result], weights: Sequence[CommitOperationAdd], message: str) -> str:
+def _commit(
+    target: PushTarget, results: Mapping[str, Result], weights: Sequence[CommitOperationAdd], message: str
+) -> str:
     """One commit on the repo as it is now."""
-    api, repo_id = place.api, place.repo_id
-    info = api.model_info(repo_id, revision=place.revision)
+    api, repo_id = target.api, target.repo_id
+    info = api.model_info(repo_id, revision=target.revision)
     there = {file.rfilename for file in info.siblings or ()}
     before = find_entries(repo_id, revision=info.sha, token=api.token) if _has_saes(there) else []
     before = [entry for entry in before if _path(entry.subfolder, CONFIG_NAME) in there]
-    _refuse_mixture(place, results, before, there, info.sha)
+    _refuse_mixture(target, results, before, there, info.sha)
     entries = [entry for entry in before if entry.subfolder not in results]
     entries += [make_entry(subfolder, result.config) for subfolder, result in results.items()]
     texts = {
-        path: _merged(place, path, text, local, there, info.sha)
-        for path, (text, local) in _cards(place.repo_id, results, entries).items()
+        path: _merged(target, path, text, local, there, info.sha)
+        for path, (text, local) in _cards(target.repo_id, results, entries).items()
     }
     if any(entry.subfolder for entry in entries):
         texts[INDEX_NAME] = format_index(entries)
@@ -242,8 +244,8 @@ def _commit(place: Place, results: Mapping[str, Result], weights: Sequence[Commi
         repo_id,
         [*weights, *generated, *map(CommitOperationDelete, stale)],
         commit_message=message,
-        revision=place.revision,
-        create_pr=place.create_pr,
+        revision=target.revision,
+        create_pr=target.create_pr,
         parent_commit=info.sha,
     )
     return commit.pr_url or commit.commit_url
@@ -258,22 +260,22 @@ def _path(subfolder: str, name: str) -> str:
 
 
 def _refuse_mixture(
-    place: Place, results: Mapping[str, Result], before: Sequence[SAEEntry], there: set[str], sha: str | None
+    target: PushTarget, results: Mapping[str, Result], before: Sequence[SAEEntry], there: set[str], sha: str | None
 ) -> None:
     """Raises `PublishError` where a push would overwrite another kind of model, or mix up a collection's root."""
     known = {entry.subfolder for entry in before}
     for subfolder in results.keys() - known:
         path = _path(subfolder, CONFIG_NAME)
         if path in there:
-            found = model_type(Path(place.api.hf_hub_download(place.repo_id, path, revision=sha)))
+            found = model_type(Path(target.api.hf_hub_download(target.repo_id, path, revision=sha)))
             if found != MatryoshkaSAEConfig.model_type:
                 raise PublishError(
-                    f"{path} in {place.repo_id} is that of another model (model_type {found!r}), which the push would "
-                    "overwrite. Give another repo, or a subfolder."
+                    f"{path} in {target.repo_id} is that of another model (model_type {found!r}), which the push "
+                    "would overwrite. Give another repo, or a subfolder."
                 )
     if "" in results and known - {""} and "" not in known:
         raise PublishError(
-            f"{place.repo_id} holds SAEs in folders ({', '.join(sorted(known))}); give a subfolder for this one, too."
+            f"{target.repo_id} holds SAEs in folders ({', '.join(sorted(known))}); give a subfolder for this one, too."
         )
 
 
@@ -320,18 +322,20 @@ def _cards(
     return cards
 
 
-def _merged(place: Place, path: str, fresh: str, local: str | None, there: set[str], sha: str | None) -> str | None:
+def _merged(
+    target: PushTarget, path: str, fresh: str, local: str | None, there: set[str], sha: str | None
+) -> str | None:
     """A card with what people wrote into the one on the Hub, or else into the one on this machine; None where the one
     on the Hub needs no change.
     """
     if path not in there:
         return fresh if local is None else merge_cards(local, fresh)
-    existing = Path(place.api.hf_hub_download(place.repo_id, path, revision=sha)).read_bytes().decode()
+    existing = Path(target.api.hf_hub_download(target.repo_id, path, revision=sha)).read_bytes().decode()
     merged = merge_cards(existing, fresh)
     if merged != existing:
         return merged
     if not has_marks(existing):
-        logger.warning("%s of %s was written by somebody and has no marks of ours, so it stays.", path, place.repo_id)
+        logger.warning("%s of %s was written by somebody and has no marks of ours, so it stays.", path, target.repo_id)
     return None
 
 

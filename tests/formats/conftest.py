@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
-from hf_msae.formats.conversion import load_foreign
+from hf_msae.formats.conversion import load_library_checkpoint
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 
 
 @pytest.fixture(scope="session")
-def foreign_checkpoints() -> Path:
+def library_checkpoints() -> Path:
     """The folder of checkpoints written by other libraries' own code, beside the checkout."""
     if not FIXTURES.is_dir():
         pytest.skip("needs the folder ../shared/fixtures beside the checkout (checkpoints that other libraries wrote)")
@@ -25,7 +25,7 @@ def foreign_checkpoints() -> Path:
 @pytest.fixture
 def imported() -> Callable[..., MatryoshkaSAE]:
     """Imports a checkpoint: `imported(folder, library, prefix_sizes=None, **more)`."""
-    return lambda source, library, prefix_sizes=None, **more: load_foreign(
+    return lambda source, library, prefix_sizes=None, **more: load_library_checkpoint(
         MatryoshkaSAE, source, library, prefix_sizes, **more
     )
 

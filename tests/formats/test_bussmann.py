@@ -75,9 +75,9 @@ def test_the_strings_of_the_configuration_are_read(save, imported):
     ],
 )
 def test_sites(save, lm, place, site):
-    foreign = bussmann.read(Files(save(**place)))
-    assert foreign.config["site"] == site
-    assert any("set config.site" in note for note in foreign.notes) == (site is None)
+    converted = bussmann.read(Files(save(**place)))
+    assert converted.config["site"] == site
+    assert any("set config.site" in note for note in converted.notes) == (site is None)
     if site is not None:
         assert str(resolve_site(lm, site)).startswith("model.layers.1")
 
@@ -96,9 +96,9 @@ def test_notes_say_what_a_reader_must_know(save):
 @pytest.mark.parametrize("groups", [[5, 15, 20], [3, 4], None])
 @pytest.mark.parametrize("kind", ["batch-topk", "topk", "vanilla"])
 def test_the_class_is_what_sae_type_says_whatever_group_sizes_the_configuration_holds(save, groups, kind):
-    foreign = bussmann.read(Files(save(sae_type=kind, group_sizes=groups)))
-    assert foreign.config["prefix_sizes"] == [40]
-    assert foreign.config["activation"] == {"batch-topk": "batch_topk", "topk": "topk", "vanilla": "relu"}[kind]
+    converted = bussmann.read(Files(save(sae_type=kind, group_sizes=groups)))
+    assert converted.config["prefix_sizes"] == [40]
+    assert converted.config["activation"] == {"batch-topk": "batch_topk", "topk": "topk", "vanilla": "relu"}[kind]
 
 
 def test_unrecorded_groups_are_asked_for_and_taken(save):

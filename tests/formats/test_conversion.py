@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.formats.common import Files, FormatError
-from hf_msae.formats.conversion import FORMATS, recognise, write_foreign
+from hf_msae.formats.conversion import FORMATS, recognise, write_library_checkpoint
 
 FIXTURES = {
     "saelens_matryoshka_inference": ("saelens", [64, 128, 256, 512, 1024]),
@@ -145,7 +145,7 @@ def test_another_librarys_loader_is_refused_by_name(tmp_path):
     with pytest.raises(FormatError, match=r"is no SAELens checkpoint: it holds .*config\.json"):
         MatryoshkaSAE.from_saelens(tmp_path)
     with pytest.raises(FormatError, match="can be written for saelens and sparsify"):
-        write_foreign(make_sae(), tmp_path / "x", "openmoss")
+        write_library_checkpoint(make_sae(), tmp_path / "x", "openmoss")
 
 
 @pytest.mark.parametrize("name", ["saelens_matryoshka_inference", "sparsify_topk/layers.2"])

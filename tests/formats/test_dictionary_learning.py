@@ -72,8 +72,8 @@ def matryoshka(weights, threshold=0.4):
     return plain(weights, k=torch.tensor(4, dtype=torch.int), threshold=torch.tensor(threshold), group_sizes=GROUPS)
 
 
-def test_the_real_checkpoint_gives_its_own_outputs(foreign_checkpoints, imported, reproduces):
-    folder = foreign_checkpoints / "dictionary_learning_matryoshka"
+def test_the_real_checkpoint_gives_its_own_outputs(library_checkpoints, imported, reproduces):
+    folder = library_checkpoints / "dictionary_learning_matryoshka"
     sae = imported(folder, "dictionary_learning")
     reproduces(sae, folder / "expected.safetensors")
     assert sae.config.prefix_sizes == [64, 128, 256, 512, 1024]
@@ -84,8 +84,8 @@ def test_the_real_checkpoint_gives_its_own_outputs(foreign_checkpoints, imported
     assert sae.config.site is None
 
 
-def test_the_real_checkpoints_prefixes_are_its_first_latents(foreign_checkpoints, imported):
-    folder = foreign_checkpoints / "dictionary_learning_matryoshka"
+def test_the_real_checkpoints_prefixes_are_its_first_latents(library_checkpoints, imported):
+    folder = library_checkpoints / "dictionary_learning_matryoshka"
     sae = imported(folder, "dictionary_learning")
     weights = torch.load(folder / "ae.pt", weights_only=True)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
@@ -202,9 +202,9 @@ class TestLayoutsBuiltByHand:
 def test_sites(save, random_weights, submodule, io, site):
     state = linear(random_weights(), k=torch.tensor(6), threshold=torch.tensor(0.1))
     trainer = {"dict_class": "BatchTopKSAE", "submodule_name": submodule}
-    foreign = dictionary_learning.read(Files(save(state, trainer, {"io": io})))
-    assert foreign.config["site"] == site
-    assert any("set config.site" in note for note in foreign.notes) == (site is None)
+    converted = dictionary_learning.read(Files(save(state, trainer, {"io": io})))
+    assert converted.config["site"] == site
+    assert any("set config.site" in note for note in converted.notes) == (site is None)
 
 
 class TestRefusals:

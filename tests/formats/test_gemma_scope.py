@@ -106,10 +106,10 @@ class TestFirst:
         assert (sae.config.base_model, sae.config.site) == ("google/gemma-2-2b", "layers.1:output")
 
     def test_nothing_is_invented_for_a_folder_of_another_name(self, save_first):
-        foreign = gemma_scope.read(Files(save_first("mine")))
-        assert (foreign.config["base_model"], foreign.config["site"], foreign.config["k"]) == (None, None, 32)
-        assert any("set config.base_model and config.site" in note for note in foreign.notes)
-        assert any("placeholder" in note for note in foreign.notes)
+        converted = gemma_scope.read(Files(save_first("mine")))
+        assert (converted.config["base_model"], converted.config["site"], converted.config["k"]) == (None, None, 32)
+        assert any("set config.base_model and config.site" in note for note in converted.notes)
+        assert any("placeholder" in note for note in converted.notes)
 
     def test_nesting_is_said_to_be_unrecorded_unless_given(self, save_first):
         files = Files(save_first())
@@ -137,9 +137,9 @@ class TestFirst:
 
     def test_where_no_folder_says_which_layer_there_is_no_site(self, save_first):
         """Nor does one above the repo's."""
-        foreign = gemma_scope.read(Files(save_first("layer_3/gemma-scope-2b-pt-res/other/width_4k/average_l0_6")))
-        assert foreign.config["site"] is None
-        assert any("No folder says which layer" in note for note in foreign.notes)
+        converted = gemma_scope.read(Files(save_first("layer_3/gemma-scope-2b-pt-res/other/width_4k/average_l0_6")))
+        assert converted.config["site"] is None
+        assert any("No folder says which layer" in note for note in converted.notes)
 
 
 class TestSecond:

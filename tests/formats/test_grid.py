@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
 from hf_msae.formats.common import FormatError
-from hf_msae.formats.conversion import load_foreign
+from hf_msae.formats.conversion import load_library_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 D, F, K, AVERAGE = 12, 40, 6, 9.0
@@ -118,7 +118,7 @@ def test_dictionary_learning(tmp_path: Path, name: str, dtype: torch.dtype, form
     torch.save(content, tmp_path / "ae.pt")
     trainer = {"dict_class": name, "activation_dim": D, "dict_size": F, "lm_name": "gpt2"}
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
-    check(load_foreign(MatryoshkaSAE, tmp_path, None), x, latents, reconstruction)
+    check(load_library_checkpoint(MatryoshkaSAE, tmp_path, None), x, latents, reconstruction)
 
 
 # The original Matryoshka code
@@ -148,7 +148,7 @@ def test_bussmann(tmp_path: Path, kind: str, dtype: torch.dtype, form: str) -> N
         "hook_point": HOOK,
     }
     (tmp_path / "config.json").write_text(json.dumps({key: str(value) for key, value in config.items()}))
-    sae = load_foreign(MatryoshkaSAE, tmp_path, None)
+    sae = load_library_checkpoint(MatryoshkaSAE, tmp_path, None)
     assert sae.config.prefix_sizes == ([5, 20, 40] if "matryoshka" in kind else [40])
     check(sae, w["x"], acts, acts @ w["W_dec"] + w["b_dec"])
 
@@ -181,8 +181,8 @@ def test_openmoss(tmp_path: Path, act_fn: str, dtype: torch.dtype, by_norm: bool
         acts = top(acts * norms) / norms
     if act_fn == "batchtopk":
         with pytest.raises(FormatError, match="without a threshold"):
-            load_foreign(MatryoshkaSAE, tmp_path, None)
-        sae = load_foreign(MatryoshkaSAE, tmp_path, None, calibrating=True).double().eval()
+            load_library_checkpoint(MatryoshkaSAE, tmp_path, None)
+        sae = load_library_checkpoint(MatryoshkaSAE, tmp_path, None, calibrating=True).double().eval()
         sae.calibrate_threshold([w["x"]])
         kept = top((acts * norms).flatten(), K * len(w["x"])).view_as(acts)
         with torch.no_grad():
@@ -192,7 +192,7 @@ def test_openmoss(tmp_path: Path, act_fn: str, dtype: torch.dtype, by_norm: bool
         return
     units = norms if by_norm and act_fn == "topk" else 1
     check(
-        load_foreign(MatryoshkaSAE, tmp_path, None),
+        load_library_checkpoint(MatryoshkaSAE, tmp_path, None),
         w["x"],
         acts * units / scale,
         (acts @ w["W_dec"] + w["b_dec"]) / scale,
@@ -241,7 +241,7 @@ def test_saelens(tmp_path: Path, kind: str, dtype: torch.dtype, norm: str, subtr
         config["matryoshka_widths"] = [5, 20, 40]
     config["metadata"] = {"sae_lens_version": "6.54.0", "hook_name": HOOK}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    sae = load_foreign(MatryoshkaSAE, tmp_path, None)
+    sae = load_library_checkpoint(MatryoshkaSAE, tmp_path, None)
     check(sae, w["x"], acts, back(acts @ w["W_dec"] + w["b_dec"]))
 
 
@@ -258,7 +258,7 @@ def test_sparsify(tmp_path: Path, dtype: torch.dtype, form: str) -> None:
     save_file(wrapped(stored(tensors, dtype), form), folder / "sae.safetensors")
     (folder / "cfg.json").write_text(json.dumps({"k": K, "num_latents": F, "d_in": D}))
     acts = top((w["x"] - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
-    check(load_foreign(MatryoshkaSAE, folder, None), w["x"], acts, acts @ w["W_dec"] + w["b_dec"])
+    check(load_library_checkpoint(MatryoshkaSAE, folder, None), w["x"], acts, acts @ w["W_dec"] + w["b_dec"])
 
 
 @pytest.mark.parametrize("release", [1, 2])
@@ -280,7 +280,12 @@ def test_gemma_scope(tmp_path: Path, place: str, dtype: torch.dtype, release: in
     acts = (w["x"] @ w["W_enc"] + w["b_enc"]).relu()
     acts = acts * (acts > w["threshold"])
     scale = math.sqrt(D) if place == "embedding" else 1.0
-    check(load_foreign(MatryoshkaSAE, folder, None), w["x"] * scale, acts, (acts @ w["W_dec"] + w["b_dec"]) * scale)
+    check(
+        load_library_checkpoint(MatryoshkaSAE, folder, None),
+        w["x"] * scale,
+        acts,
+        (acts @ w["W_dec"] + w["b_dec"]) * scale,
+    )
 
 
 # Numbers that are none
@@ -294,7 +299,7 @@ def test_numbers_that_are_none_are_refused_by_name_and_place(tmp_path: Path, nam
     torch.save(tensors, tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "JumpReluAutoEncoder"}}))
     with pytest.raises(FormatError, match=rf"{name} of .* holds {value} at \[.*\] \(1 of [\d,]+ numbers"):
-        load_foreign(MatryoshkaSAE, tmp_path, None)
+        load_library_checkpoint(MatryoshkaSAE, tmp_path, None)
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
@@ -303,4 +308,4 @@ def test_integers_are_refused_by_name(tmp_path: Path, name: str) -> None:
     torch.save(tensors | {name: tensors[name].long()}, tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "JumpReluAutoEncoder"}}))
     with pytest.raises(FormatError, match=f"{name} of .* is torch.int64; weights should be floating-point"):
-        load_foreign(MatryoshkaSAE, tmp_path, None)
+        load_library_checkpoint(MatryoshkaSAE, tmp_path, None)

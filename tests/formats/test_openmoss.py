@@ -167,10 +167,10 @@ class TestPresentLayout:
         agrees(sae, w["x"], *scaled(w, lambda pre, norms: pre > w["threshold"].double()))
 
     def test_site(self, save, lm):
-        foreign = openmoss.read(Files(save()))
-        assert str(resolve_site(lm, foreign.config["site"])) == "model.layers.1:output"
-        assert foreign.config["base_model"] is None
-        assert any("set config.base_model" in note for note in foreign.notes)
+        converted = openmoss.read(Files(save()))
+        assert str(resolve_site(lm, converted.config["site"])) == "model.layers.1:output"
+        assert converted.config["base_model"] is None
+        assert any("set config.base_model" in note for note in converted.notes)
 
 
 class TestLlamaScope:

@@ -104,9 +104,9 @@ def assert_computes(
         ("saelens_matryoshka_training", [32, 128, 512]),
     ],
 )
-def test_fixtures_give_the_library_s_own_numbers(foreign_checkpoints: Path, name: str, sizes: list[int]) -> None:
-    expected = load_file(foreign_checkpoints / name / "expected.safetensors")
-    sae = load(foreign_checkpoints / name)
+def test_fixtures_give_the_library_s_own_numbers(library_checkpoints: Path, name: str, sizes: list[int]) -> None:
+    expected = load_file(library_checkpoints / name / "expected.safetensors")
+    sae = load(library_checkpoints / name)
     latents = sae.encode(expected["x"])
     torch.testing.assert_close(latents, expected["latents"], **TOLERANCE)
     assert torch.equal(latents > 0, expected["latents"] > 0)
@@ -252,9 +252,9 @@ def test_old_topk(tmp_path: Path) -> None:
 def test_old_jumprelu_without_training_details_is_one_level_unless_told(tmp_path: Path) -> None:
     tensors, x = random_tensors(threshold=thresholds()), x_of()
     folder = build(tmp_path, old(architecture="jumprelu", sae_lens_training_version="3.1.0"), tensors)
-    foreign = saelens.read(Files(folder))
-    assert foreign.config["prefix_sizes"] == [F]
-    assert any("prefix_sizes" in note for note in foreign.notes)
+    converted = saelens.read(Files(folder))
+    assert converted.config["prefix_sizes"] == [F]
+    assert any("prefix_sizes" in note for note in converted.notes)
     sae = load(folder, [10])
     latents = above(pre_of(x, tensors), thresholds().double())
     assert_computes(sae, x, latents, latents @ tensors["W_dec"].double() + tensors["b_dec"])

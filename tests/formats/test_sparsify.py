@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.formats import sparsify
 from hf_msae.formats.common import Files, FormatError
-from hf_msae.formats.conversion import load_foreign
+from hf_msae.formats.conversion import load_library_checkpoint
 from hf_msae.sites import resolve_site
 
 CFG = {
@@ -59,8 +59,8 @@ def random_sae(seed=0, **config):
     return sae
 
 
-def test_the_real_checkpoint_gives_its_own_outputs(foreign_checkpoints, imported, reproduces):
-    run = foreign_checkpoints / "sparsify_topk"
+def test_the_real_checkpoint_gives_its_own_outputs(library_checkpoints, imported, reproduces):
+    run = library_checkpoints / "sparsify_topk"
     sae = imported(run / "layers.2", "sparsify")
     reproduces(sae, run / "expected.safetensors")
     assert (sae.config.activation, sae.config.inference, sae.config.k) == ("topk", "topk", 8)
@@ -87,8 +87,8 @@ def test_the_documented_layout_gives_the_formulas_values(save, random_weights, i
 )
 def test_forms_of_the_configuration(save, cfg):
     """num_latents may be derived, multi_topk only changes training, old files have `signed`, others unknown keys."""
-    foreign = sparsify.read(Files(save(**cfg)))
-    assert (foreign.config["num_latents"], foreign.config["hidden_size"], foreign.config["k"]) == (40, 12, 6)
+    converted = sparsify.read(Files(save(**cfg)))
+    assert (converted.config["num_latents"], converted.config["hidden_size"], converted.config["k"]) == (40, 12, 6)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_forms_of_the_configuration(save, cfg):
     ],
 )
 def test_the_site_is_the_folders_name(save, folder, site):
-    foreign = sparsify.read(Files(save(folder)))
-    assert foreign.config["site"] == site
-    assert any("set config.site" in note for note in foreign.notes) == (site is None)
+    converted = sparsify.read(Files(save(folder)))
+    assert converted.config["site"] == site
+    assert any("set config.site" in note for note in converted.notes) == (site is None)
 
 
 def test_the_site_is_found_in_a_model(save, lm):
-    foreign = sparsify.read(Files(save("layers.1.mlp")))
-    assert str(resolve_site(lm, foreign.config["site"])) == "model.layers.1.mlp:output"
+    converted = sparsify.read(Files(save("layers.1.mlp")))
+    assert str(resolve_site(lm, converted.config["site"])) == "model.layers.1.mlp:output"
 
 
 @pytest.mark.parametrize("hookpoint", ["layers.2", "layers.2/seed3"])
@@ -225,7 +225,7 @@ class TestExport:
         )
         folder = tmp_path_factory.mktemp("export") / "layers.0"
         sparsify.write(sae, folder)
-        back = load_foreign(MatryoshkaSAE, folder, "sparsify")
+        back = load_library_checkpoint(MatryoshkaSAE, folder, "sparsify")
         x = torch.randn(7, hidden_size, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             torch.testing.assert_close(back.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)

@@ -22,7 +22,7 @@ from hf_msae.hub.card import (
     render_model_card,
     write_model_card,
 )
-from hf_msae.hub.card_parts import CardError, fingerprint, merge_cards, seal, split_card
+from hf_msae.hub.card_parts import CardError, fingerprint, fingerprint_parts, merge_cards, split_card
 from hf_msae.hub.index import make_entry
 from hf_msae.metrics import LevelMetrics, Measurement
 from hf_msae.sites import replace, resolve_site
@@ -504,7 +504,10 @@ def test_any_text_around_the_parts_survives_any_number_of_pushes(
     body = (
         "<!-- hf_msae:begin x -->\none\n<!-- hf_msae:end x -->@<!-- hf_msae:begin y -->\ntwo\n<!-- hf_msae:end y -->"
     )
-    old, new = seal({"a": 1}, body), seal({"a": 2}, body.replace("one", "three").replace("two", "four"))
+    old, new = (
+        fingerprint_parts({"a": 1}, body),
+        fingerprint_parts({"a": 2}, body.replace("one", "three").replace("two", "four")),
+    )
     head, rest = old.split("<!-- hf_msae:begin x", 1)
     theirs = head + before + "<!-- hf_msae:begin x" + rest.replace("@", between) + after
     kept = ["one", "two"][which]

@@ -116,7 +116,7 @@ class TestEqualsTheTruncatedWhole:
         }
         save_file(state, folder / "model.safetensors")
         content = (folder / "model.safetensors").read_bytes()
-        places = ranged.read_places(lambda start, stop: content[start:stop], len(content), "file")
+        places = ranged.read_spans(lambda start, stop: content[start:stop], len(content), "file")
         for place in places:
             part = loading._first_rows(place, prefix)
             rows = torch.frombuffer(bytearray(content[part.start : part.stop]), dtype=torch.float32).view(part.shape)
