@@ -26,7 +26,7 @@ from hf_msae.formats.conversion import (
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
-from hf_msae.training.preparation import window_length
+from hf_msae.training.loaders import window_length
 
 DESCRIPTION = f"""\
 Convert SRC, a folder or a Hub repo, into the folder DEST. SRC is a checkpoint of {", ".join(FORMATS[:-1])} or

@@ -38,7 +38,7 @@ from hf_msae.modeling.untrusted import read_json
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
-from hf_msae.training.preparation import window_length
+from hf_msae.training.loaders import window_length
 
 DESCRIPTION = """\
 Measure an SAE at every prefix: reconstruction and what is left of the language model, geometry, and, on text whose

@@ -23,9 +23,9 @@ from hf_msae.metrics import Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.training.launching import check_trackers
-from hf_msae.training.results import check_output_dir
-from hf_msae.training.warm_start import read_initial_config, wider_prefix_sizes
+from hf_msae.training.outputs import check_output_dir
+from hf_msae.training.preparation import read_initial_config, wider_prefix_sizes
+from hf_msae.training.run import check_trackers
 
 # Fields of SAEArguments that are fields of the configuration, as they are.
 PLAIN_FIELDS = (

@@ -32,7 +32,13 @@ from hf_msae.training.checkpoints import read_tensors, write_tensors
 from hf_msae.training.collectives import ranks_of, sum_gradients
 from hf_msae.training.latent_files import read_latent_file, write_latent_file
 from hf_msae.training.optimizer import DictionaryAdam
-from hf_msae.training.schedules import annealed_k, default_learning_rate, learning_rate_factor, sample_prefix_sizes
+from hf_msae.training.schedules import (
+    Length,
+    annealed_k,
+    default_learning_rate,
+    learning_rate_factor,
+    sample_prefix_sizes,
+)
 from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
@@ -382,3 +388,26 @@ class Learner:
         self._log_sums = state["log"]["sums"].to(device)
         self._log_levels = state["log"]["levels"].to(device)
         self._log_steps = state["log"]["steps"]
+
+
+def make_learners(
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    args: SAETrainingArguments,
+    length: Length,
+    accelerator: Accelerator,
+) -> list[Learner]:
+    """A learner for each SAE, on this process's device: of all its latents, or of some where they are sharded."""
+    learners = []
+    for name, sae in saes.items():
+        model = _rows_here(sae, args, accelerator) if args.shard_latents else sae.to(accelerator.device)
+        learners.append(Learner(name, model, sites[name], args, length.first, accelerator))
+        learners[-1].extensions = length.extensions
+    return learners
+
+
+def _rows_here(sae: MatryoshkaSAE, args: SAETrainingArguments, accelerator: Accelerator) -> ShardedSAE:
+    part = ShardedSAE(sae.config, ranks_of(accelerator), accelerator.device)
+    if args.init_from is not None:
+        part.take_rows(sae)
+    return part

@@ -27,9 +27,9 @@ from hf_msae.modeling.modeling_matryoshka_sae import MEASURED_COPIES
 from hf_msae.modeling.sparse_encoder import tile_shape, tokens_at_once
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
-from hf_msae.training.feeds import CacheFeed, Feed
 from hf_msae.training.held_out import HeldOut
 from hf_msae.training.learner import Learner
+from hf_msae.training.loaders import CacheFeed, Feed
 
 logger = logging.getLogger(__name__)
 

@@ -1,35 +1,34 @@
-"""What a run checks and opens before it begins: names, sites, window length, data, number of steps.
+"""The SAEs of a run before its first step: their names, their sites, and the weights that they begin with.
 
-All that can be wrong with the arguments comes out here, before long work.
+All that can be wrong with them comes out here, before long work.
+
+A run may begin with the weights of an SAE that exists: to fine-tune it, or to give it another width. What the weights
+compute is kept. Decoder rows are brought to norm 1, as the optimizer wants them, and the encoder's rows take the
+factor, which changes no reconstruction. A wider SAE is cut to its first latents, which is what its prefix computes; a
+narrower one gets new latents behind its own, with fresh directions and a small encoder, so that they hardly fire at
+first and every level that there was stays what it was.
 """
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_msae.data import CachedActivations, Documents, as_documents
 from hf_msae.errors import InputError
 from hf_msae.hub import STORIES
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
-from hf_msae.training.arguments import SAETrainingArguments
-from hf_msae.training.collectives import ranks_of
-from hf_msae.training.feeds import CacheFeed, Feed, TextFeed
-from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
-from hf_msae.training.learner import Learner
-from hf_msae.training.resuming import Length
-from hf_msae.training.sharded import ShardedSAE
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT_LENGTH = 512
+# Encoder rows of new latents as a share of the decoder rows.
+NEW_ENCODER_SCALE = 0.1
+# The norm below which a decoder row has no direction.
+MIN_NORM = 1e-8
 
 
 def named_saes(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, MatryoshkaSAE]) -> dict[str, MatryoshkaSAE]:
@@ -86,137 +85,90 @@ def from_anywhere(name: str | None) -> str | None:
     return os.path.abspath(name) if is_folder and name else name
 
 
-def window_length(model: PreTrainedModel, args: SAETrainingArguments) -> int:
-    """Tokens per window; refuses more than the model's positions."""
-    config = model.config.get_text_config().to_dict()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limit = next((config[name] for name in names if config.get(name)), None)
-    if limit is not None:
-        limit -= _unused_positions(model)
-    if args.context_length is None:
-        return min(DEFAULT_CONTEXT_LENGTH, limit or DEFAULT_CONTEXT_LENGTH)
-    if limit is not None and args.context_length > limit:
-        raise InputError(
-            f"context_length={args.context_length} is more than the {limit} positions of "
-            f"{model.config.name_or_path or 'the model'}."
-        )
-    return args.context_length
+class WarmStartError(InputError):
+    """An SAE that cannot be the beginning of the one asked for."""
 
 
-def _unused_positions(model: PreTrainedModel) -> int:
-    """Rows of the embedding of positions that no token gets: RoBERTa and its kin count from behind the padding's."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, torch.nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
+def read_initial_config(source: str) -> MatryoshkaSAEConfig:
+    """The configuration of a folder or a Hub repo, of any library's format that can be read.
 
-
-def runs_together(model: PreTrainedModel, world_size: int) -> bool:
-    """Whether the model is one tensor-parallel copy that all processes run, on the same tokens. Raises `ValueError`
-    where only some of them do.
+    Raises `WarmStartError` where there is none.
     """
-    parts = model.tp_size or 1
-    if parts not in (1, world_size):
-        raise InputError(
-            f"The language model is split over {parts} processes, and the run has {world_size}. Tensor parallel "
-            "models must be split over all processes of the run."
-        )
-    return parts > 1
+    return _read(source).config
 
 
-def open_data(
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    saes: Mapping[str, MatryoshkaSAE],
-    sites: Sequence[Site],
-    args: SAETrainingArguments,
-    train_dataset: Any,
-    eval_dataset: Any,
-    rank: int,
-    world_size: int,
-) -> tuple[HeldOut, Feed, Documents | None]:
-    """What is held out, what is trained on, and its documents where it has any; the windows' form is written into the
-    SAEs' configurations.
+def wider_prefix_sizes(config: MatryoshkaSAEConfig, num_latents: int) -> list[int]:
+    """The levels of an SAE at another width: its own up to there, and the whole."""
+    return [*(size for size in config.prefix_sizes if size < num_latents), num_latents]
+
+
+def warm_start(sae: MatryoshkaSAE, source: str, seed: int) -> None:
+    """Give `sae` the weights and thresholds of the SAE in `source`; the directions of new latents are fixed by `seed`.
+
+    Raises `WarmStartError` where the two do not agree on `hidden_size`, site, activation or what is subtracted before
+    encoding, or where levels would be lost. Another base model is only warned about, because an SAE of a base model
+    may well be fine-tuned on its chat model.
     """
-    held_out: HeldOut | None = None
-    together = model is not None and runs_together(model, world_size)
-    if model is not None and tokenizer is not None:
-        context_length = window_length(model, args)
-        if eval_dataset is not None:
-            documents = as_documents(eval_dataset)
-            held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length, together)
-    if isinstance(train_dataset, CachedActivations):
-        skip_rows = 0
-        if held_out is None:
-            held_out = HeldOutCache(train_dataset, args)
-            skip_rows = held_out.num_rows
-        return held_out, CacheFeed(train_dataset, sites, args, skip_rows, rank, world_size), None
-    if model is None or tokenizer is None:
-        raise InputError("Training on text needs the language model and its tokenizer (processing_class).")
-    documents = as_documents(train_dataset)
-    if held_out is None:
-        held_out = HeldOutText(model, tokenizer, sites, documents, args, context_length, together)
-        documents = documents.without(held_out.split)
-    for sae in saes.values():
-        sae.config.context_length = context_length
-        sae.config.prepend_bos = tokenizer.bos_token_id is not None
-    feed = TextFeed(model, tokenizer, sites, documents, args, context_length, rank, world_size, together)
-    return held_out, feed, documents
+    initial = _read(source)
+    _check(sae.config, initial.config, source)
+    if initial.config.num_latents > sae.config.num_latents:
+        initial = initial.truncate(sae.config.num_latents)
+    state = {name: tensor.float() for name, tensor in initial.state_dict().items()}
+    with torch.no_grad():
+        for name, tensor in _grown(_unit_rows(state), sae.config.num_latents, seed).items():
+            getattr(sae, name).copy_(tensor)
 
 
-def set_norm_limits(
-    saes: Mapping[str, MatryoshkaSAE],
-    sites: Mapping[str, Site],
-    feed: Feed,
-    held_out: HeldOut,
-    resumed: Mapping[str, MatryoshkaSAEConfig],
-) -> None:
-    """Say which activations are outliers, to the feed and in every SAE's configuration: as in the checkpoint that the
-    run goes on from (`resumed`, the configurations in it), else as the main process finds it.
-    """
-    limits: dict[Site, float | None]
-    if resumed:
-        limits = {sites[name]: config.norm_limit for name, config in resumed.items()}
-    else:
-        # All processes look, for they may run one language model together. What they find differs by rounding.
-        limits = broadcast_object_list([feed.find_norm_limits(held_out)])[0]
-    feed.norm_limits = limits
-    for name, sae in saes.items():
-        sae.config.norm_limit = limits.get(sites[name])
-
-
-def make_learners(
-    saes: Mapping[str, MatryoshkaSAE],
-    sites: Mapping[str, Site],
-    args: SAETrainingArguments,
-    length: Length,
-    accelerator: Accelerator,
-) -> list[Learner]:
-    """A learner for each SAE, on this process's device: of all its latents, or of some where they are sharded."""
-    learners = []
-    for name, sae in saes.items():
-        model = _rows_here(sae, args, accelerator) if args.shard_latents else sae.to(accelerator.device)
-        learners.append(Learner(name, model, sites[name], args, length.first, accelerator))
-        learners[-1].extensions = length.extensions
-    return learners
-
-
-def _rows_here(sae: MatryoshkaSAE, args: SAETrainingArguments, accelerator: Accelerator) -> ShardedSAE:
-    part = ShardedSAE(sae.config, ranks_of(accelerator), accelerator.device)
-    if args.init_from is not None:
-        part.take_rows(sae)
-    return part
-
-
-def count_steps(args: SAETrainingArguments, feed: Feed, num_processes: int) -> int:
-    """Steps of the run: as asked for, else what `max_tokens` or one pass over the data gives."""
-    if args.max_steps > 0:
-        return args.max_steps
-    per_step = args.tokens_per_step(num_processes)
-    tokens = args.max_tokens if args.max_tokens is not None else feed.tokens_per_pass()
-    if tokens < per_step:
-        raise InputError(
-            f"There are {tokens:,} tokens to train on, fewer than one step of {per_step:,}. Use more data, a smaller "
-            "per_device_train_batch_size, or hold out fewer tokens (eval_tokens, calibration_tokens)."
+def _read(source: str) -> MatryoshkaSAE:
+    try:
+        return MatryoshkaSAE.from_pretrained(
+            Path(source).expanduser() if Path(source).expanduser().exists() else source
         )
-    return tokens // per_step
+    except (OSError, ValueError) as error:
+        raise WarmStartError(f"Cannot begin with {source!r}: {error}") from error
+
+
+def _check(config: MatryoshkaSAEConfig, initial: MatryoshkaSAEConfig, source: str) -> None:
+    changed = [
+        f"{name} is {getattr(initial, name)!r} there and {getattr(config, name)!r} here"
+        for name in ("hidden_size", "activation", "apply_b_dec_to_input")
+        if getattr(initial, name) != getattr(config, name)
+    ]
+    if initial.site is not None and initial.site != config.site:
+        changed.append(f"its site is {initial.site}, and {config.site} is to be trained")
+    kept = min(initial.num_latents, config.num_latents)
+    missing = [size for size in wider_prefix_sizes(initial, kept) if size not in config.prefix_sizes]
+    if missing:
+        changed.append(
+            f"its levels {missing} are not among prefix_sizes={config.prefix_sizes}, so their nesting would be lost"
+        )
+    if changed:
+        raise WarmStartError(f"{source} cannot be the beginning of this SAE: {'; '.join(changed)}.")
+    if initial.base_model is not None and initial.base_model != config.base_model:
+        logger.warning(
+            "%s was trained on %s, and goes on with activations of %s.", source, initial.base_model, config.base_model
+        )
+
+
+def _unit_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same SAE with decoder rows of norm 1. Rows of norm 0 stay: what decodes to nothing has no direction."""
+    norms = state["W_dec"].norm(dim=-1)
+    norms = torch.where(norms > MIN_NORM, norms, 1.0)
+    scaled = {name: state[name] * norms for name in ("b_enc", "threshold", "max_activation")}
+    return state | scaled | {"W_dec": state["W_dec"] / norms[:, None], "W_enc": state["W_enc"] * norms[:, None]}
+
+
+def _grown(state: dict[str, Tensor], num_latents: int, seed: int) -> dict[str, Tensor]:
+    """The same SAE with new latents behind its own, and with directions for rows that have none."""
+    own, hidden_size = state["W_dec"].shape
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(num_latents, hidden_size, generator=generator), dim=-1)
+    aimless = state["W_dec"].norm(dim=-1) <= MIN_NORM
+    state["W_dec"][aimless] = directions[:own][aimless]
+    fresh = directions[own:]
+    # A latent's threshold is that of its dictionary, or, where each has its own, what is usual there.
+    usual = state["threshold"].median().expand(len(fresh))
+    zeros = torch.zeros(len(fresh))
+    new = {"W_dec": fresh, "W_enc": NEW_ENCODER_SCALE * fresh, "b_enc": zeros, "threshold": usual}
+    new |= {"max_activation": zeros, "firing_rate": zeros}
+    return {name: torch.cat([tensor, new[name]]) if name in new else tensor for name, tensor in state.items()}

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from hf_msae.data import differences
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, find_checkpoint, read_state
-from hf_msae.training.feeds import Feed
+from hf_msae.training.loaders import Feed
+from hf_msae.training.run import on_main
+from hf_msae.training.schedules import Length
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +60,6 @@ BY_SAVING = frozenset({"architectures", "auto_map", "dtype", "transformers_versi
 FROM_BEGINNING = " It is read from its beginning, but for what is held out."
 # What a run finds out, which is no part of what the SAE is.
 FOUND_OUT = frozenset({"measured", "norm_limit"})
-
-
-def on_main(accelerator: Accelerator, compute: Callable[[], Result]) -> Result:
-    """What the main process computes, on all processes. Its `ValueError` is raised by all, so that none waits."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = compute()
-        except ValueError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 @dataclass(frozen=True)
@@ -210,21 +197,6 @@ def check_same_data(
 
 
 # How long
-
-
-@dataclass(frozen=True)
-class Length:
-    """Steps of a run as they were planned at first, and (from step, steps in all) each time that was changed."""
-
-    first: int
-    extensions: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def max_steps(self) -> int:
-        return self.extensions[-1][1] if self.extensions else self.first
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"first_max_steps": self.first, "extensions": [list(pair) for pair in self.extensions]}
 
 
 def resumed_length(state: Mapping[str, Any], args: SAETrainingArguments, count: Callable[[], int]) -> Length:

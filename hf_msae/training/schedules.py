@@ -4,6 +4,8 @@ state.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -79,3 +81,18 @@ def sample_prefix_sizes(step: int, config: MatryoshkaSAEConfig, seed: int) -> li
     keys = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
     drawn = keys.topk(count, largest=False).indices + 1
     return [*sorted(drawn.tolist()), config.num_latents]
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of a run as they were planned at first, and (from step, steps in all) each time that was changed."""
+
+    first: int
+    extensions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def max_steps(self) -> int:
+        return self.extensions[-1][1] if self.extensions else self.first
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"first_max_steps": self.first, "extensions": [list(pair) for pair in self.extensions]}

@@ -1,9 +1,9 @@
 """The training loop: one pass of a language model feeds one or many SAEs.
 
 The loop is plain: take a batch of activations, give it to every learner, now and then log, measure and save. What is
-hard lives elsewhere: checks before the run in `preparation`, its needs in `plan`, resumable data in `feeds`, one SAE's
-step in `learner`, held-out numbers in `measuring`, whole-or-absent folders in `checkpoints` and `saving`, where a run
-goes on in `resuming`, the Hub in `pushing`, what the run leaves behind in `results`.
+hard lives elsewhere: the SAEs before their first step in `preparation`, what a run needs in `plan`, resumable data in
+`loaders`, one SAE's step in `learner`, held-out numbers in `held_out`, whole-or-absent folders in `checkpoints`, where
+a run goes on in `resuming`, what it leaves behind, on the Hub too, in `outputs`.
 """
 
 import signal
@@ -27,33 +27,22 @@ from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, explain_full_disk, list_checkpoints
-from hf_msae.training.interrupts import InterruptFlag, TrainingInterrupted
-from hf_msae.training.launching import as_launched, check_trackers
-from hf_msae.training.learner import Learner
-from hf_msae.training.measuring import Examiner
+from hf_msae.training.held_out import Examiner
+from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.loaders import count_steps, open_data, set_norm_limits
+from hf_msae.training.outputs import Pusher, RunLog, Saver, check_output_dir, prepare_output_dir, write_results
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
-from hf_msae.training.preparation import (
-    count_steps,
-    make_learners,
-    named_saes,
-    open_data,
-    resolve_sites,
-    set_norm_limits,
-)
-from hf_msae.training.pushing import Pusher
-from hf_msae.training.results import RunLog, check_output_dir, prepare_output_dir, write_results
+from hf_msae.training.preparation import named_saes, resolve_sites, warm_start
 from hf_msae.training.resuming import (
     Checkpoint,
-    Length,
     check_same_data,
     check_same_run,
     choose_checkpoint,
     load_feed,
-    on_main,
     resumed_length,
 )
-from hf_msae.training.saving import Saver
-from hf_msae.training.warm_start import warm_start
+from hf_msae.training.run import InterruptFlag, TrainingInterrupted, as_launched, check_trackers, on_main
+from hf_msae.training.schedules import Length
 
 # How many of the documents that could not be read are named in metrics.json.
 MAX_SKIPPED_NAMED = 1000

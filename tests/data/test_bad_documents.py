@@ -11,7 +11,7 @@ from transformers import RobertaConfig, RobertaModel
 from hf_msae.cli.sources import SourceArguments, load_training_data
 from hf_msae.data import DatasetError, TokenWindows, as_documents, load_documents, pad_id, vocabulary, windows
 from hf_msae.training import SAETrainingArguments
-from hf_msae.training.preparation import window_length
+from hf_msae.training.loaders import window_length
 
 REFUSING = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"

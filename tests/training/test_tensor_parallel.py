@@ -17,7 +17,7 @@ from patience import HANG_SECONDS
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_msae.training.preparation import runs_together
+from hf_msae.training.loaders import runs_together
 
 STEPS = 30
 LAYOUTS = {"parts of the batch": [], "parts of the latents": ["--shard-latents"]}

@@ -1,0 +1,344 @@
+"""What a run leaves behind: the SAE, its metrics, log, model card and checkpoints, and a repo on the Hub.
+
+One process writes, and all take part: with sharded latents each sends its rows. A full disk is no reason to end a run:
+older checkpoints stay, and the next save may find room.
+
+Whatever goes wrong with the Hub, the run goes on and its result lies in its folder. The repo and the token are checked
+before training begins, because that is when somebody is watching. Checkpoints are pushed in a thread, one at a time:
+where the network is slower than the training, those that come while one is on its way are left out, and the result is
+pushed at the end all the same.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import transformers
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hf_msae.atomic_files import atomic_file
+from hf_msae.hub.card import choose_latent, write_model_card
+from hf_msae.hub.publishing import prepare_repo, push_folder
+from hf_msae.hub.results import public_arguments
+from hf_msae.metrics import Measurement
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.training.arguments import SAETrainingArguments
+from hf_msae.training.checkpoints import (
+    STATE_NAME,
+    CheckpointError,
+    DiskFullError,
+    is_full_disk,
+    list_checkpoints,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+from hf_msae.training.collectives import OneWriter
+from hf_msae.training.held_out import Examiner
+from hf_msae.training.learner import Learner
+from hf_msae.training.preparation import from_anywhere
+from hf_msae.training.run import on_main
+from hf_msae.training.sharded import WEIGHTS_NAME
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "training_log.jsonl"
+METRICS_NAME = "metrics.json"
+ARGUMENTS_NAME = "training_arguments.json"
+# Made of links, so that rotation cannot remove a checkpoint that is on its way.
+SNAPSHOT_NAME = ".pushing.part"
+# What only a resumed run needs.
+AT_HOME = (STATE_NAME, "learner*")
+
+
+def check_output_dir(path: Path, args: SAETrainingArguments) -> None:
+    """Refuse an output directory in which another run left its results, unless they are to be deleted."""
+    traces = _traces(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"The output directory {path} is a file; give a folder.")
+    if traces and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+        raise CheckpointError(
+            f"{path} holds another run ({', '.join(traces)}). Give --resume-from-checkpoint to go on with it, "
+            "--overwrite-output-dir to delete it, or another --output-dir."
+        )
+
+
+def prepare_output_dir(path: Path, args: SAETrainingArguments, accelerator: Accelerator) -> None:
+    """Make the output directory, without what an earlier run left where that is to be deleted."""
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir and _traces(path):
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def _traces(path: Path) -> list[str]:
+    """What tells that a run was here."""
+    files = [name for name in (METRICS_NAME, LOG_NAME, "config.json") if (path / name).exists()]
+    return files + [checkpoint.name for checkpoint in list_checkpoints(path)]
+
+
+class RunLog:
+    """Appends to `training_log.jsonl` and to the trackers, on the main process.
+
+    Lines for which the disk has no room are kept, and written once it has.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, single: bool) -> None:
+        self.output_dir, self.accelerator, self.single = output_dir, accelerator, single
+        self._file: BinaryIO | None = None
+        self._unwritten = b""
+
+    def open(self, args: SAETrainingArguments) -> None:
+        """Begin to log; nothing is written by processes other than the main one."""
+        if args.report_to:
+            # Trackers send it to other machines.
+            public = public_arguments(args.to_dict())
+            flat = {name: value for name, value in public.items() if isinstance(value, int | float | str)}
+            self.accelerator.init_trackers(args.run_name or self.output_dir.name, config=flat)
+        if self.accelerator.is_main_process:
+            self._file = (self.output_dir / LOG_NAME).open("ab", buffering=0)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after the checkpoint from which the run goes on."""
+        if self._file is None:
+            return
+        self._file.close()
+        path = self.output_dir / LOG_NAME
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        with atomic_file(path) as draft:
+            draft.write_text("".join(line + "\n" for line in lines))
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, name: str, entry: dict[str, Any]) -> None:
+        """One line, and the same numbers to the trackers."""
+        if self._file is not None:
+            self._append(self._file, json.dumps(entry if self.single else {"sae": name, **entry}) + "\n")
+        prefix = "" if self.single else f"{name}/"
+        self.accelerator.log(dict(_numbers(entry, prefix)), step=entry["step"])
+
+    def _append(self, file: BinaryIO, line: str) -> None:
+        end = file.seek(0, os.SEEK_END)
+        self._unwritten += line.encode()
+        try:
+            written = file.write(self._unwritten)
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            written = 0
+        if written == len(self._unwritten):
+            self._unwritten = b""
+            return
+        file.truncate(end)  # no half lines
+        logger.warning("The disk of %s is full: %s is written when there is room again.", self.output_dir, LOG_NAME)
+
+    def write_index(self, measurements: dict[str, Any]) -> None:
+        """For a grid, all SAEs' numbers in one `metrics.json`."""
+        if not self.single:
+            _write_json(self.output_dir / METRICS_NAME, measurements)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.accelerator.end_training()
+
+
+def _numbers(entry: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """The entry's numbers under flat names; a list gives one per level."""
+    flat: list[tuple[str, float]] = []
+    for name, value in entry.items():
+        if isinstance(value, int | float):
+            flat.append((prefix + name, value))
+        elif name == "level_losses":
+            flat += [(f"{prefix}level_loss/{level}", loss) for level, loss in enumerate(value)]
+        elif name == "eval_levels":
+            for level in value:
+                label = level["prefix"]
+                flat += [(f"{prefix}eval/{key}/{label}", v) for key, v in level.items() if isinstance(v, int | float)]
+    return flat
+
+
+def write_results(
+    folder: Path,
+    save: Callable[[Path], None],
+    config: MatryoshkaSAEConfig,
+    measurement: Measurement,
+    args: SAETrainingArguments,
+    extra: dict[str, Any],
+) -> None:
+    """Write one SAE's folder: every file is made beside its place and then moved there, the configuration last.
+
+    `save` writes the SAE itself into a folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".results.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    save(draft)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    metrics = {**asdict(measurement), **extra, "versions": versions}
+    _write_json(draft / METRICS_NAME, metrics)
+    arguments = args.to_dict()
+    if args.init_from is not None:
+        arguments["init_from"] = from_anywhere(args.init_from)
+    _write_json(draft / ARGUMENTS_NAME, arguments)
+    with safe_open(draft / "model.safetensors", framework="pt") as weights:
+        latent = choose_latent(weights.get_tensor("max_activation"), weights.get_tensor("firing_rate"))
+    write_model_card(
+        draft / "README.md",
+        config,
+        measurement,
+        extra,
+        versions,
+        source=str(folder),
+        latent=latent,
+        arguments=arguments,
+    )
+    # Without it nobody takes the folder for an SAE while old and new files are mixed.
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+    draft.rmdir()
+
+
+def _write_json(path: Path, contents: Any) -> None:
+    path.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+class Saver:
+    """Writes the checkpoints of one run; `single` where it trains one SAE only."""
+
+    def __init__(
+        self, output_dir: Path, args: SAETrainingArguments, accelerator: Accelerator, examiner: Examiner, single: bool
+    ) -> None:
+        self.output_dir, self.args, self.accelerator = output_dir, args, accelerator
+        self.examiner, self.single = examiner, single
+
+    def folder(self, base: Path, name: str) -> Path:
+        """Where one SAE's files lie under a folder: in it when it is the only one, else in a folder of its name."""
+        return base if self.single else base / name
+
+    def save(self, step: int, learners: Sequence[Learner], state: dict[str, Any]) -> Path | None:
+        """The checkpoint of a step, written by the main process while all call this; None where the disk is full."""
+        with self.examiner.calibrated(learners, step):
+            pass  # all processes find the thresholds together; writing then needs no other process for them
+        path: Path | None = None
+        with self.one_writer(step, learners) as writer:
+            if self.accelerator.is_main_process:
+                path = self._write(step, learners, state, writer)
+        return on_main(self.accelerator, lambda: path)
+
+    def hand_over(
+        self, step: int, learners: Sequence[Learner], given: Mapping[str, MatryoshkaSAE], base: Path
+    ) -> None:
+        """End of training: leave each SAE that was given as a reader finds it under `base`, where it was saved."""
+        for learner in learners:
+            self.examiner.settle(learner, step)
+            learner.finish()
+            sae = given[learner.name]
+            if sae is not learner.sae:  # each process trained some of the latents
+                sae.load_state_dict(load_file(self.folder(base, learner.name) / WEIGHTS_NAME))
+                sae.eval()
+
+    def _write(self, step: int, learners: Sequence[Learner], state: dict[str, Any], writer: OneWriter) -> Path | None:
+        def write(draft: Path) -> None:
+            for number, learner in enumerate(learners):
+                folder = self.folder(draft, learner.name)
+                folder.mkdir(parents=True, exist_ok=True)
+                writer.run(2 * number, folder)
+                writer.run(2 * number + 1, folder)
+
+        try:
+            path = write_checkpoint(self.output_dir, step, write, state)
+        except DiskFullError as error:
+            logger.warning("%s The run goes on, and the next checkpoint is tried at its time.", error)
+            return None
+        remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
+        return path
+
+    def one_writer(self, step: int, learners: Sequence[Learner]) -> OneWriter:
+        """For each learner the job of writing its model, as a reader gets it, and that of writing its state."""
+        jobs: list[Callable[[Path | None], None]] = []
+        for learner in learners:
+            jobs += [partial(self._write_model, learner, step), learner.write_state]
+        return OneWriter(learners[0].sae.ranks, jobs)
+
+    def _write_model(self, learner: Learner, step: int, folder: Path | None) -> None:
+        with self.examiner.calibrated([learner], step):
+            learner.write_model(folder)
+
+
+class Pusher:
+    """Pushes one run to one repo, which is made if it is not there.
+
+    Raises `PublishError` at once for what cannot work: no token, one that may not write, a bad id, a repo that holds
+    something else, a Hub that cannot be reached.
+    """
+
+    def __init__(self, args: SAETrainingArguments) -> None:
+        self.output_dir, self.strategy = Path(args.output_dir), args.hub_strategy
+        self._token, self._private = args.hub_token, args.hub_private_repo or None
+        self.repo_id = prepare_repo(args.hub_model_id or self.output_dir.resolve().name, self._private, self._token)
+        self._thread: threading.Thread | None = None
+
+    def push_checkpoint(self, checkpoint: Path, step: int) -> None:
+        """Begin to push the SAEs of a checkpoint, where that was asked for and none is on its way."""
+        if self.strategy != "every_save" or (self._thread is not None and self._thread.is_alive()):
+            return
+        snapshot = self.output_dir / SNAPSHOT_NAME
+        try:
+            shutil.rmtree(snapshot, ignore_errors=True)
+            shutil.copytree(checkpoint, snapshot, ignore=shutil.ignore_patterns(*AT_HOME), copy_function=_link)
+        except (OSError, shutil.Error) as error:
+            logger.warning("Step %d is not pushed to %s: %s", step, self.repo_id, error)
+            return
+        # A daemon, so that a run that was told to stop does not wait for the network. A commit is whole or absent.
+        self._thread = threading.Thread(target=self._push_snapshot, args=(snapshot, step), daemon=True)
+        self._thread.start()
+
+    def _push_snapshot(self, snapshot: Path, step: int) -> None:
+        self._push(snapshot, f"Step {step}", f"The SAEs of step {step}", self.output_dir / f"checkpoint-{step}")
+        shutil.rmtree(snapshot, ignore_errors=True)
+
+    def push_result(self) -> None:
+        """Push what the run left in its folder."""
+        if self._thread is not None:
+            self._thread.join()
+        url = self._push(self.output_dir, "End of training", "The result", self.output_dir)
+        if url is not None:
+            logger.info("Pushed the result to %s", url)
+
+    def _push(self, folder: Path, title: str, what: str, by_hand: Path) -> str | None:
+        try:
+            return push_folder(folder, self.repo_id, private=self._private, commit_message=title, token=self._token)
+        except Exception as error:  # the one place where any error at all is better told than raised
+            logger.warning(
+                "%s did not reach %s: %s To push it by hand: hf-msae push %s %s",
+                what,
+                self.repo_id,
+                error,
+                by_hand,
+                self.repo_id,
+            )
+            return None
+
+
+def _link(source: str, target: str) -> str:
+    """A second name for the same file; a copy where the file system knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
