@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_msae.hub import SAEEntry, list_saes, load_saes
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.process_wide import loading
 from hf_msae.steering import SteeredPipeline, Steering, load_steering, save_steering, steer
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ MatryoshkaSAEConfig.register_for_auto_class()
 MatryoshkaSAE.register_for_auto_class("AutoModel")
 MatryoshkaSAE.publishing_module = "hf_msae.hub.publishing"
 MatryoshkaSAE.formats_module = "hf_msae.formats.conversion"
+MatryoshkaSAE.loading = loading
 
 __all__ = [
     "MatryoshkaSAE",

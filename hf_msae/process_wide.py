@@ -2,7 +2,8 @@
 
 Each is held through here and nowhere else, so that two threads give what each gives alone. Those that any number of
 threads may want at once are counted: the first one in sets them and the last one out puts back what was there, in
-whatever order they leave. Forward-mode differentiation has one place only, so there they wait for one another.
+whatever order they leave. Forward-mode differentiation and the making of models have one place only, so there they
+wait for one another.
 """
 
 import threading
@@ -16,6 +17,11 @@ from torch.autograd import forward_ad
 from transformers.utils import logging as transformers_logging
 
 _FORWARD_MODE = threading.RLock()
+# Held while transformers makes a model. Meanwhile it sets torch's default precision, keeps weights from being tied and
+# takes functions of torch's for its own, all for the process, and puts back what was there when it began: a model that
+# another thread makes at the same time may come out untied, in another precision or without numbers, and what was put
+# back last stays.
+loading = threading.RLock()
 
 
 class Held:

@@ -327,7 +327,8 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         if kwargs.get("config") is not None and kwargs.get("state_dict") is not None:
             where = "the state_dict" if source is None else str(source)
             _check_weights(kwargs["state_dict"], kwargs["config"], where)
-        loaded: Any = super().from_pretrained(given, *model_args, **kwargs, output_loading_info=True)
+        with cls.loading:
+            loaded: Any = super().from_pretrained(given, *model_args, **kwargs, output_loading_info=True)
         model, info = loaded
         model.config.name_or_path = str(source)
         kwargs.clear()

@@ -20,6 +20,7 @@ package around it. The methods are declared here; importing hf_msae says which m
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar
 
 
@@ -29,6 +30,9 @@ class SharingMixin:
     # The modules that do the work, imported when they are needed. hf_msae names them when it is imported.
     publishing_module: ClassVar[str | None] = None
     formats_module: ClassVar[str | None] = None
+    # Held while transformers makes a model, which one thread may do at a time; hf_msae hands in its own, which is held
+    # while it loads language models, too.
+    loading: ClassVar[Any] = RLock()
 
     @staticmethod
     def _imported(module: str | None) -> Any:

@@ -22,9 +22,13 @@ from transformers import (
     T5Config,
 )
 
-from hf_msae.cli.sources import SourceArguments, load_language_model
+from hf_msae.cli import sources
+from hf_msae.cli.sources import SourceArguments
+from hf_msae.errors import HfMsaeError
+from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config
 from hf_msae.metrics import predicts_next_token
 from hf_msae.sites import capture, resolve_site
+from hf_msae.worlds.stories import STORIES, load_story_lm
 
 WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**WIDE, "vocab_size": 80, "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
@@ -59,7 +63,7 @@ def load(tmp_path, tokenizer):
     def saved(model, **options):
         model.save_pretrained(tmp_path / "lm")
         tokenizer.save_pretrained(tmp_path / "lm")
-        return load_language_model(SourceArguments(model=str(tmp_path / "lm"), **options))[0]
+        return sources.load_language_model(SourceArguments(model=str(tmp_path / "lm"), **options))[0]
 
     return saved
 
@@ -134,4 +138,41 @@ def test_layers_and_embeddings_are_never_random(load, tmp_path, key, fault):
         weights[key] = old[:-1].clone()
     save_file(weights, tmp_path / "lm" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"do not belong to its configuration.*{key} would be random numbers"):
-        load_language_model(SourceArguments(model=str(tmp_path / "lm")))
+        load_language_model(tmp_path / "lm")
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_who_needs_a_head_gets_the_one_that_was_saved_or_none(load, tmp_path, kind, with_head):
+    model = build(kind, tied=False)
+    load(model if with_head else model.base_model)
+    if with_head:
+        loaded, _ = load_language_model(tmp_path / "lm", needs_head=True)
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    else:
+        with pytest.raises(HfMsaeError, match="was saved without a head"):
+            load_language_model(tmp_path / "lm", needs_head=True)
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, *WITH_IMAGES])
+def test_parameters_are_counted_without_any(load, tmp_path, kind):
+    model = build(kind, tied=True)
+    load(model)
+    config = load_language_model_config(tmp_path / "lm")
+    assert count_parameters(tmp_path / "lm", config) == model.num_parameters()
+
+
+def test_the_story_model_is_loaded_by_its_name():
+    (model, tokenizer), (expected, _) = load_language_model(STORIES, needs_head=True), load_story_lm()
+    ids = tokenizer("A little owl.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert model.config.name_or_path == STORIES
+    assert not model.training
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nothing-there"])
+def test_a_folder_that_is_not_there_is_named(name):
+    with pytest.raises(HfMsaeError, match=f"no model at {name}"):
+        load_language_model(name)

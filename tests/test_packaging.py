@@ -58,6 +58,7 @@ NEIGHBOURS = {
         "hf_msae.formats",
         "hf_msae.interpret",
     ): "types alone: Neuronpedia shows an interpretation's pages",
+    ("hf_msae.language_models", "hf_msae.worlds"): "the story model is loaded by its name, as any other is",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.research"): "until research plugs its metrics in from above",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",

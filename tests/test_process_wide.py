@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from patience import A_MOMENT, HANG_SECONDS
 from small_saes import copying_sae
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from hf_msae import process_wide
+from hf_msae import MatryoshkaSAE, process_wide
 from hf_msae.data import TokenWindows, collate
 from hf_msae.interpret.effects import LogitEffects
+from hf_msae.language_models import count_parameters, load_language_model
 from hf_msae.metrics import measure_cross_entropy
 from hf_msae.sites import capture, resolve_site
 
@@ -174,3 +176,75 @@ def test_one_action_in_the_middle_of_another_gives_what_each_gives_alone(lm, act
     finally:
         handle.remove()
     assert torch.equal(found, alone[outer])
+
+
+# Models made at once
+
+MADE = ("sae", "language model", "its size")
+
+
+@pytest.fixture(scope="module")
+def making(tmp_path_factory, tokenizer) -> dict[str, Callable[[], list[Any]]]:
+    """What makes a model, with what comes out: of its own precision, and tied."""
+    root = tmp_path_factory.mktemp("models")
+    copying_sae(0.5).save_pretrained(root / "sae")
+    config = LlamaConfig(
+        vocab_size=80,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "lm")
+    tokenizer.save_pretrained(root / "lm")
+
+    def language_model() -> list[Any]:
+        model, _ = load_language_model(root / "lm", dtype=torch.bfloat16)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return [*model.state_dict().values(), *model.buffers(), tied]
+
+    return {
+        "sae": lambda: list(MatryoshkaSAE.from_pretrained(root / "sae").state_dict().values()),
+        "language model": language_model,
+        "its size": lambda: [count_parameters(root / "lm", config)],
+    }
+
+
+@pytest.mark.parametrize("inner", MADE)
+@pytest.mark.parametrize("outer", MADE)
+def test_a_model_made_while_another_is_being_made_is_what_it_is_alone(making, monkeypatch, outer, inner):
+    """The second begins in the midst of the first, and would end after it."""
+    alone = {name: making[name]() for name in (outer, inner)}
+    state = torch.get_default_dtype(), PreTrainedModel.tie_weights, torch.linspace
+    here = threading.get_ident()
+    in_midst, outer_done = threading.Event(), threading.Event()
+    waiting: list[Callable[..., Any]] = []
+
+    def event() -> None:
+        if threading.get_ident() != here:
+            in_midst.set()
+            outer_done.wait(HANG_SECONDS)
+        elif not waiting:
+            waiting.append(in_thread(making[inner]))
+            in_midst.wait(A_MOMENT)  # which it never is where it has to wait
+
+    for kind in (MatryoshkaSAE, LlamaModel):
+
+        def init(self: Any, *args: Any, real: Any = kind.__init__, **kwargs: Any) -> None:
+            event()
+            real(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "__init__", init)
+    found = [making[outer]()]
+    outer_done.set()
+    found.append(waiting[0](timeout=HANG_SECONDS))
+    monkeypatch.undo()
+    for made, name in zip(found, (outer, inner), strict=True):
+        for one, expected in zip(made, alone[name], strict=True):
+            assert (
+                torch.equal(one, expected) and one.dtype == expected.dtype
+                if isinstance(one, Tensor)
+                else (one == expected)
+            )
+    assert (torch.get_default_dtype(), PreTrainedModel.tie_weights, torch.linspace) == state

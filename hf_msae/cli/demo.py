@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.space import check_gradio, run_space
-from hf_msae.hub import STORIES, cache_folder
+from hf_msae.hub import cache_folder
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.worlds.stories import StoryWorld, load_story_lm
+from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 
 DESCRIPTION = """\
 Look inside an SAE of the story model in the browser, and steer with it. Needs no network. The first start trains the

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae import language_models
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import (
     STORIES,
@@ -25,7 +25,6 @@ from hf_msae.interpret.pages import Label
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.store import Interpretation
 from hf_msae.interpret.writing import FOLDER_NAME
-from hf_msae.language_models import LOADING_ERRORS
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
@@ -120,10 +119,9 @@ def load_text(sources: SourceArguments) -> Documents:
 def load_labeller(name: str) -> Labeller:
     """A chat model from the Hub or a folder. Raises ValueError where it cannot be loaded or is none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except LOADING_ERRORS as error:
-        raise InputError(f"Cannot load the model {name!r} of --labels-model: {error}") from error
+        model, tokenizer = language_models.load_language_model(name, needs_head=True)
+    except InputError as error:
+        raise InputError(f"--labels-model {name}: {error}") from error
     return Labeller(model, tokenizer)
 
 

@@ -7,8 +7,6 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,11 +16,10 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from hf_msae import language_models
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
-from hf_msae.errors import HfMsaeError, InputError
-from hf_msae.hub import STORIES
-from hf_msae.language_models import LOADING_ERRORS, load_weights
-from hf_msae.worlds.stories import StoryWorld, story_lm_path
+from hf_msae.errors import InputError
+from hf_msae.worlds.stories import STORIES, StoryWorld
 
 # As many stories as `hf-msae train` reads when no dataset is given: about 1.6 million tokens.
 STORY_DOCUMENTS = 15_000
@@ -82,25 +79,16 @@ def load_language_model(
     """The model on this process's device (or split by `device_map`, or over all processes), in evaluation mode, and
     its tokenizer.
     """
-    name: str | Path = story_lm_path() if args.model == STORIES else args.model
-    if isinstance(name, str) and name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise InputError(f"There is no model at {name}. Give a folder that holds a config.json, or a Hub id.")
     hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-        places = _tensor_parallel(args, config) if tensor_parallel else {"device_map": args.device_map}
-        tokenizer = _load_tokenizer(name, args.model, hub)
-        dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
-        model = load_weights(name, config, dtype=dtype, **places, **hub)
-    except HfMsaeError:
-        raise
-    except LOADING_ERRORS as error:
-        raise InputError(f"Cannot load the model {args.model!r}: {error}") from error
+    if tensor_parallel:
+        places = _tensor_parallel(args, language_models.load_language_model_config(args.model, **hub))
+    else:
+        places = {"device_map": args.device_map}
+    dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
+    model, tokenizer = language_models.load_language_model(args.model, dtype=dtype, **places, **hub)
     if args.device_map is None and not tensor_parallel:
-        model = model.to(PartialState().device)
-    if args.model == STORIES:
-        model.config.name_or_path = STORIES
-    return model.eval(), tokenizer
+        model = model.to(PartialState().device)  # type: ignore[arg-type]
+    return model, tokenizer
 
 
 def _tensor_parallel(args: SourceArguments, config: PreTrainedConfig) -> dict[str, Any]:
@@ -121,16 +109,6 @@ def _tensor_parallel(args: SourceArguments, config: PreTrainedConfig) -> dict[st
     if tuple(int(part) for part in transformers_version.split(".")[:2]) < (5, 14):
         return {"tp_plan": "auto"}
     return {"distributed_config": DistributedConfig(tp_size=processes)}
-
-
-def _load_tokenizer(name: str | Path, given: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, **hub)
-    except ValueError as error:
-        first = str(error).split("\n", 1)[0]
-        raise InputError(
-            f"Cannot load a tokenizer of the model {given!r}; it needs its tokenizer.json beside it. ({first})"
-        ) from error
 
 
 def check_sae_place(name: str) -> None:

@@ -23,8 +23,8 @@ from huggingface_hub.utils import validate_repo_id
 import hf_msae.modeling
 from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.errors import InputError
-from hf_msae.hub import STORIES
 from hf_msae.hub.index import list_saes
+from hf_msae.worlds.stories import STORIES
 
 DESCRIPTION = """\
 `space run` shows an SAE in the browser: steer with its latents, explore texts, walk its tree, compare levels. `space

@@ -22,9 +22,8 @@ from hf_msae.hub.curves import NAME as CURVES_NAME
 from hf_msae.hub.index import SAEEntry
 from hf_msae.metrics import LevelMetrics, Measurement, table_rows
 from hf_msae.modeling import MatryoshkaSAEConfig
+from hf_msae.worlds.stories import STORIES
 
-# The story model that ships with the package goes by this name wherever a model is named.
-STORIES = "stories"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")

@@ -9,22 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextGenerationPipeline,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 
+from hf_msae.language_models import load_language_model
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.sampling import seeded_sampling
 from hf_msae.steering.saved import Steering, load_steering
-from hf_msae.worlds.stories import load_story_lm
-
-# What an SAE of the model in the package gives as its base model.
-STORIES = "stories"
 
 
 class SteeredPipeline(TextGenerationPipeline):
@@ -136,8 +127,4 @@ def _language_model(
         if len(names) != 1 or None in names:
             raise SteeringError(f"{source} does not say which one language model it steers; give model=.")
         name, revision = str(configs[0].base_model), configs[0].base_model_revision
-    if name == STORIES:
-        return load_story_lm()
-    hub = {"revision": revision, "token": token}
-    model = AutoModelForCausalLM.from_pretrained(name, **hub).eval()
-    return model, AutoTokenizer.from_pretrained(name, **hub)
+    return load_language_model(name, revision=revision, token=token, needs_head=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.errors import InputError
-from hf_msae.hub import STORIES
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.worlds.stories import STORIES
 
 logger = logging.getLogger(__name__)
 

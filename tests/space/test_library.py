@@ -19,8 +19,8 @@ from msae_space.workbench import Key, SpaceError, Workbench, tensor_bytes
 from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.hub import STORIES
 from hf_msae.steering import LatentEdit, Steering
+from hf_msae.worlds.stories import STORIES
 
 NUM_FOLDERS = 6
 

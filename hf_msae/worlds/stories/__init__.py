@@ -10,10 +10,11 @@ token_concepts(story.text, tokenizer)  # [(), (), ("owl", "bird", "animal"), ...
 from .concepts import CONCEPTS, Concept, ancestors, children, depth, edges, leaves, path, roots
 from .grammar import Choice, Story, StoryDocuments, StoryWorld
 from .labels import concept_spans, token_concepts, word_concepts
-from .lm import load_story_lm, story_lm_path
+from .lm import STORIES, load_story_lm, story_lm_path
 
 __all__ = [
     "CONCEPTS",
+    "STORIES",
     "Choice",
     "Concept",
     "Story",

@@ -7,6 +7,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.process_wide import loading
+
+# What the story model is called where a name is asked for, as in an SAE's `base_model`.
+STORIES = "stories"
+
 
 def story_lm_path() -> Path:
     """The folder of the shipped model and tokenizer, as `from_pretrained` takes it."""
@@ -20,4 +25,5 @@ def load_story_lm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     bytes.
     """
     path = story_lm_path()
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    with loading:
+        return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)

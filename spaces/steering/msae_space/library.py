@@ -16,20 +16,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae import MatryoshkaSAE, SAEEntry, list_saes
-from hf_msae.hub import STORIES
 from hf_msae.hub.index import NoSAEError
+from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config
 from hf_msae.sites import SiteError, resolve_site
-from hf_msae.worlds.stories import load_story_lm
+from hf_msae.worlds.stories import STORIES
 from msae_space.memory import machine_bytes
 from msae_space.rehearsal import rehearse
 from msae_space.workbench import Key, Language, SpaceError, Workbench, first_line, sae_bytes
@@ -210,26 +203,21 @@ class Library:
         found = self._languages.get((name, revision))
         if found is not None:
             return found
-        if name == STORIES:
-            model, tokenizer = load_story_lm()
-        else:
-            model, tokenizer = self._from_hub(name, revision, beside)
-        found = Language.of(model.to(_device(name)).eval(), tokenizer)  # type: ignore[arg-type]
+        model, tokenizer = self._load_language(name, revision, beside)
+        found = Language.of(model.to(_device(name)), tokenizer)  # type: ignore[arg-type]
         self._languages[name, revision] = found
         return found
 
-    def _from_hub(
+    def _load_language(
         self, name: str, revision: str | None, beside: int
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         # The name comes out of somebody's configuration: its code is never run.
         hub: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        dtype = torch.bfloat16 if torch.cuda.is_available() and name != STORIES else torch.float32
         try:
-            config = AutoConfig.from_pretrained(name, **hub)
-            number = _num_parameters(config)
+            number = count_parameters(name, load_language_model_config(name, **hub))
             self._check_room(f"{name} has {number / 1e9:.1f} billion parameters and", number * dtype.itemsize + beside)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
-            return model, AutoTokenizer.from_pretrained(name, **hub)
+            return load_language_model(name, dtype=dtype, needs_head=True, **hub)
         except SpaceError:
             raise
         except Exception as error:  # the files are anybody's, and so is what they make of a reader
@@ -286,12 +274,6 @@ def _check_repo(name: str) -> None:
         raise SpaceError(f"This SAE reads the language model {name!r}, which is not the id of a Hub repo.") from error
     if name != STORIES and Path(name).exists():
         raise SpaceError(f"This SAE reads the language model {name!r}, which is a folder, not a Hub repo.")
-
-
-def _num_parameters(config: PreTrainedConfig) -> int:
-    """Counted before any weight is fetched."""
-    with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
 
 
 def _size(number: int) -> str:

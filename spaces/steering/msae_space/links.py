@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
-from hf_msae.hub import STORIES
+from hf_msae.worlds.stories import STORIES
 from msae_space.asked import choice, number, whole, words
 from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, edits
 from msae_space.workbench import Key, SpaceError, Workbench

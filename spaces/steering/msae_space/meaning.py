@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from hf_msae.hub import STORIES, cache_folder
+from hf_msae.hub import cache_folder
 from hf_msae.interpret.hierarchy import Edge
 from hf_msae.interpret.pages import Context, LatentPage
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.search import FiringHit, search_firing, search_labels, search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
-from hf_msae.worlds.stories import StoryWorld
+from hf_msae.worlds.stories import STORIES, StoryWorld
 from msae_space import asked
 from msae_space.library import Library
 from msae_space.presets import Preset, by_promotion, published, words_of

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from hf_msae.hub import STORIES
 from hf_msae.hub.index import NoSAEError
+from hf_msae.worlds.stories import STORIES
 from msae_space import asked, drawing, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
 from msae_space.dials import draw_dials
 from msae_space.library import Library, short

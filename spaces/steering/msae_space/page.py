@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from hf_msae.hub import STORIES
+from hf_msae.worlds.stories import STORIES
 from msae_space import asked, drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
 from msae_space.library import Library
 from msae_space.links import MAX_LEVEL, TABS, read_query
