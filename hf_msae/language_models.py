@@ -1,17 +1,28 @@
-"""Loading a language model by its name: which class of transformers it needs, and what its checkpoint must have held.
+"""Loading a language model by its name: which class of transformers it needs, what its checkpoint must have held, and
+the PEFT adapter on it.
 
 transformers fills whatever a checkpoint lacks with random numbers. A random head would still give a cross-entropy, so
 a model without the weights of its head is loaded without a head; random layers would be trained on, so they are
 refused.
+
+A PEFT adapter (a folder or a repo with an `adapter_config.json`) is loaded onto the model that it names. What is
+returned is that model with the adapter's layers inside, not PEFT's wrapper around it: so it generates, is steered and
+is captured as any model of transformers is. An SAE of it records both names.
 """
 
 import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,8 +40,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
+from transformers.utils.hub import extract_commit_hash
 
 from hf_msae.errors import HfMsaeError, InputError
+from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.process_wide import loading
 from hf_msae.worlds.stories import STORIES, story_lm_path
 
@@ -41,6 +55,26 @@ HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 # What transformers raises for files that are absent, damaged, of an unknown architecture, or in need of a package that
 # is not installed.
 LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a language model came from.
+
+    Args:
+        name: The model, or the one below the adapter: a Hub id, a folder or "stories".
+        revision: Its branch, tag or commit as it was asked for; once it is loaded, the commit where it is known.
+        adapter: The PEFT adapter on it, if there is one.
+        adapter_revision: As `revision`, of the adapter.
+    """
+
+    name: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
 
 
 def load_language_model(
@@ -56,7 +90,8 @@ def load_language_model(
     tokenizer.
 
     Args:
-        name: A Hub id, a folder, or "stories" for the story model, which ships with the package.
+        name: A Hub id or a folder, of a model or of a PEFT adapter on one; or "stories" for the story model, which
+            ships with the package.
         revision: Branch, tag or commit of a Hub repo.
         dtype: Precision in which the model runs; "auto" is the one it was saved in.
         trust_remote_code: Run code that comes with the model.
@@ -65,17 +100,25 @@ def load_language_model(
 
     Raises:
         InputError: There is no such model, layers or embeddings were not saved or have other shapes than the
-            configuration says, it has an encoder that cannot be loaded alone, or it lacks a head that is needed.
+            configuration says, it has an encoder that cannot be loaded alone, it lacks a head that is needed, or the
+            adapter is damaged or does not fit.
     """
     hub = {option: options[option] for option in HUB_OPTIONS if option in options}
     hub |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = load_language_model_config(name, **hub)
-    place = _place(name)
+    origin, of_model = _find(name, hub)
+    if origin.adapter is not None and options.keys() & {"tp_plan", "distributed_config"}:
+        raise InputError(
+            f"{name} is a PEFT adapter, and tensor parallelism splits plain models only: merge it into its model "
+            "(merge_and_unload) and give the merged one."
+        )
+    config = _load_config(origin, of_model)
     try:
-        tokenizer = _load_tokenizer(place, name, hub)
+        tokenizer = _load_tokenizer(origin, hub)
         # Others' models are made after this one: see `process_wide.loading`.
         with loading:
-            model = _load_weights(place, config, dtype=dtype, **{**options, **hub})
+            model = _load_weights(_place(origin.name), config, dtype=dtype, **{**options, **of_model})
+            if origin.adapter is not None:
+                model = _with_adapter(model, origin, hub)
     except HfMsaeError:
         raise
     except LOADING_ERRORS as error:
@@ -85,24 +128,20 @@ def load_language_model(
             f"The model {str(name)!r} was saved without a head that predicts the next token, so it can write no text. "
             "Save or fetch it with its head."
         )
-    if name == STORIES:
+    if origin.name == STORIES:
         model.config.name_or_path = STORIES
+    _ORIGINS[model] = _at_commits(origin, hub)
     return model.eval(), tokenizer
 
 
 def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig:
-    """The configuration of a language model, named as for [`load_language_model`]; `hub` is of `from_pretrained`.
+    """The configuration of a language model, named as for [`load_language_model`]: of an adapter, that of the model
+    below it. `hub` is of `from_pretrained`.
 
     Raises:
         InputError: There is no such model.
     """
-    place = _place(name)
-    if isinstance(place, str) and place.startswith((".", "/", "~")) and not Path(place).expanduser().exists():
-        raise InputError(f"There is no model at {place}. Give a folder that holds a config.json, or a Hub id.")
-    try:
-        return AutoConfig.from_pretrained(place, **hub)
-    except LOADING_ERRORS as error:
-        raise InputError(f"Cannot load the model {str(name)!r}: {error}") from error
+    return _load_config(*_find(name, hub))
 
 
 def count_parameters(name: str | Path, config: PreTrainedConfig) -> int:
@@ -112,21 +151,159 @@ def count_parameters(name: str | Path, config: PreTrainedConfig) -> int:
         return int(auto_class.from_config(config, trust_remote_code=False).num_parameters())
 
 
-def _place(name: str | Path) -> str | Path:
-    return story_lm_path() if name == STORIES else name
+def model_of(config: MatryoshkaSAEConfig) -> tuple[str | None, str | None]:
+    """The name of the language model that an SAE reads, and its revision: those of the adapter where there is one.
+
+    Returns:
+        As `find_language_model` takes them; two times None where the SAE does not say.
+    """
+    if config.adapter is not None:
+        return config.adapter, config.adapter_revision
+    return config.base_model, config.base_model_revision
 
 
-def _load_tokenizer(place: str | Path, name: str | Path, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
+def origin_of(model: nn.Module) -> Origin | None:
+    """Where a model came from that was loaded here; None for any other."""
+    return _ORIGINS.get(model)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter on a model, in whatever way."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, PeftModel | BaseTunerLayer) for module in model.modules())
+
+
+def _find(name: str | Path, hub: Mapping[str, Any]) -> tuple[Origin, dict[str, Any]]:
+    """What a name stands for; and what Hub calls for the model are given, the one below the adapter if it is one."""
+    name, place = str(name), _place(name)
+    if name.startswith((".", "/", "~")) and not os.path.exists(place):
+        raise InputError(f"There is no model at {name}. Give a folder that holds a config.json, or a Hub id.")
+    revision = hub.get("revision")
+    of_files = {option: hub[option] for option in ("revision", *HUB_OPTIONS) if option in hub}
     try:
-        return AutoTokenizer.from_pretrained(place, **hub)
+        is_adapter = find_adapter_config_file(place, **of_files) is not None
+    except LOADING_ERRORS as error:
+        raise InputError(f"Cannot load the model {name!r}: {error}") from error
+    if not is_adapter:
+        return Origin(name, revision), dict(hub)
+    origin = _read_adapter(name, of_files)
+    return origin, {**hub, "revision": origin.revision}
+
+
+def _load_config(origin: Origin, hub: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(_place(origin.name), **hub)
+    except LOADING_ERRORS as error:
+        below = f", the model of the adapter {origin.adapter}" if origin.adapter else ""
+        raise InputError(f"Cannot load the model {origin.name!r}{below}: {error}") from error
+
+
+def _place(name: str | Path) -> str:
+    """What `from_pretrained` takes for a name."""
+    return str(story_lm_path()) if name == STORIES else os.path.expanduser(name)
+
+
+def _load_tokenizer(origin: Origin, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer where it has one, else the model's."""
+    name, options = origin.name, {**hub, "revision": origin.revision}
+    if origin.adapter is not None and _has_file(origin.adapter, "tokenizer_config.json", hub):
+        name, options = origin.adapter, dict(hub)
+    try:
+        return AutoTokenizer.from_pretrained(_place(name), **options)
     except ValueError as error:
         first = str(error).split("\n", 1)[0]
         raise InputError(
-            f"Cannot load a tokenizer of the model {str(name)!r}; it needs its tokenizer.json beside it. ({first})"
+            f"Cannot load a tokenizer of the model {name!r}; it needs its tokenizer.json beside it. ({first})"
         ) from error
 
 
-def _load_weights(name: str | Path, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _has_file(name: str, file: str, hub: Mapping[str, Any]) -> bool:
+    try:
+        return cached_file(_place(name), file, revision=hub.get("revision"), token=hub.get("token")) is not None
+    except OSError:
+        return False
+
+
+def _at_commits(origin: Origin, hub: Mapping[str, Any]) -> Origin:
+    """The origin with the commits that were loaded, read from where files lie in the local cache."""
+
+    def commit(name: str, file: str, revision: str | None) -> str | None:
+        if name == STORIES or os.path.isdir(_place(name)):
+            return None
+        return extract_commit_hash(cached_file(name, file, revision=revision, token=hub.get("token")), None)
+
+    found = replace(origin, revision=commit(origin.name, "config.json", origin.revision))
+    if origin.adapter is None:
+        return found
+    return replace(found, adapter_revision=commit(origin.adapter, "adapter_config.json", origin.adapter_revision))
+
+
+def _read_adapter(name: str, hub: Mapping[str, Any]) -> Origin:
+    """What an adapter stands on. Raises `InputError` for one that is not inside the model's layers."""
+    if not is_peft_available():
+        raise InputError(f"{name} is a PEFT adapter, and peft is not installed: pip install peft.")
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(_place(name), **hub)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"The adapter_config.json of {name} cannot be read: {error!s:.200}") from error
+    if not config.base_model_name_or_path:
+        raise InputError(
+            f"The adapter {name} does not say which model it belongs to; write base_model_name_or_path into its "
+            "adapter_config.json."
+        )
+    if config.is_prompt_learning:
+        raise InputError(
+            f"The adapter {name} ({config.peft_type.value}) puts vectors before the text, which are no tokens whose "
+            "activations could be read; give the model below it, or an adapter inside its layers, such as LoRA."
+        )
+    return Origin(config.base_model_name_or_path, config.revision, name, hub.get("revision"))
+
+
+def _with_adapter(model: PreTrainedModel, origin: Origin, hub: Mapping[str, Any]) -> PreTrainedModel:
+    """The model with an adapter in its layers. Its head is left out where the adapter was trained for another."""
+    from peft import PeftModel, TaskType
+    from peft.utils import load_peft_weights
+
+    name, options = (
+        str(origin.adapter),
+        {option: hub[option] for option in ("revision", *HUB_OPTIONS) if option in hub},
+    )
+    before = {id(parameter) for parameter in model.parameters()}
+    try:
+        keys = load_peft_weights(_place(name), device="cpu", **options).keys()
+        place = next((one for one in (model, model.base_model) if _has_modules(one, keys)), None)
+        if place is None:
+            raise InputError(f"it is made for modules that a {type(model).__name__} does not have")
+        # What the adapter's file lacks stays without memory, and so is found.
+        found = PeftModel.from_pretrained(place, _place(name), low_cpu_mem_usage=True, **options)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"The adapter {name} does not fit {origin.name}: {error!s:.300}. Check base_model_name_or_path in its "
+            "adapter_config.json, or merge it into its model (merge_and_unload) and give the merged one."
+        ) from error
+    lost = {key for key, parameter in place.named_parameters() if parameter.is_meta and id(parameter) not in before}
+    if lost:
+        raise InputError(f"The adapter {name} lacks {_some(lost)}; save or fetch it again, whole.")
+    adapted = found.get_base_model()
+    if found.active_peft_config.task_type in (None, TaskType.CAUSAL_LM):
+        return adapted
+    logger.warning("%s was trained for %s: no cross-entropy is measured.", name, found.active_peft_config.task_type)
+    return adapted.base_model
+
+
+def _has_modules(model: PreTrainedModel, keys: Iterable[str]) -> bool:
+    """Whether an adapter's weights belong to modules that are there; those of a head that was trained may not."""
+    roots = {name for name, _ in model.named_children()}
+    return any(key.removeprefix("base_model.model.").partition(".")[0] in roots for key in keys)
+
+
+def _load_weights(name: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """The model of a checkpoint; `options` are of `from_pretrained`."""
     auto_class = _auto_class(name, config, options["trust_remote_code"])
     model, found = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)

@@ -126,6 +126,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
 
     base_model (`str`, *optional*), base_model_revision (`str`, *optional*):
         The language model, and its commit.
+    adapter (`str`, *optional*), adapter_revision (`str`, *optional*):
+        The PEFT adapter that was on it, and the adapter's commit.
     site (`str`, *optional*):
         The place in it, as a module path and side: `model.layers.12:output`.
     prepend_bos (`bool`, *optional*, defaults to `True`):
@@ -165,6 +167,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     jumprelu_bandwidth: float | int = 0.5
     base_model: str | None = None
     base_model_revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
     site: str | None = None
     prepend_bos: bool = True
     context_length: int | None = None

@@ -37,7 +37,7 @@ FLOORS = {
     "hf_msae.outliers": 0,
     "hf_msae.moved": 0,
     "hf_msae.process_wide": 0,
-    "hf_msae.language_models": 1,
+    "hf_msae.language_models": 1.5,  # it knows the story model and what SAEs record
     "hf_msae.modeling": 1,
     "hf_msae.sites": 1,
     "hf_msae.worlds": 1,
@@ -58,7 +58,6 @@ NEIGHBOURS = {
         "hf_msae.formats",
         "hf_msae.interpret",
     ): "types alone: Neuronpedia shows an interpretation's pages",
-    ("hf_msae.language_models", "hf_msae.worlds"): "the story model is loaded by its name, as any other is",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.research"): "until research plugs its metrics in from above",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",

@@ -137,7 +137,7 @@ def check_hf_msae(arguments: list[str], folder: Path) -> None:
         arguments = [*arguments[:place], str(file), *arguments[place + 1 :]]
     for values in parse(parser_of(arguments[0]), arguments[1:]):
         if isinstance(values, SAEArguments):
-            make_saes(load_story_lm()[0], dataclasses.replace(values, site=[]), None, None)
+            make_saes(load_story_lm()[0], dataclasses.replace(values, site=[]), None)
 
 
 def check_launcher(parser: Any, arguments: list[str], folder: Path) -> None:

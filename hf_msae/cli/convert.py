@@ -23,6 +23,7 @@ from hf_msae.formats.conversion import (
     recognise,
     write_library_checkpoint,
 )
+from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
@@ -113,7 +114,7 @@ def _load(args: ConvertArguments) -> MatryoshkaSAE:
 def _measure(sae: MatryoshkaSAE, args: ConvertArguments, sources: SourceArguments) -> None:
     """Read text and record in the SAE what it tells. Raises ValueError where model, site or text are not known."""
     config = sae.config
-    sources.model = sources.model or config.base_model or ""
+    sources.model = sources.model or model_of(config)[0] or ""
     if not sources.model:
         raise InputError(f"{args.src} does not say which language model it is of; give --model.")
     place = args.site or config.site

@@ -33,6 +33,7 @@ from hf_msae.evaluation.labelled import LabelledActivations, labelled_documents,
 from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
 from hf_msae.evaluation.suite import DEFAULT_METRICS, METRICS, OF_CONCEPTS, check_metrics
 from hf_msae.evaluation.tables import all_tables
+from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
@@ -231,10 +232,10 @@ def _load_all(sources: list[str]) -> list[Subject]:
 
 def _complete_sources(sources: SourceArguments, args: EvalArguments, config: MatryoshkaSAEConfig) -> None:
     if not sources.model:
-        if config.base_model is None:
+        name, revision = model_of(config)
+        if name is None:
             raise InputError(f"{args.sae} does not say which language model it is of; give --model.")
-        sources.model = config.base_model
-        sources.model_revision = sources.model_revision or config.base_model_revision
+        sources.model, sources.model_revision = name, sources.model_revision or revision
     if args.site is None and config.site is None:
         raise InputError(f"{args.sae} does not say where in the model it is from; give --site, such as layers.12.")
 

@@ -25,6 +25,7 @@ from hf_msae.interpret.pages import Label
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.store import Interpretation
 from hf_msae.interpret.writing import FOLDER_NAME
+from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
@@ -102,9 +103,9 @@ def load_sae(name: str, subfolder: str, sources: SourceArguments) -> MatryoshkaS
     """The SAE in evaluation mode; `sources` gets the model that it was trained on where none was asked for."""
     check_sae_place(name)
     sae = MatryoshkaSAE.from_pretrained(name, subfolder=subfolder).eval()
-    if sources.model == STORIES and sae.config.base_model not in (None, STORIES):
-        sources.model = sae.config.base_model
-        sources.model_revision = sources.model_revision or sae.config.base_model_revision
+    name, revision = model_of(sae.config)
+    if sources.model == STORIES and name is not None:
+        sources.model, sources.model_revision = name, sources.model_revision or revision
     return sae
 
 

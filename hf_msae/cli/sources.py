@@ -13,8 +13,6 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 from transformers.distributed import DistributedConfig
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from hf_msae import language_models
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
@@ -33,7 +31,7 @@ class SourceArguments:
 
     model: str = field(
         default=STORIES,
-        metadata={"help": "The language model: a Hub id or a folder; 'stories' is the one in the package."},
+        metadata={"help": "The language model, or a PEFT adapter: a Hub id or a folder; 'stories' is in the package."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -117,14 +115,6 @@ def check_sae_place(name: str) -> None:
     in_a_folder = place.parent != Path() and place.parent.is_dir()
     if not place.is_dir() and (name.startswith((".", "/", "~")) or in_a_folder):
         raise InputError(f"There is no folder {name}. Give a folder that holds an SAE, or a Hub repo.")
-
-
-def model_commit(args: SourceArguments) -> str | None:
-    """The commit of a model that came from the Hub, read from where its configuration lies in the local cache."""
-    if args.model == STORIES or Path(args.model).is_dir():
-        return None
-    path = cached_file(args.model, "config.json", revision=args.model_revision)
-    return extract_commit_hash(path, None)
 
 
 def load_training_data(args: SourceArguments) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from hf_msae.cli.parser import Collect, build_parser, parse, parse_float
 from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
 from hf_msae.interpret.search import search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
+from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.steering import LatentEdit, PrefixEdit, SteeredPipeline, Steering, SteeringError, load_steering
@@ -83,10 +84,9 @@ def run(arguments: list[str]) -> None:
     for name, sae in saes.items():
         check_edits(sae, [edit for edit in steering.edits if edit.sae == name], name)
     config = next(iter(saes.values())).config
-    name = args.model or config.base_model
+    name, revision = (args.model, None) if args.model else model_of(config)
     if name is None:
         raise SteeringError(f"{args.sae} does not say which language model it was trained on; give --model.")
-    revision = config.base_model_revision if args.model is None else None
     source = SourceArguments(model=name, model_revision=revision, trust_remote_code=args.trust_remote_code)
     model, tokenizer = load_language_model(source)
     saes = {key: sae.to(model.device) for key, sae in saes.items()}

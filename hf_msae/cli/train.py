@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data, model_commit
+from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations, is_activation_cache
 from hf_msae.errors import InputError
 from hf_msae.metrics import Measurement, table_rows
@@ -139,7 +139,7 @@ def run(arguments: list[str]) -> None:
         check_output_dir(Path(training_args.output_dir), training_args)
     dataset, eval_dataset = load_training_data(sources)
     model, tokenizer = load_language_model(sources, run_args.tensor_parallel)
-    saes = make_saes(model, sae_args, dataset, model_commit(sources), training_args.init_from)
+    saes = make_saes(model, sae_args, dataset, training_args.init_from)
     trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
     if run_args.dry_run:
         rehearse(trainer)
@@ -174,12 +174,11 @@ def make_saes(
     model: PreTrainedModel,
     args: SAEArguments,
     dataset: Any,
-    revision: str | None,
     init_from: str | None = None,
 ) -> list[MatryoshkaSAE]:
     """An SAE for every combination of sites, sizes and k; with `init_from`, otherwise of that one's form."""
     if init_from is not None:
-        return _make_alike(model, args, revision, read_initial_config(init_from))
+        return _make_alike(model, args, read_initial_config(init_from))
     names = args.site or _default_sites(model, dataset)
     saes = []
     for name in names:
@@ -202,7 +201,6 @@ def make_saes(
                 aux_loss_weight=args.aux_loss_weight,
                 sparsity_weight=args.sparsity_weight,
                 site=str(site),
-                base_model_revision=revision,
             )
             saes.append(MatryoshkaSAE(config))
     return saes
@@ -211,7 +209,6 @@ def make_saes(
 def _make_alike(
     model: PreTrainedModel,
     args: SAEArguments,
-    revision: str | None,
     initial: MatryoshkaSAEConfig,
 ) -> list[MatryoshkaSAE]:
     """An SAE for every combination of sites, sizes and k, otherwise of the form of one that exists, but for arguments
@@ -228,7 +225,7 @@ def _make_alike(
             values = initial.to_dict() | given
             sizes = parse_prefix_sizes(args.prefix_sizes, num_latents) or wider_prefix_sizes(initial, num_latents)
             values |= {"num_latents": num_latents, "k": k, "prefix_sizes": sizes, "measured": None, "site": str(site)}
-            values |= {"base_model_revision": revision, "inference": "threshold"}
+            values |= {"inference": "threshold"}
             if args.level_weights or len(sizes) != initial.num_levels:
                 values["level_weights"] = _level_weights(args.level_weights)
             saes.append(MatryoshkaSAE(MatryoshkaSAEConfig(**values)))

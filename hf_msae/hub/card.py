@@ -77,8 +77,8 @@ def render_model_card(facts: CardFacts) -> str:
         facts=facts,
         config=config,
         measurement=facts.measurement,
-        base_model_name=_reader_name(config.base_model),
-        base_model_source=_loadable_name(config.base_model, facts.source),
+        base_model_name=_reader_name(config.base_model, config.adapter),
+        base_model_source=_loadable_name(config.adapter or config.base_model, facts.source),
         header=header,
         rows=rows,
         weights=[round(weight, 3) for weight in config.normalized_level_weights],
@@ -174,8 +174,10 @@ def dataset_name(description: str | None) -> str | None:
     return " ".join(Path(word).name if "/" in word else word for word in description.split(" "))
 
 
-def _reader_name(base_model: str | None) -> str:
-    """What a reader calls the language model."""
+def _reader_name(base_model: str | None, adapter: str | None = None) -> str:
+    """What a reader calls the language model, and the adapter that was on it."""
+    if adapter is not None:
+        return f"{_reader_name(base_model)} with the adapter {adapter if is_hub_id(adapter) else Path(adapter).name}"
     if base_model is None:
         return "a language model"
     if base_model == STORIES:
@@ -195,15 +197,14 @@ def _loadable_name(base_model: str | None, source: str) -> str:
 
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
-    base_model = facts.config.base_model
-    on_hub = base_model is not None and is_hub_id(base_model)
+    on_hub = [name for name in (facts.config.base_model, facts.config.adapter) if name and is_hub_id(name)]
     dataset = hub_dataset(facts.training.get("dataset"))
     results = _eval_results(facts)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=[*TAGS],
-        base_model=base_model if on_hub else None,
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
         base_model_relation="adapter" if on_hub else None,
         datasets=[dataset] if dataset else None,
         # What others trained and we converted is under a licence of theirs, which their files do not say.
@@ -225,6 +226,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     if whole is None:
         return []
     description = facts.training.get("dataset")
+    model = _reader_name(facts.config.base_model, facts.config.adapter)
     metrics = [
         ("fve", "fraction of variance explained", whole.fve, 4),
         ("l0", "mean active latents per token (L0)", whole.l0, 2),
@@ -233,7 +235,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="feature-extraction",
-            task_name=f"Reconstruction of {_reader_name(facts.config.base_model)} at {facts.config.site}",
+            task_name=f"Reconstruction of {model} at {facts.config.site}",
             dataset_type=hub_dataset(description) or "text",
             dataset_name=dataset_name(description) or "held-out tokens",
             metric_type=kind,

@@ -84,9 +84,11 @@ def read_result(folder: Path, beside: Path | None = None) -> Result:
     except ValueError as error:
         raise NoSAEError(str(error)) from error
     content: Path | bytes = folder / CONFIG_NAME
-    if config.base_model is not None and config.base_model != public_name(config.base_model):
-        config.base_model = public_name(config.base_model)
-        content = _as_json(_read_json(folder / CONFIG_NAME) | {"base_model": config.base_model})
+    recorded = {"base_model": config.base_model, "adapter": config.adapter}
+    public = {key: public_name(name) for key, name in recorded.items() if name is not None}
+    if public != {key: name for key, name in recorded.items() if name is not None}:
+        config.base_model, config.adapter = public.get("base_model"), public.get("adapter")
+        content = _as_json(_read_json(folder / CONFIG_NAME) | public)
     max_activation, firing_rate = _read_statistics(folder, config)
     code = {path.name: path for path in sorted(folder.glob("*.py")) if path.name in CODE_NAMES}
     if not code:

@@ -42,6 +42,11 @@ _SUBLAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
 # These take the residual stream as a second argument and return it with their own output added.
 _BEFORE_RESIDUAL = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h", "MptMLP": "down_proj"}
 
+# What wrappers put into the paths of what they wrap: torch.compile, FSDP and checkpointing around any module; DDP and
+# DataParallel, and PEFT, around a model.
+_AROUND_MODULES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_AROUND_MODELS = ("module.", "base_model.model.")
+
 _LAYER_FORM = re.compile(r"layers\.(-?\d+)(?:\.(.+))?")
 
 
@@ -100,6 +105,8 @@ def resolve_site(model: PreTrainedModel, name: str | Site) -> Site:
 
     Raises SiteError where there is no such module, with the nearest names and the short forms that this model has.
     """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise SiteError(f"{type(model).__name__} wraps the model that has the sites; give what is in it: model.module")
     site = name if isinstance(name, Site) else Site.parse(name)
     lookups: list[Callable[[PreTrainedModel, str], str | None]] = [_short_form, _full_path]
     if isinstance(name, Site) or ":" in name:
@@ -134,11 +141,12 @@ def _full_path(model: PreTrainedModel, path: str) -> str | None:
 
 
 def _bare(path: str) -> str:
-    """A module's path as the model without wrappers has it: PEFT puts a model at `base_model.model`, and
-    torch.compile a module at `_orig_mod`.
-    """
-    inside = ".".join(part for part in path.split(".") if part != "_orig_mod")
-    return inside.removeprefix("base_model.model.")
+    """A module's path as the model without wrappers has it."""
+    parts = [part for part in path.split(".") if part not in _AROUND_MODULES]
+    inside = ".".join(parts)
+    while wrapper := next((prefix for prefix in _AROUND_MODELS if inside.startswith(prefix)), None):
+        inside = inside.removeprefix(wrapper)
+    return inside or path
 
 
 def _short_form(model: PreTrainedModel, path: str) -> str | None:

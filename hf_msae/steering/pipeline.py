@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 
-from hf_msae.language_models import load_language_model
+from hf_msae.language_models import load_language_model, model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.sampling import seeded_sampling
@@ -74,7 +74,7 @@ class SteeredPipeline(TextGenerationPipeline):
             sae: MatryoshkaSAE.from_pretrained(source, subfolder="/".join(filter(None, (subfolder, sae))), **hub)
             for sae in sorted(names)
         }
-        if not isinstance(model, PreTrainedModel):
+        if model is None or isinstance(model, str):
             model, found = _language_model(model, saes, str(source), token)
             tokenizer = tokenizer or found
         if tokenizer is None:
@@ -123,8 +123,8 @@ def _language_model(
     configs = [sae.config for sae in saes.values()]
     revision = None
     if name is None:
-        names = {config.base_model for config in configs}
+        names = {model_of(config)[0] for config in configs}
         if len(names) != 1 or None in names:
             raise SteeringError(f"{source} does not say which one language model it steers; give model=.")
-        name, revision = str(configs[0].base_model), configs[0].base_model_revision
-    return load_language_model(name, revision=revision, token=token, needs_head=True)
+        name, revision = model_of(configs[0])
+    return load_language_model(str(name), revision=revision, token=token, needs_head=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.errors import InputError
+from hf_msae.language_models import has_adapter, origin_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
 from hf_msae.worlds.stories import STORIES
@@ -75,8 +76,25 @@ def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSA
                 sae.config.prefix_sizes[0],
             )
         sae.config.site = str(sites[name].without_wrappers())
-        sae.config.base_model = from_anywhere(model.config.name_or_path) or None
+        _record_model(sae, model)
     return sites
+
+
+def _record_model(sae: MatryoshkaSAE, model: PreTrainedModel) -> None:
+    """Write into an SAE's configuration which language model it reads, and which adapter on it."""
+    config, origin = sae.config, origin_of(model)
+    config.base_model = from_anywhere(model.config.name_or_path) or None
+    if origin is not None:
+        config.base_model_revision = origin.revision
+        config.adapter, config.adapter_revision = from_anywhere(origin.adapter), origin.adapter_revision
+    elif not has_adapter(model):
+        config.adapter = config.adapter_revision = None
+    elif config.adapter is None:
+        logger.warning(
+            "The language model has a PEFT adapter whose name is not known. Set config.adapter of the SAE to its "
+            "folder or repo, or load the model with hf_msae.language_models.load_language_model, so that the SAE "
+            "finds it again."
+        )
 
 
 def from_anywhere(name: str | None) -> str | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae import MatryoshkaSAE, SAEEntry, list_saes
 from hf_msae.hub.index import NoSAEError
-from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config
+from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config, model_of
 from hf_msae.sites import SiteError, resolve_site
 from hf_msae.worlds.stories import STORIES
 from msae_space.memory import machine_bytes
@@ -181,12 +181,12 @@ class Library:
         sae = _read(
             key.source, lambda: MatryoshkaSAE.from_pretrained(key.source, subfolder=key.subfolder).eval().float()
         )
-        name = sae.config.base_model
+        name, revision = model_of(sae.config)
         if name is None or sae.config.site is None:
             raise SpaceError(f"{key.source} does not say which language model it reads, so it cannot be shown.")
         if key.source not in self.own:
             _check_repo(name)
-        return _workbench(key, sae, self._language(name, sae.config.base_model_revision, needed))
+        return _workbench(key, sae, self._language(name, revision, needed))
 
     def _check_room(self, what: str, needed: int) -> None:
         """Before anything so large is read. Raises SpaceError where it has no room."""
