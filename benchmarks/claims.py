@@ -42,7 +42,8 @@ from hf_msae.evaluation import (
     story_examples,
 )
 from hf_msae.evaluation.baselines import prune
-from hf_msae.evaluation.probing import make_split, measure_probing
+from hf_msae.evaluation.probes import make_split
+from hf_msae.evaluation.probing import measure_probing
 from hf_msae.interpret.edges import filter_edges, find_candidates
 from hf_msae.interpret.hierarchy import HierarchySettings
 from hf_msae.interpret.scan import scan
@@ -151,30 +152,30 @@ def read_evaluation(result: Evaluation) -> Numbers:
     """The evaluation's numbers, means over splits."""
     numbers: Numbers = {}
     for name, method in result.methods.items():
-        for level in result.core[name].measurement.levels:
+        for level in result["core"][name].measurement.levels:
             add(numbers, method, level.prefix, l0=level.l0, fve=level.fve, kl=level.kl, dead=level.dead)
             add(numbers, method, level.prefix, ce=level.ce_recovered_mean, ce_zero=level.ce_recovered)
-        for geometry in result.geometry[name]:
+        for geometry in result["geometry"][name]:
             add(numbers, method, geometry.prefix, nearest=geometry.decoder_nearest)
-        for prefix in {level.prefix for level in result.core[name].measurement.levels}:
+        for prefix in {level.prefix for level in result["core"][name].measurement.levels}:
             add(numbers, method, prefix, **_concept_numbers(result, name, prefix))
-    for pair in result.agreement:
+    for pair in result["agreement"]:
         add(numbers, result.methods[pair.one], pair.prefixes[0], shared=pair.shared)
     return numbers
 
 
 def _concept_numbers(result: Evaluation, name: str, prefix: int) -> dict[str, float | None]:
-    probing = result.probing.scores if result.probing else []
+    probing = result["probing"].scores if result["probing"] else []
     found: dict[str, float | None] = {
         f"probe_{k}": mean([s.accuracy for s in probing if (s.features, s.prefix, s.k) == (name, prefix, k)])
         for k in (1, 5)
     }
-    levels = [level for level in result.absorption[name].levels if level.prefix == prefix]
+    levels = [level for level in result["absorption"][name].levels if level.prefix == prefix]
     fields = ("main_f1", "split_latents", "full", "fraction", "child_recall", "worst_child", "elsewhere")
     found |= {field: mean([vars(level)[field] for level in levels]) for field in fields}
     if levels:
         found["selectivity"] = mean([level.worst_child - level.elsewhere for level in levels if level.worst_child])
-    erasure = result.erasure[name]
+    erasure = result["erasure"][name]
     for field, scores in (("tpp", erasure.perturbation), ("scr", erasure.removal)):
         found[field] = mean([vars(s)["score"] for s in scores if (s.prefix, s.count) == (prefix, COUNT)])
     return found
@@ -217,7 +218,7 @@ def measure(world: World, options: argparse.Namespace) -> tuple[Numbers, dict[st
     result = evaluate(subjects, text, labelled, of_documents, splits=options.splits)
     numbers = read_evaluation(result)
     facts = {"tokens": text.num_tokens, "examples": labelled.num_examples, "text": text.description}
-    levels = next(iter(result.absorption.values())).levels
+    levels = next(iter(result["absorption"].values())).levels
     facts |= {"probe_f1": levels[0].probe_f1, "concepts": levels[0].concepts, "refused": levels[0].refused}
     for subject in subjects:
         if world.is_stories:

@@ -22,8 +22,8 @@ from hf_msae.evaluation.activations import TextActivations, tokens_at_once
 from hf_msae.evaluation.core import rate_distortion
 from hf_msae.evaluation.geometry import measure_agreement, measure_geometry, nearest_rows
 from hf_msae.evaluation.labelled import LabelledActivations, encoder_of
-from hf_msae.evaluation.probes import draw_samples, fit_probes
-from hf_msae.evaluation.probing import make_split, measure_probing
+from hf_msae.evaluation.probes import draw_samples, fit_probes, make_split
+from hf_msae.evaluation.probing import measure_probing
 from hf_msae.interpret import Labeller
 from hf_msae.interpret.activity import active_latents, gains
 from hf_msae.interpret.cofiring import Cofirings

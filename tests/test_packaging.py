@@ -59,7 +59,6 @@ NEIGHBOURS = {
         "hf_msae.interpret",
     ): "types alone: Neuronpedia shows an interpretation's pages",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
-    ("hf_msae.evaluation", "hf_msae.research"): "until research plugs its metrics in from above",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",
 }
 # Where the sources of the package lie, and where they are installed. The Space is run as a script, never imported.

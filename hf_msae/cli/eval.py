@@ -18,7 +18,7 @@ from hf_msae.cli.parser import Collect, build_parser, parse
 from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
-from hf_msae.evaluation import Evaluation, Subject, collect, evaluate, write_report
+from hf_msae.evaluation import DEFAULT_METRICS, METRICS, Evaluation, Subject, collect, evaluate, write_report
 from hf_msae.evaluation.activations import TextActivations, check_fits
 from hf_msae.evaluation.baselines import (
     BASELINES,
@@ -31,7 +31,7 @@ from hf_msae.evaluation.baselines import (
 )
 from hf_msae.evaluation.labelled import LabelledActivations, labelled_documents, read_labelled, story_examples
 from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
-from hf_msae.evaluation.suite import DEFAULT_METRICS, METRICS, OF_CONCEPTS, check_metrics
+from hf_msae.evaluation.suite import find_metrics
 from hf_msae.evaluation.tables import all_tables
 from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -135,7 +135,7 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         self.baselines = [name for name in self.baselines if name != "none"]
-        check_metrics(self.metrics)
+        find_metrics(self.metrics)
         check_baselines(self.baselines)
         check_multiple(self.norm_outlier_multiple)
         least = {"baseline_seeds": 1, "eval_tokens": 2, "rate_tokens": 2, "lm_batch_size": 1, "splits": 1}
@@ -275,7 +275,7 @@ def _labelled(
     model, site = text.model, text.site
     options: dict[str, Any] = {"context_length": context_length, "lm_batch_size": args.lm_batch_size}
     options["norm_limit"] = text.norm_limit
-    if not set(args.metrics) & set(OF_CONCEPTS):
+    if not any(metric.needs_labels for metric in find_metrics(args.metrics)):
         return None, None
     if pairs is not None:
         description = f"{len(pairs):,} documents of {Path(str(args.labelled)).name}"

@@ -20,14 +20,19 @@ and the share of other tokens on which the best latent fires are shown beside th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers.utils import logging
 
 from hf_msae.evaluation.labelled import Encoder, LabelledActivations, encoder_of
-from hf_msae.evaluation.probes import Samples, fit_probes, score_logits
-from hf_msae.evaluation.probing import MIN_TEST, Split, mean_differences
+from hf_msae.evaluation.metric import Details, Evaluation, Metric, MetricInputs, Plot, Table
+from hf_msae.evaluation.plots import draw_lines, legend_outside, log_axis, mean_at
+from hf_msae.evaluation.probes import MIN_TEST, Samples, Split, fit_probes, mean_differences, score_logits
+from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
 from hf_msae.modeling import MatryoshkaSAE
 
 MIN_PROBE_F1 = 0.6
@@ -81,6 +86,14 @@ class LevelAbsorption:
     child_recall: float | None
     worst_child: float | None
     elsewhere: float
+
+
+@dataclass(frozen=True)
+class AbsorptionResult:
+    """Absorption of one SAE: means by level and split, and the concepts of the first split one by one."""
+
+    levels: list[LevelAbsorption]
+    concepts: list[ConceptAbsorption]
 
 
 def measure_absorption(
@@ -265,3 +278,88 @@ def absorption_of(
     absorbed = absorbed.masked_fill(absorbers / floor < MIN_SHARE, 0.0)
     share = absorbed / (absorbed + of_main).clamp_min(1e-12)
     return full.double().mean().item(), share.double().mean().item()
+
+
+class AbsorptionMetric(Metric[dict[str, AbsorptionResult]]):
+    """Splitting and absorption at each prefix, by the SAE's name."""
+
+    name = "absorption"
+    needs_labels = True
+
+    def measure(self, inputs: MetricInputs) -> dict[str, AbsorptionResult]:
+        """Measure every SAE on the same splits."""
+        return {
+            name: AbsorptionResult(*measure_absorption(inputs.examples, sae, inputs.splits))
+            for name, sae in logging.tqdm(inputs.saes.items(), desc="Absorption", unit=" SAE")
+        }
+
+    def tables(self, result: dict[str, AbsorptionResult], evaluation: Evaluation) -> list[Table]:
+        """One of methods at prefixes; its note says so where no concept can be looked at."""
+        title = "Splitting and absorption"
+        levels = [level for found in result.values() for level in found.levels]
+        if not levels:
+            note = (
+                "Refused: no concept has a probe on the whole activation with an F1 of at least 0.6 and examples "
+                "enough."
+            )
+            return [Table(title, note, [], [])]
+        first = levels[0]
+        note = (
+            f"Means over {first.concepts} general concepts (probe F1 {first.probe_f1:.2f} on the whole activation; "
+            f"{first.refused} refused for a probe F1 below 0.6 or too few examples), {first.tokens:,} tokens. Main "
+            "F1 is that of a probe on the concept's own latents: low absorption at a low main F1 only says that the "
+            "concept was not learnt. The last three columns: the share of a child's tokens on which the parent's "
+            "best latent fires, and of tokens of other concepts."
+        )
+        found = {name: absorption.levels for name, absorption in result.items()}
+        columns = [
+            Column("main F1", field_at_prefix(found, "main_f1")),
+            Column("latents per concept", field_at_prefix(found, "split_latents"), 2),
+            Column("absorbed (full)", field_at_prefix(found, "full")),
+            Column("absorbed (fraction)", field_at_prefix(found, "fraction")),
+            Column("fires on children", field_at_prefix(found, "child_recall")),
+            Column("on the worst child", field_at_prefix(found, "worst_child")),
+            Column("fires elsewhere", field_at_prefix(found, "elsewhere")),
+        ]
+        return [table_by_prefix(evaluation, title, note, columns)]
+
+    def plots(self, result: dict[str, AbsorptionResult], evaluation: Evaluation) -> list[Plot]:
+        """What is absorbed, and how often parents fire on their children, by prefix."""
+        if not any(found.levels for found in result.values()):
+            return []
+        return [
+            Plot(
+                "What other latents absorb, and how often a parent's best latent fires on its children, by prefix.",
+                lambda figure: _draw(result, evaluation, figure),
+            )
+        ]
+
+    def details(self, result: dict[str, AbsorptionResult], evaluation: Evaluation) -> Details | None:
+        """The concepts of the SAE that is evaluated one by one, with its whole dictionary."""
+        name, found = next(iter(result.items()))
+        widest = max((item.prefix for item in found.concepts), default=0)
+        concepts = [item for item in found.concepts if item.prefix == widest and item.recalls]
+        if not concepts:
+            return None
+        return Details(
+            "Concept by concept",
+            "Concept by concept: does the parent's latent fire on each child?",
+            Path(__file__).with_name("absorption.html"),
+            {"sae": evaluation.facts.get("sae", name), "concepts": concepts},
+        )
+
+
+def _draw(result: dict[str, AbsorptionResult], evaluation: Evaluation, figure: Any) -> None:
+    titles = {
+        "fraction": "absorbed fraction (lower is better)",
+        "full": "fully absorbed",
+        "child_recall": "fires on children",
+    }
+    has_children = all(level.child_recall is not None for found in result.values() for level in found.levels)
+    fields = ("fraction", "child_recall" if has_children else "full")
+    for field, axis in zip(fields, figure.subplots(1, 2), strict=True):
+        draw_lines(axis, evaluation, lambda name, field=field: mean_at(result[name].levels, "prefix", field))
+        axis.set(xlabel="prefix", title=titles[field])
+        log_axis(axis, next(iter(evaluation.prefix_sizes.values())))
+        axis.set_ylim(0, 1 if field == "child_recall" else None)
+    legend_outside(figure.axes[1])

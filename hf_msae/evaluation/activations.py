@@ -66,6 +66,11 @@ class TextActivations:
     def num_tokens(self) -> int:
         return len(self.x)
 
+    @property
+    def token_ids(self) -> Tensor:
+        """The token of each activation, (num_tokens,) int64."""
+        return torch.cat([window.input_ids[window.keep] for window in self.windows])
+
     def batches(self, sae: MatryoshkaSAE) -> Iterator[Tensor]:
         """The activations in parts (n, hidden_size) that the SAE can encode at once, on its device."""
         for part in self.x.split(tokens_at_once(sae)):

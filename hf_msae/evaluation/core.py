@@ -11,18 +11,24 @@ entropies come from the same tokens, so those of latents that fire a few times a
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once, total_variance
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
+from hf_msae.evaluation.plots import Point, draw_lines, legend_outside, log_axis
+from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
 from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropies, merge, predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
 
 QUANTISATION = (4, 16, 64)
 # Lower edges of the bins of firing rates, in powers of ten.
 DENSITY_EDGES = tuple(-5.0 + 0.5 * step for step in range(11))
+# How many values per latent the plotted code has, of QUANTISATION.
+SHOWN_CELLS = 16
 
 
 @dataclass(frozen=True)
@@ -165,3 +171,113 @@ def description_bits(counts: Tensor, num_tokens: int) -> Tensor:
 
 def _entropy(p: Tensor) -> Tensor:
     return -torch.where(p > 0, p * p.clamp_min(1e-300).log2(), 0.0).sum(1)
+
+
+class CoreMetric(Metric[dict[str, CoreResult]]):
+    """Sparsity, reconstruction, and the language model with reconstructions, by the SAE's name."""
+
+    name = "core"
+
+    def measure(self, inputs: MetricInputs) -> dict[str, CoreResult]:
+        """Measure all SAEs on the same tokens."""
+        return measure_core(inputs.text, inputs.saes, ce_tokens=inputs.ce_tokens, rate_tokens=inputs.rate_tokens)
+
+    def tables(self, result: dict[str, CoreResult], evaluation: Evaluation) -> list[Table]:
+        """One, with a row for each method at each prefix."""
+        found = {name: core.measurement.levels for name, core in result.items()}
+        columns = [
+            Column("L0", field_at_prefix(found, "l0"), 2),
+            Column("FVE", field_at_prefix(found, "fve")),
+            Column("NMSE", field_at_prefix(found, "nmse")),
+            Column("cosine", field_at_prefix(found, "cosine")),
+            Column("CE rec. (mean)", field_at_prefix(found, "ce_recovered_mean")),
+            Column("CE rec. (zero)", field_at_prefix(found, "ce_recovered")),
+            Column("ΔCE", field_at_prefix(found, "ce_increase")),
+            Column("KL", field_at_prefix(found, "kl")),
+            Column("dead %", field_at_prefix(found, "dead"), 1, 100.0),
+        ]
+        note = _note(next(iter(result.values())).measurement)
+        return [table_by_prefix(evaluation, "Reconstruction", note, columns)]
+
+    def plots(self, result: dict[str, CoreResult], evaluation: Evaluation) -> list[Plot]:
+        """Fidelity against sparsity, the rate–distortion curve, and how often latents fire."""
+        return [
+            Plot(
+                "Fidelity against sparsity: each point is a prefix, each line a method.",
+                lambda figure: _draw_fidelity(result, evaluation, figure),
+            ),
+            Plot(
+                f"As a code: bits per token, with {SHOWN_CELLS} values per latent, and what they explain.",
+                lambda figure: _draw_rate_distortion(result, evaluation, figure),
+            ),
+            Plot(
+                "How often latents fire, by the level that adds them.",
+                lambda figure: _draw_density(*next(iter(result.items())), figure),
+            ),
+        ]
+
+
+def _note(first: Measurement) -> str:
+    note = f"On {first.tokens:,} tokens"
+    if first.outliers:
+        note += f" ({first.outliers:,} with outlying norms, attention sinks, left out)"
+    if first.ce_clean is not None and first.ce_zero is not None and first.ce_mean is not None:
+        note += (
+            f"; cross-entropy (CE, nats per token) and KL on {first.ce_tokens:,}. The model as it is has CE "
+            f"{first.ce_clean:.3f}, with the site set to zero {first.ce_zero:.3f}, to the mean {first.ce_mean:.3f}. "
+            "CE recovered is 1 where the reconstruction costs nothing and 0 where it is as bad as that ablation; "
+            "against zero it flatters"
+        )
+    return note + ". NMSE is not centred, so a large mean makes it look better than FVE."
+
+
+def _draw_fidelity(result: Mapping[str, CoreResult], evaluation: Evaluation, figure: Any) -> None:
+    spliced = next(iter(result.values())).measurement.ce_clean is not None
+    left, *others = figure.subplots(1, 1 + spliced, squeeze=False)[0]
+    draw_lines(left, evaluation, lambda name: [(level.l0, level.fve) for level in result[name].measurement.levels])
+    left.set(xlabel="L0", ylabel="FVE")
+    log_axis(left)
+    left.set_ylim(top=1.02, bottom=max(-0.1, left.get_ylim()[0]))
+
+    def recovered(name: str) -> list[Point]:
+        levels = result[name].measurement.levels
+        return [(level.l0, level.ce_recovered_mean) for level in levels if level.ce_recovered_mean is not None]
+
+    for right in others:
+        draw_lines(right, evaluation, recovered)
+        right.set(xlabel="L0", ylabel="CE recovered (against mean)")
+        log_axis(right)
+        right.set_ylim(top=1.02, bottom=max(-0.5, right.get_ylim()[0]))
+    legend_outside(figure.axes[-1])
+
+
+def _draw_rate_distortion(result: Mapping[str, CoreResult], evaluation: Evaluation, figure: Any) -> None:
+    axis = figure.subplots()
+
+    def points(name: str) -> list[Point]:
+        return [(p.bits, p.fve) for p in result[name].rate_distortion if p.cells == SHOWN_CELLS]
+
+    draw_lines(axis, evaluation, points)
+    axis.set(xlabel="bits per token", ylabel="FVE")
+    log_axis(axis)
+    axis.set_ylim(top=1.02, bottom=max(-0.1, axis.get_ylim()[0]))
+    legend_outside(axis)
+
+
+def _draw_density(name: str, core: CoreResult, figure: Any) -> None:
+    from matplotlib import colormaps
+
+    axis = figure.subplots()
+    sizes = [level.prefix for level in core.measurement.levels]
+    edges, bottom = core.density.edges, [0] * (len(core.density.edges) - 1)
+    centres = [(low + high) / 2 for low, high in pairwise(edges)]
+    for group, (counts, size) in enumerate(zip(core.density.counts, sizes, strict=True)):
+        # The ends of the colormap would vanish on a dark or on a white page.
+        colour = colormaps["plasma"](0.35 + 0.45 * group / max(1, len(sizes) - 1))
+        label = f"up to {size:,} ({core.density.dead[group]} dead)"
+        axis.bar(centres, counts, width=0.46, bottom=bottom, color=colour, label=label)
+        bottom = [below + count for below, count in zip(bottom, counts, strict=True)]
+    axis.set(xlabel=f"share of tokens on which a latent of {name} fires", ylabel="latents")
+    ticks = [edge for edge in edges if edge == int(edge)]
+    axis.set_xticks(ticks, [f"{100 * 10**tick:g}%" for tick in ticks])
+    legend_outside(axis)

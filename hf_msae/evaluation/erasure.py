@@ -15,16 +15,22 @@ n are set to zero while the SAE's error stays, which moves the activation by −
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_msae.evaluation.labelled import LabelledActivations, encoder_of
-from hf_msae.evaluation.probes import Probes, Samples, fit_probes, score_logits
-from hf_msae.evaluation.probing import Split, mean_differences
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
+from hf_msae.evaluation.plots import Point, draw_lines, legend_outside, log_axis, mean_at
+from hf_msae.evaluation.probes import Probes, Samples, Split, fit_probes, mean_differences, score_logits
+from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
 from hf_msae.modeling import MatryoshkaSAE
 
 COUNTS = (2, 5, 10, 20, 50)
+# Which of them the table shows.
+SHOWN_COUNT = 10
 MIN_CLASSES = 3
 MAX_CLASSES = 12
 MIN_BIAS = 0.05
@@ -57,6 +63,15 @@ class RemovalScore:
     biased: float
     ablated: float
     balanced: float
+
+
+@dataclass(frozen=True)
+class ErasureResult:
+    """Erasure of one SAE; `pairs_left_out` is of SCR."""
+
+    perturbation: list[PerturbationScore]
+    removal: list[RemovalScore]
+    pairs_left_out: int
 
 
 def choose_classes(data: LabelledActivations, split: Split) -> list[int]:
@@ -222,3 +237,72 @@ def _draw_pair(data: LabelledActivations, one: int, two: int, generator: torch.G
         of_spurious=sample(both[:half], only_two[:half], only_one[:half], neither[:half]),
         test=sample(*(cell[:test] for cell in cells)),
     )
+
+
+class ErasureMetric(Metric[dict[str, ErasureResult]]):
+    """TPP and SCR at each prefix, by the SAE's name."""
+
+    name = "erasure"
+    needs_labels = True
+
+    def measure(self, inputs: MetricInputs) -> dict[str, ErasureResult]:
+        """Measure every SAE on the same splits; SCR only where there are documents with several labels."""
+        result = {}
+        for name, sae in logging.tqdm(inputs.saes.items(), desc="Erasure", unit=" SAE"):
+            removal: tuple[list[RemovalScore], int] = ([], 0)
+            if inputs.of_documents is not None:
+                removal = measure_removal(inputs.of_documents, sae, [split.seed for split in inputs.splits])
+            result[name] = ErasureResult(measure_perturbation(inputs.examples, sae, inputs.splits), *removal)
+        return result
+
+    def tables(self, result: dict[str, ErasureResult], evaluation: Evaluation) -> list[Table]:
+        """One of methods at prefixes, with the scores at one number of ablated latents."""
+        perturbation = {name: _at_shown_count(erasure.perturbation) for name, erasure in result.items()}
+        removal = {name: _at_shown_count(erasure.removal) for name, erasure in result.items()}
+        columns = [
+            Column("TPP", field_at_prefix(perturbation, "score")),
+            Column("intended", field_at_prefix(perturbation, "intended")),
+            Column("unintended", field_at_prefix(perturbation, "unintended")),
+            Column("SCR", field_at_prefix(removal, "score")),
+            Column("biased acc.", field_at_prefix(removal, "biased")),
+            Column("ablated acc.", field_at_prefix(removal, "ablated")),
+            Column("balanced acc.", field_at_prefix(removal, "balanced")),
+        ]
+        first = next(iter(result.values()))
+        classes = first.perturbation[0].classes if first.perturbation else 0
+        pairs = first.removal[0].pairs if first.removal else 0
+        note = (
+            f"With {SHOWN_COUNT} latents ablated per concept; TPP over {classes} classes, SCR over {pairs} pairs of "
+            f"labels ({first.pairs_left_out} left out because the bias cost too little). The Matryoshka paper reports "
+            "them; arXiv:2605.18229 found them unreliable across seeds: do not rest a claim on them."
+        )
+        return [table_by_prefix(evaluation, "Targeted concept erasure", note, columns)]
+
+    def plots(self, result: dict[str, ErasureResult], evaluation: Evaluation) -> list[Plot]:
+        """TPP by the number of latents ablated."""
+        if not any(found.perturbation for found in result.values()):
+            return []
+        return [
+            Plot(
+                "TPP by the number of latents ablated, whole dictionaries.",
+                lambda figure: _draw(result, evaluation, figure),
+            )
+        ]
+
+
+def _at_shown_count(scores: Sequence[PerturbationScore | RemovalScore]) -> list[PerturbationScore | RemovalScore]:
+    return [score for score in scores if score.count == SHOWN_COUNT]
+
+
+def _draw(result: dict[str, ErasureResult], evaluation: Evaluation, figure: Any) -> None:
+    axis = figure.subplots()
+
+    def points(name: str) -> list[Point]:
+        widest = evaluation.prefix_sizes[name][-1]
+        return mean_at([s for s in result[name].perturbation if s.prefix == widest], "count", "score")
+
+    draw_lines(axis, evaluation, points)
+    axis.set(xlabel="latents ablated per class", ylabel="TPP")
+    log_axis(axis, COUNTS)
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    legend_outside(axis)

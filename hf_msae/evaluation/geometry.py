@@ -8,11 +8,15 @@ what a single SAE shows may be an accident of its seed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Table
+from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
 from hf_msae.modeling import MatryoshkaSAE
 
 # From here on two latents count as the same: the cut-off that papers on seeds use.
@@ -54,6 +58,14 @@ class Agreement:
     one_to_two: float
     two_to_one: float
     shared: float
+
+
+@dataclass(frozen=True)
+class GeometryResult:
+    """Geometry by the SAE's name, and the agreement of every two SAEs of one method."""
+
+    levels: dict[str, list[LevelGeometry]]
+    agreement: list[Agreement]
 
 
 @torch.inference_mode()
@@ -127,3 +139,60 @@ def measure_agreement(
         shared = 2 * int((mutual & (there[0] > SAME_COSINE)).sum()) / (len(rows[0]) + len(rows[1]))
         results.append(Agreement(one[0], two[0], prefixes, there[0].mean().item(), back[0].mean().item(), shared))
     return results
+
+
+class GeometryMetric(Metric[GeometryResult]):
+    """Cosines among the latents of an SAE, and between SAEs that differ in their seed."""
+
+    name = "geometry"
+
+    def measure(self, inputs: MetricInputs) -> GeometryResult:
+        """Measure every SAE, and every pair of one method."""
+        rates = inputs.firing_rates
+        agreement = []
+        for one, two in combinations(inputs.subjects, 2):
+            if one.method == two.method:
+                pair = ((subject.name, subject.sae, rates[subject.name]) for subject in (one, two))
+                agreement += measure_agreement(*pair)
+        return GeometryResult(
+            {name: measure_geometry(sae, rates[name]) for name, sae in inputs.saes.items()}, agreement
+        )
+
+    def entries(self, result: GeometryResult) -> dict[str, Any]:
+        """Both parts have a key of their own."""
+        return {"geometry": result.levels, "agreement": result.agreement}
+
+    def tables(self, result: GeometryResult, evaluation: Evaluation) -> list[Table]:
+        """One of methods at prefixes, and one of pairs of seeds where there are several of a method."""
+        columns = [
+            Column("alive", field_at_prefix(result.levels, "alive"), 0),
+            Column("nearest decoder |cos|", field_at_prefix(result.levels, "decoder_nearest")),
+            Column("mean decoder |cos|", field_at_prefix(result.levels, "decoder_pairs"), 4),
+            Column("nearest encoder |cos|", field_at_prefix(result.levels, "encoder_nearest")),
+            Column("encoder·decoder", field_at_prefix(result.levels, "encoder_decoder")),
+            Column("nearest in level before", field_at_prefix(result.levels, "parent_nearest")),
+            Column("of these > 0.7, %", field_at_prefix(result.levels, "parent_same"), 1, 100.0),
+        ]
+        note = "Means over the latents that fire. The last two columns are of the latents that a level adds."
+        tables = [table_by_prefix(evaluation, "Geometry", note, columns)]
+        return [*tables, _agreement_table(result.agreement)] if result.agreement else tables
+
+
+def _agreement_table(agreement: Sequence[Agreement]) -> Table:
+    header = ["SAE", "other seed", "prefixes", "MMCS →", "MMCS ←", "shared %"]
+    rows = [
+        [
+            item.one,
+            item.two,
+            f"{item.prefixes[0]:,} / {item.prefixes[1]:,}",
+            f"{item.one_to_two:.3f}",
+            f"{item.two_to_one:.3f}",
+            f"{100 * item.shared:.1f}",
+        ]
+        for item in agreement
+    ]
+    note = (
+        "MMCS: mean over one SAE's latents of the largest decoder cosine with the other's. Shared: latents that are "
+        "each other's nearest, with a cosine above 0.7."
+    )
+    return Table("Agreement across seeds", note, header, rows)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_msae.evaluation.labelled import LabelledActivations
+from hf_msae.errors import InputError
+from hf_msae.evaluation.labelled import Encoder, LabelledActivations
 
 MAX_TRAIN, MAX_TEST = 300, 200
+MIN_TEST = 20
 TEST_SHARE = 0.3
 NEWTON_STEPS, MAX_HALVINGS = 30, 20
 # Relative change of the loss. Newton's method doubles the digits with every step, so the rest is far below it.
@@ -183,3 +185,44 @@ def score_logits(logits: Tensor, samples: Samples) -> Scores:
     flagged = (guess & real).sum(1)
     f1 = 2 * true_positives / (flagged + counts / 2).clamp_min(1)
     return Scores((right / counts).double(), f1.double())
+
+
+@dataclass(frozen=True)
+class Split:
+    """One division of the documents: samples, which concepts have enough of them, and probes on whole activations."""
+
+    seed: int
+    train: Samples
+    test: Samples
+    usable: Tensor
+    probes: Probes
+    scores: Scores
+
+
+def make_split(data: LabelledActivations, seed: int) -> Split:
+    """Draw samples, and fit probes on whole activations.
+
+    Raises `ValueError` where no concept has examples enough on both sides.
+    """
+    train, test = draw_samples(data, seed)
+    usable = (train.counts >= 2 * MIN_TEST) & (test.counts >= 2 * MIN_TEST)
+    if not usable.any():
+        raise InputError(
+            f"{data.description}: no concept has {MIN_TEST} examples for training and as many for testing; use more "
+            "labelled documents."
+        )
+    probes = fit_probes(data.raw, train)
+    return Split(seed, train, test, usable, probes, score_logits(probes.logits(data.raw, test), test))
+
+
+def training_examples(data: LabelledActivations, split: Split) -> Tensor:
+    """Which examples any concept's probe is trained on, (num_examples,) bool."""
+    training = torch.zeros(data.num_examples, dtype=torch.bool)
+    training[split.train.rows[split.train.weights > 0]] = True
+    return training
+
+
+def mean_differences(data: LabelledActivations, encode: Encoder, at_once: int, split: Split) -> Tensor:
+    """Mean with the concept − mean without it of every feature, (num_concepts, width), on training examples."""
+    with_it, without_it = data.class_means(encode, at_once, training_examples(data, split))
+    return with_it - without_it

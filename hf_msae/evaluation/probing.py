@@ -6,19 +6,22 @@ The number means something only beside others: the same k dimensions of the raw 
 latents of an SAE that was never trained; and the probe on the whole activation, which bounds what can be read at all.
 """
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_msae.errors import InputError
 from hf_msae.evaluation.labelled import Encoder, LabelledActivations, encoder_of
-from hf_msae.evaluation.probes import Probes, Samples, Scores, draw_samples, fit_probes, score_logits
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
+from hf_msae.evaluation.plots import TEXT, draw_lines, legend_outside, log_axis, mean_at
+from hf_msae.evaluation.probes import Split, fit_probes, mean_differences, score_logits, training_examples
+from hf_msae.evaluation.tables import Cells, Column, table_by_prefix, write_cell
 from hf_msae.modeling import MatryoshkaSAE
 
 KS = (1, 2, 5)
-MIN_TEST = 20
 TOKENS_AT_ONCE = 8192
 
 
@@ -50,34 +53,6 @@ class ProbingResult:
     train_examples: float
     test_examples: float
     description: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """One division of the documents: samples, which concepts have enough of them, and probes on whole activations."""
-
-    seed: int
-    train: Samples
-    test: Samples
-    usable: Tensor
-    probes: Probes
-    scores: Scores
-
-
-def make_split(data: LabelledActivations, seed: int) -> Split:
-    """Draw samples, and fit probes on whole activations.
-
-    Raises `ValueError` where no concept has examples enough on both sides.
-    """
-    train, test = draw_samples(data, seed)
-    usable = (train.counts >= 2 * MIN_TEST) & (test.counts >= 2 * MIN_TEST)
-    if not usable.any():
-        raise InputError(
-            f"{data.description}: no concept has {MIN_TEST} examples for training and as many for testing; use more "
-            "labelled documents."
-        )
-    probes = fit_probes(data.raw, train)
-    return Split(seed, train, test, usable, probes, score_logits(probes.logits(data.raw, test), test))
 
 
 def measure_probing(
@@ -117,15 +92,8 @@ def reference_features(data: LabelledActivations, split: Split) -> dict[str, Enc
 
 def _training_activations(data: LabelledActivations, split: Split) -> Tensor:
     """The activations (n, hidden_size) of all training examples' tokens."""
-    training = _training_examples(data, split)
+    training = training_examples(data, split)
     return data.x[training if data.example_of is None else training[data.example_of]]
-
-
-def _training_examples(data: LabelledActivations, split: Split) -> Tensor:
-    """Which examples any concept's probe is trained on, (num_examples,) bool."""
-    training = torch.zeros(data.num_examples, dtype=torch.bool)
-    training[split.train.rows[split.train.weights > 0]] = True
-    return training
 
 
 def _principal_components(x: Tensor) -> Encoder:
@@ -135,12 +103,6 @@ def _principal_components(x: Tensor) -> Encoder:
     _, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
     components, origin = vectors.flip(1).float(), mean.float()
     return lambda part: (part - origin) @ components
-
-
-def mean_differences(data: LabelledActivations, encode: Encoder, at_once: int, split: Split) -> Tensor:
-    """Mean with the concept − mean without it of every feature, (num_concepts, width), on training examples."""
-    with_it, without_it = data.class_means(encode, at_once, _training_examples(data, split))
-    return with_it - without_it
 
 
 def choose_features(
@@ -179,3 +141,79 @@ def _probe(
             if k == min(ks):
                 of_concepts[usable] = found.accuracy
     return scores, of_concepts
+
+
+class ProbingMetric(Metric[ProbingResult]):
+    """Accuracy of probes on a few latents of each prefix, beside probes on other features."""
+
+    name = "probing"
+    needs_labels = True
+
+    def measure(self, inputs: MetricInputs) -> ProbingResult:
+        """Probe every SAE on the same splits."""
+        return measure_probing(inputs.examples, inputs.saes, inputs.splits)
+
+    def tables(self, result: ProbingResult, evaluation: Evaluation) -> list[Table]:
+        """One of methods at prefixes, and one of what probes reach without an SAE."""
+
+        def of(k: int) -> Callable[[str, int], Cells]:
+            def values(name: str, prefix: int) -> Cells:
+                return [s.accuracy for s in result.scores if (s.features, s.prefix, s.k) == (name, prefix, k)]
+
+            return values
+
+        note = (
+            f"Accuracy of probes on the k latents of a prefix that differ most with a concept, mean over "
+            f"{len(result.concepts)} concepts; 0.5 is chance. {result.description}; {result.train_examples:.0f} "
+            f"examples of a concept to train on, {result.test_examples:.0f} to test on, from other documents. The "
+            "next table has what a probe reaches without an SAE."
+        )
+        columns = [Column(f"k = {k}", of(k)) for k in _ks(result, evaluation)]
+        return [
+            table_by_prefix(evaluation, "Sparse probing", note, columns),
+            _reference_table(result, _references(result, evaluation)),
+        ]
+
+    def plots(self, result: ProbingResult, evaluation: Evaluation) -> list[Plot]:
+        """Accuracy by prefix, for the smallest and the largest k."""
+        return [
+            Plot(
+                "Probes on k latents by prefix; dashed lines are features without an SAE.",
+                lambda figure: _draw(result, evaluation, figure),
+            )
+        ]
+
+
+def _ks(result: ProbingResult, evaluation: Evaluation) -> list[int]:
+    return sorted({score.k for score in result.scores if score.features in evaluation.methods})
+
+
+def _references(result: ProbingResult, evaluation: Evaluation) -> list[str]:
+    """Names of the features that are no SAE's."""
+    return list(dict.fromkeys(s.features for s in result.scores if s.features not in evaluation.methods))
+
+
+def _reference_table(result: ProbingResult, names: Sequence[str]) -> Table:
+    rows = []
+    for name in names:
+        of = [score for score in result.scores if score.features == name]
+        for k in sorted({score.k for score in of}):
+            rows.append([name, f"{k:,}", write_cell([score.accuracy for score in of if score.k == k], 3)])
+    note = "The same concepts, examples and probes on other features. The whole activation bounds what can be read."
+    return Table("Sparse probing, references", note, ["features", "k", "accuracy"], rows)
+
+
+def _draw(result: ProbingResult, evaluation: Evaluation, figure: Any) -> None:
+    ks = _ks(result, evaluation)
+    for k, axis in zip([ks[0], ks[-1]], figure.subplots(1, 2, sharey=True), strict=True):
+        scores = {name: [s for s in result.scores if (s.features, s.k) == (name, k)] for name in evaluation.methods}
+        draw_lines(axis, evaluation, lambda name, scores=scores: mean_at(scores[name], "prefix", "accuracy"))
+        for number, name in enumerate(_references(result, evaluation)):
+            of = [s.accuracy for s in result.scores if s.features == name and s.k in (k, s.prefix)]
+            if of:
+                dashes = (0, (4 + 2 * number, 2 + number))
+                axis.axhline(statistics.fmean(of), color=TEXT, alpha=0.7, linewidth=1, linestyle=dashes, label=name)
+        axis.set(xlabel="prefix", title=f"k = {k}")
+        log_axis(axis, next(iter(evaluation.prefix_sizes.values())))
+    figure.axes[0].set_ylabel("balanced accuracy")
+    legend_outside(figure.axes[1])

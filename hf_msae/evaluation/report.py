@@ -7,10 +7,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from hf_msae.atomic_files import atomic_file
-from hf_msae.evaluation.absorption import ConceptAbsorption
-from hf_msae.evaluation.plots import draw_plots
-from hf_msae.evaluation.suite import Evaluation
-from hf_msae.evaluation.tables import all_tables
+from hf_msae.evaluation.metric import Evaluation, Table
+from hf_msae.evaluation.plots import draw_svg
 
 TEMPLATE = Path(__file__).with_name("report.html")
 JSON_NAME, HTML_NAME = "evaluation.json", "report.html"
@@ -31,25 +29,55 @@ SHOWN_FACTS = {
 }
 
 
-def write_report(result: Evaluation, folder: Path) -> None:
-    """Write both files, each whole or not at all."""
-    contents = {HTML_NAME: render_html(result), JSON_NAME: json.dumps(result.to_dict(), indent=1) + "\n"}
+def write_report(evaluation: Evaluation, folder: Path) -> None:
+    """Write both files, each whole or not at all.
+
+    Args:
+        evaluation: what is written.
+        folder: where to; it is made where it is missing.
+    """
+    contents = {HTML_NAME: render_html(evaluation), JSON_NAME: json.dumps(evaluation.to_dict(), indent=1) + "\n"}
     for name, text in contents.items():
         with atomic_file(folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
 
 
-def render_html(result: Evaluation) -> str:
-    """The page; everything is inside it."""
+def render_html(evaluation: Evaluation) -> str:
+    """The page; everything is inside it.
+
+    Args:
+        evaluation: what it shows; its title is the fact "sae", or else the name of the first SAE.
+    """
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=False)
-    shown = [(label, _write_fact(result.facts[name])) for name, label in SHOWN_FACTS.items() if result.facts.get(name)]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        facts=result.facts,
-        shown_facts=shown,
-        tables=all_tables(result),
-        plots=draw_plots(result),
-        details=_details(result),
+    facts = evaluation.facts
+    found = [metric.details(evaluation.results[metric.name], evaluation) for metric in evaluation.metrics]
+    details = [
+        (item.name, item.title, environment.from_string(_read(item.template)).render(item.values))
+        for item in found
+        if item is not None
+    ]
+    return environment.from_string(_read(TEMPLATE)).render(
+        title=facts.get("sae", next(iter(evaluation.methods))),
+        facts=[(label, _write_fact(facts[name])) for name, label in SHOWN_FACTS.items() if facts.get(name)],
+        tables=_tables_with_plots(evaluation),
+        details=details,
     )
+
+
+def _tables_with_plots(evaluation: Evaluation) -> list[tuple[Table, list[tuple[str, str]]]]:
+    """Every table, and the (caption, SVG) pairs that stand below its note: a metric's all at its first table."""
+    found: list[tuple[Table, list[tuple[str, str]]]] = []
+    for metric in evaluation.metrics:
+        result = evaluation.results[metric.name]
+        drawn = [(plot.caption, draw_svg(plot.draw)) for plot in metric.plots(result, evaluation)]
+        for table in metric.tables(result, evaluation):
+            found.append((table, drawn))
+            drawn = []
+    return found
+
+
+def _read(template: Path) -> str:
+    return template.read_text(encoding="utf-8")
 
 
 def _write_fact(value: Any) -> str:
@@ -58,12 +86,3 @@ def _write_fact(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _details(result: Evaluation) -> list[ConceptAbsorption]:
-    """The concepts of the SAE that is evaluated, with its whole dictionary."""
-    if not result.absorption:
-        return []
-    concepts = next(iter(result.absorption.values())).concepts
-    widest = max((item.prefix for item in concepts), default=0)
-    return [item for item in concepts if item.prefix == widest and item.recalls]

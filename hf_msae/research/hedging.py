@@ -21,14 +21,19 @@ from torch import Tensor
 
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Table
+from hf_msae.evaluation.tables import labelled_methods, write_cell
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.research.meta import fit_rows
+from hf_msae.research.subjects import trained_saes
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.schedules import default_learning_rate
 
 DRAWS = 50
 # New encoder rows start as this times their decoder rows, as all rows do when training begins.
 NEW_ENCODER_SCALE = 0.3
+# Of the trainings of a report.
+REPORT_STEPS, REPORT_BATCH = 200, 2048
 
 
 @dataclass(frozen=True)
@@ -174,3 +179,50 @@ def widen(sae: MatryoshkaSAE, num_new: int, seed: int = 0) -> MatryoshkaSAE:
     state["threshold"] = torch.cat([state["threshold"], mean_threshold])
     wider.load_state_dict(state)
     return wider
+
+
+class HedgingMetric(Metric[dict[str, list[HedgingDegree]]]):
+    """How far the latents of each prefix change when they get company, by the SAE's name."""
+
+    name = "hedging"
+
+    def measure(self, inputs: MetricInputs) -> dict[str, list[HedgingDegree]]:
+        """Take each prefix of a trained SAE by itself, widen it and train on. Widening the last level would give an
+        inner one no reason to let go.
+        """
+        return {
+            name: [_measure_prefix(inputs, sae, prefix) for prefix in sae.config.prefix_sizes]
+            for name, sae in trained_saes(inputs).items()
+        }
+
+    def tables(self, result: dict[str, list[HedgingDegree]], evaluation: Evaluation) -> list[Table]:
+        """One, with a row for each method at each prefix."""
+        if not result:
+            return []
+        rows = []
+        for label, names in labelled_methods(evaluation, result).items():
+            for prefix in dict.fromkeys(item.prefix for name in names for item in result[name]):
+                of = [item for name in names for item in result[name] if item.prefix == prefix]
+                fields = ("drift", "projection", "baseline", "degree")
+                cells = [write_cell([vars(item)[field] for item in of], 4) for field in fields]
+                rows.append([label, f"{prefix:,}", *cells])
+        new = next(iter(result.values()))[0].num_new
+        note = (
+            f"Every prefix by itself gets {new} more latents and is trained on, as is a control without them. Drift: "
+            "how far the old decoder rows then lie from the control's; projection: the part of it within the new "
+            "rows' span; chance: within as many random directions. It depends on the steps and the rate: compare "
+            "within this table."
+        )
+        return [Table("Hedging", note, ["SAE", "prefix", "drift", "projection", "chance", "degree"], rows)]
+
+
+def _measure_prefix(inputs: MetricInputs, sae: MatryoshkaSAE, prefix: int) -> HedgingDegree:
+    degrees = measure_hedging(
+        inputs.text,
+        sae.truncate(prefix),
+        max_steps=REPORT_STEPS,
+        batch_size=min(REPORT_BATCH, inputs.text.num_tokens),
+        seed=inputs.seed,
+        use_cpu=sae.device.type == "cpu",
+    )
+    return degrees[-1]

@@ -21,8 +21,11 @@ from torch.nn.functional import normalize
 from transformers.utils import logging
 
 from hf_msae.errors import InputError
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Table
+from hf_msae.evaluation.tables import labelled_methods, write_cell
 from hf_msae.metrics import ReconstructionMeter
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.research.subjects import trained_saes
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments, TrainingDiverged
 from hf_msae.training.learner import Learner
@@ -31,6 +34,8 @@ SITE = Site("W_dec")
 META_KEY = "meta_sae_of"
 WIDTH_SHARE = 4
 BATCH_SIZE = 1024
+# Of the meta-SAEs of a report.
+REPORT_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -253,3 +258,55 @@ def _others(latent: int, column: Tensor, rows: Tensor, neighbours: int) -> list[
     column = column.masked_fill(rows == latent, 0.0)
     order = column.argsort(descending=True, stable=True)[:neighbours]
     return [(int(rows[place]), column[place].item()) for place in order.tolist() if column[place] > 0]
+
+
+@dataclass(frozen=True)
+class MetaNumbers:
+    """A meta-SAE of one SAE: `explained` of its decoder rows' variance, and of as many random directions."""
+
+    rows: int
+    num_latents: int
+    l0: float
+    explained: float
+    explained_random: float
+
+
+class MetaMetric(Metric[dict[str, MetaNumbers]]):
+    """How far decoder rows are sums of fewer directions, by the SAE's name."""
+
+    name = "meta"
+
+    def measure(self, inputs: MetricInputs) -> dict[str, MetaNumbers]:
+        """Train a meta-SAE of a quarter of the width for each trained SAE, and one on random directions, which tells
+        what is no composition.
+        """
+        return {name: _measure(sae, name, inputs.seed) for name, sae in trained_saes(inputs).items()}
+
+    def tables(self, result: dict[str, MetaNumbers], evaluation: Evaluation) -> list[Table]:
+        """One, with a row for each method."""
+        if not result:
+            return []
+        rows = []
+        for label, names in labelled_methods(evaluation, result).items():
+            of = [result[name] for name in names]
+            shares = [
+                [m.explained for m in of],
+                [m.explained_random for m in of],
+                [m.explained - m.explained_random for m in of],
+            ]
+            sizes = [write_cell([m.rows for m in of], 0), write_cell([m.num_latents for m in of], 0)]
+            rows.append([label, *sizes, *(write_cell(values, 1, 100.0) for values in shares)])
+        note = (
+            "A meta-SAE of a quarter of the width, k = 4, on the decoder rows of the latents that fire, and one on as "
+            "many random directions. Only what is beyond random directions is composition. hf-msae meta has the "
+            "browser."
+        )
+        header = ["SAE", "rows", "meta-latents", "explained %", "of random %", "beyond %"]
+        return [Table("Meta-SAEs", note, header, rows)]
+
+
+def _measure(sae: MatryoshkaSAE, name: str, seed: int) -> MetaNumbers:
+    result = train_meta_sae(sae, max_steps=REPORT_STEPS, seed=seed, name=name, use_cpu=sae.device.type == "cpu")
+    assert result.explained_random is not None
+    width = result.sae.config.num_latents
+    return MetaNumbers(len(result.rows), width, result.l0, result.explained, result.explained_random)

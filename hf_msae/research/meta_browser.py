@@ -27,7 +27,7 @@ def token_labels(text: TextActivations, tokenizer: PreTrainedTokenizerBase, sae:
     """For every latent the different tokens among its 24 strongest activations, up to four, the strongest first; empty
     for a latent that never fires in this text.
     """
-    ids = torch.cat([window.input_ids[window.keep] for window in text.windows])
+    ids = text.token_ids
     values, places = torch.zeros(0, sae.config.num_latents), torch.zeros(0, sae.config.num_latents, dtype=torch.int64)
     start = 0
     for x in text.batches(sae):

@@ -10,7 +10,7 @@ and seldom true, so the fit comes with its range, its R², and the R² of an exp
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,16 @@ from transformers.utils import logging
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.importance import IMPORTANCES, Importance, measure_importance, reorder
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
+from hf_msae.evaluation.tables import labelled_methods, write_cell
 from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy, predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.research.representation import linear_cka, pair_ranks, rank_correlation
+from hf_msae.research.subjects import trained_saes
 
 ORDERS = ("own", *IMPORTANCES)
+# Those of a report. By contribution, E[a²]·‖W_dec‖², is by energy where decoder rows are of norm 1.
+REPORTED_ORDERS = ("own", "energy", "frequency")
 
 
 @dataclass(frozen=True)
@@ -245,3 +250,66 @@ def draw_progressive(result: ProgressiveResult, figure: Any) -> None:
     # Curves of many SAEs leave no room for a legend among them.
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(ORDERS) - 1, fontsize=8)
     right.legend(fontsize=7)
+
+
+class ProgressiveMetric(Metric[ProgressiveResult]):
+    """Every SAE cut to the first one's prefixes, in its own order and in two sorted ones."""
+
+    name = "progressive"
+
+    def measure(self, inputs: MetricInputs) -> ProgressiveResult | None:
+        """Measure trained SAEs. The language model is not run again: what prefixes in their own order keep of it is
+        among the core numbers.
+        """
+        saes = trained_saes(inputs)
+        if not saes:
+            return None
+        sizes = inputs.subjects[0].sae.config.prefix_sizes
+        return measure_progressive(inputs.text, saes, sizes, orders=REPORTED_ORDERS, ce_tokens=0, seed=inputs.seed)
+
+    def tables(self, result: ProgressiveResult, evaluation: Evaluation) -> list[Table]:
+        """What is left of each SAE at the same sizes, and whether sorted importance follows a power law."""
+        return [_points_table(result, evaluation), _laws_table(result, evaluation)]
+
+    def plots(self, result: ProgressiveResult, evaluation: Evaluation) -> list[Plot]:
+        """One SAE of each method: more lines could not be told apart."""
+        firsts = {names[0] for names in evaluation.names_by_method().values()}
+        importances = {name: found for name, found in result.importances.items() if name in firsts}
+        return [
+            Plot(
+                "FVE and RSA of prefixes, and importance by rank with its fitted law.",
+                lambda figure: draw_progressive(replace(result, importances=importances), figure),
+            )
+        ]
+
+
+def _points_table(result: ProgressiveResult, evaluation: Evaluation) -> Table:
+    rows = []
+    for label, names in labelled_methods(evaluation, result.laws).items():
+        points = [point for point in result.points if point.sae in names]
+        for order, prefix in dict.fromkeys((point.order, point.prefix) for point in points):
+            found = [point for point in points if (point.order, point.prefix) == (order, prefix)]
+            cells = [write_cell([vars(p)[name] for p in found], 3) for name in ("fve", "rsa", "cka")]
+            rows.append([label, order, f"{prefix:,}", write_cell([p.l0 for p in found], 2), *cells])
+    note = (
+        f"The first latents in the order of the file, and sorted by E[a²] (energy) and by how often they fire, on "
+        f"{result.tokens:,} tokens. Order is found on the tokens it is judged on, which favours sorted ones; and "
+        "at equal size they have fewer active latents. RSA and CKA: how far reconstructions keep the relations "
+        f"between tokens ({result.rsa_tokens:,} of them, three draws); the form of RSA is ours, as the paper "
+        "leaves it open."
+    )
+    return Table("Progressive coding", note, ["SAE", "order", "latents", "L0", "FVE", "RSA", "CKA"], rows)
+
+
+def _laws_table(result: ProgressiveResult, evaluation: Evaluation) -> Table:
+    rows = []
+    for label, names in labelled_methods(evaluation, result.laws).items():
+        of = [result.laws[name] for name in names]
+        ranks = f"{of[0].first:,}–{of[0].last:,}"
+        cells = [write_cell([vars(law)[field] for law in of], 2) for field in ("exponent", "r2", "r2_exponential")]
+        rows.append([label, ranks, *cells])
+    note = (
+        "E[a²]·‖W_dec‖² of the latents that fire, sorted, fitted in logarithms with each rank weighed 1/rank. Where "
+        "the exponential fits as well, there is no power law to speak of."
+    )
+    return Table("Importance by rank", note, ["SAE", "ranks", "exponent", "R²", "R², exponential"], rows)

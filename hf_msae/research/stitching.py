@@ -18,6 +18,7 @@ inside it when they are added alone.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +29,10 @@ from torch.nn.functional import normalize
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations, total_variance
 from hf_msae.evaluation.geometry import nearest_rows
+from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
+from hf_msae.evaluation.tables import write_cell
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.research.subjects import trained_saes
 
 COSINE_CUT = 0.7
 INSERTIONS, SWAPS = "insert", "swap"
@@ -329,3 +333,106 @@ def draw_stitching(result: StitchResult, figure: Any) -> None:
     right.axvline(result.cosine_cut, color="C3", linewidth=0.8, linestyle="--")
     right.set(xlabel="largest cosine with the small SAE", ylabel="gain in FVE when inserted alone")
     right.set_yscale("symlog", linthresh=1e-5)
+
+
+@dataclass(frozen=True)
+class NoveltyNumbers:
+    """A dictionary's latents against a smaller one, in shares of the latents that fire.
+
+    novel: by effect. novel_by_cosine: by a decoder cosine below `COSINE_CUT`. agreement: where both say the same.
+    auroc: how well a low cosine ranks novel latents first; None where all latents are of one kind.
+    """
+
+    small: str
+    large: str
+    fire: int
+    novel: float
+    novel_by_cosine: float
+    agreement: float
+    auroc: float | None
+
+    @classmethod
+    def of(cls, small: str, large: str, novelty: Novelty) -> "NoveltyNumbers":
+        """The numbers of a [`Novelty`].
+
+        Args:
+            small: what the smaller dictionary is called.
+            large: what the larger one is called.
+            novelty: of the larger one's latents.
+        """
+        return cls(
+            small,
+            large,
+            int(novelty.alive.sum()),
+            novelty.novel_share,
+            novelty.novel_share_by_cosine(),
+            novelty.agreement(),
+            novelty.auroc(),
+        )
+
+
+@dataclass(frozen=True)
+class Stitching:
+    """From a small dictionary to a large one: what is novel, and the curve. The levels of one SAE have no curve."""
+
+    novelty: NoveltyNumbers
+    curve: StitchResult | None
+
+
+class StitchingMetric(Metric[list[Stitching]]):
+    """Between the levels of each SAE, from its first prefix to its whole, and between SAEs of different width."""
+
+    name = "stitching"
+
+    def measure(self, inputs: MetricInputs) -> list[Stitching]:
+        """Measure trained SAEs: novelty between levels, then the curves."""
+        text, saes = inputs.text, trained_saes(inputs)
+        found = []
+        for name, sae in saes.items():
+            for level in measure_level_novelty(text, sae):
+                numbers = NoveltyNumbers.of(f"{name}, {level.inner:,}", f"{name}, {level.prefix:,}", level.novelty)
+                found.append(Stitching(numbers, None))
+        for small_name, small in saes.items():
+            if small.config.num_levels > 1:
+                inner = small.config.prefix_sizes[0]
+                found.append(_stitch(text, f"{small_name}, {inner:,}", small.truncate(inner), small_name, small))
+            for large_name, large in saes.items():
+                if small.config.num_latents < large.config.num_latents:
+                    found.append(_stitch(text, small_name, small, large_name, large))
+        return found
+
+    def tables(self, result: list[Stitching], evaluation: Evaluation) -> list[Table]:
+        """One, with a row for each pair of dictionaries."""
+        if not result:
+            return []
+        rows = []
+        for item in result:
+            numbers = item.novelty
+            shares = (f"{100 * share:.1f}" for share in (numbers.novel, numbers.novel_by_cosine, numbers.agreement))
+            rows.append([numbers.small, numbers.large, f"{numbers.fire:,}", *shares, write_cell([numbers.auroc], 2)])
+        note = (
+            "A latent of the large dictionary is novel if inserting it alone into the small one lowers the squared "
+            f"error; by cosine, if no decoder row of the small one is nearer than {COSINE_CUT}. AUROC: how well a low "
+            "cosine ranks novel latents first; none where all are of one kind."
+        )
+        header = ["small", "large", "fire", "novel %", "by cosine %", "agree %", "AUROC"]
+        return [Table("Stitching", note, header, rows)]
+
+    def plots(self, result: list[Stitching], evaluation: Evaluation) -> list[Plot]:
+        """The curves."""
+        return [
+            Plot(
+                f"From {item.novelty.small} to {item.novelty.large}: novel latents are inserted, twins swapped, and "
+                "at last the rest.",
+                partial(draw_stitching, item.curve),
+            )
+            for item in result
+            if item.curve is not None
+        ]
+
+
+def _stitch(
+    text: TextActivations, small_name: str, small: MatryoshkaSAE, large_name: str, large: MatryoshkaSAE
+) -> Stitching:
+    result = measure_stitching(text, small, large)
+    return Stitching(NoveltyNumbers.of(small_name, large_name, result.novelty), result)

@@ -10,7 +10,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.absorption import absorption_of, choose_concepts, measure_absorption
 from hf_msae.evaluation.erasure import measure_perturbation, measure_removal
 from hf_msae.evaluation.labelled import LabelledActivations
-from hf_msae.evaluation.probing import make_split, measure_probing
+from hf_msae.evaluation.probes import make_split
+from hf_msae.evaluation.probing import measure_probing
 
 # Each parent has three children, on orthogonal directions: parent p is dimension p, child c is dimension 3 + c.
 PARENTS = ["animal", "food", "place"]

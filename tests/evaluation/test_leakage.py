@@ -13,8 +13,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.absorption import measure_absorption
 from hf_msae.evaluation.erasure import draw_pairs, order_latents, spurious_effects
 from hf_msae.evaluation.labelled import LabelledActivations, encoder_of
-from hf_msae.evaluation.probes import draw_samples, fit_probes
-from hf_msae.evaluation.probing import KS, Split, choose_features, make_split, reference_features
+from hf_msae.evaluation.probes import Split, draw_samples, fit_probes, make_split
+from hf_msae.evaluation.probing import KS, choose_features, reference_features
 
 WIDTH, NUM_LATENTS = 16, 48
 NAMES = ["root", "other", "root_a", "root_b", "root_c"]

@@ -16,7 +16,7 @@ from hf_msae.evaluation.core import rate_distortion
 from hf_msae.evaluation.erasure import measure_perturbation, order_latents
 from hf_msae.evaluation.geometry import measure_agreement
 from hf_msae.evaluation.labelled import LabelledActivations
-from hf_msae.evaluation.probing import make_split
+from hf_msae.evaluation.probes import make_split
 from hf_msae.research.progressive import fit_power_law
 from hf_msae.research.stitching import measure_novelty
 
