@@ -135,7 +135,7 @@ def _read(
         )
     for note in converted.notes:
         logger.warning("%s: %s", files, note)
-    config = MatryoshkaSAEConfig(**converted.config, converted_from=converted.library)
+    config = MatryoshkaSAEConfig(**{"converted_from": converted.library} | converted.config)
     zeros = {key: torch.zeros(config.num_latents) for key in ("threshold", "max_activation", "firing_rate")}
     return config, zeros | converted.state
 

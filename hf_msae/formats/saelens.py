@@ -9,8 +9,8 @@
 Whatever is linear is folded into the weights, in float64, so that latents and reconstruction are those of SAELens for
 raw activations. What is not (a norm or a layer norm of every activation, a gate) has no equal here and is refused.
 
-Written is the inference form, which `sae_lens.SAE.load_from_disk` reads. It keeps in its metadata what `read` needs to
-give the same SAE back, nesting included.
+Written is the inference form, which `sae_lens.SAE.load_from_disk` reads. Its metadata, which SAELens keeps whatever it
+holds, has what `read` needs to give the same SAE back (see `round_trip`).
 """
 
 import json
@@ -39,6 +39,7 @@ from hf_msae.formats.common import (
     single_level,
     target_k,
 )
+from hf_msae.formats.round_trip import KEY, describe, restore
 from hf_msae.formats.saelens_folding import CONFIG, FACTORS, fold
 from hf_msae.formats.saelens_names import origin, written_origin
 from hf_msae.modeling import MatryoshkaSAE
@@ -103,7 +104,12 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     settings = _settings(files, read_json(files, CONFIG))
     state = complete_state(files, _state(files, settings))
     notes = fold(files, settings, state)
-    config = _shape(files, settings, state, prefix_sizes, notes) | origin(settings["metadata"], notes)
+    metadata = settings["metadata"]
+    facts = metadata.get(KEY)
+    config = _shape(files, settings, state, prefix_sizes, notes)
+    # Of an SAE of ours it is known where the activations come from, whatever TransformerLens calls that.
+    config |= origin(metadata, notes if facts is None else [])
+    config, state = restore(files, facts, config, state, notes)
     return ConvertedCheckpoint(LIBRARY, config, state, notes)
 
 
@@ -315,5 +321,6 @@ def _written_config(sae: MatryoshkaSAE, architecture: str) -> dict[str, Any]:
             "training_architecture": trained_as,
             "training_architecture_details": {"k": config.k, "matryoshka_widths": list(config.prefix_sizes)},
             **written_origin(config),
+            KEY: describe(sae),
         },
     }

@@ -2,7 +2,7 @@
 
 Its encoder keeps the k largest of each token and has no threshold, so such an SAE goes by rank at inference here, too.
 A run's root holds one folder for each hookpoint, which the folder is named after. sparsify ignores keys of `cfg.json`
-that it does not know; what we write names the prefix sizes there, so that they survive the way back.
+that it does not know; what we write names there the prefix sizes, and all else that it cannot hold (see `round_trip`).
 """
 
 import json
@@ -33,6 +33,7 @@ from hf_msae.formats.common import (
     refuse_many,
     single_level,
 )
+from hf_msae.formats.round_trip import KEY, describe, restore
 from hf_msae.modeling import MatryoshkaSAE
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         sizes = single_level(prefix_sizes, num_latents, notes)
     else:
         sizes = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files)
-    run = _run_config(files)
+    run, facts = _run_config(files), cfg.get(KEY)
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
@@ -86,8 +87,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         "apply_b_dec_to_input": True,
         "base_model": run.get("model"),
         "context_length": run.get("ctx_len"),
-        "site": _site(files, notes),
+        "site": _site(files, notes if facts is None else []),
     }
+    arguments, state = restore(files, facts, arguments, state, notes)
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
 
 
@@ -188,6 +190,8 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
         "transcode": False,
         "d_in": config.hidden_size,
         "prefix_sizes": list(config.prefix_sizes),
+        # Ranking needs no threshold; what keeps latents here comes back with the rest.
+        KEY: describe(sae, also=("inference", "threshold") if config.inference == "threshold" else ()),
     }
     if config.inference != "topk":
         logger.warning(

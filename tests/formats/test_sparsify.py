@@ -243,6 +243,9 @@ class TestExport:
         sae = random_sae(inference="threshold")
         sparsify.write(sae, tmp_path / "layers.0")
         assert "sparsify will keep the 5 largest of each token instead" in caplog.text
+        cfg = json.loads((tmp_path / "layers.0" / "cfg.json").read_text())
+        del cfg["hf_msae"]  # which sparsify does not read
+        (tmp_path / "layers.0" / "cfg.json").write_text(json.dumps(cfg))
         x = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             latents = imported(tmp_path / "layers.0", "sparsify").encode(x)
