@@ -1,37 +1,68 @@
 """Matryoshka sparse autoencoders for any Hugging Face language model.
 
-Importing this package registers the model with transformers, so `AutoModel.from_pretrained` loads it without remote
-code.
+Importing this package takes no time, and registers the model with transformers as soon as that is used, so that
+`AutoModel.from_pretrained` loads it without remote code.
 """
 
-from transformers import AutoConfig, AutoModel
+from typing import TYPE_CHECKING
 
-from hf_msae.hub import SAEEntry, list_saes, load_saes
-from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.process_wide import loading
-from hf_msae.steering import SteeredPipeline, Steering, load_steering, save_steering, steer
+from hf_msae.importing import install, lazy_names
 
 __version__ = "0.1.0"
 
-AutoConfig.register(MatryoshkaSAEConfig.model_type, MatryoshkaSAEConfig, exist_ok=True)
-AutoModel.register(MatryoshkaSAEConfig, MatryoshkaSAE, exist_ok=True)
-# Every checkpoint takes these files along and names them in its `auto_map`, for readers who lack hf_msae.
-MatryoshkaSAEConfig.register_for_auto_class()
-MatryoshkaSAE.register_for_auto_class("AutoModel")
-MatryoshkaSAE.publishing_module = "hf_msae.hub.publishing"
-MatryoshkaSAE.formats_module = "hf_msae.formats.conversion"
-MatryoshkaSAE.loading = loading
+install()
+
+if TYPE_CHECKING:
+    from hf_msae.data import CachedActivations, cache_activations, load_documents
+    from hf_msae.errors import HfMsaeError
+    from hf_msae.evaluation import collect, evaluate
+    from hf_msae.hub import SAEEntry, list_saes, load_saes, pull, push_folder
+    from hf_msae.interpret import Interpretation, find_hierarchy, interpret, scan
+    from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+    from hf_msae.sites import Site, capture, resolve_site
+    from hf_msae.steering import SteeredPipeline, Steering, load_steering, save_steering, steer
+    from hf_msae.training import SAETrainer, SAETrainingArguments
+else:
+    _HOMES = {
+        "hf_msae.data": ("CachedActivations", "cache_activations", "load_documents"),
+        "hf_msae.errors": ("HfMsaeError",),
+        "hf_msae.evaluation": ("collect", "evaluate"),
+        "hf_msae.hub": ("SAEEntry", "list_saes", "load_saes", "pull", "push_folder"),
+        "hf_msae.interpret": ("Interpretation", "find_hierarchy", "interpret", "scan"),  # a room that can be called
+        "hf_msae.modeling": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
+        "hf_msae.sites": ("Site", "capture", "resolve_site"),
+        "hf_msae.steering": ("SteeredPipeline", "Steering", "load_steering", "save_steering", "steer"),
+        "hf_msae.training": ("SAETrainer", "SAETrainingArguments"),
+    }
+    __getattr__, __dir__ = lazy_names(__name__, {name: home for home, names in _HOMES.items() for name in names})
 
 __all__ = [
+    "CachedActivations",
+    "HfMsaeError",
+    "Interpretation",
     "MatryoshkaSAE",
     "MatryoshkaSAEConfig",
     "SAEEntry",
+    "SAETrainer",
+    "SAETrainingArguments",
+    "Site",
     "SteeredPipeline",
     "Steering",
     "__version__",
+    "cache_activations",
+    "capture",
+    "collect",
+    "evaluate",
+    "find_hierarchy",
+    "interpret",
     "list_saes",
+    "load_documents",
     "load_saes",
     "load_steering",
+    "pull",
+    "push_folder",
+    "resolve_site",
     "save_steering",
+    "scan",
     "steer",
 ]

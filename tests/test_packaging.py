@@ -33,6 +33,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The floor of each room: a file imports only from its own room or from floors below.
 FLOORS = {
     "hf_msae.errors": -1,  # the ground itself raises them
+    "hf_msae.importing": -1,
     "hf_msae.atomic_files": 0,
     "hf_msae.outliers": 0,
     "hf_msae.moved": 0,
@@ -239,6 +240,23 @@ def test_an_installed_wheel_works(from_wheel: Path, tmp_path: Path) -> None:
 def test_the_installed_command_works(from_wheel: Path, tmp_path: Path) -> None:
     script = from_wheel / "bin" / "hf-msae"
     assert run_installed(from_wheel, script, "--version", cwd=tmp_path) == f"{PROJECT['project']['version']}\n"
+
+
+def test_an_installed_copy_stands_aside_for_a_checkout(from_wheel: Path, tree: Path, tmp_path: Path) -> None:
+    """Python started in a checkout's root finds the folder hf_msae/ first, wherever the model and the Space lie."""
+    code = "import hf_msae.modeling, hf_msae.cli.space as s; print(hf_msae.modeling.__file__, s.space_folder())"
+    found = run_installed(from_wheel, "-c", code, cwd=tree).split()
+    assert found == [str(tree / "modeling" / "__init__.py"), str(tree / "spaces" / "steering")]
+    version = PROJECT["project"]["version"]
+    assert run_installed(from_wheel, "-m", "hf_msae.cli", "--version", cwd=tree) == f"{version}\n"
+    assert "--prefix-sizes" in run_installed(from_wheel, "-m", "hf_msae.cli", "train", "--help", cwd=tree)
+    (tmp_path / "test_it.py").write_text("import hf_msae\n\ndef test_it():\n    assert hf_msae.MatryoshkaSAE\n")
+    options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", tmp_path)
+    assert "1 passed" in run_installed(from_wheel, "-m", "pytest", *options, tmp_path / "test_it.py", cwd=tree)
+    code = "import multiprocessing as m, hf_msae; pool = m.get_context('spawn').Pool(1)"
+    code += "; print(pool.apply(hf_msae.MatryoshkaSAEConfig).__module__)"
+    found = run_installed(from_wheel, "-c", code, cwd=tree)
+    assert found.strip() == "hf_msae.modeling.configuration_matryoshka_sae"
 
 
 def test_an_installed_copy_has_the_space(from_wheel: Path, tmp_path: Path) -> None:
