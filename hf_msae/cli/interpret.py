@@ -161,7 +161,7 @@ def _show(interpretation: Interpretation, sae: str) -> None:
     for latent in _spread(interpretation.source.prefix_sizes):
         page = interpretation.page(latent)
         promoted = ", ".join(effect.token.strip() for effect in page.promoted[:4])
-        table.add_row(str(latent), str(page.level), f"{page.density:.2%}", page.name, promoted)
+        table.add_row(str(latent), str(page.level), f"{page.firing_rate:.2%}", page.name, promoted)
     console = Console(highlight=False)
     console.print(table)
     dead = sum(share == 0 for share in interpretation.column("density"))

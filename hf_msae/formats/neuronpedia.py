@@ -182,7 +182,7 @@ def _feature(page: "LatentPage", names: NeuronpediaNames) -> dict[str, Any]:
     return {
         **_place(page, names),
         "maxActApprox": _short(page.max_activation),
-        "frac_nonzero": page.density,
+        "frac_nonzero": page.firing_rate,
         "pos_str": [effect.token for effect in page.promoted],
         "pos_values": [_short(effect.effect) for effect in page.promoted],
         "neg_str": [effect.token for effect in page.suppressed],

@@ -86,7 +86,7 @@ class LatentStatistics:
         self.exponent = torch.full((num_latents,), -126, dtype=torch.int64)
 
     @property
-    def density(self) -> Tensor:
+    def firing_rate(self) -> Tensor:
         """Share of tokens on which each latent fires, (num_latents,) float64."""
         return self.count.double() / max(1, self.num_tokens)
 

@@ -1,4 +1,4 @@
-"""How often two latents fire on the same token, and what each is worth there, from sparse records.
+"""How often two latents fire on the same token, and what each gains there, from sparse records.
 
 A token with k active latents has k² pairs. Pairs are counted for a block of children at a time, so that neither the
 pairs of all tokens nor a matrix of all latents by all latents is ever held.
@@ -19,13 +19,13 @@ COUNTS_AT_ONCE = 1 << 24
 @dataclass(frozen=True)
 class PairSums:
     """Sums over the tokens on which both latents of a pair fire, each (n,) float64: the number of tokens, the first
-    latent's activation, what each is worth (`Firings.gains`), and the tokens' energy.
+    latent's activation, what each gains (`Firings.gains`), and the tokens' energy.
     """
 
     count: Tensor
     activation: Tensor
-    worth_of_first: Tensor
-    worth_of_second: Tensor
+    gain_of_first: Tensor
+    gain_of_second: Tensor
     energy: Tensor
 
 

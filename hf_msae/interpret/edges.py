@@ -2,7 +2,7 @@
 
 A child c of a parent p fires where p fires: coverage P(p | c) is high. By itself that means little. A parent that
 fires on most tokens covers anything, and an audit of published SAEs found that seven to nine of ten covered pairs are
-what chance gives at the parent's base rate. So an edge has to pass a chain of filters, and how many pass each is
+what chance gives at the parent's firing rate. So an edge has to pass a chain of filters, and how many pass each is
 reported:
 
 1. cofiring: the two share at least `min_shared` tokens.
@@ -11,9 +11,9 @@ reported:
    share of false discoveries among all pairs that were eligible.
 4. score: (P(p | c) − P(p)) / (1 − P(p)), how far above chance coverage lies on the way to 1, is at least `min_score`.
    Tokens of one text are not independent, so that significance alone comes too easily.
-5. use: on the shared tokens, each of the two makes the squared error smaller, by at least `min_use` of the
+5. use: on the shared tokens, each of the two makes the squared error smaller, by at least `min_gain` of the
    activation's energy.
-6. order: there, the parent is worth at least as much as the child, which adds detail to it.
+6. order: there, the parent gains at least as much as the child, which adds detail to it.
 7. strength: there, the parent's mean activation is at least `min_strength` times its typical one, which is the mean
    of its activations, each weighed by itself. A latent that takes part in describing a token by chance fires weakly
    on it, and weak firings are many, so that a plain mean would be too low a bar.
@@ -108,8 +108,8 @@ def filter_edges(candidates: Candidates, settings: HierarchySettings) -> dict[st
     return {
         "chance": _significant(edges, candidates.num_eligible, settings.false_discovery_rate),
         "score": [edge.score >= settings.min_score for edge in edges],
-        "use": [min(edge.parent_use, edge.child_use) >= settings.min_use for edge in edges],
-        "order": [edge.parent_use >= edge.child_use for edge in edges],
+        "use": [min(edge.parent_gain, edge.child_gain) >= settings.min_gain for edge in edges],
+        "order": [edge.parent_gain >= edge.child_gain for edge in edges],
         # A parent that always fires equally strongly has a strength of 1, but for rounding.
         "strength": [edge.strength * (1 + 1e-9) >= settings.min_strength for edge in edges],
         "residual": [edge.residual > candidates.residual_threshold for edge in edges],
@@ -159,13 +159,13 @@ def _measured(
         "child": children,
         "shared": sums.count.long(),
         "coverage": coverage,
-        "base_rate": base,
+        "parent_firing_rate": base,
         "lift": coverage / base,
         "log_odds": log_odds,
         "p_value": p_values,
         "score": (coverage - base) / (1 - base).clamp_min(1 / num_tokens),
-        "parent_use": sums.worth_of_first / sums.energy,
-        "child_use": sums.worth_of_second / sums.energy,
+        "parent_gain": sums.gain_of_first / sums.energy,
+        "child_gain": sums.gain_of_second / sums.energy,
         "strength": sums.activation / sums.count / cofirings.typical[parents],
         "residual": residual,
     }

@@ -8,12 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hf_msae.errors import InputError
 from hf_msae.modeling.untrusted import parse_json
 
 # So many of a latent's children tell whether it is the sum of a few kinds.
 NUM_LARGEST = 5
+# What fields are called in the files, where that is another word.
+KEYS = {
+    "parent_firing_rate": "base_rate",
+    "parent_gain": "parent_use",
+    "child_gain": "child_use",
+    "min_gain": "min_use",
+}
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,14 @@ class HierarchySettings:
     min_coverage: float = 0.5
     false_discovery_rate: float = 0.01
     min_score: float = 0.5
-    min_use: float = 0.0
+    min_gain: float = 0.0
     min_strength: float = 0.9
     residual_quantile: float = 0.95
     super_parent_share: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("min_coverage", "false_discovery_rate", "min_score", "min_use", "residual_quantile"):
+        for name in ("min_coverage", "false_discovery_rate", "min_score", "min_gain", "residual_quantile"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise InputError(f"{name} must be between 0 and 1, got {value}")
@@ -46,24 +54,35 @@ class HierarchySettings:
 class Edge:
     """A parent and a child, and what speaks for it.
 
-    shared: tokens on which both fire. coverage: P(parent | child). base_rate: P(parent). lift: coverage / base_rate.
-    log_odds: natural logarithm of the odds ratio. p_value: of the one-sided test that it exceeds 0. score: excess of
-    coverage over chance, from 0 to 1. parent_use, child_use: what each is worth on the shared tokens, as a share of
-    the energy. strength: the parent's mean activation on them over its typical one (the mean of all its activations,
-    each weighed by itself). residual: the cosine of the residual test.
+    Args:
+        parent: a latent of an earlier level.
+        child: a latent of a later one.
+        shared: tokens on which both fire.
+        coverage: P(parent | child).
+        parent_firing_rate: P(parent).
+        lift: coverage over the parent's firing rate.
+        log_odds: natural logarithm of the odds ratio.
+        p_value: of the one-sided test that the log odds exceed 0.
+        score: excess of coverage over chance, from 0 to 1.
+        parent_gain: by how much the squared error on the shared tokens would grow without the parent, as a share of
+            the activations' energy there.
+        child_gain: the same of the child.
+        strength: the parent's mean activation on the shared tokens over its typical one, which is the mean of all its
+            activations, each weighed by itself.
+        residual: the cosine of the residual test.
     """
 
     parent: int
     child: int
     shared: int
     coverage: float
-    base_rate: float
+    parent_firing_rate: float
     lift: float
     log_odds: float
     p_value: float
     score: float
-    parent_use: float
-    child_use: float
+    parent_gain: float
+    child_gain: float
     strength: float
     residual: float
 
@@ -153,15 +172,19 @@ class Hierarchy:
 
     def to_json(self) -> str:
         """All of it; `from_json` is the inverse."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        values["edges"] = [_renamed(edge, KEYS) for edge in values["edges"]]
+        values["settings"] = _renamed(values["settings"], KEYS)
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> "Hierarchy":
         """Read what `to_json` wrote. Raises ValueError for anything else."""
         try:
             values = parse_json(text, "The file")
-            values["edges"] = [Edge(**edge) for edge in values["edges"]]
-            values["settings"] = HierarchySettings(**values["settings"])
+            fields = {key: name for name, key in KEYS.items()}
+            values["edges"] = [Edge(**_renamed(edge, fields)) for edge in values["edges"]]
+            values["settings"] = HierarchySettings(**_renamed(values["settings"], fields))
             found = cls(**values)
             _check(found)
             return found
@@ -188,6 +211,10 @@ class Hierarchy:
             lines.append("  }")
         lines += [f"  {e.parent} -> {e.child} [penwidth={0.5 + 2.5 * e.score:.2f}];" for e in self.edges]
         return "\n".join([*lines, "}"]) + "\n"
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def _check(hierarchy: Hierarchy) -> None:

@@ -1,5 +1,6 @@
 """A latent's page: all that is known of it, as plain data that a person, a web page or another model can read."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,15 +84,28 @@ class Label:
 class LatentPage:
     """One latent.
 
-    density: share of tokens on which it fires. mean_activation: where it fires. histogram: how many activations lie in
-    each of the bins of equal width from 0 to histogram_range. peak_tokens: those at which its top contexts peak, the
-    most frequent first. top: contexts, the strongest first. sampled: tokens drawn evenly from all on which it fires,
-    the strongest first. parents: those with the highest score first; children: those that make up most of it first.
+    Args:
+        latent: its number.
+        level: the index of the first prefix that has it.
+        firing_rate: share of tokens on which it fires.
+        mean_activation: where it fires.
+        max_activation: the largest.
+        histogram: how many activations lie in each of the bins of equal width from 0 to `histogram_range`.
+        histogram_range: the upper end of the last bin.
+        peak_tokens: those at which its top contexts peak, the most frequent first.
+        promoted: tokens whose logits it raises, the largest effect first.
+        suppressed: tokens whose logits it lowers, the largest effect first.
+        nearest: latents with the largest decoder cosines.
+        top: contexts, the strongest first.
+        sampled: contexts of tokens drawn evenly from all on which it fires, the strongest first.
+        label: what a language model calls it, if one was asked.
+        parents: edges to those of earlier levels, the highest score first.
+        children: edges to those of later levels, those that make up most of it first.
     """
 
     latent: int
     level: int
-    density: float
+    firing_rate: float
     mean_activation: float
     max_activation: float
     histogram: Sequence[int]
@@ -108,7 +122,17 @@ class LatentPage:
 
     @property
     def is_dead(self) -> bool:
-        return self.density == 0
+        return self.firing_rate == 0
+
+    @property
+    def density(self) -> float:
+        """What `firing_rate` was called in the version before, and still is in the files."""
+        warnings.warn(
+            "page.density is now page.firing_rate; the old name goes with the next version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.firing_rate
 
     @property
     def name(self) -> str:
@@ -132,7 +156,7 @@ def page_from_row(
     row: Mapping[str, Any], label: Label | None = None, parents: Sequence[Edge] = (), children: Sequence[Edge] = ()
 ) -> LatentPage:
     """The page of one row of the Parquet files."""
-    values = dict(row)
+    values = {"firing_rate" if name == "density" else name: value for name, value in row.items()}
     for name in ("promoted", "suppressed"):
         values[name] = [TokenEffect(**effect) for effect in values[name]]
     values["nearest"] = [Neighbour(**other) for other in values["nearest"]]

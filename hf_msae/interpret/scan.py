@@ -42,7 +42,7 @@ DEFAULT_CONTEXT_LENGTH = 256
 
 @dataclass(frozen=True)
 class Firings:
-    """The active latents of some tokens, and what using them is worth there.
+    """The active latents of some tokens, and what they gain there.
 
     active: ordered by token, then by latent. gains: (n,) float32, by how much a token's squared error would grow
     without the latent. energies: ‖x − b_dec‖² of each token, (num_tokens,). error_sums: Σ (x − x̂) over the tokens on
@@ -225,9 +225,9 @@ class _Collector:
         starts = counts.cumsum(0) - counts
         sums = torch.nn.functional.embedding_bag(active.tokens[order], errors, starts, mode="sum")
         self.error_sums.index_add_(0, latents.cpu(), sums.cpu())
-        worth = gains(self.sae, active, errors).cpu()
+        gain = gains(self.sae, active, errors).cpu()
         parts = active.tokens.cpu() + self.num_recorded, active.latents.cpu(), active.values.float().cpu()
-        self.records.append((ActiveLatents(*parts), worth, energies.cpu()))
+        self.records.append((ActiveLatents(*parts), gain, energies.cpu()))
         self.num_recorded += len(x)
 
     def firings(self) -> Firings:
@@ -235,9 +235,9 @@ class _Collector:
             empty = torch.empty(0, dtype=torch.int64)
             nothing = ActiveLatents(empty, empty, torch.empty(0))
             return Firings(nothing, torch.empty(0), torch.empty(0), self.error_sums)
-        actives, worth, energies = zip(*self.records, strict=True)
+        actives, gained, energies = zip(*self.records, strict=True)
         active = ActiveLatents(*(torch.cat(parts) for parts in zip(*actives, strict=True)))
-        return Firings(active, torch.cat(worth), torch.cat(energies), self.error_sums)
+        return Firings(active, torch.cat(gained), torch.cat(energies), self.error_sums)
 
 
 class _Batch:

@@ -29,7 +29,7 @@ class FiringHit:
     """A latent that fires on a phrase.
 
     score: bits, weighed. peak: its largest activation there, at `token`. relative: the peak over the latent's maximum
-    in the dataset. fired, num_tokens: on how many of how many tokens. usual: its density in the dataset.
+    in the dataset. fired, num_tokens: on how many of how many tokens. firing_rate: of the latent in the dataset.
     """
 
     latent: int
@@ -40,7 +40,7 @@ class FiringHit:
     relative: float
     fired: int
     num_tokens: int
-    usual: float
+    firing_rate: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def search_firing(
     active = active_latents(sae, captured[site][inlying].to(sae.device))
     ids = window.input_ids[window.keep][inlying.cpu()].tolist()
     tokens = decode_tokens(tokenizer, ids)
-    density, maximum = interpretation.column("density"), interpretation.column("max_activation")
+    rates, maximum = interpretation.column("density"), interpretation.column("max_activation")
     hits = []
     for latent in active.latents.unique().tolist():
         places = (active.latents == latent).nonzero().flatten()
@@ -96,19 +96,19 @@ def search_firing(
         at = int(active.tokens[places[values.argmax()]])
         peak = values.max().item()
         relative = min(1.0, peak / maximum[latent]) if maximum[latent] > 0 else 1.0
-        bits = surprise_bits(len(places), len(ids), density[latent], interpretation.source.num_tokens)
+        bits = surprise_bits(len(places), len(ids), rates[latent], interpretation.source.num_tokens)
         name = interpretation.names[latent]
         score = bits * relative
-        hits.append(FiringHit(latent, name, score, peak, tokens[at], relative, len(places), len(ids), density[latent]))
+        hits.append(FiringHit(latent, name, score, peak, tokens[at], relative, len(places), len(ids), rates[latent]))
     return sorted(hits, key=lambda hit: (-hit.score, hit.latent))[:most]
 
 
-def surprise_bits(fired: int, num_tokens: int, density: float, dataset_tokens: int) -> float:
-    """num_tokens · KL(q ‖ p) in bits, with q = fired / num_tokens and p the density; 0 where q is below p.
+def surprise_bits(fired: int, num_tokens: int, firing_rate: float, dataset_tokens: int) -> float:
+    """num_tokens · KL(q ‖ p) in bits, with q = fired / num_tokens and p the firing rate; 0 where q is below p.
 
-    A density of 0 or 1 is only known to within one of `dataset_tokens` tokens.
+    A firing rate of 0 or 1 is only known to within one of `dataset_tokens` tokens.
     """
-    p = min(max(density, 0.5 / dataset_tokens), 1 - 0.5 / dataset_tokens)
+    p = min(max(firing_rate, 0.5 / dataset_tokens), 1 - 0.5 / dataset_tokens)
     q = fired / num_tokens
     if q <= p:
         return 0.0

@@ -112,7 +112,8 @@ class Interpretation:
         return page
 
     def column(self, name: str) -> list[Any]:
-        """One value a latent, such as "density"; see `LatentPage`."""
+        """One value a latent, such as "max_activation"; named as the columns of the Parquet files, in which
+        a page's `firing_rate` is "density"."""
         return self.dataset[name][:]
 
     @cached_property

@@ -130,7 +130,7 @@ class _Rows:
         self, scan: Scan, sae: MatryoshkaSAE, tokenizer: PreTrainedTokenizerBase, effects: LogitEffects | None
     ) -> None:
         self.scan, self.sizes = scan, sae.config.prefix_sizes
-        self.density, self.mean = scan.statistics.density.tolist(), scan.statistics.mean.tolist()
+        self.firing_rate, self.mean = scan.statistics.firing_rate.tolist(), scan.statistics.mean.tolist()
         self.extremes = None if effects is None else effects.extremes(NUM_TOKENS_SHOWN)
         self.nearest = nearest_latents(sae.W_dec.detach(), NUM_NEAREST)
         self.texts = _texts(tokenizer, _shown_ids(scan, self.extremes))
@@ -141,7 +141,7 @@ class _Rows:
         return {
             "latent": latent,
             "level": next(level for level, size in enumerate(self.sizes) if latent < size),
-            "density": self.density[latent],
+            "density": self.firing_rate[latent],
             "mean_activation": self.mean[latent],
             "max_activation": statistics.maximum[latent].item(),
             "histogram": statistics.histogram[latent].tolist(),

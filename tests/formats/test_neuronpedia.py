@@ -58,7 +58,7 @@ def test_records_hold_what_the_pages_hold(found, tmp_path, monkeypatch, batch):
     assert [feature["index"] for feature in records["features"]] == [str(latent) for latent in range(18)]
     assert len(list((place / "features").iterdir())) == -(-18 // batch)
     for page, feature in zip(found, records["features"], strict=True):
-        assert feature["frac_nonzero"] == page.density
+        assert feature["frac_nonzero"] == page.firing_rate
         assert feature["maxActApprox"] == pytest.approx(page.max_activation, abs=1e-4)
         assert feature["pos_str"] == [effect.token for effect in page.promoted]
         assert feature["neg_values"] == pytest.approx([effect.effect for effect in page.suppressed], abs=1e-4)

@@ -92,7 +92,7 @@ def test_statistics_and_histograms_do_not_depend_on_order_or_batches(batch):
         expected = torch.bincount((own / top * NUM_BINS).long(), minlength=NUM_BINS)
         assert torch.equal(found.histogram[latent], expected)
         assert found.count[latent] == len(own)
-        assert found.density[latent].item() == len(own) / 1000
+        assert found.firing_rate[latent].item() == len(own) / 1000
         assert found.mean[latent].item() == pytest.approx(own.mean().item())
         assert found.maximum[latent].item() == own.max().item()
     assert found.count[5] == found.histogram[5].sum() == found.mean[5] == 0

@@ -60,12 +60,12 @@ def test_the_numbers_of_every_edge(seed):
             typical = (dense[:, parent].square().sum() / dense[:, parent].sum()).item()
             assert edge.shared == shared
             assert edge.coverage == pytest.approx(coverage)
-            assert edge.base_rate == pytest.approx(base)
+            assert edge.parent_firing_rate == pytest.approx(base)
             assert edge.lift == pytest.approx(coverage / base)
             assert edge.log_odds == pytest.approx(math.log(odds))
             assert edge.score == pytest.approx((coverage - base) / (1 - base))
-            assert edge.parent_use == pytest.approx(worth[both, parent].double().sum().item() / energy)
-            assert edge.child_use == pytest.approx(worth[both, child].double().sum().item() / energy)
+            assert edge.parent_gain == pytest.approx(worth[both, parent].double().sum().item() / energy)
+            assert edge.child_gain == pytest.approx(worth[both, child].double().sum().item() / energy)
             assert edge.strength == pytest.approx(dense[both, parent].sum().item() / shared / typical)
             assert edge.residual == pytest.approx(residual(sae, firings, dense, parent, child))
     assert found.keys() == expected

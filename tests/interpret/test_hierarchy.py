@@ -59,8 +59,8 @@ def test_sums_equal_those_over_the_shared_tokens(dense):
         values = dense[shared].double()
         assert sums.count[index] == shared.sum() > 0
         assert sums.activation[index].item() == pytest.approx(values[:, a].sum().item())
-        assert sums.worth_of_first[index].item() == pytest.approx(values[:, a].square().sum().item())
-        assert sums.worth_of_second[index].item() == pytest.approx(values[:, b].square().sum().item())
+        assert sums.gain_of_first[index].item() == pytest.approx(values[:, a].square().sum().item())
+        assert sums.gain_of_second[index].item() == pytest.approx(values[:, b].square().sum().item())
         assert sums.energy[index].item() == 10 * shared.sum()
 
 
@@ -72,9 +72,9 @@ def test_a_known_hierarchy_is_found_whole_and_nothing_else(known):
     assert {(edge.parent, edge.child) for edge in hierarchy.edges} == birds | fish | animals
     for edge in hierarchy.edges:
         assert edge.coverage == edge.score == 1.0
-        assert edge.lift == pytest.approx(1 / edge.base_rate)
+        assert edge.lift == pytest.approx(1 / edge.parent_firing_rate)
         assert edge.strength == pytest.approx(1.0)
-        assert edge.parent_use > edge.child_use > 0
+        assert edge.parent_gain > edge.child_gain > 0
     assert hierarchy.roots() == [0]
     assert hierarchy.descendants()[0] == {*range(4, 12)}
     # The latent of every word covers all others, and by chance alone it would.
@@ -88,9 +88,9 @@ def test_use_is_what_the_latent_adds_to_the_energy(known):
     found = scan(known.model, known.tokenizer, known.sae, known.texts, max_tokens=10**6, packing=False)
     edges = {(edge.parent, edge.child): edge for edge in find_hierarchy(known.sae, found.firings).edges}
     # Directions do not overlap and nothing is left over, so each is worth its square: 1, 0.25, 0.64, 0.36 of 2.25.
-    assert edges[0, 6].parent_use == pytest.approx(1 / 2.25)
-    assert edges[4, 6].parent_use == pytest.approx(0.64 / 2.25)
-    assert edges[4, 6].child_use == pytest.approx(0.36 / 2.25)
+    assert edges[0, 6].parent_gain == pytest.approx(1 / 2.25)
+    assert edges[4, 6].parent_gain == pytest.approx(0.64 / 2.25)
+    assert edges[4, 6].child_gain == pytest.approx(0.36 / 2.25)
     # On a bird, what the animal latent and the bird's have left: directions of lengths 1 and 0.8.
     assert edges[0, 4].residual == pytest.approx(1 / math.hypot(1, 0.8))
 
@@ -218,3 +218,16 @@ def test_what_has_no_hierarchy_is_refused(known):
         find_hierarchy(known.sae, unread.firings)
     with pytest.raises(ValueError, match=r"min_score must be between 0 and 1, got 1\.5"):
         HierarchySettings(min_score=1.5)
+
+
+def test_the_files_keep_the_keys_that_they_have_always_had():
+    edge = Edge(0, 5, 40, 0.9, 0.2, 4.5, 2.0, 0.001, 0.87, 0.3, 0.1, 1.1, 0.6)
+    found = Hierarchy([edge], [4, 8], [50] * 8, 200, {"eligible": 1}, 0.1, [], HierarchySettings(min_gain=0.05))
+    values = json.loads(found.to_json())
+    assert list(values["edges"][0]) == [
+        "parent", "child", "shared", "coverage", "base_rate", "lift", "log_odds", "p_value", "score", "parent_use",
+        "child_use", "strength", "residual",
+    ]  # fmt: skip
+    assert [values["edges"][0][key] for key in ("base_rate", "parent_use", "child_use")] == [0.2, 0.3, 0.1]
+    assert values["settings"]["min_use"] == 0.05
+    assert Hierarchy.from_json(found.to_json()) == found

@@ -115,7 +115,7 @@ def test_the_order_of_documents_changes_nothing(lm, tokenizer, sae, texts):
 def test_special_tokens_are_never_counted(known):
     found = scan(known.model, known.tokenizer, known.sae, known.texts, max_tokens=10**6, packing=False)
     assert found.num_tokens == 150 * 12
-    assert found.statistics.density[1] == 1.0  # the latent of every word, which BOS is not
+    assert found.statistics.firing_rate[1] == 1.0  # the latent of every word, which BOS is not
     assert found.firings.num_tokens == 150 * 12
     torch.testing.assert_close(found.firings.error_sums, torch.zeros_like(found.firings.error_sums))
 

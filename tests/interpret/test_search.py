@@ -23,7 +23,7 @@ def test_the_latent_of_a_word_comes_first_then_its_kind(known, pages):
     assert (hits[0].fired, hits[0].num_tokens) == (1, 1)
     assert hits[0].peak == pytest.approx(0.6)
     assert hits[0].relative == pytest.approx(1.0)
-    assert hits[0].score == pytest.approx(-math.log2(pages.page(10).density))
+    assert hits[0].score == pytest.approx(-math.log2(pages.page(10).firing_rate))
     assert hits[-1].score < 0.01
 
 

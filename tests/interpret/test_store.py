@@ -42,7 +42,9 @@ def test_a_page_tells_what_is_known_of_a_latent(known, folder):
     page = interpretation.page(7)  # the word w1
     assert (page.latent, page.level, len(interpretation)) == (7, 2, 18)
     occurrences = " ".join(known.texts).split().count("w1")
-    assert page.density == pytest.approx(occurrences / (150 * 12))
+    assert page.firing_rate == pytest.approx(occurrences / (150 * 12))
+    with pytest.warns(DeprecationWarning, match=r"now page\.firing_rate"):
+        assert page.density == page.firing_rate
     assert page.mean_activation == pytest.approx(0.6, abs=1e-6)
     assert sum(page.histogram) == occurrences
     assert (page.histogram_range, page.histogram.index(occurrences)) == (1.0, 38)  # 0.6 of 64 bins
@@ -183,7 +185,7 @@ def test_an_encoder_has_pages_without_promoted_tokens(tokenizer, tmp_path):
     )
     assert list(pages.page(0).promoted) == []
     assert pages.hierarchy is None
-    assert any(page.density > 0 for page in pages)
+    assert any(page.firing_rate > 0 for page in pages)
 
 
 @given(st.lists(st.tuples(st.sampled_from([" a", "b", " c", "\n", "…"]), st.booleans()), min_size=1, max_size=12))
@@ -209,7 +211,7 @@ def test_pages_are_streamed_from_files(folder, hub: LocalHub, known):
     local.push(repo)
     stream = stream_pages(repo)
     first = next(stream)
-    assert (first.latent, first.density, first.top) == (0, local.page(0).density, local.page(0).top)
+    assert (first.latent, first.firing_rate, first.top) == (0, local.page(0).firing_rate, local.page(0).top)
     assert [page.latent for page in stream] == list(range(1, 18))
 
 
