@@ -257,6 +257,12 @@ def _read_adapter(name: str, hub: Mapping[str, Any]) -> Origin:
             f"The adapter {name} does not say which model it belongs to; write base_model_name_or_path into its "
             "adapter_config.json."
         )
+    if not os.path.isdir(_place(name)) and os.path.exists(_place(config.base_model_name_or_path)):
+        # Somebody else's file must not open folders of this machine.
+        raise InputError(
+            f"The adapter {name} comes from the Hub, and the model that it names ({config.base_model_name_or_path}) "
+            "is a folder here. Download the adapter into a folder, or leave the directory that holds the other."
+        )
     if config.is_prompt_learning:
         raise InputError(
             f"The adapter {name} ({config.peft_type.value}) puts vectors before the text, which are no tokens whose "

@@ -1,6 +1,7 @@
 """From documents to shuffled batches of activations, and activations on disk."""
 
-from hf_msae.data.cache import CachedActivations, CacheError, cache_activations, is_activation_cache
+from hf_msae.data.cache import CachedActivations, cache_activations
+from hf_msae.data.cache_files import CacheError, is_activation_cache
 from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
 from hf_msae.data.forward import find_norm_limits, harvest

@@ -11,33 +11,36 @@ whole shards but rows of every shard, so all have exactly the same number of bat
 end.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
 from hf_msae.atomic_files import atomic_file, remove_drafts
+from hf_msae.data.cache_files import (
+    FORMAT,
+    INDEX,
+    PROGRESS,
+    VERSION,
+    CacheError,
+    read_index,
+    read_progress,
+    shard_name,
+    unfinished_folder,
+    write_json,
+)
 from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.randomness import seeded_generator
+from hf_msae.data.states import check_state
 from hf_msae.data.stream import ActivationStream, BatchIterator
 from hf_msae.errors import InputError
 from hf_msae.sites import Site
-
-INDEX = "index.json"
-PROGRESS = "progress.json"
-FORMAT = "hf_msae.activations"
-VERSION = 1
-
-
-class CacheError(InputError):
-    """An activation cache that is missing, incomplete or damaged, or lacks what was asked of it."""
 
 
 def cache_activations(
@@ -78,7 +81,7 @@ class _CacheWriter:
     def __init__(self, stream: ActivationStream, directory: Path, shard_batches: int, max_tokens: int) -> None:
         self.stream = stream
         self.directory = directory
-        self.unfinished = _unfinished(directory)
+        self.unfinished = unfinished_folder(directory)
         self.shard_batches = shard_batches
         self.max_tokens = max_tokens
         self.data = fingerprint(stream.windows.documents)
@@ -96,7 +99,7 @@ class _CacheWriter:
         index = {"format": FORMAT, "version": VERSION, "num_tokens": self.stream.num_tokens, "shards": self.shards}
         index |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes, **self._settings()}
         index |= {"num_outliers": self.stream.num_filtered}
-        _write_json(self.unfinished / INDEX, index)
+        write_json(self.unfinished / INDEX, index)
         self.unfinished.rename(self.directory)
         (self.directory / PROGRESS).unlink()
         return self.directory
@@ -122,10 +125,7 @@ class _CacheWriter:
         if not progress_file.exists():
             self.unfinished.mkdir(parents=True, exist_ok=True)
             return
-        try:
-            progress = json.loads(progress_file.read_bytes())
-        except ValueError as error:
-            raise CacheError(f"{progress_file} is damaged ({error}); remove its folder to begin anew") from error
+        progress = read_progress(progress_file)
         ours = self._settings()
         changed = [key for key in ours if ours[key] != progress["settings"].get(key)]
         if changed:
@@ -137,7 +137,13 @@ class _CacheWriter:
         remove_drafts(self.unfinished)
         self.shards = progress["shards"]
         self.hidden_sizes, self.dtypes = progress["hidden_sizes"], progress["dtypes"]
-        self.stream.load_state_dict(progress["stream"])
+        try:
+            self.stream.load_state_dict(progress["stream"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(
+                f"{progress_file} does not say where the data goes on ({error!s:.200}). Remove the folder "
+                f"{self.unfinished} to begin anew."
+            ) from error
 
     def _next_batches(self) -> list[dict[Site, Tensor]]:
         batches: list[dict[Site, Tensor]] = []
@@ -162,14 +168,14 @@ class _CacheWriter:
             )
 
     def _write_shard(self, batches: Sequence[Mapping[Site, Tensor]]) -> None:
-        name = f"activations-{len(self.shards):05d}.safetensors"
+        name = shard_name(len(self.shards))
         tensors = {str(site): torch.cat([batch[site] for batch in batches]) for site in batches[0]}
         with atomic_file(self.unfinished / name) as draft:
             save_file(tensors, draft)
         self.shards.append({"file": name, "num_tokens": len(batches) * self.stream.batch_size})
         progress = {"settings": self._settings(), "shards": self.shards, "stream": self.stream.state_dict()}
         progress |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes}
-        _write_json(self.unfinished / PROGRESS, progress)
+        write_json(self.unfinished / PROGRESS, progress)
 
 
 class CachedActivations(BatchIterator):
@@ -216,7 +222,7 @@ class CachedActivations(BatchIterator):
                 f"expected 0 <= rank < world_size and epochs >= 1, got rank {rank} of {world_size}, {epochs} epochs"
             )
         self.directory = Path(directory)
-        self.index = _read_index(self.directory)
+        self.index = read_index(self.directory)
         self.sites = _choose_sites(self.index, self.directory, sites)
         self.seed = seed
         self.rank = rank
@@ -232,9 +238,10 @@ class CachedActivations(BatchIterator):
 
         Raises `ValueError` where the state is of a reader with another order.
         """
-        if state["settings"] != self.settings:
+        check_state(state, "shard")
+        if state.get("settings") != self.settings:
             raise InputError(
-                f"the state was taken of a cache read with {state['settings']}, this one: {self.settings}"
+                f"the state was taken of a cache read with {state.get('settings')}, this one: {self.settings}"
             )
         self._number = state["shard"] - 1
         self._restore(state)
@@ -315,53 +322,6 @@ class CachedActivations(BatchIterator):
         return True
 
 
-def is_activation_cache(path: str | Path) -> bool:
-    """Whether a folder holds a complete activation cache."""
-    index = Path(path) / INDEX
-    if not index.is_file():
-        return False
-    try:
-        contents = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(contents, dict) and contents.get("format") == FORMAT
-
-
-def _unfinished(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".incomplete")
-
-
-def _read_index(directory: Path) -> dict[str, Any]:
-    """The index of a complete cache whose shards are all there; only their headers are read."""
-    if not is_activation_cache(directory):
-        if (_unfinished(directory) / PROGRESS).exists():
-            raise CacheError(
-                f"the activation cache {directory} is incomplete (it lies in {_unfinished(directory)}); call "
-                "cache_activations again with the same settings to finish it"
-            )
-        raise CacheError(f"no activation cache at {directory}; cache_activations makes one")
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    if index["version"] != VERSION:
-        raise CacheError(
-            f"the activation cache {directory} has version {index['version']}, this hf_msae reads {VERSION}; "
-            "write it anew"
-        )
-    for shard in index["shards"]:
-        _check_shard(directory / shard["file"], shard["num_tokens"], index["hidden_sizes"])
-    return index
-
-
-def _check_shard(path: Path, num_tokens: int, hidden_sizes: Mapping[str, int]) -> None:
-    expected = {site: [num_tokens, hidden_size] for site, hidden_size in hidden_sizes.items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"the shard {path} is missing or damaged ({error}); write the cache anew") from error
-    if found != expected:
-        raise CacheError(f"the shard {path} holds {found}, its index says {expected}; write the cache anew")
-
-
 def _choose_sites(index: Mapping[str, Any], directory: Path, sites: Sequence[Site | str] | None) -> list[Site]:
     known = list(index["hidden_sizes"])
     chosen = known if sites is None else [str(Site.parse(str(site))) for site in sites]
@@ -372,8 +332,3 @@ def _choose_sites(index: Mapping[str, Any], directory: Path, sites: Sequence[Sit
             f"it has: {', '.join(known)}"
         )
     return [Site.parse(site) for site in chosen]
-
-
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from hf_msae.data.hash_split import EVERYTHING, Split, lot
 from hf_msae.data.rows import Document, to_document
 from hf_msae.data.shuffling import shuffled
 from hf_msae.data.sources import Cursor, DatasetError, Source, UnreadableRow
+from hf_msae.data.states import check_state
 from hf_msae.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Documents:
 
         Raises `ValueError` where the state is of another view.
         """
+        check_state(state, "next")
         mine = self._view_state()
         if not mine.keys() <= state.keys():
             raise InputError(

@@ -14,6 +14,7 @@ import torch
 
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import Cursor, DatasetError, SequenceSource, Source, UnreadableRow, elsewhere
+from hf_msae.data.states import check_state
 from hf_msae.data.text_files import FileSource
 
 # A block of a stream ends after so many rows, or so many bytes, whichever comes first.
@@ -38,7 +39,7 @@ class PermutedSource:
         self.order = torch.randperm(len(source.rows), generator=seeded_generator(seed, 0))
 
     def open(self, position: int | None = None) -> "PermutedCursor":
-        if not isinstance(position, int | None):
+        if position is not None and (type(position) is not int or position < 0):
             raise elsewhere(position, "a place in the order of its rows")
         return PermutedCursor(self, position or 0)
 
@@ -75,8 +76,10 @@ class BlockSource:
 
     def open(self, position: Mapping[str, Any] | None = None) -> "BlockCursor":
         position = {"begin": None, "block": 0, "first": 0, "given": 0} if position is None else position
-        if not isinstance(position, dict) or position.keys() != {"begin", "block", "first", "given"}:
+        counts = ("block", "first", "given")
+        if not isinstance(position, dict) or position.keys() != {"begin", *counts}:
             raise elsewhere(position, "a block of a stream that is shuffled")
+        check_state(position, *counts)
         return BlockCursor(self, position)
 
 

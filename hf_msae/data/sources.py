@@ -70,7 +70,7 @@ class SequenceSource:
         self.num_documents: int | None = len(rows)
 
     def open(self, position: int | None = None) -> "SequenceCursor":
-        if not isinstance(position, int | None):
+        if position is not None and (type(position) is not int or position < 0):
             raise elsewhere(position, "a row's number")
         return SequenceCursor(self.rows, position or 0)
 

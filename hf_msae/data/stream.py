@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from hf_msae.data.forward import capture_counted, check_eval, groups, sent
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import DatasetError
+from hf_msae.data.states import check_state
 from hf_msae.data.windows import TokenWindows, Window
 from hf_msae.errors import InputError
 from hf_msae.outliers import ActivationError, activation_norms
@@ -94,6 +95,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Come to the place of `state` once a subclass is set to read that block next."""
+        check_state(state, "num_tokens", "num_dropped", "position")
         self.num_tokens, self.num_dropped = state["num_tokens"], state["num_dropped"]
         self._order = self._order[:0]
         self._position = 0
@@ -207,9 +209,12 @@ class ActivationStream(BatchIterator):
 
         Raises `ValueError` where the state is of a stream that orders its tokens differently.
         """
-        if state["settings"] != self.settings:
-            raise InputError(f"the state was taken of a stream with {state['settings']}, this one has {self.settings}")
-        self.windows.load_state_dict(state["windows"])
+        check_state(state, "block", "num_filtered")
+        if state.get("settings") != self.settings:
+            raise InputError(
+                f"the state was taken of a stream with {state.get('settings')}, this one has {self.settings}"
+            )
+        self.windows.load_state_dict(check_state(state.get("windows")))
         self._reader = self._current = self._next = None
         self._next_number = state["block"]
         self.num_filtered = state["num_filtered"]

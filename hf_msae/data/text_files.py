@@ -44,7 +44,7 @@ class FileSource:
         if not isinstance(position, list | tuple) or [type(number) for number in position] != [int, int]:
             raise elsewhere(position, "a file's number and a byte in it")
         file_number, offset = position
-        if file_number >= len(self.paths):
+        if offset < 0 or not 0 <= file_number < len(self.paths):
             raise elsewhere(position, f"a place in one of {len(self.paths)} files")
         return FileCursor(self, file_number, offset)
 

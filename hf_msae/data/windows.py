@@ -29,6 +29,7 @@ from hf_msae.data.documents import Pass
 from hf_msae.data.loading import as_documents
 from hf_msae.data.rows import Chat, Document, TokenIds
 from hf_msae.data.sources import DatasetError, UnreadableRow
+from hf_msae.data.states import check_state
 from hf_msae.errors import InputError
 
 DOCUMENTS_PER_BATCH = 256
@@ -119,7 +120,13 @@ class TokenWindows:
 
         Raises `ValueError` where the state is of windows of another length or kind.
         """
-        theirs = {key: state[key] for key in self._settings()}
+        check_state(state, "given")
+        batch = check_state(state.get("batch"), "num_documents", "num_windows", "num_truncated")
+        check_state(batch.get("documents"), "next")
+        carry = batch.get("carry")
+        if not isinstance(carry, list) or not all(type(token) is int for token in carry):
+            raise InputError(f"the state of the data is damaged: 'carry' is {carry!r:.80}, no list of token ids")
+        theirs = {key: state.get(key) for key in self._settings()}
         if theirs != self._settings():
             raise InputError(f"the state was taken of windows with {theirs}, these have {self._settings()}")
         self._resume = copy.deepcopy(dict(state))
