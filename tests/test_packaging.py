@@ -59,6 +59,7 @@ NEIGHBOURS = {
         "hf_msae.formats",
         "hf_msae.interpret",
     ): "types alone: Neuronpedia shows an interpretation's pages",
+    ("hf_msae.hub", "hf_msae.formats"): "a repo without an SAE of ours may hold another library's",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",
 }

@@ -21,6 +21,8 @@ from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
 NAMED_FOLDERS = 12
+# What the weights of an SAE of ours are called.
+OWN_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What wrappers put before the names of a module's tensors: DataParallel and its kin, and torch.compile.
 WRAPPERS = ("module.", "_orig_mod.")
 # The published default of most libraries; of an SAE with a learnt or no threshold, k is only the target of training.
@@ -283,9 +285,11 @@ def refuse_many(files: Files, marker: str, library: str) -> None:
         return
     folders = [str(PurePosixPath(name).parent) for name in files.names if PurePosixPath(name).name == marker]
     more = f" and {len(folders) - NAMED_FOLDERS} more" if len(folders) > NAMED_FOLDERS else ""
+    own = sorted({str(PurePosixPath(name).parent) for name in files.names if PurePosixPath(name).name in OWN_WEIGHTS})
+    beside = f" Beside them are safetensors models, ours or others': {', '.join(own[:NAMED_FOLDERS])}." if own else ""
     raise FormatError(
         f"{files} holds {len(folders)} {library} checkpoint(s) in folders; choose one with subfolder=: "
-        f"{', '.join(folders[:NAMED_FOLDERS])}{more}."
+        f"{', '.join(folders[:NAMED_FOLDERS])}{more}.{beside}"
     )
 
 

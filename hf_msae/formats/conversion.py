@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError
-from hf_msae.formats.naming import describe_absence, describe_name, first_few
+from hf_msae.formats.naming import describe_absence, describe_name, first_few, natural_order
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
 
@@ -180,6 +180,35 @@ def _nothing_known(files: Files) -> str:
         return f"{files} has no SAE at its root. Give one of its folders as subfolder: {first_few(folders)}."
     known = ", ".join(_format(name).LIBRARY for name in FORMATS)
     return f"{files} holds no SAE that is known here (ours, or of {known}), but {first_few(files.names)}."
+
+
+def describe_library_checkpoints(files: Files) -> str | None:
+    """What another library's checkpoints in a folder or repo are, and what reads them; None where there are none."""
+    name = recognise(files)
+    if name is None:
+        return None
+    module = _format(name)
+    places = _places_of_weights(module, files)
+    if not places:
+        return f"It holds the configuration of a {module.LIBRARY} checkpoint, but not its weights."
+    count = "a checkpoint" if len(places) == 1 else f"{len(places)} checkpoints"
+    where, command = str(files.source), f"hf-msae convert {files.source} DEST"
+    call = f"MatryoshkaSAE.from_pretrained({where!r})"
+    if places[0] != ".":
+        call, command = f"{call[:-1]}, subfolder={places[0]!r})", f"{command} --subfolder {places[0]}"
+    return (
+        f"It holds {count} of {module.LIBRARY}{'' if places == ['.'] else f' ({first_few(places)})'}: {call} reads "
+        f"{'it' if len(places) == 1 else 'one'}, and `{command}` makes an SAE of it that is listed, pushed and pulled "
+        "like any other."
+    )
+
+
+def _places_of_weights(module: ModuleType, files: Files) -> list[str]:
+    """Folders of checkpoints, "." for this one, and of a trainer that has nothing but weights in training, those."""
+    weights = [path for path in map(PurePosixPath, files.names) if any(map(path.match, module.FILES))]
+    whole = {path.parent for path in weights if path.parent.name != CHECKPOINTS}
+    in_training = {path for path in weights if path.parent.name == CHECKPOINTS and path.parent.parent not in whole}
+    return sorted(map(str, whole | in_training), key=natural_order)
 
 
 def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> Any:

@@ -61,15 +61,18 @@ def describe_absence(files: Files) -> str:
         inside = replace(files, subfolder="" if above == PurePosixPath() else str(above))
         if not inside.names:
             continue
-        children = sorted({name.partition("/")[0] for name in inside.names if "/" in name}, key=_natural)
+        children = sorted({name.partition("/")[0] for name in inside.names if "/" in name}, key=natural_order)
         hint = _canonical(children) if wanted.name == "canonical" else ""
         there = first_few(children or inside.names)
         return f"{files.source} has no folder {files.subfolder!r}; {inside} holds {there}.{hint}"
     return f"{files.source} has no folder {files.subfolder!r}, nor anything else."
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `layers.2` before `layers.10`."""
+    return [
+        (int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _canonical(folders: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -23,6 +23,9 @@ from huggingface_hub.errors import (
 )
 
 from hf_msae.errors import InputError
+from hf_msae.formats.common import Files, peek_json
+from hf_msae.formats.conversion import describe_library_checkpoints
+from hf_msae.formats.naming import natural_order
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import inside, parse_json, read_json
 from hf_msae.sites import Site
@@ -110,13 +113,6 @@ def _read_entry(values: Mapping[str, Any]) -> SAEEntry:
     return entry
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts `layers.2` before `layers.10`."""
-    return [
-        (int(part), "") if part.isdecimal() and len(part) < 20 else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
-
-
 def list_saes(
     source: str | Path,
     revision: str | None = None,
@@ -178,23 +174,14 @@ def is_ours(path: Path) -> bool:
 
 
 def describe_contents(source: str | Path, **hub: Any) -> str:
-    """A sentence on what a repo or a folder without SAEs holds."""
-    if Path(source).is_dir():
-        names = sorted(path.name for path in Path(source).iterdir())
-        config = Path(source) / CONFIG_NAME if CONFIG_NAME in names else None
-    elif hub.get("local_files_only"):
-        return "(Only the local cache was asked.)"
-    else:
-        names = HfApi(token=hub.get("token")).list_repo_files(str(source), revision=hub.get("revision"))
-        config = Path(hf_hub_download(str(source), CONFIG_NAME, **hub)) if CONFIG_NAME in names else None
-    kind = model_type(config) if config is not None else None
-    if kind is not None:
+    """A sentence on what a repo or a folder without SAEs of ours holds, and what reads it."""
+    files = Files(source, **hub)
+    kind = peek_json(files, CONFIG_NAME).get("model_type")
+    if isinstance(kind, str):
         return f"It holds a model of the type {kind!r}."
-    shown = ", ".join(name for name in names[:NUM_SHOWN] if name != ".gitattributes") or "nothing"
-    return (
-        f"It holds {shown}{' …' if len(names) > NUM_SHOWN else ''}. (MatryoshkaSAE.from_pretrained and `hf-msae "
-        "convert` read the checkpoints of other libraries.)"
-    )
+    names = sorted({name.partition("/")[0] for name in files.names} - {".gitattributes"})
+    shown = ", ".join(names[:NUM_SHOWN]) or "nothing"
+    return describe_library_checkpoints(files) or f"It holds {shown}{' …' if len(names) > NUM_SHOWN else ''}."
 
 
 @contextmanager

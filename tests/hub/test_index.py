@@ -1,15 +1,20 @@
 """Repos and folders of several SAEs: what is there, and loading some of it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import save_file
 from transformers import AutoModel
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cli.main import main
+from hf_msae.formats.naming import natural_order
+from hf_msae.hub import pull, push_folder
 from hf_msae.hub.index import (
     NoSAEError,
     SAEEntry,
@@ -19,7 +24,6 @@ from hf_msae.hub.index import (
     list_saes,
     load_saes,
     make_entry,
-    natural_order,
     parse_index,
 )
 from hf_msae.sites import resolve_site
@@ -255,7 +259,7 @@ def test_a_repo_that_holds_another_model_says_so(hub):
 
 def test_a_repo_that_holds_other_files_names_them(hub, tmp_path):
     hub.put("tester/files", {"cfg.json": b"{}", "sae_weights.safetensors": b""})
-    with pytest.raises(NoSAEError, match=r"It holds cfg\.json, sae_weights\.safetensors\. .*hf-msae convert"):
+    with pytest.raises(NoSAEError, match=r"It holds a checkpoint of SAELens: .*hf-msae convert"):
         list_saes("tester/files")
     with pytest.raises(NoSAEError, match="It holds nothing"):
         list_saes(tmp_path)
@@ -284,3 +288,90 @@ def test_a_hub_out_of_reach_is_told_in_words(hub):
 def test_transformers_loads_from_a_folder_of_the_repo(saes, with_index):
     loaded = AutoModel.from_pretrained(REPO, subfolder="at/1")
     assert torch.equal(loaded.W_dec, saes["at/1"].W_dec)
+
+
+# Other libraries' checkpoints, which are listed by nothing here
+
+
+def write_saelens(folder: Path) -> None:
+    make_sae(SITES[0]).to_saelens(folder)
+
+
+def write_sparsify(folder: Path) -> None:
+    make_sae(SITES[0], activation="topk", inference="topk", k=2).to_sparsify(folder)
+
+
+def write_dictionary_learning(folder: Path, weights: str = "ae.pt") -> None:
+    (folder / weights).parent.mkdir(parents=True)
+    linear = {"encoder.weight": (32, 8), "encoder.bias": (32,), "decoder.weight": (8, 32), "b_dec": (8,)}
+    torch.save({name: torch.randn(shape) for name, shape in linear.items()}, folder / weights)
+    trainer = {"dict_class": "AutoEncoderTopK", "k": 2, "dict_size": 32, "activation_dim": 8}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+
+
+def write_in_training(folder: Path) -> None:
+    write_dictionary_learning(folder, "checkpoints/ae_30.pt")
+
+
+def write_gemma_scope(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    shapes = {"w_enc": (8, 32), "w_dec": (32, 8), "b_enc": (32,), "b_dec": (8,), "threshold": (32,)}
+    save_file({name: torch.rand(shape) for name, shape in shapes.items()}, folder / "params.safetensors")
+
+
+LIBRARIES = {
+    "SAELens": write_saelens,
+    "sparsify": write_sparsify,
+    "dictionary_learning": write_dictionary_learning,
+    "dictionary_learning in training": write_in_training,
+    "Gemma Scope": write_gemma_scope,
+}
+
+
+@pytest.mark.parametrize("place", ["disk", "hub"])
+@pytest.mark.parametrize("names", [["."], ["layers.2"], ["layers.10", "layers.2"]], ids=str)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_is_said_of_another_librarys_checkpoints_is_true(hub, tmp_path, library, names, place):
+    """The call that the message names reads one of them, and so does the command."""
+    folder = tmp_path / "all"
+    for name in names:
+        LIBRARIES[library](folder / name)
+    source = str(folder)
+    if place == "hub":
+        HfApi().create_repo(REPO)
+        HfApi().upload_folder(repo_id=REPO, folder_path=folder)
+        source = REPO
+    messages = set()
+    for act in (
+        list_saes,
+        load_saes,
+        lambda source: pull(source, tmp_path / "pulled"),
+        lambda _: push_folder(folder, "a/b", token="t"),
+    ):
+        with pytest.raises(NoSAEError) as raised:
+            act(source)
+        messages.add(str(raised.value).replace(str(folder), source))
+    (message,) = messages
+    count = "a checkpoint" if len(names) == 1 else "2 checkpoints"
+    assert f"{source} holds no Matryoshka SAE. It holds {count} of {library.split()[0]}" in message
+    call = re.search(r"MatryoshkaSAE\.from_pretrained\(.*?\)", message)
+    assert eval(call[0], {"MatryoshkaSAE": MatryoshkaSAE}).config.num_latents == 32
+    command = re.search(r"`hf-msae (.*?)`", message)[1].replace("DEST", str(tmp_path / "converted"))
+    with pytest.raises(SystemExit) as exited:
+        main(command.split())
+    assert exited.value.code == 0
+    assert [entry.num_latents for entry in list_saes(tmp_path / "converted")] == [32]
+
+
+def test_a_configuration_without_weights_is_no_checkpoint(tmp_path):
+    (tmp_path / "cfg.json").write_text('{"d_sae": 32}')
+    with pytest.raises(NoSAEError, match="the configuration of a SAELens checkpoint, but not its weights"):
+        list_saes(tmp_path)
+
+
+def test_a_folder_of_both_names_both(tmp_path):
+    make_sae(SITES[0]).save_pretrained(tmp_path / "ours")
+    write_saelens(tmp_path / "theirs")
+    assert [entry.subfolder for entry in list_saes(tmp_path)] == ["ours"]
+    with pytest.raises(ValueError, match=r"1 SAELens checkpoint.*subfolder=: theirs\. Beside them .*: ours\."):
+        MatryoshkaSAE.from_pretrained(tmp_path)
