@@ -134,6 +134,15 @@ def load_language_model(
     return model.eval(), tokenizer
 
 
+def find_language_model(name: str | Path, **hub: Any) -> Origin:
+    """What a name stands for: a model, or an adapter and the model below it. `hub` is of `from_pretrained`.
+
+    Raises:
+        InputError: There is no such model, or the adapter's configuration does not name the one below it.
+    """
+    return _find(name, hub)[0]
+
+
 def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig:
     """The configuration of a language model, named as for [`load_language_model`]: of an adapter, that of the model
     below it. `hub` is of `from_pretrained`.

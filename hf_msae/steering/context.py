@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.outliers import within_limit
 from hf_msae.sites import Site, replace, resolve_site
 from hf_msae.steering.directions import Direction
 from hf_msae.steering.edits import Edit, SteeringError, Units, check_edits, deltas, latent_edits
@@ -54,7 +55,8 @@ def steer(
         keep_error: with "prefix", whether what the SAE does not explain stays.
         positions: "all" tokens, those of the "prompt" or "generated" ones; a slice of each row's prompt without its
             padding; or a bool mask of the prompt, (tokens,) or (batch, tokens).
-        special_ids: tokens that are never steered; by default the model's BOS, EOS and padding. Padding never is.
+        special_ids: tokens that are never steered; by default the model's BOS, EOS and padding. Padding never is, nor
+            are outliers, beyond the SAE's `norm_limit`.
 
     What changes nothing (strength 0, scale 1, clamping to the latent's own value) leaves all outputs equal to the bit.
     Contexts nest, for several SAEs and sites: at one site the one entered last is applied first. They act in the
@@ -183,7 +185,9 @@ def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], steered: Tensor)
 
 
 def _on_device_of(sae: MatryoshkaSAE, delta: DeltaFunction) -> DeltaFunction:
-    """The function on the SAE's device and in its precision, for activations of any."""
+    """The function on the SAE's device and in its precision, for activations of any; 0 for outliers, such as attention
+    sinks, of which the SAE has learnt nothing.
+    """
 
     def moved(x: Tensor) -> Tensor:
         if x.shape[-1] != sae.config.hidden_size:
@@ -191,7 +195,8 @@ def _on_device_of(sae: MatryoshkaSAE, delta: DeltaFunction) -> DeltaFunction:
                 f"the SAE reads activations of width {sae.config.hidden_size}, and those at {sae.config.site} of this "
                 f"model have {x.shape[-1]}; it was trained on {sae.config.base_model or 'another model'}."
             )
-        return delta(x.to(sae.device, sae.W_dec.dtype)).to(x.device)
+        added = delta(x.to(sae.device, sae.W_dec.dtype)).to(x.device)
+        return torch.where(within_limit(x, sae.config.norm_limit).unsqueeze(-1), added, 0)
 
     return moved
 

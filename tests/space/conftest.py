@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.cli.sources import STORIES
 from hf_msae.cli.space import space_folder
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.worlds.stories import StoryWorld, load_story_lm
+from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 
 sys.path.insert(0, str(space_folder()))
 
@@ -33,6 +32,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_trials() -> Iterator[None]:
+    """Presets are tried out on less than a Space does, and kept in the cache, where processes that tests start find
+    them.
+    """
+    from msae_space import trials
+
+    less = {"NUM_STORIES": 12, "NUM_CANDIDATES": 32, "NUM_TRIED": 6, "NUM_TEXTS": 2, "NUM_NEW_TOKENS": 10}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in less.items():
+            patch.setattr(trials, name, number)
+        yield
+
+
 @pytest.fixture(scope="session")
 def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an SAE of 256 latents in three levels."""
@@ -45,17 +58,17 @@ def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     args = SAETrainingArguments(
         output_dir=str(folder),
         max_steps=40,
-        per_device_train_batch_size=1024,
-        eval_tokens=5_000,
-        calibration_tokens=5_000,
-        ce_tokens=2_000,
+        per_device_train_batch_size=512,
+        eval_tokens=2_000,
+        calibration_tokens=2_000,
+        ce_tokens=500,
         save_steps=0,
         seed=0,
     )
-    stories = StoryWorld(seed=0).documents(600)
+    stories = StoryWorld(seed=0).documents(300)
     SAETrainer(model, sae, args, stories, processing_class=tokenizer).train()
     saved = MatryoshkaSAE.from_pretrained(folder).eval()
-    interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=15_000)
+    interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=8_000)
     return folder
 
 

@@ -17,19 +17,20 @@ from msae_space.reading import read, read_levels
 from msae_space.rehearsal import passage
 from msae_space.workbench import Key, SpaceError, Workbench, tensor_bytes
 from patience import HANG_SECONDS
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.steering import LatentEdit, Steering
 from hf_msae.worlds.stories import STORIES
 
-NUM_FOLDERS = 6
+NUM_FOLDERS = 5
 
 
 def write_sae(folder: Path, **shape: object) -> Path:
     """A random SAE of the story model."""
     values = {"hidden_size": 128, "num_latents": 64, "k": 4, "site": "layers.1", "base_model": STORIES} | shape
     torch.manual_seed(0)
-    sae = MatryoshkaSAE(MatryoshkaSAEConfig(prefix_sizes=[16, values["num_latents"]], **values))
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**({"prefix_sizes": [16, values["num_latents"]]} | values)))
     sae.save_pretrained(folder)
     return folder
 
@@ -87,8 +88,8 @@ def test_what_is_open_fits_whatever_is_asked_for_and_what_is_used_stays(folders,
 
 
 def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monkeypatch):
-    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 60)
-    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 1_000)
+    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 12)
+    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 300)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
     library = Library(folders, budget=sizes[folders[-1]] + 1)
     meanings = Meanings(library)
@@ -106,8 +107,8 @@ def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monk
 
 def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 60)
-    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 1_000)
+    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 12)
+    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 300)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
     monkeypatch.setattr("msae_space.meaning.published", lambda bench: go_on.wait(HANG_SECONDS) and [])
     library = Library(folders, budget=sizes[folders[-1]] + 1)
@@ -152,33 +153,45 @@ def tiny_sites(lm) -> Iterator[tuple[str, int]]:
     yield from seen.items()
 
 
-def test_an_sae_that_opens_works_in_every_tab_and_any_other_is_refused(hub, lm, tokenizer):
+def test_an_sae_that_opens_works_in_every_tab_and_any_other_is_refused(hub, lm, tokenizer, tmp_path):
     """At every site of a model there is, with an SAE of its width and one of another."""
     from msae_space.generation import stream
 
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(**{**lm.config.to_dict(), "num_hidden_layers": 1})).eval()
     lm.push_to_hub("tester/lm")
     tokenizer.push_to_hub("tester/lm")
-    library, opens, refusals = Library(()), {}, []
-    for number, (site, width) in enumerate(tiny_sites(lm)):
-        for other in (0, 8):
-            shape = {"hidden_size": width + other, "num_latents": 32, "prefix_sizes": [8, 32], "k": 2}
-            sae = MatryoshkaSAE(MatryoshkaSAEConfig(**shape, site=site, base_model="tester/lm"))
-            name = f"tester/site-{number}-{other}"
-            sae.push_to_hub(name)
-            try:
-                bench = library.open(Key(name))
-            except SpaceError as error:
-                refusals.append(str(error))
-                continue
-            opens[site] = opens.get(site, 0) + 1
-            text = passage(bench)
-            assert any(read(bench, text).active)
-            assert len(read_levels(bench, text)[1]) == 2
-            *_, last = stream(
-                bench, text, Steering([LatentEdit(3, 1.0, units="norm")]), seed=1, temperature=0.7, max_new_tokens=4
-            )
-            assert last.done
-    assert {"model.layers.0:output", "model.layers.1.mlp:output", "model.layers.0:input"} <= opens.keys()
+    folders = {
+        (site, other): write_sae(
+            tmp_path / f"{number}-{other}",
+            hidden_size=width + other,
+            num_latents=32,
+            prefix_sizes=[8, 32],
+            k=2,
+            site=site,
+            base_model="tester/lm",
+        )
+        for number, (site, width) in enumerate(tiny_sites(lm))
+        for other in (0, 8)
+    }
+    library, opens, refusals = Library(tuple(map(str, folders.values()))), {}, []
+    kept = library.open(Key(str(folders["model.layers.0:output", 0])))  # so that its model is loaded once for all
+    for (site, _), folder in folders.items():
+        try:
+            bench = library.open(Key(str(folder)))
+        except SpaceError as error:
+            refusals.append(str(error))
+            continue
+        opens[site] = opens.get(site, 0) + 1
+        text = passage(bench)
+        assert any(read(bench, text).active)
+        assert len(read_levels(bench, text)[1]) == 2
+        *_, last = stream(
+            bench, text, Steering([LatentEdit(3, 1.0, units="norm")]), seed=1, temperature=0.7, max_new_tokens=2
+        )
+        assert last.done
+    assert kept.language is bench.language
+    assert {"model.layers.0:output", "model.layers.0.mlp:output", "model.layers.0:input"} <= opens.keys()
     assert not any(site.startswith("lm_head:output") for site in opens)
     assert set(opens.values()) == {1}, "an SAE of another width was opened"
     assert all(re.fullmatch(r"This page cannot work with an SAE at .{10,}", words) for words in refusals), refusals

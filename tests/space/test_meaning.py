@@ -1,16 +1,20 @@
 """What the Space knows of latents, what it offers first, and how that is drawn."""
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msae_space import drawing
+from msae_space.dials import draw_dials
 from msae_space.meaning import READING, Meaning
 from msae_space.presets import Preset, by_promotion, published
-from msae_space.reading import activations, encode_text, read
+from msae_space.reading import activations, check_prompt, encode_text, read
 from msae_space.strengths import Dial, edits
-from msae_space.trials import MIN_MOVED, find_places
+from msae_space.trials import MIN_MOVED, _kept, find_places
 from msae_space.workbench import Key, SpaceError, own_modules
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -143,6 +147,33 @@ def test_presets_are_kept_for_the_next_start(bench, meaning):
     handle.remove()
     assert again.presets() == meaning.presets()
     assert not runs, "they were tried out again"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=5), inside, max_size=4),
+    max_leaves=8,
+)
+KEPT = {"name": "owl", "dials": [[3, 1.5]], "method": "add", "prompt": "A", "seed": 0, "why": ""}
+DAMAGED = [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b"[[]]", b"3", b"null", b'[{"dials": 3}]', b"9" * 5000]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.fixed_dictionaries({name: st.just(value) | JSON for name, value in KEPT.items()}))
+def test_presets_of_a_damaged_file_can_be_shown_or_are_found_anew(bench, meaning, tmp_path_factory, values):
+    path = tmp_path_factory.getbasetemp() / "presets.json"
+    path.write_text(json.dumps([values]))
+    for preset in _kept(bench, path) or []:
+        assert draw_dials(bench, meaning, preset.dials, preset.method)["dials"]
+        assert drawing.button(preset.name, "take", preset.dials[0].latent)
+        assert edits(bench, preset.dials, preset.method)
+        check_prompt(bench, preset.prompt or "A", 1)
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_file_that_holds_no_presets_is_as_good_as_none(bench, tmp_path, content):
+    (tmp_path / "presets.json").write_bytes(content)
+    assert _kept(bench, tmp_path / "presets.json") is None
 
 
 def test_places_are_where_the_text_is_open(bench, meaning):

@@ -29,6 +29,8 @@ EVIL = '<img src=x onerror="alert(1)">${alert(2)}'
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 TABS = ("Steer", "Explore", "Tree", "Levels", "Compare")
 WAIT_MS = 1000 * HANG_SECONDS
+# Fewer new tokens than the page has by default.
+SHORT = "?tokens=10"
 
 
 def answers(address: str) -> bool:
@@ -40,8 +42,8 @@ def answers(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server(story_sae: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the page."""
+def server(story_sae: Path, meaning: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the page, which finds the presets that were tried out for `meaning`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,16 +70,25 @@ def chromium() -> Iterator[object]:
         browser.close()
 
 
-@pytest.fixture
-def visit(server: str, chromium) -> Iterator[Callable]:
-    """Opens the page as another visitor each time; at the end, nothing may have gone wrong in any."""
-    contexts, problems = [], []
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """One for all visitors, who are told apart by their pages: so Gradio's scripts are fetched and compiled once."""
+    context = chromium.new_context(viewport=DESKTOP, reduced_motion="reduce")
+    yield context
+    context.close()
 
-    def open_page(query: str = "", viewport: dict = DESKTOP, scheme: str = "light"):
-        context = chromium.new_context(viewport=viewport, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
+
+@pytest.fixture
+def visit(server: str, browser) -> Iterator[Callable]:
+    """Opens the page as another visitor each time; at the end, nothing may have gone wrong in any."""
+    pages, problems = [], []
+
+    def open_page(query: str = SHORT, viewport: dict = DESKTOP, scheme: str = "light"):
+        page = browser.new_page()
+        pages.append(page)
         page.set_default_timeout(WAIT_MS)
+        page.set_viewport_size(viewport)
+        page.emulate_media(color_scheme=scheme)
         page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: (problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
@@ -92,8 +103,8 @@ def visit(server: str, chromium) -> Iterator[Callable]:
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     assert problems == []
 
 
@@ -143,7 +154,7 @@ def generate(page, prompt: str | None = None) -> tuple[str, str]:
     return finish(page)
 
 
-def expected(folder: Path, prompt: str, latents: dict[int, float], seed: int = 0, tokens: int = 60) -> str:
+def expected(folder: Path, prompt: str, latents: dict[int, float], seed: int = 0, tokens: int = 10) -> str:
     """What the pipeline writes without any page."""
     model, tokenizer = load_story_lm()
     sae = MatryoshkaSAE.from_pretrained(folder).eval()
@@ -156,7 +167,7 @@ def expected(folder: Path, prompt: str, latents: dict[int, float], seed: int = 0
 
 
 def test_steering_streams_two_texts_of_one_seed(visit, story_sae):
-    page = visit()
+    page = visit("?tokens=24")
     add_latent(page, 7)
     set_dial(page, 7, 1.5)
     finish(page)  # letting go of a slider writes at once
@@ -169,9 +180,9 @@ def test_steering_streams_two_texts_of_one_seed(visit, story_sae):
     prompt = "Once upon a time, there was a"
     default, steered = generate(page, prompt)
     assert len(set(page.evaluate("window.lengths"))) >= 4, "the text came in one piece"
-    assert default == expected(story_sae, prompt, {})
+    assert default == expected(story_sae, prompt, {}, tokens=24)
     assert default.startswith(prompt)
-    assert steered == expected(story_sae, prompt, {7: 1.5})
+    assert steered == expected(story_sae, prompt, {7: 1.5}, tokens=24)
     assert re.search(r"Loss \d\.\d\d nats per token", page.locator("#steered-text .msae-measure").inner_text())
 
 

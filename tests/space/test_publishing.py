@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from patience import HANG_SECONDS
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.cli.space import copy_package, space_folder
+from hf_msae.errors import HfMsaeError
 from hf_msae.research.meta import train_meta_sae
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 
@@ -48,18 +50,34 @@ def test_hub_saes_open_with_their_model_and_code_is_never_run(hub, library, lm, 
     lm.push_to_hub("tester/lm")
     tokenizer.push_to_hub("tester/lm")
     shape = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [16, 64], "k": 4}
-    for name, base in (("good", "tester/lm"), ("gone", "tester/none"), ("path", "../lm"), ("silent", None)):
+    lm.base_model.push_to_hub("tester/body")
+    tokenizer.push_to_hub("tester/body")
+    for name, base in (
+        ("good", "tester/lm"),
+        ("headless", "tester/body"),
+        ("gone", "tester/none"),
+        ("path", "../lm"),
+        ("silent", None),
+    ):
         MatryoshkaSAE(MatryoshkaSAEConfig(**shape, site="layers.0", base_model=base)).push_to_hub(f"tester/{name}")
     bench = library.open(Key("tester/good"))
     assert str(bench.site) == "model.layers.0:output"
     assert bench.model.config.vocab_size == lm.config.vocab_size
     for name, words in (
         ("gone", "'tester/none'.*cannot be loaded"),
+        ("headless", "saved without a head"),
         ("path", "'path/to/lm', which is not"),
         ("silent", "does not say"),
     ):
         with pytest.raises(SpaceError, match=words):
             library.open(Key(f"tester/{name}"))
+    lm.save_pretrained(tmp_path / "secret")
+    below = {"base_model_name_or_path": str(tmp_path / "secret"), "peft_type": "LORA"}
+    hub.put("tester/adapter", {"adapter_config.json": json.dumps(below).encode()})
+    adapted = MatryoshkaSAEConfig(**shape, site="layers.0", base_model="tester/lm", adapter="tester/adapter")
+    MatryoshkaSAE(adapted).push_to_hub("tester/adapted")
+    with pytest.raises(SpaceError, match="secret', which is not the id of a Hub repo"):
+        library.open(Key("tester/adapted"))
     with pytest.raises(SpaceError, match="no SAE 'other'"):
         library.open(Key("tester/good", "other"))
     code = b'raise SystemExit("the code of a model ran")'
@@ -112,10 +130,24 @@ def test_settings_are_told_apart(tmp_path, monkeypatch):
         read_settings()
     path.write_text('{"saes": ["a/b"], "title": "T"}')
     assert read_settings() == Settings(("a/b",), None, "T")
-    for text, words in (("{", "cannot be read"), ('{"saes": []}', "at least one"), ('{"sae": "a"}', "unknown key")):
+    for text, words in (
+        ("{", "cannot be read"),
+        ('{"saes": []}', "at least one"),
+        ('{"saes": ["a/b"], "sae": "a"}', "unknown key 'sae'"),
+        ("[" * 100_000, "cannot be read"),
+        ("3", "with a list of SAEs"),
+        ("[1]", "with a list of SAEs"),
+        ('{"saes": "a/b"}', "with a list of SAEs"),
+        ('{"saes": [["a"]]}', "at least one"),
+        ('{"saes": ["a/b"], "title": 3}', "a text"),
+        ('{"saes": ["a/b"], "meta_sae": {}}', "a text"),
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(HfMsaeError, match=words):
             read_settings()
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(HfMsaeError, match="cannot be read"):
+        read_settings()
 
 
 def test_zerogpu_lends_a_gpu_only_where_its_package_is(tmp_path, monkeypatch):
@@ -167,28 +199,28 @@ def GPU(function):
     return lambda *args, **kwargs: next(_lend(function, args, kwargs))
 """
 LENT = """
-import sys, threading
-from msae_space.generation import stream
+import json, sys
+import hf_msae, hf_msae.modeling, hf_msae.worlds.stories as stories
 from msae_space.library import Library
 from msae_space.links import View
 from msae_space.meaning import Meaning
 from msae_space.reading import read, read_levels
+from msae_space.settings import read_settings
 from msae_space.strengths import Dial
 from msae_space.tab_compare import draw_parts
-from msae_space.tab_steer import run
+from msae_space.tab_steer import RUNS, run
 from msae_space.workbench import Key
 import spaces
 
-source, meta = sys.argv[1:]
-library = Library((source,))
-bench = library.open(Key(source))
+settings = read_settings()
+library = Library(settings.saes)
+bench = library.open(Key(settings.saes[0]))
 view = View(bench.key, prompt="One day", dials=(Dial(7, 1.5),), max_new_tokens=12)
 drawn = list(run(bench, view, "a"))
 assert len(drawn) > 4 and "nats per token" in drawn[-1] and 'data-state="done"' in drawn[-1], drawn[-1]
 halted = []
 for one in run(bench, View(bench.key, prompt="One day", max_new_tokens=60), "b"):
     halted.append(one)
-    from msae_space.tab_steer import RUNS
     if len(halted) == 3:
         RUNS.stop("b")
 assert len(halted) < 20 and 'data-state="done"' in halted[-1]
@@ -196,31 +228,53 @@ meaning = Meaning(bench)
 meaning.wait()
 assert meaning.progress == "" and bench.mean_norm > 0
 assert any("owl" in hit.why for hit in meaning.search("owl"))
-assert "meta-latents" in draw_parts(bench, meaning, meta, 5)
+assert "meta-latents" in draw_parts(bench, meaning, settings.meta_sae, 5)
 assert read(bench, "A little owl.").active and len(read_levels(bench, "A little owl.")[1]) == 3
-print("lent", drawn[-1])
+modules = [hf_msae, hf_msae.modeling, stories]
+print(json.dumps({"files": [one.__file__ for one in modules], "site": str(bench.site), "drawn": drawn[-1]}))
 """
 
 
-def test_everything_works_in_the_processes_that_zerogpu_forks(tmp_path, bench, story_sae):
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, bench, story_sae) -> dict[str, Any]:
+    """What a Space says of itself that was published, and runs where ZeroGPU lends a GPU. As on the Hub, its folder is
+    where Python looks first.
+    """
     pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
+    root = tmp_path_factory.mktemp("pushed")
     train_meta_sae(bench.sae, num_latents=64, k=3, max_steps=10, random_control=False).sae.save_pretrained(
-        tmp_path / "meta"
+        root / "meta"
     )
-    (tmp_path / "spaces.py").write_text(ZEROGPU)
-    path = os.pathsep.join([str(tmp_path), str(space_folder())])
+    shutil.copytree(space_folder(), root / "space")
+    copy_package(root / "space" / "hf_msae")
+    assert not (root / "space" / "hf_msae" / "space").exists()
+    shown = {"saes": [str(story_sae)], "meta_sae": str(root / "meta")}
+    (root / "space" / "space.json").write_text(json.dumps(shown))
+    (root / "lent").mkdir()
+    (root / "lent" / "spaces.py").write_text(ZEROGPU)
+    environment = {**os.environ, "PYTHONPATH": str(root / "lent"), "OMP_NUM_THREADS": "1"}
+    environment.pop("MSAE_SPACE", None)
     ran = subprocess.run(
-        [sys.executable, "-c", LENT, str(story_sae), str(tmp_path / "meta")],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
+        [sys.executable, "-c", LENT],
+        cwd=root / "space",
+        env=environment,
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+    return {**json.loads(ran.stdout.splitlines()[-1]), "package": root / "space" / "hf_msae"}
+
+
+def test_everything_works_in_the_processes_that_zerogpu_forks(pushed, bench):
     pipe = SteeredPipeline(bench.model, bench.tokenizer, bench.sae, Steering([LatentEdit(7, 1.5)]))
     expected = pipe("One day", seed=0, temperature=0.7, max_new_tokens=12)[0]["generated_text"]
-    assert drawing.text(expected.removeprefix("One day")) in ran.stdout
+    assert drawing.text(expected.removeprefix("One day")) in pushed["drawn"]
+
+
+def test_a_pushed_space_runs_the_package_that_it_carries(pushed):
+    assert all(Path(file).is_relative_to(pushed["package"]) for file in pushed["files"]), pushed["files"]
+    assert pushed["site"] == "model.layers.2:output"
 
 
 # The commands
@@ -247,36 +301,6 @@ def test_space_push_publishes_the_page_in_one_commit(hub, story_sae, capsys):
     assert front["models"] == ["tester/owls"]
     commits = HfApi().list_repo_commits("tester/page", repo_type="space")
     assert len(commits) == 2  # the empty repo, and everything
-
-
-def test_a_pushed_space_runs_the_package_that_it_carries(tmp_path, story_sae):
-    """As on the Hub: its folder is where Python looks first."""
-    shutil.copytree(space_folder(), tmp_path / "space")
-    copy_package(tmp_path / "space" / "hf_msae")
-    assert not (tmp_path / "space" / "hf_msae" / "space").exists()
-    (tmp_path / "space" / "space.json").write_text(json.dumps({"saes": [str(story_sae)]}))
-    code = (
-        "import hf_msae, hf_msae.modeling, hf_msae.worlds.stories as stories\n"
-        "from msae_space.library import Library\n"
-        "from msae_space.workbench import Key\n"
-        "from msae_space.settings import read_settings\n"
-        "key = Key(read_settings().saes[0])\n"
-        "bench = Library((key.source,)).open(key)\n"
-        "print(hf_msae.__file__, hf_msae.modeling.__file__, stories.__file__, bench.site)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MSAE_SPACE")}
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "space",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert ran.returncode == 0, ran.stderr
-    *places, site = ran.stdout.split()
-    assert all(Path(place).is_relative_to(tmp_path / "space" / "hf_msae") for place in places), places
-    assert site == "model.layers.2:output"
 
 
 def test_space_push_refuses_what_a_space_could_not_show(hub, story_sae, capsys, monkeypatch):

@@ -94,6 +94,31 @@ def test_what_changes_nothing_leaves_every_bit(architecture, decoder, make_sae):
         assert torch.equal(generate(model)[1], plain_steps)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        *(LatentEdit(5, 2.0, method, "absolute") for method in ("add", "clamp", "ablate", "scale")),
+        LatentEdit(5, 2.0, units="norm"),
+        PrefixEdit(0),
+        PrefixEdit(0, keep_error=False),
+    ],
+    ids=lambda edit: getattr(edit, "method", f"prefix {edit}"),
+)
+def test_outliers_are_left_as_they_are_and_all_else_is_edited(llama, make_sae, edit):
+    """Attention sinks and such, beyond the norm of what the SAE was trained on: as in training and in every metric."""
+    sae = make_sae(llama)
+    plain = hidden_at(llama, sae)
+    with steering_context(llama, {"": sae}, [edit]):
+        everywhere = hidden_at(llama, sae)
+    sae.config.norm_limit = plain.norm(dim=-1).median().item()
+    with steering_context(llama, {"": sae}, [edit]):
+        found = hidden_at(llama, sae)
+    inlying = plain.norm(dim=-1) <= sae.config.norm_limit
+    assert 3 < inlying.sum() < inlying.numel() - 3
+    assert ends(everywhere, plain)[~inlying].any()
+    assert torch.equal(found, torch.where(inlying.unsqueeze(-1), everywhere, plain))
+
+
 def own_token(row: int, token: int) -> Tensor:
     mask = torch.zeros(IDS.shape, dtype=torch.bool)
     mask[row, token] = True

@@ -20,7 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae import MatryoshkaSAE, SAEEntry, list_saes
 from hf_msae.hub.index import NoSAEError
-from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config, model_of
+from hf_msae.language_models import (
+    count_parameters,
+    find_language_model,
+    load_language_model,
+    load_language_model_config,
+    model_of,
+)
 from hf_msae.sites import SiteError, resolve_site
 from hf_msae.worlds.stories import STORIES
 from msae_space.memory import machine_bytes
@@ -186,7 +192,7 @@ class Library:
             raise SpaceError(f"{key.source} does not say which language model it reads, so it cannot be shown.")
         if key.source not in self.own:
             _check_repo(name)
-        return _workbench(key, sae, self._language(name, revision, needed))
+        return _workbench(key, sae, self._language(name, revision, needed, key.source in self.own))
 
     def _check_room(self, what: str, needed: int) -> None:
         """Before anything so large is read. Raises SpaceError where it has no room."""
@@ -198,23 +204,27 @@ class Library:
         if not self._make_room(needed):
             raise SpaceError(f"{what} needs about {_size(needed)}. {BUSY}")
 
-    def _language(self, name: str, revision: str | None, beside: int) -> Language:
-        """The language model; `beside` bytes are taken by the SAE that reads it."""
+    def _language(self, name: str, revision: str | None, beside: int, is_own: bool) -> Language:
+        """The language model; `beside` bytes are taken by the SAE that reads it. Only the Space's own SAEs may name
+        folders.
+        """
         found = self._languages.get((name, revision))
         if found is not None:
             return found
-        model, tokenizer = self._load_language(name, revision, beside)
+        model, tokenizer = self._load_language(name, revision, beside, is_own)
         found = Language.of(model.to(_device(name)), tokenizer)  # type: ignore[arg-type]
         self._languages[name, revision] = found
         return found
 
     def _load_language(
-        self, name: str, revision: str | None, beside: int
+        self, name: str, revision: str | None, beside: int, is_own: bool
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         # The name comes out of somebody's configuration: its code is never run.
         hub: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         dtype = torch.bfloat16 if torch.cuda.is_available() and name != STORIES else torch.float32
         try:
+            if not is_own:  # an adapter names the model below it
+                _check_repo(find_language_model(name, **hub).name)
             number = count_parameters(name, load_language_model_config(name, **hub))
             self._check_room(f"{name} has {number / 1e9:.1f} billion parameters and", number * dtype.itemsize + beside)
             return load_language_model(name, dtype=dtype, needs_head=True, **hub)

@@ -38,8 +38,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class LevelReading:
-    """What one level keeps of a text: the fraction of variance explained (over the text's own mean), the increase of
-    cross-entropy in nats per token, the divergence of each token's prediction, and what is predicted now.
+    """What one level keeps of a text: the fraction of variance explained (over the text's own mean), the cross-entropy
+    with and without it in nats per token, the divergence of each token's prediction, and what is predicted now.
+    Special tokens and outliers are left as they are, and count in neither of the first two.
     """
 
     prefix: int
@@ -158,7 +159,9 @@ def read_levels(bench: Workbench, text: str) -> tuple[tuple[str, ...], list[Leve
     ids = encode_text(bench, text)
     x, clean = activations(bench, ids)
     ordinary = are_ordinary(bench, ids, x)
-    if int(ordinary.sum()) < 2:
+    # As in every metric: a prediction counts where its token and the next one were replaced.
+    counted = ordinary[:-1] & ordinary[1:]
+    if not counted.any():
         raise SpaceError("The text is too short to predict anything; type a sentence.")
     kept = x[ordinary].to(bench.sae.device)
     total = (kept - kept.mean(0)).pow(2).sum()
@@ -171,17 +174,20 @@ def read_levels(bench: Workbench, text: str) -> tuple[tuple[str, ...], list[Leve
                 bench.model, bench.sae, method="prefix", level=level, keep_error=False, special_ids=bench.special_ids
             ):
                 logits = bench.model(input_ids=ids[None], use_cache=False).logits[0].float()
-            levels.append(_compare(bench, ids, clean, logits, prefix, (1 - error / total).item()))
+            levels.append(_compare(bench, ids, counted, clean, logits, prefix, (1 - error / total).item()))
     return token_pieces(bench, ids), levels
 
 
-def _compare(bench: Workbench, ids: Tensor, clean: Tensor, logits: Tensor, prefix: int, fve: float) -> LevelReading:
+def _compare(
+    bench: Workbench, ids: Tensor, counted: Tensor, clean: Tensor, logits: Tensor, prefix: int, fve: float
+) -> LevelReading:
     log_p, log_q = clean.log_softmax(-1), logits.log_softmax(-1)
+    where, following = counted.to(ids.device), ids[1:]
     return LevelReading(
         prefix=prefix,
         fve=fve,
-        ce=nn.functional.cross_entropy(logits[:-1], ids[1:]).item(),
-        ce_clean=nn.functional.cross_entropy(clean[:-1], ids[1:]).item(),
+        ce=nn.functional.cross_entropy(logits[:-1][where], following[where]).item(),
+        ce_clean=nn.functional.cross_entropy(clean[:-1][where], following[where]).item(),
         kl=tuple((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).tolist()),
         guesses=_guesses(bench, logits),
         guesses_clean=_guesses(bench, clean),

@@ -12,8 +12,9 @@ from msae_space.shared import Shared, text_box, told
 from msae_space.workbench import Key, Workbench
 
 EXPLANATION = (
-    "The model's activations are replaced by what the first latents reconstruct, on every token. Colour shows how far "
-    "the prediction after each token moves (KL divergence, full colour at 1 nat)."
+    "The model's activations are replaced by what the first latents reconstruct, on every token but special ones and "
+    "attention sinks. Colour shows how far the prediction after each token moves (KL divergence, full colour at "
+    "1 nat)."
 )
 NUM_CHANGES = 12
 

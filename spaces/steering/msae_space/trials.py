@@ -21,10 +21,12 @@ from hf_msae.atomic_files import atomic_file
 from hf_msae.interpret.store import Interpretation
 from hf_msae.steering import SteeredPipeline, Steering
 from hf_msae.worlds.stories import StoryWorld
+from msae_space import asked
+from msae_space.links import MAX_SEED
 from msae_space.presets import NUM_PRESETS, NUM_WORDS, Preset, is_word, promoting
 from msae_space.reading import encode_text, surprise
-from msae_space.strengths import Dial, edits, starting_value
-from msae_space.workbench import Workbench
+from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, edits, starting_value
+from msae_space.workbench import SpaceError, Workbench
 
 NUM_STORIES, NUM_TOKENS, FIRST_PLACE, LAST_PLACE = 32, 36, 8, 32
 NUM_CANDIDATES, NUM_TRIED, NUM_TEXTS, NUM_NEW_TOKENS, NUM_SEEDS = 160, 16, 4, 30, 12
@@ -53,7 +55,7 @@ class Place:
 
 def tried(bench: Workbench, model: PreTrainedModel, found: Interpretation, path: Path) -> list[Preset]:
     """The presets, the most telling first, kept in the file `path` for the next start."""
-    kept = _kept(path)
+    kept = _kept(bench, path)
     if kept is not None:
         return kept
     candidates = [latent for latent, _ in promoting(bench, found)[:NUM_CANDIDATES]]
@@ -67,13 +69,34 @@ def tried(bench: Workbench, model: PreTrainedModel, found: Interpretation, path:
     return presets
 
 
-def _kept(path: Path) -> list[Preset] | None:
+def _kept(bench: Workbench, path: Path) -> list[Preset] | None:
     """Those of an earlier start, None where there are none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return [Preset(**{**values, "dials": tuple(Dial(*dial) for dial in values["dials"])}) for values in found]
-    except (OSError, ValueError, TypeError, KeyError):
+        return [_preset(bench, values) for values in found]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # SpaceError is a ValueError
         return None
+
+
+def _preset(bench: Workbench, values: dict[str, Any]) -> Preset:
+    """A preset as `tried` wrote it. Raises TypeError, KeyError or SpaceError for anything else."""
+    dials = [
+        Dial(
+            bench.checked(asked.whole(latent, "A latent", 0, asked.MAX_NUMBER)),
+            asked.number(value, "A strength", -MAX_STRENGTH, MAX_STRENGTH),
+        )
+        for latent, value in values["dials"]
+    ]
+    if not 0 < len(dials) <= MAX_DIALS:
+        raise SpaceError(f"A preset has 1 to {MAX_DIALS} dials.")
+    return Preset(
+        name=asked.words(values["name"], "The name"),
+        dials=tuple(dials),
+        method=asked.choice(values["method"], "method", METHODS),
+        prompt=asked.words(values["prompt"], "The prompt"),
+        seed=asked.whole(values["seed"], "The seed", 0, MAX_SEED),
+        why=asked.words(values["why"], "The reason"),
+    )
 
 
 @torch.inference_mode()
