@@ -24,6 +24,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,14 +32,14 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as processes
-from accelerate import Accelerator
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from torch import Tensor
 
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
-from hf_msae.training.collectives import ProcessRanks, ranks_of
+from hf_msae.training.collectives import TorchProcessGroup
 from hf_msae.training.learner import Learner
+from hf_msae.training.run import Run
 from hf_msae.training.sharded import ShardedSAE
 
 
@@ -65,18 +66,23 @@ def activations(setting: Setting, seed: int) -> Tensor:
     return strengths @ directions + 0.5 * torch.randn(rows, setting.hidden_size, generator=generator)
 
 
-def make_learner(setting: Setting, accelerator: Accelerator) -> Learner:
-    config = MatryoshkaSAEConfig(hidden_size=setting.hidden_size, num_latents=setting.num_latents, k=setting.k)
-    args = SAETrainingArguments(
-        per_device_train_batch_size=setting.batch_size // setting.processes,
-        max_steps=1000,
-        use_cpu=True,
-        shard_latents=setting.sharded,
-        dead_after_tokens=10_000_000,
+def make_run(setting: Setting) -> Run:
+    return Run(
+        SAETrainingArguments(
+            per_device_train_batch_size=setting.batch_size // setting.processes,
+            max_steps=1000,
+            use_cpu=True,
+            shard_latents=setting.sharded,
+            dead_after_tokens=10_000_000,
+        )
     )
+
+
+def make_learner(setting: Setting, run: Run) -> Learner:
+    config = MatryoshkaSAEConfig(hidden_size=setting.hidden_size, num_latents=setting.num_latents, k=setting.k)
     part = setting.sharded and setting.processes > 1
-    sae = ShardedSAE(config, ranks_of(accelerator), accelerator.device) if part else MatryoshkaSAE(config)
-    return Learner("sae", sae, Site("layers.0"), args, 1000, accelerator)
+    sae = ShardedSAE(config, run.processes, run.device) if part else MatryoshkaSAE(config)
+    return Learner("sae", sae, Site("layers.0"), run, 1000)
 
 
 def one_process(rank: int, setting: Setting, port: int, out: str) -> None:
@@ -85,20 +91,24 @@ def one_process(rank: int, setting: Setting, port: int, out: str) -> None:
     # accelerate gives every process all cores unless told otherwise.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    learner = make_learner(setting, Accelerator(cpu=True))
-    ranks = [each for each in (learner.batch_ranks, learner.sae.ranks) if isinstance(each, ProcessRanks)]
+    run = make_run(setting)
+    learner = make_learner(setting, run)
     learner.start(activations(setting, rank))
     learner.step(activations(setting, rank), 0)
-    for each in ranks:
-        each.calls.clear()
-        each.bytes.clear()
+    # A process by itself sends nothing.
+    sent = run.processes if isinstance(run.processes, TorchProcessGroup) else None
+    if sent is not None:
+        sent.calls.clear()
+        sent.bytes.clear()
     began = time.perf_counter()
     for step in range(1, setting.steps + 1):
         learner.step(activations(setting, step * setting.processes + rank), step)
     seconds = (time.perf_counter() - began) / setting.steps
     if rank == 0:
-        calls = {name: sum(each.calls[name] for each in ranks) / setting.steps for name in ("reduce", "gather")}
-        sizes = {name: sum(each.bytes[name] for each in ranks) / setting.steps for name in ("reduce", "gather")}
+        calls, sizes = (
+            {name: counted[name] / setting.steps for name in ("reduce", "gather")}
+            for counted in ((sent.calls, sent.bytes) if sent is not None else (Counter(), Counter()))
+        )
         Path(out).write_text(json.dumps({**asdict(setting), "seconds": seconds, "calls": calls, "bytes": sizes}))
 
 

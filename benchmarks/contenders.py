@@ -13,13 +13,13 @@ from importlib import metadata
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.learner import Learner
+from hf_msae.training.run import Run
 
 # The length that schedules are told; no run here gets so far.
 MAX_STEPS = 10_000
@@ -118,9 +118,8 @@ def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int]) -> Conten
         use_cpu=setting.device == "cpu",
         dead_after_tokens=10_000_000,
     )
-    accelerator = Accelerator(cpu=setting.device == "cpu")
-    sae = MatryoshkaSAE(config).to(accelerator.device)
-    learner = Learner("sae", sae, Site("layers.0"), args, MAX_STEPS, accelerator)
+    sae = MatryoshkaSAE(config)
+    learner = Learner("sae", sae, Site("layers.0"), Run(args), MAX_STEPS)
     learner.start(first)
     assert learner.optimizer is not None
     optimizer = learner.optimizer

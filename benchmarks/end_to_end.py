@@ -24,6 +24,7 @@ from hf_msae.data.holding_out import BASE_SPLIT
 from hf_msae.sites import resolve_site, site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.learner import Learner
+from hf_msae.training.run import Run
 from hf_msae.worlds.stories import StoryWorld, story_lm_path
 
 
@@ -105,11 +106,8 @@ class Parts:
             pass
 
     def sae_steps(self) -> None:
-        accelerator = Accelerator(cpu=self.device.type == "cpu")
         options = self.options
-        learner = Learner(
-            "sae", self.sae().to(self.device), self.site, self.arguments("."), options.steps, accelerator
-        )
+        learner = Learner("sae", self.sae(), self.site, Run(self.arguments(".")), options.steps)
         batches = self.activations.split(options.batch_size)
         learner.start(batches[0])
         for step, batch in enumerate(batches):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import tqdm
 from rich import box
 from rich.console import Console
@@ -33,6 +32,7 @@ from hf_msae.research.toys import TOYS, Forest, Samples, Toy
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.learner import Learner
+from hf_msae.training.run import Run
 
 DESCRIPTION = """\
 Train SAEs on activations made of known features in a known hierarchy, and print how well each variant recovers them:
@@ -112,15 +112,14 @@ def set_to_truth(sae: MatryoshkaSAE, toy: Toy) -> None:
 
 def train(sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: Callable[[], Any]) -> None:
     """Train in place on fresh samples at every step; `advance` is called after each."""
-    accelerator = Accelerator(cpu=True)  # twenty latents are no work for anything else
     options = SAETrainingArguments(
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=seed,
-        use_cpu=True,
+        use_cpu=True,  # twenty latents are no work for anything else
     )
-    learner = Learner("toy", sae, Site("features"), options, args.steps, accelerator)
+    learner = Learner("toy", sae, Site("features"), Run(options), args.steps)
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
     learner.start(toy.world.sample(10_000, generator).x)
     if args.init == "truth":

@@ -136,20 +136,20 @@ def run(arguments: list[str]) -> None:
     # Before anything is loaded; the trainer checks again.
     check_trackers(training_args.report_to)
     if PartialState().is_main_process and not run_args.dry_run:
-        check_output_dir(Path(training_args.output_dir), training_args)
+        check_output_dir(training_args)
     dataset, eval_dataset = load_training_data(sources)
     model, tokenizer = load_language_model(sources, run_args.tensor_parallel)
     saes = make_saes(model, sae_args, dataset, training_args.init_from)
     trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
     if run_args.dry_run:
-        rehearse(trainer)
+        dry_run(trainer)
         return
     measurements = trainer.train()
     if PartialState().is_main_process:
         report(trainer, measurements, sources)
 
 
-def rehearse(trainer: SAETrainer) -> None:
+def dry_run(trainer: SAETrainer) -> None:
     """Print the plan, and then, after a few passes and steps, how long the run would take. Nothing is written."""
     console = Console(highlight=False)
     plan, main = trainer.plan(), PartialState().is_main_process
@@ -280,8 +280,8 @@ def report(trainer: SAETrainer, measurements: dict[str, Measurement], sources: S
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    first = trainer.folder(trainer.output_dir, next(iter(measurements)))
-    saved = [str(trainer.folder(trainer.output_dir, name)) for name in measurements]
+    first = trainer.run.sae_folder(trainer.run.output_dir, next(iter(measurements)))
+    saved = [str(trainer.run.sae_folder(trainer.run.output_dir, name)) for name in measurements]
     console.print("Saved to " + ", ".join(saved), soft_wrap=True)
     console.print(next_steps(first, sources), soft_wrap=True)
 

@@ -27,7 +27,7 @@ from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.research.meta import fit_rows
 from hf_msae.research.subjects import trained_saes
 from hf_msae.training import SAETrainingArguments
-from hf_msae.training.schedules import default_learning_rate
+from hf_msae.training.optimization import default_learning_rate
 
 DRAWS = 50
 # New encoder rows start as this times their decoder rows, as all rows do when training begins.

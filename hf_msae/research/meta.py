@@ -15,7 +15,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.utils import logging
@@ -29,6 +28,7 @@ from hf_msae.research.subjects import trained_saes
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments, TrainingDiverged
 from hf_msae.training.learner import Learner
+from hf_msae.training.run import Run
 
 SITE = Site("W_dec")
 META_KEY = "meta_sae_of"
@@ -179,8 +179,7 @@ def fit_rows(sae: MatryoshkaSAE, x: Tensor, args: SAETrainingArguments, site: Si
     Takes from `args` what a learner takes; with `init_from` the SAE's weights are where it begins. Ends in evaluation
     mode, without a threshold set. Raises `TrainingDiverged` where the loss was not finite.
     """
-    accelerator = Accelerator(cpu=args.on_cpu)
-    learner = Learner(what, sae.to(accelerator.device), site, args, args.max_steps, accelerator)
+    learner = Learner(what, sae, site, Run(args), args.max_steps)
     batches = _batches(x, args.per_device_train_batch_size, args.seed)
     learner.start(x[: 64 * args.per_device_train_batch_size])
     for step in logging.tqdm(range(args.max_steps), desc=what, unit="step"):

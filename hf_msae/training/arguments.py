@@ -5,8 +5,10 @@ activation, its loss) is in `MatryoshkaSAEConfig`; what it is trained on is give
 """
 
 import os
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+import re
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -16,171 +18,147 @@ from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
 # What `resume_from_checkpoint` may be besides a folder, as words.
 RESUME_WORDS = {"true": "last", "false": None, "none": None}
 
+Arguments = TypeVar("Arguments")
 
+
+def help_from_docstring(cls: type[Arguments]) -> type[Arguments]:
+    """Give each field of a dataclass the help that the `Args` of its docstring say, so that it is written once.
+
+    Names of fields in backticks become flags. Without docstrings (`python -OO`) there is no help.
+
+    Args:
+        cls: The dataclass.
+
+    Returns:
+        The same class, its fields with `metadata["help"]`.
+    """
+    section = re.search(r"^    Args:\n(.*?)\n\n", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section[1] if section else "", re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    for known in fields(cls):  # type: ignore[arg-type]
+        words = texts.get(known.name, "").replace("%", "%%")  # argparse fills in what follows a %
+        words = re.sub(r"`(\w+)`", lambda found: _flag(found[1]) if found[1] in texts else found[0], words)
+        known.metadata = MappingProxyType({**known.metadata, "help": words})
+    return cls
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@help_from_docstring
 @dataclass
 class SAETrainingArguments:
-    """Arguments of [`SAETrainer`]; each field's help says what it does.
+    """How a run is trained. Names are those of `transformers.TrainingArguments` wherever the meaning is the same.
 
-    Raises `ValueError` for values that cannot work.
+    Args:
+        output_dir: Where the SAE, its metrics and checkpoints go.
+        overwrite_output_dir: Delete what an earlier run left in the output directory.
+        resume_from_checkpoint: A checkpoint folder, or 'last' (or true) for the newest one in the output directory.
+        allow_other_data: Resume although the data is not that of the checkpoint; other training data is read from its
+            beginning.
+        init_from: Begin with the weights of this SAE: a folder or a Hub repo, of any width. A wider one is cut to its
+            first latents, a narrower one gets new latents behind its own.
+        max_tokens: Train on this many tokens. Default: one pass over the dataset.
+        max_steps: Train this many steps; overrides `max_tokens`.
+        per_device_train_batch_size: Activation vectors per micro-batch and process.
+        gradient_accumulation_steps: Micro-batches per step; they are one batch in all but memory, the selection
+            included.
+        shard_latents: Give each process some of the latents, for dictionaries too wide for one device.
+        learning_rate: Peak learning rate. Default: by the width of the dictionary (see the docs).
+        lr_scheduler_type: Shape of the decay: linear or cosine to zero over the last `decay_steps`, or none.
+        warmup_steps: Steps of linear warm-up; below 1: as a share of all steps.
+        decay_steps: Steps of decay at the end; 1 or below: as a share of all steps.
+        k_anneal_steps: Steps over which k falls from `k_initial` to k; below 1: as a share of all steps.
+        k_initial: Where k-annealing starts. Default: 8 times k, at most a quarter of the latents.
+        adam_beta1: Adam's first beta.
+        adam_beta2: Adam's second beta.
+        adam_epsilon: Adam's epsilon.
+        max_grad_norm: Clip the gradient's norm to this; 0 does not clip.
+        dead_after_tokens: A latent silent for this many tokens counts as dead. Default: 10M, or 5% of a shorter run.
+        bf16: Run the SAE's matrix products in bfloat16 (weights stay fp32).
+        seed: Fixes initialisation and the order of tokens.
+        use_cpu: Train on the CPU even where an accelerator is present.
+        context_length: Tokens per window. Default: 512, or the model's maximum if that is smaller.
+        shuffle: Read documents in an order that the seed fixes; of a stream those of each 10,000 or 64 MB are mixed.
+        packing: Cut all documents, one after another, into full windows; otherwise one document per window.
+        block_tokens: Tokens harvested and shuffled together. More mixes better and takes more memory.
+        lm_batch_size: Windows per forward pass of the language model.
+        norm_outlier_multiple: Leave out tokens whose activation norm exceeds this multiple of the median (attention
+            sinks), in training and in everything that is measured; 0 keeps all.
+        eval_tokens: Held-out tokens that metrics are measured on.
+        calibration_tokens: Further held-out tokens on which the inference threshold is set.
+        ce_tokens: How many of the held-out tokens cross-entropy is measured on; 0 skips it.
+        eval_steps: Measure on held-out tokens every so many steps too. Default: only at the end.
+        logging_steps: Steps between lines of training_log.jsonl.
+        save_steps: Steps between checkpoints; 0 saves none.
+        save_total_limit: Keep only this many of the newest checkpoints.
+        ddp_timeout: Seconds after which a process that does not answer the others ends the run.
+        push_to_hub: Push the result to the Hub; what goes wrong there never ends the run.
+        hub_model_id: The repo, owner/name. Default: your own, by the output directory's name.
+        hub_strategy: Push the result only, or every checkpoint's SAEs, too.
+        hub_private_repo: Make a new repo private, and refuse a public one.
+        hub_token: A token that may write. Default: HF_TOKEN, or that of `hf auth login`. Never saved.
+        report_to: Trackers: tensorboard, wandb, trackio, ..., all that are installed, or none.
+        run_name: Name of the run for trackers.
+        disable_tqdm: Show no progress bar.
+
+    Raises:
+        InputError: For values that cannot work.
     """
 
-    output_dir: str = field(default="runs/sae", metadata={"help": "Where the SAE, its metrics and checkpoints go."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what an earlier run left in the output directory."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder, or 'last' (or true) for the newest one in the output directory.",
-            "nargs": "?",
-            "const": "last",
-        },
-    )
-    allow_other_data: bool = field(
-        default=False,
-        metadata={
-            "help": "Resume although the data is not that of the checkpoint; other training data is read from its "
-            "beginning."
-        },
-    )
-    init_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Begin with the weights of this SAE: a folder or a Hub repo, of any width. A wider one is cut to "
-            "its first latents, a narrower one gets new latents behind its own."
-        },
-    )
+    output_dir: str = "runs/sae"
+    overwrite_output_dir: bool = False
+    resume_from_checkpoint: str | None = field(default=None, metadata={"nargs": "?", "const": "last"})
+    allow_other_data: bool = False
+    init_from: str | None = None
 
-    max_tokens: int | None = field(
-        default=None, metadata={"help": "Train on this many tokens. Default: one pass over the dataset."}
-    )
-    max_steps: int = field(default=-1, metadata={"help": "Train this many steps; overrides --max-tokens."})
-    per_device_train_batch_size: int = field(
-        default=4096,
-        metadata={"help": "Activation vectors per micro-batch and process.", "aliases": ["--batch-size"]},
-    )
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={"help": "Micro-batches per step; they are one batch in all but memory, the selection included."},
-    )
-    shard_latents: bool = field(
-        default=False,
-        metadata={"help": "Give each process some of the latents, for dictionaries too wide for one device."},
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. Default: by the width of the dictionary (see the docs)."}
-    )
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
-        default="linear",
-        metadata={"help": "Shape of the decay: linear or cosine to zero over the last --decay-steps, or none."},
-    )
-    warmup_steps: float = field(
-        default=0.02, metadata={"help": "Steps of linear warm-up; below 1: as a share of all steps."}
-    )
-    decay_steps: float = field(
-        default=0.6, metadata={"help": "Steps of decay at the end; 1 or below: as a share of all steps."}
-    )
-    k_anneal_steps: float = field(
-        default=0.0,
-        metadata={"help": "Steps over which k falls from --k-initial to k; below 1: as a share of all steps."},
-    )
-    k_initial: float | None = field(
-        default=None,
-        metadata={"help": "Where k-annealing starts. Default: 8 times k, at most a quarter of the latents."},
-    )
-    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's first beta."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Adam's second beta."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm to this; 0 does not clip."})
-    dead_after_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "A latent silent for this many tokens counts as dead. Default: 10M, or 5%% of a shorter run."
-        },
-    )
-    bf16: bool = field(
-        default=False, metadata={"help": "Run the SAE's matrix products in bfloat16 (weights stay fp32)."}
-    )
-    seed: int = field(default=0, metadata={"help": "Fixes initialisation and the order of tokens."})
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where an accelerator is present."})
+    max_tokens: int | None = None
+    max_steps: int = -1
+    per_device_train_batch_size: int = field(default=4096, metadata={"aliases": ["--batch-size"]})
+    gradient_accumulation_steps: int = 1
+    shard_latents: bool = False
+    learning_rate: float | None = None
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: float = 0.02
+    decay_steps: float = 0.6
+    k_anneal_steps: float = 0.0
+    k_initial: float | None = None
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    dead_after_tokens: int | None = None
+    bf16: bool = False
+    seed: int = 0
+    use_cpu: bool = False
 
-    context_length: int | None = field(
-        default=None, metadata={"help": "Tokens per window. Default: 512, or the model's maximum if that is smaller."}
-    )
-    shuffle: bool = field(
-        default=True,
-        metadata={
-            "help": "Read documents in an order that the seed fixes; of a stream those of each 10,000 or 64 MB are "
-            "mixed."
-        },
-    )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Cut all documents, one after another, into full windows; otherwise one document per window."
-        },
-    )
-    block_tokens: int = field(
-        default=262_144,
-        metadata={"help": "Tokens harvested and shuffled together. More mixes better and takes more memory."},
-    )
-    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass of the language model."})
-    norm_outlier_multiple: float | None = field(
-        default=NORM_OUTLIER_MULTIPLE,
-        metadata={
-            "help": "Leave out tokens whose activation norm exceeds this multiple of the median (attention sinks), in "
-            "training and in everything that is measured; 0 keeps all."
-        },
-    )
+    context_length: int | None = None
+    shuffle: bool = True
+    packing: bool = True
+    block_tokens: int = 262_144
+    lm_batch_size: int = 16
+    norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE
 
-    eval_tokens: int = field(default=100_000, metadata={"help": "Held-out tokens that metrics are measured on."})
-    calibration_tokens: int = field(
-        default=50_000, metadata={"help": "Further held-out tokens on which the inference threshold is set."}
-    )
-    ce_tokens: int = field(
-        default=25_000, metadata={"help": "How many of the held-out tokens cross-entropy is measured on; 0 skips it."}
-    )
-    eval_steps: int | None = field(
-        default=None,
-        metadata={"help": "Measure on held-out tokens every so many steps too. Default: only at the end."},
-    )
+    eval_tokens: int = 100_000
+    calibration_tokens: int = 50_000
+    ce_tokens: int = 25_000
+    eval_steps: int | None = None
 
-    logging_steps: int = field(default=50, metadata={"help": "Steps between lines of training_log.jsonl."})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints; 0 saves none."})
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep only this many of the newest checkpoints."}
-    )
-    ddp_timeout: int = field(
-        default=1800, metadata={"help": "Seconds after which a process that does not answer the others ends the run."}
-    )
+    logging_steps: int = 50
+    save_steps: int = 1000
+    save_total_limit: int | None = 2
+    ddp_timeout: int = 1800
 
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the result to the Hub; what goes wrong there never ends the run."}
-    )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "The repo, owner/name. Default: your own, by the output directory's name."}
-    )
-    hub_strategy: Literal["end", "every_save"] = field(
-        default="end", metadata={"help": "Push the result only, or every checkpoint's SAEs, too."}
-    )
-    hub_private_repo: bool = field(
-        default=False, metadata={"help": "Make a new repo private, and refuse a public one."}
-    )
-    hub_token: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "A token that may write. Default: HF_TOKEN, or that of `hf auth login`. Never saved."},
-    )
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_strategy: Literal["end", "every_save"] = "end"
+    hub_private_repo: bool = False
+    hub_token: str | None = field(default=None, repr=False)
 
-    report_to: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Trackers: tensorboard, wandb, trackio, ..., all that are installed, or none.",
-            "action": "extend",
-        },
-    )
-    run_name: str | None = field(default=None, metadata={"help": "Name of the run for trackers."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
+    report_to: list[str] = field(default_factory=list, metadata={"action": "extend"})
+    run_name: str | None = None
+    disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         self._take_habits()
@@ -241,7 +219,14 @@ class SAETrainingArguments:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def tokens_per_step(self, num_processes: int) -> int:
-        """Activation vectors of a step, of all processes together."""
+        """Activation vectors of a step, of all processes together.
+
+        Args:
+            num_processes: How many there are.
+
+        Returns:
+            Their number.
+        """
         return self.tokens_per_process * num_processes
 
     def to_dict(self) -> dict[str, Any]:

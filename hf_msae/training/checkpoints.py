@@ -49,7 +49,14 @@ class DiskFullError(CheckpointError):
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Find the complete checkpoints of a run.
+
+    Args:
+        output_dir: Of the run.
+
+    Returns:
+        Their folders, oldest first.
+    """
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if PATTERN.fullmatch(path.name) and (path / STATE_NAME).is_file()]
@@ -57,11 +64,20 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(name: str, output_dir: Path, check: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """The checkpoint that `resume_from_checkpoint` names: a folder, or `last`, the newest one that is undamaged.
+    """Find the checkpoint that `resume_from_checkpoint` names.
 
-    Newer ones that are damaged are named in a warning and renamed to `checkpoint-N.damaged`. `check` raises
-    `ValueError` for a state that is none. Raises `CheckpointError` where none is left, or where the folder that was
-    named is damaged.
+    Newer ones that are damaged are named in a warning and renamed to `checkpoint-N.damaged`.
+
+    Args:
+        name: A folder, or `last` for the newest one that is undamaged.
+        output_dir: Of the run.
+        check: Raises `ValueError` for a state that is none.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: Where none is left, or where the folder that was named is damaged.
     """
     if name != "last":
         path = Path(name)
@@ -113,8 +129,14 @@ def _step(path: Path) -> int:
 
 
 def verify(checkpoint: Path, check: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Raises `CheckpointError` where a checkpoint is not what was written, or where `check` raises `ValueError` for
-    its state.
+    """Check that a checkpoint is what was written.
+
+    Args:
+        checkpoint: Its folder.
+        check: Raises `ValueError` for a state that is none.
+
+    Raises:
+        CheckpointError: Where it is not.
     """
     state = read_state(checkpoint)
     try:
@@ -149,9 +171,19 @@ def _hash(path: Path) -> str:
 
 
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Have `write` fill a new folder, add the trainer's state as JSON, and rename it to `checkpoint-{step}`.
+    """Write a folder, add the trainer's state as JSON, and rename it to `checkpoint-{step}`.
 
-    Raises `DiskFullError` when the disk is full; what was half-written is removed, and earlier checkpoints remain.
+    Args:
+        output_dir: Of the run.
+        step: How many steps were taken.
+        write: Fills the folder that it is given.
+        state: The trainer's state, JSON-able.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskFullError: When the disk is full; what was half-written is removed, and earlier checkpoints remain.
     """
     final = output_dir / f"checkpoint-{step}"
     draft = output_dir / f".checkpoint-{step}.part"
@@ -189,7 +221,15 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def write_tensors(path: Path, contents: Any) -> None:
-    """A torch file of a checkpoint. Raises `OSError` as the system told it, which `torch.save` hides."""
+    """Write a torch file of a checkpoint.
+
+    Args:
+        path: The file.
+        contents: Tensors and plain containers.
+
+    Raises:
+        OSError: As the system told it, which `torch.save` hides.
+    """
     with path.open("wb") as file:
         watched = _Watched(file)
         try:
@@ -218,7 +258,15 @@ class _Watched:
 
 @contextmanager
 def explain_full_disk(output_dir: Path, what: str) -> Iterator[None]:
-    """Turn the errors of a full disk into a `DiskFullError` that says what to do; others pass."""
+    """Turn the errors of a full disk into one that says what to do; others pass.
+
+    Args:
+        output_dir: Of the run.
+        what: What is written.
+
+    Raises:
+        DiskFullError: Instead of such an error.
+    """
     try:
         yield
     except Exception as error:
@@ -259,7 +307,12 @@ def _sync(path: Path) -> None:
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints, all if None; drafts that a kill left behind and damaged ones go too."""
+    """Remove all checkpoints but the newest; drafts that a kill left behind and damaged ones go too.
+
+    Args:
+        output_dir: Of the run.
+        limit: How many stay; None keeps all.
+    """
     for leaving in (*output_dir.glob(".checkpoint-*.part"), *output_dir.glob("checkpoint-*.damaged")):
         shutil.rmtree(leaving, ignore_errors=True)
     if limit is not None:
@@ -277,7 +330,17 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state of a checkpoint; what it says of the checkpoint's files is there and of the right form."""
+    """Read the trainer's state of a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+
+    Returns:
+        The state; what it says of the checkpoint's files is there and of the right form.
+
+    Raises:
+        CheckpointError: Where it is not what was written.
+    """
     path = checkpoint / STATE_NAME
     try:
         state = json.loads(path.read_text())
@@ -298,7 +361,17 @@ def _is_listed(name: str, entry: Any) -> bool:
 
 
 def read_tensors(path: Path) -> Any:
-    """A torch file of a checkpoint; nothing but tensors and plain containers is accepted."""
+    """Read a torch file of a checkpoint; nothing but tensors and plain containers is accepted.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds, on the CPU.
+
+    Raises:
+        CheckpointError: Where it cannot be read.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,12 +1,12 @@
 """What the processes of a run say to each other, in one place, where it is counted.
 
-Everything that a step needs of other processes goes through `ProcessRanks`: sums, minima, and pieces brought together.
-So there is one list of what travels (`traffic`, read by `benchmarks/communication.py`), and the arithmetic above it
+Everything that a step needs of other processes goes through `TorchProcessGroup`: sums, minima, and pieces brought
+together. So what travels is counted in one place (`benchmarks/communication.py` reads it), and the arithmetic above it
 does not know by what it travels: gloo on the CPU, NCCL on GPUs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -23,13 +23,16 @@ PACK = 1 << 20
 PIECE_BYTES = 1 << 28
 
 
-class ProcessRanks(ProcessGroup):
+class TorchProcessGroup(ProcessGroup):
     """All processes of the run, by torch.distributed.
 
+    Args:
+        device: Where tensors must lie to travel.
+
     Attributes:
-        device: where tensors must lie to travel.
-        calls, bytes: how often each operation was called, and the bytes of the tensors that this process gave to it
-            (what a network carries depends on the algorithm that it chooses: about twice that for sums in a ring).
+        calls: How often each operation was called.
+        bytes: Bytes of the tensors that this process gave to each operation. What a network carries depends on the
+            algorithm that it chooses: about twice that for sums in a ring.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,15 +51,19 @@ class ProcessRanks(ProcessGroup):
         return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, of the same shape; `tensor` may be overwritten."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def minimum(self, tensor: Tensor) -> Tensor:
+        """The smallest over the processes, of the same shape; `tensor` may be overwritten."""
         return self._reduce(tensor, dist.ReduceOp.MIN)
 
     def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest over the processes, of the same shape; `tensor` may be overwritten."""
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's tensor, in their order, (size, *shape)."""
         tensor = tensor.contiguous()
         self._count("gather", tensor)
         gathered = tensor.new_empty(self.size, *tensor.shape)
@@ -64,11 +71,17 @@ class ProcessRanks(ProcessGroup):
         return gathered
 
     def total(self, number: int) -> int:
+        """The sum of a number over the processes."""
         return int(self.sum(torch.tensor(number, dtype=torch.int64, device=self.device)))
 
     def pieces(self, rows: Tensor) -> Iterator[Tensor]:
-        """On rank 0, every process's rows (n, ...), in their order and a piece at a time; elsewhere nothing, once this
-        process's rows are sent. Rank 0 must take all pieces.
+        """Bring the rows of all processes to the first one, a piece at a time; it must take all pieces.
+
+        Args:
+            rows: This process's rows, (n, ...).
+
+        Yields:
+            On rank 0, every process's rows in their order; elsewhere nothing, once this process's rows are sent.
         """
         size = _rows_per_piece(rows)
         numbers = self.gather(torch.tensor(rows.shape[0], device=self.device)).tolist()
@@ -85,14 +98,22 @@ class ProcessRanks(ProcessGroup):
                 yield piece
 
 
-def ranks_of(accelerator: Accelerator) -> ProcessGroup:
-    """The processes of a run."""
-    return ProcessRanks(accelerator.device) if accelerator.num_processes > 1 else SINGLE_PROCESS
+def process_group(accelerator: Accelerator) -> ProcessGroup:
+    """The processes of a run; for one alone, the group whose operations are the identity."""
+    return TorchProcessGroup(accelerator.device) if accelerator.num_processes > 1 else SINGLE_PROCESS
 
 
 def row_pieces(rows: Tensor, ranks: ProcessGroup) -> Iterator[Tensor]:
-    """`ProcessRanks.pieces`, also of a process by itself."""
-    return ranks.pieces(rows) if isinstance(ranks, ProcessRanks) else iter(rows.split(_rows_per_piece(rows)))
+    """As `TorchProcessGroup.pieces`, also of a process by itself.
+
+    Args:
+        rows: This process's rows, (n, ...).
+        ranks: The processes.
+
+    Returns:
+        Every process's rows, a piece at a time, on the first one.
+    """
+    return ranks.pieces(rows) if isinstance(ranks, TorchProcessGroup) else iter(rows.split(_rows_per_piece(rows)))
 
 
 def _rows_per_piece(rows: Tensor) -> int:
@@ -102,9 +123,12 @@ def _rows_per_piece(rows: Tensor) -> int:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[Tensor], ranks: ProcessGroup) -> None:
-    """Replace each gradient by the sum over the processes: large ones where they lie, small ones in one message."""
-    if ranks.size == 1:
-        return
+    """Replace each gradient by the sum over the processes: large ones where they lie, small ones in one message.
+
+    Args:
+        parameters: Those that have gradients, in the same order in every process.
+        ranks: The processes.
+    """
     small: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -119,27 +143,35 @@ def sum_gradients(parameters: Iterable[Tensor], ranks: ProcessGroup) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-class OneWriter:
+Job = Callable[[Path | None], None]
+
+
+class MainProcessWriter:
     """Lets the main process write files for which the others must send what they hold, whatever goes wrong on the way.
 
-    Args:
-        ranks: the processes.
-        jobs: what there is to write. Every process calls a job at the same time: the main one with the path to write,
-            the others with None, to send.
+    Within the context only the main process does anything: it calls `write` for the jobs it wants, in its own order.
+    On leaving it, the others do what the main one asks for, until it leaves as well, be it by an error.
 
-    Within the context only the main process does anything: it calls `run` for the jobs it wants, in its own order. On
-    leaving it, the others do what the main one asks for, until it leaves as well, be it by an error.
+    Args:
+        ranks: The processes that hold parts of what is written.
+        jobs: What there is to write, by name. Every process calls a job at the same time: the main one with the path
+            to write, the others with None, to send.
     """
 
-    def __init__(self, ranks: ProcessGroup, jobs: Sequence[Callable[[Path | None], None]]) -> None:
-        self.ranks, self.jobs = ranks, jobs
+    def __init__(self, ranks: ProcessGroup, jobs: Mapping[tuple[str, str], Job]) -> None:
+        self.ranks, self.jobs, self._names = ranks, jobs, list(jobs)
 
-    def run(self, number: int, path: Path) -> None:
-        """On the main process: have a job written to `path`."""
-        self.ranks.total(number + 1)
-        self.jobs[number](path)
+    def write(self, name: tuple[str, str], path: Path) -> None:
+        """Write a job's file or folder; called by the main process alone.
 
-    def __enter__(self) -> "OneWriter":
+        Args:
+            name: Of the job.
+            path: What it writes.
+        """
+        self.ranks.total(1 + self._names.index(name))
+        self.jobs[name](path)
+
+    def __enter__(self) -> "MainProcessWriter":
         return self
 
     def __exit__(
@@ -149,4 +181,4 @@ class OneWriter:
             self.ranks.total(0)
             return
         while asked := self.ranks.total(0):
-            self.jobs[asked - 1](None)
+            self.jobs[self._names[asked - 1]](None)

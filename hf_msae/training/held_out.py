@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_msae.data import (
     CachedActivations,
@@ -29,9 +29,7 @@ from hf_msae.data import (
     find_norm_limits,
     harvest,
     hold_out,
-    pad_id,
     split_of,
-    vocabulary,
 )
 from hf_msae.errors import InputError
 from hf_msae.metrics import (
@@ -47,30 +45,29 @@ from hf_msae.outliers import within_limit
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.learner import Learner
+from hf_msae.training.loaders import TextSource
 from hf_msae.training.sharded import ShardedSAE
 
 
 class HeldOut(ABC):
     """Held-out activations, given anew in every pass.
 
-    together: whether all processes must ask for the same at the same time, because they run one language model.
-    facts: how it was chosen, JSON-able.
+    Attributes:
+        tensor_parallel: Whether all processes must ask for the same at the same time, because they run one language
+            model.
+        facts: How it was chosen, JSON-able.
     """
 
-    together: bool = False
+    tensor_parallel: bool = False
     facts: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
-    def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        """One process's share of the activations for setting thresholds."""
+    def calibration(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's part of the activations for setting thresholds, each (n, hidden_size)."""
 
     @abstractmethod
-    def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        """One process's share of the activations for measuring."""
-
-    @abstractmethod
-    def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
-        """At each site the norm beyond which activations are outliers, 0 for none, None where it is not known."""
+    def evaluation(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's part of the activations for measuring, each (n, hidden_size)."""
 
     @abstractmethod
     def token_batches(self) -> Iterator[TokenBatch]:
@@ -78,95 +75,114 @@ class HeldOut(ABC):
 
 
 class HeldOutText(HeldOut):
-    """Documents that a hash of their contents chose, through the language model whenever they are needed.
+    """Documents that their contents chose (see `data.lots`), through the language model whenever they are needed.
 
-    `together`: the language model is one copy that all processes run, so each goes through all windows, and keeps its
-    share of the activations. `split` is what training must leave out, where it reads the same documents; `facts` what
-    metrics.json says of them. Raises `DatasetError` where the dataset has too few tokens.
+    Where all processes run one language model together, each goes through all windows, and keeps its part of the
+    activations.
+
+    Args:
+        source: What turns documents into activations.
+        documents: Where they are taken from.
+        args: How many tokens, and in which windows.
+
+    Attributes:
+        split: What training must leave out, where it reads the same documents.
+        facts: What metrics.json says of them.
+
+    Raises:
+        DatasetError: Where there are too few tokens.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sites: Sequence[Site],
-        documents: Documents,
-        args: SAETrainingArguments,
-        context_length: int,
-        together: bool = False,
-    ) -> None:
-        self.model, self.sites, self.args, self.together = model, sites, args, together
-        vocab_size = vocabulary(model)
-        self.pad_id = pad_id(tokenizer, vocab_size)
-        common = (documents, tokenizer, context_length)
-        measuring = hold_out(*common, args.eval_tokens, args.packing, vocab_size=vocab_size)
+    def __init__(self, source: TextSource, documents: Documents, args: SAETrainingArguments) -> None:
+        self.source, self.args, self.tensor_parallel = source, args, source.tensor_parallel
+        common = (documents, source.tokenizer, source.context_length)
+        measuring = hold_out(*common, args.eval_tokens, args.packing, vocab_size=source.vocab_size)
         calibration = hold_out(
-            *common, args.calibration_tokens, args.packing, purpose="calibration", vocab_size=vocab_size
+            *common, args.calibration_tokens, args.packing, purpose="calibration", vocab_size=source.vocab_size
         )
         self.split = split_of(measuring, calibration, documents)
         self.facts = {"measuring": measuring.facts(), "calibration": calibration.facts()}
         self._evaluation, self._calibration = measuring.windows, calibration.windows
 
-    def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        return self._harvest(self._calibration, rank, world_size)
+    def calibration(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's part of the activations for setting thresholds, each (n, hidden_size)."""
+        return self._harvest(self._calibration, rank, num_processes)
 
-    def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        return self._harvest(self._evaluation, rank, world_size)
+    def evaluation(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's part of the activations for measuring, each (n, hidden_size)."""
+        return self._harvest(self._evaluation, rank, num_processes)
 
-    def _harvest(self, windows: Sequence[Window], rank: int, world_size: int) -> Iterator[Mapping[Site, Tensor]]:
-        options = {"lm_batch_size": self.args.lm_batch_size, "pad_id": self.pad_id}
-        if self.together:
-            yield from islice(harvest(self.model, self.sites, windows, **options), rank, None, world_size)
+    def _harvest(self, windows: Sequence[Window], rank: int, num_processes: int) -> Iterator[Mapping[Site, Tensor]]:
+        source = self.source
+        options = {"lm_batch_size": self.args.lm_batch_size, "pad_id": source.pad_id}
+        if self.tensor_parallel:
+            yield from islice(harvest(source.model, source.sites, windows, **options), rank, None, num_processes)
         else:
-            yield from harvest(self.model, self.sites, windows[rank::world_size], **options)
+            yield from harvest(source.model, source.sites, windows[rank::num_processes], **options)
 
-    def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
+    def find_norm_limits(self) -> dict[Site, float | None]:
+        """At each site the norm beyond which activations are outliers, 0 where all count."""
         found = find_norm_limits(
-            self.model,
-            self.sites,
+            self.source.model,
+            self.source.sites,
             self._evaluation,
-            multiple=multiple,
+            multiple=self.args.norm_outlier_multiple,
             lm_batch_size=self.args.lm_batch_size,
-            pad_id=self.pad_id,
+            pad_id=self.source.pad_id,
         )
         return {**found}
 
     def token_batches(self) -> Iterator[TokenBatch]:
-        return collated(self.model, self._evaluation, self.args.ce_tokens, self.args.lm_batch_size, self.pad_id)
+        """Token batches for measuring cross-entropy, `args.ce_tokens` in all."""
+        source, args = self.source, self.args
+        return collated(source.model, self._evaluation, args.ce_tokens, args.lm_batch_size, source.pad_id)
 
 
 class HeldOutCache(HeldOut):
-    """The first rows of an activation cache. They come from the same documents as the rows after them, in part."""
+    """The first rows of an activation cache. They come from the same documents as the rows after them, in part.
+
+    Args:
+        cache: The activations.
+        args: How many rows.
+    """
 
     def __init__(self, cache: CachedActivations, args: SAETrainingArguments) -> None:
         self.args = args
         self.num_rows = args.eval_tokens + args.calibration_tokens
         self._rows = cache.first_rows(self.num_rows)
-        self._norm_limits = {site: cache.norm_limit(site) for site in cache.sites}
 
-    def calibration(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        return self._slices(self.args.eval_tokens, self.num_rows, rank, world_size)
+    def calibration(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's part of the rows for setting thresholds, each (n, hidden_size)."""
+        return self._slices(self.args.eval_tokens, self.num_rows, rank, num_processes)
 
-    def evaluation(self, rank: int = 0, world_size: int = 1) -> Iterator[Mapping[Site, Tensor]]:
-        return self._slices(0, self.args.eval_tokens, rank, world_size)
-
-    def find_norm_limits(self, multiple: float | None) -> dict[Site, float | None]:
-        return self._norm_limits
+    def evaluation(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
+        """One process's part of the rows for measuring, each (n, hidden_size)."""
+        return self._slices(0, self.args.eval_tokens, rank, num_processes)
 
     def token_batches(self) -> Iterator[TokenBatch]:
+        """None: a cache holds no text."""
         return iter(())
 
-    def _slices(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[Mapping[Site, Tensor]]:
+    def _slices(self, start: int, stop: int, rank: int, num_processes: int) -> Iterator[Mapping[Site, Tensor]]:
         size = self.args.per_device_train_batch_size
-        for low in range(start + rank * size, stop, world_size * size):
+        for low in range(start + rank * size, stop, num_processes * size):
             yield {site: rows[low : min(stop, low + size)] for site, rows in self._rows.items()}
 
 
 def collated(
     model: PreTrainedModel, windows: Sequence[Window], num_tokens: int, lm_batch_size: int, pad_id: int
 ) -> Iterator[TokenBatch]:
-    """The first windows with at least `num_tokens` tokens that count (all where there are fewer), `lm_batch_size` at a
-    time, on the model's device.
+    """Batches of the first windows that hold enough tokens, on the model's device.
+
+    Args:
+        model: The language model.
+        windows: Windows of tokens.
+        num_tokens: How many tokens that count are wanted; all windows are taken where there are fewer.
+        lm_batch_size: Windows of a batch.
+        pad_id: The token id that fills windows up.
+
+    Yields:
+        Batches as [`hf_msae.metrics.measure_cross_entropy`] takes them.
     """
     device = next(model.get_input_embeddings().parameters()).device
     taken = 0
@@ -198,19 +214,29 @@ class _ShardMeter(ReconstructionMeter):
         return self.sae.gather_rows(self.sums["fired"]) / self.num_tokens
 
 
-class Examiner:
-    """Calibrates and measures learners on the held-out data of a run; all processes call it at the same time."""
+class Evaluator:
+    """Calibrates and measures learners on the held-out data of a run; all processes call it at the same time.
 
-    def __init__(self, model: PreTrainedModel | None, held_out: HeldOut, args: SAETrainingArguments) -> None:
-        self.model, self.held_out, self.args = model, held_out, args
+    Args:
+        model: The language model, for cross-entropy; None where there is none.
+        held_out: The data.
+    """
+
+    def __init__(self, model: PreTrainedModel | None, held_out: HeldOut) -> None:
+        self.model, self.held_out = model, held_out
         # Per learner the step after which its threshold was last set, and that threshold.
         self._thresholds: dict[str, tuple[int, Tensor]] = {}
 
-    def settle(self, learner: Learner, step: int) -> None:
-        """Leave the learner's SAE as a reader gets it after `step` steps: in evaluation mode, its threshold set on
-        held-out activations. All processes come to one threshold, and find it once for a step.
+    def calibrate(self, learner: Learner, step: int) -> None:
+        """Leave the learner's SAE as a reader gets it: in evaluation mode, its threshold set on held-out activations.
+
+        All processes come to one threshold, and find it once for a step.
+
+        Args:
+            learner: Whose SAE it is.
+            step: How many steps it has taken.
         """
-        sae, ranks = learner.sae, learner.batch_ranks
+        sae, ranks = learner.sae, learner.data_parallel
         sae.eval()
         known = self._thresholds.get(learner.name)
         with torch.no_grad():
@@ -224,11 +250,16 @@ class Examiner:
 
     @contextmanager
     def calibrated(self, learners: Sequence[Learner], step: int) -> Iterator[None]:
-        """The learners' SAEs as `settle` leaves them, and afterwards as they were, for training to go on."""
+        """The learners' SAEs as `calibrate` leaves them, and afterwards as they were, for training to go on.
+
+        Args:
+            learners: Whose SAEs they are.
+            step: How many steps they have taken.
+        """
         before = [(learner.sae.training, learner.sae.threshold.detach().clone()) for learner in learners]
         try:
             for learner in learners:
-                self.settle(learner, step)
+                self.calibrate(learner, step)
             yield
         finally:
             for learner, (training, threshold) in zip(learners, before, strict=True):
@@ -237,8 +268,18 @@ class Examiner:
                     learner.sae.threshold.copy_(threshold)
 
     def measure(self, learner: Learner) -> Measurement:
-        """Measure a calibrated SAE, and record in it what only measuring can tell: per-latent firing rates and maxima,
-        L0 and FVE per prefix.
+        """Measure a calibrated SAE, and record in it what only measuring can tell.
+
+        That is each latent's firing rate and largest activation, and L0 and FVE of every prefix.
+
+        Args:
+            learner: Whose SAE it is.
+
+        Returns:
+            The numbers of every prefix; cross-entropies on the main process.
+
+        Raises:
+            InputError: Where the held-out data gives no activation.
         """
         sae = learner.sae
         meter = self._reconstruction(learner)
@@ -252,7 +293,7 @@ class Examiner:
 
     @torch.inference_mode()
     def _reconstruction(self, learner: Learner) -> ReconstructionMeter:
-        sae, ranks = learner.sae, learner.batch_ranks
+        sae, ranks = learner.sae, learner.data_parallel
         kind = _ShardMeter if isinstance(sae, ShardedSAE) else ReconstructionMeter
         meter = kind(sae, sae.config.norm_limit)  # type: ignore[arg-type]
         for batch in self.held_out.evaluation(ranks.rank, ranks.size):
@@ -265,14 +306,12 @@ class Examiner:
         return meter
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:
-        """Of the main process, or of all, where they must run the language model in step: because each has a part of
-        it, or of the SAE.
-        """
+        """Cross-entropies, on the main process alone, or on all, where each has a part of the model or of the SAE."""
         if self.model is None or not predicts_next_token(self.model):
             return None
-        if learner.batch_ranks.rank and not self.held_out.together:
+        if learner.data_parallel.rank and not self.held_out.tensor_parallel:
             return None
-        batches = list(self.held_out.token_batches()) if self.args.ce_tokens else []
+        batches = list(self.held_out.token_batches())
         if not batches:
             return None
         limit = learner.sae.config.norm_limit

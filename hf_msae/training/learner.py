@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,19 +26,18 @@ from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
-from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import read_tensors, write_tensors
-from hf_msae.training.collectives import ranks_of, sum_gradients
-from hf_msae.training.latent_files import read_latent_file, write_latent_file
-from hf_msae.training.optimizer import DictionaryAdam
-from hf_msae.training.schedules import (
+from hf_msae.training.collectives import sum_gradients
+from hf_msae.training.optimization import (
+    DictionaryAdam,
     Length,
     annealed_k,
     default_learning_rate,
     learning_rate_factor,
     sample_prefix_sizes,
 )
-from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows
+from hf_msae.training.run import Run
+from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
 CONTROLLER_RATE = 0.03
@@ -51,9 +49,11 @@ ROWS_NAME = "learner.safetensors"
 STATE_NAME = "learner.pt"
 
 
-class _Seen:
-    """What logs and counters want of a step: how often each latent was active, how many losses were not finite, the
-    loss and the auxiliary loss, and each level's error. In one tensor, so that it travels in one message.
+class _StepStatistics:
+    """What logs and counters want of a step, in one tensor, so that it travels in one message.
+
+    That is how often each latent was active, how many losses were not finite, the loss and the auxiliary loss, and the
+    error of each level.
     """
 
     def __init__(self, num_latents: int, num_levels: int, device: torch.device) -> None:
@@ -62,9 +62,7 @@ class _Seen:
 
     @torch.no_grad()
     def add(self, output: Any, weight: float) -> None:
-        """Take in a micro-batch's `MatryoshkaSAEOutput`, all fields of which training fills; losses count by its
-        weight in the mean.
-        """
+        """Take in a micro-batch's `MatryoshkaSAEOutput`; losses count by its weight in the mean."""
         counts, bad, losses, levels = self.sums.split(self.sizes)
         if output.active is not None:
             counts += torch.bincount(output.active.latents, minlength=self.sizes[0])
@@ -75,8 +73,8 @@ class _Seen:
         if output.level_losses.shape == levels.shape:  # not where other levels are drawn every step
             levels += weight * output.level_losses
 
-    def whole(self, ranks: ProcessGroup) -> Sequence[Tensor]:
-        """The same of all processes."""
+    def reduce(self, ranks: ProcessGroup) -> Sequence[Tensor]:
+        """The same of all processes together."""
         return ranks.sum(self.sums).split(self.sizes)
 
 
@@ -84,12 +82,20 @@ class Learner:
     """Trains one SAE on batches of activations.
 
     Args:
-        name: what logs and folders call it.
-        sae: the model, on the device where it is trained; its weights are overwritten by `start`.
-        site: where its activations come from.
-        args: the run's arguments.
-        max_steps: length of the run, for the schedules.
-        accelerator: the process group.
+        name: What logs and folders call it.
+        sae: The model; it is moved to the run's device, and its weights are overwritten by `start`.
+        site: Where its activations come from.
+        run: The run: arguments, processes, device.
+        max_steps: Length of the run, for the schedules.
+        extensions: (From step, steps in all) each time the run was given another length than `max_steps`.
+
+    Attributes:
+        data_parallel: The processes that have other tokens of the same batch. Where each process has some of the
+            latents, every one has all tokens.
+        learning_rate: The peak.
+        dead_after: Tokens for which a dead latent was silent.
+        silent_tokens: For each latent of this process, the tokens since it was last active, (n,) int64.
+        bad_step: The first step whose loss was not finite, -1 for none; a scalar on the device.
     """
 
     def __init__(
@@ -97,21 +103,18 @@ class Learner:
         name: str,
         sae: MatryoshkaSAE,
         site: Site,
-        args: SAETrainingArguments,
+        run: Run,
         max_steps: int,
-        accelerator: Accelerator,
+        extensions: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        self.name, self.sae, self.site, self.args, self.accelerator = name, sae.train(), site, args, accelerator
-        self.max_steps = max_steps
-        # (from step, steps in all), each time the run was given another length than `max_steps`.
-        self.extensions: tuple[tuple[int, int], ...] = ()
-        if accelerator.device.type == "cpu":
+        self.name, self.sae, self.site = name, sae.to(run.device).train(), site
+        self.args, self.device, self.max_steps, self.extensions = run.args, run.device, max_steps, extensions
+        if self.device.type == "cpu":
             sae.gradient_memory = GradientMemory()
-        # Who else has tokens of this batch. Where each process has some of the latents, every one has all tokens.
-        self.batch_ranks = SINGLE_PROCESS if isinstance(sae, ShardedSAE) else ranks_of(accelerator)
-        config, device = sae.config, accelerator.device
+        self.data_parallel = SINGLE_PROCESS if isinstance(sae, ShardedSAE) else run.processes
+        args, config, device = self.args, sae.config, self.device
         self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
-        self.dead_after = args.dead_after_tokens or self._default_dead_after()
+        self.dead_after = args.dead_after_tokens or _default_dead_after(run.tokens_per_step, max_steps)
         double = {"dtype": torch.float64, "device": device}
         # Everything below is what a checkpoint must hold besides the weights.
         self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
@@ -122,17 +125,16 @@ class Learner:
         self.optimizer: DictionaryAdam | None = None
         self._reset_log()
 
-    def _default_dead_after(self) -> int:
-        """10M tokens, as in sparsify and dictionary_learning, but no more than a twentieth of a short run."""
-        per_step = self.args.tokens_per_process * self.accelerator.num_processes
-        return max(per_step, min(10_000_000, self.max_steps * per_step // 20))
-
     # Beginning
 
     @torch.no_grad()
     def start(self, activations: Tensor) -> None:
-        """Initialise from the first activations (n, hidden_size): the decoder bias at their mean, the variance, the
-        step sizes. Weights that came with `init_from` stay.
+        """Initialise weights, variance and step sizes; the decoder bias begins at the activations' mean.
+
+        Weights that came with `init_from` stay.
+
+        Args:
+            activations: This process's first activations, (n, hidden_size).
         """
         x = self._all_activations(activations)
         self._update_moments(x)
@@ -144,8 +146,8 @@ class Learner:
 
     def _all_activations(self, activations: Tensor) -> Tensor:
         """This process's activations, or, where each process has some of the latents, those of all processes."""
-        x = activations.to(self.accelerator.device)
-        return self.sae.ranks.gather(x).flatten(0, 1)
+        x = activations.to(self.device)
+        return x if self.sae.ranks.size == 1 else self.sae.ranks.gather(x).flatten(0, 1)
 
     def _draw_weights(self, x: Tensor) -> None:
         self.sae.b_dec.copy_(self.moments["sum"] / self.moments["count"])
@@ -156,7 +158,7 @@ class Learner:
         if self.sae.config.activation == "jumprelu":
             # Without this the first steps are dense: a threshold learns only from pre-activations near it.
             self.sae.threshold.fill_(1.0)
-            self.sae.calibrate_threshold([x], self.batch_ranks)
+            self.sae.calibrate_threshold([x], self.data_parallel)
 
     def _make_optimizer(self) -> DictionaryAdam:
         scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
@@ -194,7 +196,7 @@ class Learner:
     def _update_moments(self, x: Tensor) -> None:
         doubles = x.double()
         parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_tensor([x.shape[0]])])
-        parts = self.batch_ranks.sum(parts)
+        parts = self.data_parallel.sum(parts)
         self.moments["sum"] += parts[:-2]
         self.moments["square"] += parts[-2]
         self.moments["count"] += parts[-1]
@@ -207,10 +209,13 @@ class Learner:
         self.sae.eval()
 
     def step(self, activations: Tensor, step: int) -> None:
-        """Take one optimizer step on this process's activations, (batch, hidden_size), of all micro-batches; `step`
-        counts from 0.
+        """Take one optimizer step.
+
+        Args:
+            activations: This process's, of all micro-batches, (batch, hidden_size).
+            step: Its number, from 0.
         """
-        config, device = self.sae.config, self.accelerator.device
+        config, device = self.sae.config, self.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
         config.measured = None  # it was of the weights before this step
@@ -218,52 +223,53 @@ class Learner:
         self._update_moments(x)
         options = {
             "dead_latents": self.silent_tokens > self.dead_after,
-            "prefix_sizes": sample_prefix_sizes(step, config, self.args.seed)
-            if config.prefix_sampling == "pareto"
-            else None,
+            "prefix_sizes": None,
             "variance": self.variance.float(),
             "k": annealed_k(step, self.max_steps, config, self.args),
             "sparsity_weight": self.sparsity_weight,
             "return_latents": False,
         }
-        seen = _Seen(self.silent_tokens.shape[0], config.num_levels, device)
+        if config.prefix_sampling == "pareto":
+            options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
+        statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device)
         parts = x.split(-(-x.shape[0] // self.args.gradient_accumulation_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             contexts = self._batch_contexts(x, parts, options)
         for part, context in zip(parts, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
                 output = self.sae(part, batch=context, **options)
-            weight = part.shape[0] / (x.shape[0] * self.batch_ranks.size)
+            weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
             (output.loss * weight).backward()
-            seen.add(output, weight)
+            statistics.add(output, weight)
         factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        sum_gradients(self.sae.parameters(), self.batch_ranks)
+        if self.data_parallel.size > 1:
+            sum_gradients(self.sae.parameters(), self.data_parallel)
         if isinstance(self.sae, ShardedSAE):
             self.sae.collect_bias_gradient()
         self.optimizer.step()
         self._drop_gradients()
-        self._after_step(seen, x.shape[0] * self.batch_ranks.size, step)
+        self._after_step(statistics, x.shape[0] * self.data_parallel.size, step)
 
     def _batch_contexts(self, x: Tensor, parts: Sequence[Tensor], options: Mapping[str, Any]) -> list[BatchContext]:
         """What each micro-batch must know of the step's whole batch, of all processes."""
-        if len(parts) == 1 and self.batch_ranks.size == 1:
+        if len(parts) == 1 and self.data_parallel.size == 1:
             return [BatchContext()]
         config, k, variance = self.sae.config, options["k"], options["variance"]
-        active = self.sae.select(x, k, variance, self.batch_ranks)
+        active = self.sae.select(x, k, variance, self.data_parallel)
         own: list[ActiveLatents | None] = [None] * len(parts)
         if active is not None:
             own = [*active.split([part.shape[0] for part in parts])]
         l0 = level_errors = None
         if config.activation == "jumprelu":
             count = self.sae.ranks.sum(self.sae.count_active(x, active))
-            l0 = self.batch_ranks.sum(count.float() / x.shape[0]) / self.batch_ranks.size
+            l0 = self.data_parallel.sum(count.float() / x.shape[0]) / self.data_parallel.size
         if config.log_loss:
             pairs = zip(parts, own, strict=True)
             errors = [self.sae.level_errors(*pair, k, options["prefix_sizes"], variance) for pair in pairs]
             mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
-            level_errors = self.batch_ranks.sum(mean) / self.batch_ranks.size
+            level_errors = self.data_parallel.sum(mean) / self.data_parallel.size
         return [BatchContext(active, l0, level_errors) for active in own]
 
     def _drop_gradients(self) -> None:
@@ -273,11 +279,11 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _after_step(self, seen: "_Seen", num_tokens: int, step: int) -> None:
+    def _after_step(self, statistics: _StepStatistics, num_tokens: int, step: int) -> None:
         """`num_tokens` are those of all processes."""
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)
-        counts, bad, losses, levels = seen.whole(self.batch_ranks)
+        counts, bad, losses, levels = statistics.reduce(self.data_parallel)
         self.silent_tokens += num_tokens
         self.silent_tokens[counts > 0] = 0
         l0 = self.sae.ranks.sum(counts.sum()) / num_tokens
@@ -291,14 +297,17 @@ class Learner:
     # Logging
 
     def _reset_log(self) -> None:
-        double = {"dtype": torch.float64, "device": self.accelerator.device}
+        double = {"dtype": torch.float64, "device": self.device}
         self._log_sums = torch.zeros(3, **double)
         self._log_levels = torch.zeros(self.sae.config.num_levels, **double)
         self._log_steps = 0
 
     def read_log(self) -> dict[str, Any]:
-        """Means since the last call: loss, auxiliary loss, L0, error of each level over the variance, dead latents
-        now.
+        """Read what was added up since the last call.
+
+        Returns:
+            Means over the steps: `loss`, `aux_loss`, `l0`, with fixed prefixes `level_losses` (each level's error over
+            the variance); and `dead`, the share of latents that are dead now.
         """
         loss, aux_loss, l0 = (self._log_sums / max(1, self._log_steps)).tolist()
         levels = (self._log_levels / max(1, self._log_steps)).tolist()
@@ -312,7 +321,11 @@ class Learner:
     # Files, of which one process writes what all have
 
     def write_model(self, folder: Path | None) -> None:
-        """Write the SAE as `save_pretrained` does; without a folder, send what the process that writes needs."""
+        """Write the SAE as `save_pretrained` does.
+
+        Args:
+            folder: Where to; None sends what the process that writes needs.
+        """
         if isinstance(self.sae, ShardedSAE):
             with no_transformers_bars():
                 self.sae.write(folder)
@@ -321,7 +334,11 @@ class Learner:
                 self.sae.save_pretrained(folder)
 
     def write_state(self, folder: Path | None) -> None:
-        """Write what only a resumed run needs, or send it."""
+        """Write what only a resumed run needs.
+
+        Args:
+            folder: Where to; None sends what the process that writes needs.
+        """
         num_latents, ranks = self.sae.config.num_latents, self.sae.ranks
         path = None if folder is None else folder / ROWS_NAME
         write_latent_file(path, self.latent_state(), {}, num_latents, ranks)
@@ -329,7 +346,14 @@ class Learner:
             write_tensors(folder / STATE_NAME, self.state_dict())
 
     def read(self, folder: Path) -> None:
-        """Go on from what `write_model` and `write_state` wrote, whatever the number of processes then."""
+        """Go on from what `write_model` and `write_state` wrote, whatever the number of processes then.
+
+        Args:
+            folder: Where they wrote it.
+
+        Raises:
+            CheckpointError: Where it cannot be read.
+        """
         state = read_tensors(folder / STATE_NAME)
         rows = read_latent_file(folder / ROWS_NAME, self.rows.start, self.rows.stop, self.sae.config.num_latents)
         if isinstance(self.sae, ShardedSAE):
@@ -370,8 +394,13 @@ class Learner:
         return {key: self.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
 
     def load_state_dict(self, state: dict[str, Any], rows: dict[str, Tensor]) -> None:
-        """Go on from `state_dict` and this process's rows of `latent_state`; the SAE has its weights already."""
-        device = self.accelerator.device
+        """Go on from a saved state; the SAE has its weights already.
+
+        Args:
+            state: As `state_dict` gave it.
+            rows: This process's rows of `latent_state`.
+        """
+        device = self.device
         self.sae.threshold.data.copy_(rows["threshold"])
         self.silent_tokens = rows["silent_tokens"].to(device)
         self.moments = {name: value.to(device) for name, value in state["moments"].items()}
@@ -390,24 +419,31 @@ class Learner:
         self._log_steps = state["log"]["steps"]
 
 
+def _default_dead_after(tokens_per_step: int, max_steps: int) -> int:
+    """10M tokens, as in sparsify and dictionary_learning, but no more than a twentieth of a short run."""
+    return max(tokens_per_step, min(10_000_000, max_steps * tokens_per_step // 20))
+
+
 def make_learners(
-    saes: Mapping[str, MatryoshkaSAE],
-    sites: Mapping[str, Site],
-    args: SAETrainingArguments,
-    length: Length,
-    accelerator: Accelerator,
+    run: Run, saes: Mapping[str, MatryoshkaSAE], sites: Mapping[str, Site], length: Length
 ) -> list[Learner]:
-    """A learner for each SAE, on this process's device: of all its latents, or of some where they are sharded."""
+    """Make a learner for each SAE: of all its latents, or, with `shard_latents`, of this process's part of them.
+
+    Args:
+        run: The run.
+        saes: SAEs by name.
+        sites: Sites by the SAEs' names.
+        length: Steps of the run.
+
+    Returns:
+        The learners, in the order of the SAEs.
+    """
     learners = []
     for name, sae in saes.items():
-        model = _rows_here(sae, args, accelerator) if args.shard_latents else sae.to(accelerator.device)
-        learners.append(Learner(name, model, sites[name], args, length.first, accelerator))
-        learners[-1].extensions = length.extensions
+        trained = sae
+        if run.args.shard_latents:
+            trained = ShardedSAE(sae.config, run.processes, run.device)
+            if run.args.init_from is not None:
+                trained.take_rows(sae)
+        learners.append(Learner(name, trained, sites[name], run, length.first, length.extensions))
     return learners
-
-
-def _rows_here(sae: MatryoshkaSAE, args: SAETrainingArguments, accelerator: Accelerator) -> ShardedSAE:
-    part = ShardedSAE(sae.config, ranks_of(accelerator), accelerator.device)
-    if args.init_from is not None:
-        part.take_rows(sae)
-    return part

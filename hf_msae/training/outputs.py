@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 
 import torch
 import transformers
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -37,16 +36,17 @@ from hf_msae.training.checkpoints import (
     STATE_NAME,
     CheckpointError,
     DiskFullError,
+    explain_full_disk,
     is_full_disk,
     list_checkpoints,
     remove_old_checkpoints,
     write_checkpoint,
 )
-from hf_msae.training.collectives import OneWriter
-from hf_msae.training.held_out import Examiner
+from hf_msae.training.collectives import Job, MainProcessWriter
+from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner
 from hf_msae.training.preparation import from_anywhere
-from hf_msae.training.run import on_main
+from hf_msae.training.run import Run
 from hf_msae.training.sharded import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -57,11 +57,19 @@ ARGUMENTS_NAME = "training_arguments.json"
 # Made of links, so that rotation cannot remove a checkpoint that is on its way.
 SNAPSHOT_NAME = ".pushing.part"
 # What only a resumed run needs.
-AT_HOME = (STATE_NAME, "learner*")
+NOT_PUSHED = (STATE_NAME, "learner*")
 
 
-def check_output_dir(path: Path, args: SAETrainingArguments) -> None:
-    """Refuse an output directory in which another run left its results, unless they are to be deleted."""
+def check_output_dir(args: SAETrainingArguments) -> None:
+    """Refuse an output directory in which another run left its results, unless they are to be deleted or gone on with.
+
+    Args:
+        args: The arguments of this run.
+
+    Raises:
+        CheckpointError: Where it holds another run, or is a file.
+    """
+    path = Path(args.output_dir)
     traces = _traces(path)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"The output directory {path} is a file; give a folder.")
@@ -72,13 +80,13 @@ def check_output_dir(path: Path, args: SAETrainingArguments) -> None:
         )
 
 
-def prepare_output_dir(path: Path, args: SAETrainingArguments, accelerator: Accelerator) -> None:
+def prepare_output_dir(run: Run) -> None:
     """Make the output directory, without what an earlier run left where that is to be deleted."""
-    if accelerator.is_main_process:
-        if args.overwrite_output_dir and _traces(path):
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    if run.is_main:
+        if run.args.overwrite_output_dir and _traces(run.output_dir):
+            shutil.rmtree(run.output_dir)
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+    run.accelerator.wait_for_everyone()
 
 
 def _traces(path: Path) -> list[str]:
@@ -91,29 +99,37 @@ class RunLog:
     """Appends to `training_log.jsonl` and to the trackers, on the main process.
 
     Lines for which the disk has no room are kept, and written once it has.
+
+    Args:
+        run: The run.
     """
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, single: bool) -> None:
-        self.output_dir, self.accelerator, self.single = output_dir, accelerator, single
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._file: BinaryIO | None = None
         self._unwritten = b""
 
-    def open(self, args: SAETrainingArguments) -> None:
+    def open(self) -> None:
         """Begin to log; nothing is written by processes other than the main one."""
+        args = self.run.args
         if args.report_to:
             # Trackers send it to other machines.
             public = public_arguments(args.to_dict())
             flat = {name: value for name, value in public.items() if isinstance(value, int | float | str)}
-            self.accelerator.init_trackers(args.run_name or self.output_dir.name, config=flat)
-        if self.accelerator.is_main_process:
-            self._file = (self.output_dir / LOG_NAME).open("ab", buffering=0)
+            self.run.accelerator.init_trackers(args.run_name or self.run.output_dir.name, config=flat)
+        if self.run.is_main:
+            self._file = (self.run.output_dir / LOG_NAME).open("ab", buffering=0)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after the checkpoint from which the run goes on."""
+        """Drop the lines of steps after the checkpoint from which the run goes on.
+
+        Args:
+            step: Of the checkpoint.
+        """
         if self._file is None:
             return
         self._file.close()
-        path = self.output_dir / LOG_NAME
+        path = self.run.output_dir / LOG_NAME
         lines = [
             line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
         ]
@@ -122,11 +138,16 @@ class RunLog:
         self._file = path.open("ab", buffering=0)
 
     def write(self, name: str, entry: dict[str, Any]) -> None:
-        """One line, and the same numbers to the trackers."""
+        """Write one line, and the same numbers to the trackers.
+
+        Args:
+            name: Of the SAE.
+            entry: What is said of it; `step` must be among it.
+        """
         if self._file is not None:
-            self._append(self._file, json.dumps(entry if self.single else {"sae": name, **entry}) + "\n")
-        prefix = "" if self.single else f"{name}/"
-        self.accelerator.log(dict(_numbers(entry, prefix)), step=entry["step"])
+            self._append(self._file, json.dumps(entry if self.run.single else {"sae": name, **entry}) + "\n")
+        prefix = "" if self.run.single else f"{name}/"
+        self.run.accelerator.log(dict(_numbers(entry, prefix)), step=entry["step"])
 
     def _append(self, file: BinaryIO, line: str) -> None:
         end = file.seek(0, os.SEEK_END)
@@ -141,19 +162,16 @@ class RunLog:
             self._unwritten = b""
             return
         file.truncate(end)  # no half lines
-        logger.warning("The disk of %s is full: %s is written when there is room again.", self.output_dir, LOG_NAME)
-
-    def write_index(self, measurements: dict[str, Any]) -> None:
-        """For a grid, all SAEs' numbers in one `metrics.json`."""
-        if not self.single:
-            _write_json(self.output_dir / METRICS_NAME, measurements)
+        logger.warning(
+            "The disk of %s is full: %s is written when there is room again.", self.run.output_dir, LOG_NAME
+        )
 
     def close(self) -> None:
         """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self.accelerator.end_training()
+        self.run.accelerator.end_training()
 
 
 def _numbers(entry: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
@@ -181,7 +199,13 @@ def write_results(
 ) -> None:
     """Write one SAE's folder: every file is made beside its place and then moved there, the configuration last.
 
-    `save` writes the SAE itself into a folder.
+    Args:
+        folder: The folder.
+        save: Writes the SAE itself into a folder.
+        config: Its configuration.
+        measurement: What was measured.
+        args: The arguments of the run.
+        extra: What metrics.json says besides.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / ".results.part"
@@ -218,89 +242,154 @@ def _write_json(path: Path, contents: Any) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of one run; `single` where it trains one SAE only."""
+    """Writes the checkpoints and the result of a run; all processes call it at the same time.
 
-    def __init__(
-        self, output_dir: Path, args: SAETrainingArguments, accelerator: Accelerator, examiner: Examiner, single: bool
-    ) -> None:
-        self.output_dir, self.args, self.accelerator = output_dir, args, accelerator
-        self.examiner, self.single = examiner, single
+    Args:
+        run: The run.
+        evaluator: Calibrates the SAEs as readers are to find them.
+    """
 
-    def folder(self, base: Path, name: str) -> Path:
-        """Where one SAE's files lie under a folder: in it when it is the only one, else in a folder of its name."""
-        return base if self.single else base / name
+    def __init__(self, run: Run, evaluator: Evaluator) -> None:
+        self.run, self.evaluator = run, evaluator
 
-    def save(self, step: int, learners: Sequence[Learner], state: dict[str, Any]) -> Path | None:
-        """The checkpoint of a step, written by the main process while all call this; None where the disk is full."""
-        with self.examiner.calibrated(learners, step):
+    def save_checkpoint(self, step: int, learners: Sequence[Learner], state: dict[str, Any]) -> Path | None:
+        """Write the checkpoint of a step.
+
+        Args:
+            step: How many steps were taken.
+            learners: What is written.
+            state: The trainer's state, JSON-able.
+
+        Returns:
+            The checkpoint's folder; None where the disk is full.
+        """
+        with self.evaluator.calibrated(learners, step):
             pass  # all processes find the thresholds together; writing then needs no other process for them
         path: Path | None = None
-        with self.one_writer(step, learners) as writer:
-            if self.accelerator.is_main_process:
-                path = self._write(step, learners, state, writer)
-        return on_main(self.accelerator, lambda: path)
+        with self._writer(step, learners) as writer:
+            if self.run.is_main:
+                path = self._write_checkpoint(step, learners, state, writer)
+        return self.run.on_main(lambda: path)
+
+    def _write_checkpoint(
+        self, step: int, learners: Sequence[Learner], state: dict[str, Any], writer: MainProcessWriter
+    ) -> Path | None:
+        def write(draft: Path) -> None:
+            for learner in learners:
+                folder = self.run.sae_folder(draft, learner.name)
+                folder.mkdir(parents=True, exist_ok=True)
+                writer.write((learner.name, "model"), folder)
+                writer.write((learner.name, "state"), folder)
+
+        try:
+            path = write_checkpoint(self.run.output_dir, step, write, state)
+        except DiskFullError as error:
+            logger.warning("%s The run goes on, and the next checkpoint is tried at its time.", error)
+            return None
+        remove_old_checkpoints(self.run.output_dir, self.run.args.save_total_limit)
+        return path
+
+    def save_results(
+        self,
+        step: int,
+        learners: Sequence[Learner],
+        measurements: Mapping[str, Measurement],
+        facts: Mapping[str, dict[str, Any]],
+    ) -> None:
+        """Write what the run leaves behind: each SAE's folder, and for a grid all numbers in one `metrics.json`.
+
+        Args:
+            step: How many steps were taken.
+            learners: What is written.
+            measurements: What was measured, by the SAEs' names.
+            facts: What metrics.json and the card say of the run besides, by the SAEs' names.
+
+        Raises:
+            DiskFullError: Where there is no room for it.
+        """
+        with self._writer(step, learners) as writer:
+            if self.run.is_main:
+                for learner in learners:
+                    name = learner.name
+                    with explain_full_disk(self.run.output_dir, "the result"):
+                        write_results(
+                            self.run.sae_folder(self.run.output_dir, name),
+                            partial(writer.write, (name, "model")),
+                            learner.sae.config,
+                            measurements[name],
+                            self.run.args,
+                            facts[name],
+                        )
+                if not self.run.single:
+                    index = {name: asdict(measurement) for name, measurement in measurements.items()}
+                    _write_json(self.run.output_dir / METRICS_NAME, index)
+        self.run.accelerator.wait_for_everyone()
 
     def hand_over(
         self, step: int, learners: Sequence[Learner], given: Mapping[str, MatryoshkaSAE], base: Path
     ) -> None:
-        """End of training: leave each SAE that was given as a reader finds it under `base`, where it was saved."""
+        """Leave each SAE that the trainer was given as a reader finds it, now that nobody trains on.
+
+        Args:
+            step: How many steps were taken.
+            learners: What was trained.
+            given: The SAEs by name.
+            base: The folder under which they were saved.
+        """
         for learner in learners:
-            self.examiner.settle(learner, step)
+            self.evaluator.calibrate(learner, step)
             learner.finish()
             sae = given[learner.name]
             if sae is not learner.sae:  # each process trained some of the latents
-                sae.load_state_dict(load_file(self.folder(base, learner.name) / WEIGHTS_NAME))
+                sae.load_state_dict(load_file(self.run.sae_folder(base, learner.name) / WEIGHTS_NAME))
                 sae.eval()
 
-    def _write(self, step: int, learners: Sequence[Learner], state: dict[str, Any], writer: OneWriter) -> Path | None:
-        def write(draft: Path) -> None:
-            for number, learner in enumerate(learners):
-                folder = self.folder(draft, learner.name)
-                folder.mkdir(parents=True, exist_ok=True)
-                writer.run(2 * number, folder)
-                writer.run(2 * number + 1, folder)
-
-        try:
-            path = write_checkpoint(self.output_dir, step, write, state)
-        except DiskFullError as error:
-            logger.warning("%s The run goes on, and the next checkpoint is tried at its time.", error)
-            return None
-        remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
-        return path
-
-    def one_writer(self, step: int, learners: Sequence[Learner]) -> OneWriter:
+    def _writer(self, step: int, learners: Sequence[Learner]) -> MainProcessWriter:
         """For each learner the job of writing its model, as a reader gets it, and that of writing its state."""
-        jobs: list[Callable[[Path | None], None]] = []
+        jobs: dict[tuple[str, str], Job] = {}
         for learner in learners:
-            jobs += [partial(self._write_model, learner, step), learner.write_state]
-        return OneWriter(learners[0].sae.ranks, jobs)
+            jobs[learner.name, "model"] = partial(self._write_model, learner, step)
+            jobs[learner.name, "state"] = learner.write_state
+        return MainProcessWriter(learners[0].sae.ranks, jobs)
 
     def _write_model(self, learner: Learner, step: int, folder: Path | None) -> None:
-        with self.examiner.calibrated([learner], step):
+        with self.evaluator.calibrated([learner], step):
             learner.write_model(folder)
 
 
 class Pusher:
-    """Pushes one run to one repo, which is made if it is not there.
+    """Pushes a run to a repo, which is made if it is not there; the main process pushes.
 
-    Raises `PublishError` at once for what cannot work: no token, one that may not write, a bad id, a repo that holds
-    something else, a Hub that cannot be reached.
+    Args:
+        run: The run.
+
+    Raises:
+        PublishError: At once for what cannot work: no token, one that may not write, a bad id, a repo that holds
+            something else, a Hub that cannot be reached.
     """
 
-    def __init__(self, args: SAETrainingArguments) -> None:
-        self.output_dir, self.strategy = Path(args.output_dir), args.hub_strategy
+    def __init__(self, run: Run) -> None:
+        args = run.args
+        self.run, self.strategy = run, args.hub_strategy
         self._token, self._private = args.hub_token, args.hub_private_repo or None
-        self.repo_id = prepare_repo(args.hub_model_id or self.output_dir.resolve().name, self._private, self._token)
+        name = args.hub_model_id or run.output_dir.resolve().name
+        self.repo_id = run.on_main(lambda: prepare_repo(name, self._private, self._token))
         self._thread: threading.Thread | None = None
 
     def push_checkpoint(self, checkpoint: Path, step: int) -> None:
-        """Begin to push the SAEs of a checkpoint, where that was asked for and none is on its way."""
-        if self.strategy != "every_save" or (self._thread is not None and self._thread.is_alive()):
+        """Begin to push the SAEs of a checkpoint, where that was asked for and none is on its way.
+
+        Args:
+            checkpoint: Its folder.
+            step: Its step.
+        """
+        busy = self._thread is not None and self._thread.is_alive()
+        if self.strategy != "every_save" or busy or not self.run.is_main:
             return
-        snapshot = self.output_dir / SNAPSHOT_NAME
+        snapshot = self.run.output_dir / SNAPSHOT_NAME
         try:
             shutil.rmtree(snapshot, ignore_errors=True)
-            shutil.copytree(checkpoint, snapshot, ignore=shutil.ignore_patterns(*AT_HOME), copy_function=_link)
+            shutil.copytree(checkpoint, snapshot, ignore=shutil.ignore_patterns(*NOT_PUSHED), copy_function=_link)
         except (OSError, shutil.Error) as error:
             logger.warning("Step %d is not pushed to %s: %s", step, self.repo_id, error)
             return
@@ -309,14 +398,16 @@ class Pusher:
         self._thread.start()
 
     def _push_snapshot(self, snapshot: Path, step: int) -> None:
-        self._push(snapshot, f"Step {step}", f"The SAEs of step {step}", self.output_dir / f"checkpoint-{step}")
+        self._push(snapshot, f"Step {step}", f"The SAEs of step {step}", self.run.output_dir / f"checkpoint-{step}")
         shutil.rmtree(snapshot, ignore_errors=True)
 
     def push_result(self) -> None:
         """Push what the run left in its folder."""
+        if not self.run.is_main:
+            return
         if self._thread is not None:
             self._thread.join()
-        url = self._push(self.output_dir, "End of training", "The result", self.output_dir)
+        url = self._push(self.run.output_dir, "End of training", "The result", self.run.output_dir)
         if url is not None:
             logger.info("Pushed the result to %s", url)
 

@@ -16,10 +16,8 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.metrics import predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
@@ -29,7 +27,8 @@ from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.held_out import HeldOut
 from hf_msae.training.learner import Learner
-from hf_msae.training.loaders import CacheFeed, Feed
+from hf_msae.training.loaders import ActivationLoader, CacheLoader
+from hf_msae.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +45,19 @@ PROBE_STEPS = 3
 class Plan:
     """Bytes, steps and tokens of a run.
 
-    `kept` is what the run adds to what the process holds already (`before`: libraries, the language model, the SAEs'
-    weights where they are on the device), and keeps; of `passing`, one thing at a time is there. `capacity` is what
-    the device has for all `sharers`, the processes on it. Disk sizes are of the output directory's disk.
+    Attributes:
+        device: The device of one process.
+        steps: Optimizer steps.
+        tokens_per_step: Activation vectors of a step, of all processes.
+        before: What the process holds already: libraries, the language model, the SAEs' weights where they are on the
+            device.
+        kept: What the run adds to that and keeps, by what takes it.
+        passing: What comes and goes, of which one thing at a time is there.
+        capacity: What the device has, for all processes on it.
+        sharers: How many processes these are.
+        checkpoint: Size of one checkpoint.
+        disk_needed: Size of all that lies on the output directory's disk at once.
+        disk_free: What is free there.
     """
 
     device: str
@@ -65,6 +74,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """Activation vectors of the whole run."""
         return self.steps * self.tokens_per_step
 
     @property
@@ -110,23 +120,34 @@ def _size(size: int) -> str:
 
 
 def make_plan(
+    run: Run,
     model: PreTrainedModel | None,
     saes: Mapping[str, MatryoshkaSAE],
     sites: Mapping[str, Site],
-    feed: Feed,
-    args: SAETrainingArguments,
+    loader: ActivationLoader,
     steps: int,
-    accelerator: Accelerator,
 ) -> Plan:
-    """Count what a run with these parts will need."""
-    device = accelerator.device
+    """Count what a run with these parts will need.
+
+    Args:
+        run: The run.
+        model: The language model; None where activations come from a cache.
+        saes: SAEs by name.
+        sites: Sites by the SAEs' names.
+        loader: What is trained on.
+        steps: Optimizer steps.
+
+    Returns:
+        The plan.
+    """
+    args, device = run.args, run.device
     window = max((sae.config.context_length or 1 for sae in saes.values()), default=1)
     pass_tokens = args.lm_batch_size * window if model is not None else args.per_device_train_batch_size
     state = _state_bytes(saes)
     here = all(sae.device == device for sae in saes.values())
     kept = {} if here else {"SAE weights": state["weights"]}
     kept |= {"gradients": state["gradients"], "optimizer": state["optimizer"], "counters": state["counters"]}
-    kept["activation buffers"] = _buffer_bytes(model, saes, sites, feed, args, steps)
+    kept["activation buffers"] = _buffer_bytes(model, saes, sites, loader, args, steps)
     kept["libraries' buffers"] = LIBRARIES.get(device.type, 0)
     passing = {"a step": max(_step_bytes(sae, args, device) for sae in saes.values())}
     passing["measuring"] = max(_measuring_bytes(model, sae, args, pass_tokens, device) for sae in saes.values())
@@ -137,15 +158,15 @@ def make_plan(
     return Plan(
         device=str(device),
         steps=steps,
-        tokens_per_step=args.tokens_per_step(accelerator.num_processes),
+        tokens_per_step=run.tokens_per_step,
         before=_held(device),
         kept=kept,
         passing=passing,
         capacity=_capacity(device),
-        sharers=accelerator.num_processes if device.type == "cpu" else 1,
+        sharers=run.num_processes if device.type == "cpu" else 1,
         checkpoint=checkpoint,
         disk_needed=result + checkpoint * _checkpoints_at_once(args, steps),
-        disk_free=_free_disk(Path(args.output_dir)),
+        disk_free=_free_disk(run.output_dir),
     )
 
 
@@ -166,14 +187,14 @@ def _buffer_bytes(
     model: PreTrainedModel | None,
     saes: Mapping[str, MatryoshkaSAE],
     sites: Mapping[str, Site],
-    feed: Feed,
+    loader: ActivationLoader,
     args: SAETrainingArguments,
     steps: int,
 ) -> int:
     """Blocks of activations: the one that is used and the one that is made, and the order of their tokens."""
     widths = {sites[name]: sae.config.hidden_size for name, sae in saes.items()}
-    if isinstance(feed, CacheFeed):
-        shards = CachedActivations(feed.directory, batch_size=1).index["shards"]
+    if isinstance(loader, CacheLoader):
+        shards = loader.cache.index["shards"]
         tokens = args.eval_tokens + args.calibration_tokens + max(shard["num_tokens"] for shard in shards)
         return tokens * (sum(widths.values()) * FLOAT + DOUBLE)
     if model is None:
@@ -201,8 +222,10 @@ def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.de
 def _measuring_bytes(
     model: PreTrainedModel | None, sae: MatryoshkaSAE, args: SAETrainingArguments, tokens: int, device: torch.device
 ) -> int:
-    """Latents of as many tokens as are measured at once, which threshold and selection copy; every level's
-    reconstruction of a pass's tokens; several sets of logits.
+    """What measuring takes.
+
+    Latents of as many tokens as are measured at once, which threshold and selection copy; every level's reconstruction
+    of a pass's tokens; several sets of logits.
     """
     config = sae.config
     at_once = min(tokens, tokens_at_once(MEASURED_COPIES * config.num_latents, device))
@@ -270,23 +293,35 @@ def _free_disk(output_dir: Path) -> int:
 
 @dataclass(frozen=True)
 class Probe:
-    """Tokens per second, of all processes together, of the language model's pass (None where there is none) and of the
-    SAEs' steps."""
+    """Tokens per second, of all processes together.
+
+    Attributes:
+        language_model: Of the language model's pass; None where there is none.
+        steps: Of the SAEs' steps.
+    """
 
     language_model: float | None
     steps: float
 
     @property
     def tokens_per_second(self) -> float:
+        """Of the run, in which the one follows the other."""
         return 1 / (1 / self.steps + (1 / self.language_model if self.language_model else 0))
 
 
-def probe(
-    learners: Sequence[Learner], held_out: HeldOut, args: SAETrainingArguments, accelerator: Accelerator
-) -> Probe:
-    """Time a few passes and steps, on held-out activations; the learners are of no use afterwards."""
+def probe(run: Run, learners: Sequence[Learner], held_out: HeldOut) -> Probe:
+    """Time a few passes and steps, on held-out activations.
+
+    Args:
+        run: The run.
+        learners: They are of no use afterwards.
+        held_out: Where activations come from.
+
+    Returns:
+        The rates.
+    """
     passes, seconds = [], []
-    rows, batch, device = 0, args.tokens_per_process, accelerator.device
+    rows, batch, device = 0, run.args.tokens_per_process, run.device
     began = time.perf_counter()
     for activations in held_out.calibration():
         _wait(device)
@@ -309,8 +344,7 @@ def probe(
             learner.step(x, step)
         _wait(device)
         step_seconds.append(time.perf_counter() - began)
-    together = accelerator.num_processes
-    return Probe(rate * together, batch * together * PROBE_STEPS / sum(step_seconds[1:]))
+    return Probe(rate * run.num_processes, run.tokens_per_step * PROBE_STEPS / sum(step_seconds[1:]))
 
 
 def _filled(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:

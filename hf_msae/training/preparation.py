@@ -1,6 +1,6 @@
-"""The SAEs of a run before its first step: their names, their sites, and the weights that they begin with.
+"""A run before its first step: its SAEs' names, sites and first weights, and the data that they get.
 
-All that can be wrong with them comes out here, before long work.
+All that can be wrong with the arguments comes out here, before long work.
 
 A run may begin with the weights of an SAE that exists: to fine-tune it, or to give it another width. What the weights
 compute is kept. Decoder rows are brought to norm 1, as the optimizer wants them, and the encoder's rows take the
@@ -13,15 +13,27 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.data import CachedActivations, as_documents
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, origin_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
+from hf_msae.training.loaders import (
+    ActivationLoader,
+    CacheLoader,
+    TextLoader,
+    TextSource,
+    is_tensor_parallel,
+    window_length,
+)
+from hf_msae.training.run import Run
 from hf_msae.worlds.stories import STORIES
 
 logger = logging.getLogger(__name__)
@@ -33,7 +45,17 @@ MIN_NORM = 1e-8
 
 
 def named_saes(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, MatryoshkaSAE]) -> dict[str, MatryoshkaSAE]:
-    """SAEs by name; a name says site, width and k, which is what a grid varies."""
+    """Name the SAEs by what a grid varies: site, width and k.
+
+    Args:
+        sae: One SAE, several, or a mapping from names, which stay.
+
+    Returns:
+        SAEs by name.
+
+    Raises:
+        InputError: Where there is none, or where two would get one name.
+    """
     if isinstance(sae, Mapping):
         return dict(sae)
     saes = [sae] if isinstance(sae, MatryoshkaSAE) else list(sae)
@@ -52,7 +74,19 @@ def named_saes(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, Matry
 
 
 def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSAE]) -> dict[str, Site]:
-    """Each SAE's site, checked against the model's width there and written into its configuration."""
+    """Find each SAE's site in the model, and write it into the SAE's configuration.
+
+    Args:
+        model: The language model; None where activations come from a cache.
+        saes: SAEs by name.
+
+    Returns:
+        Sites by the SAEs' names.
+
+    Raises:
+        InputError: Where an SAE has no site, or another width than the model has there.
+        SiteError: Where the model has no such site.
+    """
     sites = {}
     for name, sae in saes.items():
         if sae.config.site is None:
@@ -103,14 +137,108 @@ def from_anywhere(name: str | None) -> str | None:
     return os.path.abspath(name) if is_folder and name else name
 
 
+def open_data(
+    run: Run,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Sequence[Site],
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> tuple[HeldOut, ActivationLoader]:
+    """Open what the run trains and measures on; the windows' form is written into the SAEs' configurations.
+
+    Args:
+        run: The run.
+        model: The language model; None where all activations come from a cache.
+        tokenizer: Its tokenizer.
+        saes: SAEs by name.
+        sites: Where activations are taken.
+        train_dataset: As [`SAETrainer`] takes it.
+        eval_dataset: As [`SAETrainer`] takes it; None to hold out some of what is trained on.
+
+    Returns:
+        What is held out, and this process's training data.
+
+    Raises:
+        DatasetError: For data that cannot be used.
+        InputError: Where the language model is missing, or does not fit the arguments.
+    """
+    held_out: HeldOut | None = None
+    source: TextSource | None = None
+    if model is not None and tokenizer is not None:
+        together = is_tensor_parallel(model, run.num_processes)
+        source = TextSource(model, tokenizer, sites, window_length(model, run.args), together)
+        if eval_dataset is not None:
+            held_out = HeldOutText(source, as_documents(eval_dataset), run.args)
+    if isinstance(train_dataset, CachedActivations):
+        if held_out is not None:
+            return held_out, CacheLoader(run, train_dataset, sites, skip_rows=0)
+        first_rows = HeldOutCache(train_dataset, run.args)
+        return first_rows, CacheLoader(run, train_dataset, sites, first_rows.num_rows)
+    if source is None:
+        raise InputError("Training on text needs the language model and its tokenizer (processing_class).")
+    documents = as_documents(train_dataset)
+    if held_out is None:
+        held_out = HeldOutText(source, documents, run.args)
+        documents = documents.without(held_out.split)
+    for sae in saes.values():
+        sae.config.context_length = source.context_length
+        sae.config.prepend_bos = source.tokenizer.bos_token_id is not None
+    return held_out, TextLoader(run, source, documents)
+
+
+def set_norm_limits(
+    run: Run,
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    loader: ActivationLoader,
+    held_out: HeldOut,
+    resumed: Mapping[str, MatryoshkaSAEConfig],
+) -> None:
+    """Say which activations are outliers (attention sinks), to the loader and in every SAE's configuration.
+
+    A run that goes on keeps the limits that it began with, and a cache those by which it was written. Else they are
+    found on held-out text, as the main process finds them.
+
+    Args:
+        run: The run.
+        saes: SAEs by name.
+        sites: Sites by the SAEs' names.
+        loader: What is trained on.
+        held_out: What limits are found on.
+        resumed: The configurations in the checkpoint that the run goes on from, by the SAEs' names.
+    """
+    limits: dict[Site, float | None] | None
+    if resumed:
+        limits = {sites[name]: config.norm_limit for name, config in resumed.items()}
+    else:
+        limits = loader.recorded_norm_limits()
+    if limits is None:
+        if not isinstance(held_out, HeldOutText):
+            raise TypeError(f"No limits are recorded, and none can be found on {type(held_out).__name__}.")
+        # All processes look, for they may run one language model together. What they find differs by rounding.
+        limits = run.broadcast(held_out.find_norm_limits())
+    loader.norm_limits = limits
+    for name, sae in saes.items():
+        sae.config.norm_limit = limits.get(sites[name])
+
+
 class WarmStartError(InputError):
     """An SAE that cannot be the beginning of the one asked for."""
 
 
 def read_initial_config(source: str) -> MatryoshkaSAEConfig:
-    """The configuration of a folder or a Hub repo, of any library's format that can be read.
+    """Read the configuration of the SAE that a run is to begin with.
 
-    Raises `WarmStartError` where there is none.
+    Args:
+        source: A folder or a Hub repo, of any library's format that can be read.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        WarmStartError: Where there is none.
     """
     return _read(source).config
 
@@ -121,11 +249,18 @@ def wider_prefix_sizes(config: MatryoshkaSAEConfig, num_latents: int) -> list[in
 
 
 def warm_start(sae: MatryoshkaSAE, source: str, seed: int) -> None:
-    """Give `sae` the weights and thresholds of the SAE in `source`; the directions of new latents are fixed by `seed`.
+    """Give an SAE the weights and thresholds of one that exists.
 
-    Raises `WarmStartError` where the two do not agree on `hidden_size`, site, activation or what is subtracted before
-    encoding, or where levels would be lost. Another base model is only warned about, because an SAE of a base model
-    may well be fine-tuned on its chat model.
+    Another base model is only warned about, because an SAE of a base model may well be fine-tuned on its chat model.
+
+    Args:
+        sae: The SAE, which is changed.
+        source: A folder or a Hub repo.
+        seed: Fixes the directions of new latents.
+
+    Raises:
+        WarmStartError: Where the two do not agree on `hidden_size`, site, activation or what is subtracted before
+            encoding, or where levels would be lost.
     """
     initial = _read(source)
     _check(sae.config, initial.config, source)
@@ -185,8 +320,8 @@ def _grown(state: dict[str, Tensor], num_latents: int, seed: int) -> dict[str, T
     state["W_dec"][aimless] = directions[:own][aimless]
     fresh = directions[own:]
     # A latent's threshold is that of its dictionary, or, where each has its own, what is usual there.
-    usual = state["threshold"].median().expand(len(fresh))
+    typical = state["threshold"].median().expand(len(fresh))
     zeros = torch.zeros(len(fresh))
-    new = {"W_dec": fresh, "W_enc": NEW_ENCODER_SCALE * fresh, "b_enc": zeros, "threshold": usual}
+    new = {"W_dec": fresh, "W_enc": NEW_ENCODER_SCALE * fresh, "b_enc": zeros, "threshold": typical}
     new |= {"max_activation": zeros, "firing_rate": zeros}
     return {name: torch.cat([tensor, new[name]]) if name in new else tensor for name, tensor in state.items()}

@@ -10,22 +10,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from accelerate import Accelerator
+from typing import Any
 
 from hf_msae.data import differences
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, find_checkpoint, read_state
-from hf_msae.training.loaders import Feed
-from hf_msae.training.run import on_main
-from hf_msae.training.schedules import Length
+from hf_msae.training.loaders import ActivationLoader
+from hf_msae.training.optimization import Length
+from hf_msae.training.run import Run
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 # Arguments that may differ between a checkpoint's run and the run that resumes it: none of them changes a weight, or
 # what they change is taken care of here.
@@ -64,18 +60,33 @@ FOUND_OUT = frozenset({"measured", "norm_limit"})
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was checked, and the trainer's state in it."""
+    """A checkpoint that was checked.
+
+    Attributes:
+        path: Its folder.
+        state: The trainer's state in it.
+    """
 
     path: Path
     state: dict[str, Any]
 
 
-def choose_checkpoint(name: str, output_dir: Path, accelerator: Accelerator) -> Checkpoint:
+def choose_checkpoint(run: Run) -> Checkpoint | None:
     """The checkpoint that `resume_from_checkpoint` names; read and checked by the main process alone.
 
-    Raises `CheckpointError` where there is none that is undamaged.
+    Args:
+        run: The run.
+
+    Returns:
+        The checkpoint; None where the run begins anew.
+
+    Raises:
+        CheckpointError: Where there is none that is undamaged.
     """
-    path = on_main(accelerator, lambda: find_checkpoint(name, output_dir, check_state))
+    name = run.args.resume_from_checkpoint
+    if not name:
+        return None
+    path = run.on_main(lambda: find_checkpoint(name, run.output_dir, check_state))
     return Checkpoint(path, read_state(path))
 
 
@@ -93,7 +104,14 @@ STATE_FORM = {
 
 
 def check_state(state: Any) -> None:
-    """Raises `ValueError`, in words that go on from the file's name, for what is no trainer's state."""
+    """Check that a state is of the form that a trainer writes.
+
+    Args:
+        state: What was read.
+
+    Raises:
+        ValueError: For what is none, in words that go on from the file's name.
+    """
     require_form(state, STATE_FORM)
     for pair in state["extensions"]:
         require_form(pair, [0], "extensions")
@@ -110,8 +128,15 @@ def check_state(state: Any) -> None:
 
 
 def require_form(value: Any, example: Any, name: str = "it") -> None:
-    """Raises `ValueError` where a value is not of the example's form: dicts with (at least) its keys, lists of items
-    like its first. None stands for anything, and so does an empty list for its items.
+    """Check that a value is of an example's form: dicts with (at least) its keys, lists of items like its first.
+
+    Args:
+        value: The value.
+        example: None in it stands for anything, and so does an empty list for its items.
+        name: What the value is called in the error.
+
+    Raises:
+        ValueError: Where it is not.
     """
     if example is None:
         return
@@ -127,26 +152,27 @@ def require_form(value: Any, example: Any, name: str = "it") -> None:
             require_form(item, example[0] if example else None, name)
 
 
-def check_same_run(
-    checkpoint: Checkpoint,
-    args: SAETrainingArguments,
-    configs: Mapping[Path, MatryoshkaSAEConfig],
-    tokens_per_step: int,
-) -> None:
-    """Raises `CheckpointError` where the run of a checkpoint was another one.
+def check_same_run(checkpoint: Checkpoint, run: Run, configs: Mapping[Path, MatryoshkaSAEConfig]) -> None:
+    """Refuse a checkpoint of another run.
 
-    `configs` are the SAEs of this run by the folders in which the checkpoint has them.
+    Args:
+        checkpoint: The checkpoint.
+        run: This run.
+        configs: The SAEs of this run by the folders in which the checkpoint has them.
+
+    Raises:
+        CheckpointError: With all that is not as it was.
     """
-    now = args.to_dict()
+    now = run.args.to_dict()
     changed = [
         f"{name}: {value!r} then, {now.get(name)!r} now"
         for name, value in checkpoint.state["arguments"].items()
         if name not in FREE_ARGUMENTS and value != now.get(name)
     ]
     then = checkpoint.state["tokens_per_step"]
-    if then != tokens_per_step:
+    if then != run.tokens_per_step:
         changed.append(
-            f"tokens in a step, of all processes together: {then:,} then, {tokens_per_step:,} now; set "
+            f"tokens in a step, of all processes together: {then:,} then, {run.tokens_per_step:,} now; set "
             "per_device_train_batch_size accordingly"
         )
     for folder, config in configs.items():
@@ -168,9 +194,19 @@ def check_same_run(
 def check_same_data(
     checkpoint: Checkpoint, train: Mapping[str, Any], evaluation: Mapping[str, Any] | None, allow_other: bool
 ) -> bool:
-    """Whether the training data, of this fingerprint, is what the checkpoint's run read, so that it goes on there.
+    """Compare the data of this run with that of the checkpoint's.
 
-    Other data is refused with a `CheckpointError`, or, where it is allowed, read from its beginning.
+    Args:
+        checkpoint: The checkpoint.
+        train: The fingerprint of what is trained on.
+        evaluation: The fingerprint of what is measured on; None where it is held out of the training data.
+        allow_other: Whether other data is allowed, which is then read from its beginning.
+
+    Returns:
+        Whether the training data is what the checkpoint's run read, so that it goes on there.
+
+    Raises:
+        CheckpointError: For other data that is not allowed.
     """
     then = checkpoint.state.get("data")
     if then is None:
@@ -200,9 +236,18 @@ def check_same_data(
 
 
 def resumed_length(state: Mapping[str, Any], args: SAETrainingArguments, count: Callable[[], int]) -> Length:
-    """The length of a resumed run: as before, or, where max_steps or max_tokens are others now, `count()` steps.
+    """The length of a resumed run: as before, or, where `max_steps` or `max_tokens` are others now, counted anew.
 
-    Raises `CheckpointError` where the checkpoint is past the new end.
+    Args:
+        state: The trainer's state in the checkpoint.
+        args: The arguments of this run.
+        count: Counts its steps.
+
+    Returns:
+        The length.
+
+    Raises:
+        CheckpointError: Where the checkpoint is past the new end.
     """
     length = Length(state["first_max_steps"], tuple((begin, steps) for begin, steps in state["extensions"]))
     then = state["arguments"]
@@ -229,53 +274,65 @@ def resumed_length(state: Mapping[str, Any], args: SAETrainingArguments, count: 
 # Another number of processes
 
 
-def load_feed(feed: Feed, states: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> None:
-    """Have this process's feed go on where those of all processes stopped, whether they were as many or not."""
-    rank, world_size = (0, 1) if feed.sliced else (accelerator.process_index, accelerator.num_processes)
-    for state in states:  # each is of the form of a fresh one
-        require_form(state, feed.state_dict(), "a place in the data")
-    if len(states) == world_size:
-        feed.load_state_dict(states[rank])
-        return
-    state, words = deal_anew(states, rank, world_size)
-    feed.load_state_dict(state)
-    if accelerator.is_main_process:
-        logger.warning("%d processes go on with the work of %d. %s", accelerator.num_processes, len(states), words)
+def resume_loader(loader: ActivationLoader, states: Sequence[Mapping[str, Any]]) -> None:
+    """Have this process's loader go on where those of all processes stopped, whether they were as many or not.
 
-
-def deal_anew(feeds: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> tuple[dict[str, Any], str]:
-    """The state of one of `world_size` feeds that go on where another number of feeds of documents stopped, and, in
-    words, which tokens are read twice or not at all.
-
-    Documents are dealt anew from the first one that any process had not used up, so no document is left out.
+    Args:
+        loader: The loader.
+        states: What `state_dict` of all processes' loaders gave; of one, where all were at the same place.
     """
-    slowest = min(feeds, key=lambda feed: (feed["epoch"], _documents(feed)["next"]))
+    rank, num_processes = (0, 1) if loader.sliced else (loader.rank, loader.num_processes)
+    for state in states:  # each is of the form of a fresh one
+        require_form(state, loader.state_dict(), "a place in the data")
+    if len(states) == num_processes:
+        loader.load_state_dict(states[rank])
+        return
+    state, words = redistribute(states, rank, num_processes)
+    loader.load_state_dict(state)
+    if loader.rank == 0:
+        logger.warning("%d processes go on with the work of %d. %s", loader.num_processes, len(states), words)
+
+
+def redistribute(states: Sequence[Mapping[str, Any]], rank: int, num_processes: int) -> tuple[dict[str, Any], str]:
+    """Share documents out among another number of processes than those that stopped.
+
+    They are dealt anew from the first one that any process had not used up, so no document is left out.
+
+    Args:
+        states: Of the loaders that stopped.
+        rank: A process that goes on.
+        num_processes: How many go on.
+
+    Returns:
+        The state of that process's loader, and, in words, which tokens are read twice or not at all.
+    """
+    slowest = min(states, key=lambda state: (state["epoch"], _documents(state)["next"]))
     state = copy.deepcopy(dict(slowest))
     batches = state["batches"]
     batches["settings"]["shard"] = rank
-    batches["block"] = 1 + max(feed["batches"]["block"] for feed in feeds)
+    batches["block"] = 1 + max(other["batches"]["block"] for other in states)
     batches["position"] = 0
-    batches["num_tokens"] = sum(feed["batches"]["num_tokens"] for feed in feeds) // world_size
-    batches["num_filtered"] = sum(feed["batches"]["num_filtered"] for feed in feeds) // world_size
+    batches["num_tokens"] = sum(other["batches"]["num_tokens"] for other in states) // num_processes
+    batches["num_filtered"] = sum(other["batches"]["num_filtered"] for other in states) // num_processes
     windows = batches["windows"]
     windows["given"] = 0
     windows["batch"] |= {"carry": [], "num_windows": 0, "num_documents": 0, "num_truncated": 0}
-    windows["batch"]["documents"] |= {"rank": rank, "world_size": world_size}
-    return state, _describe(feeds, _documents(slowest)["next"], slowest["epoch"])
+    windows["batch"]["documents"] |= {"rank": rank, "world_size": num_processes}
+    return state, _describe(states, _documents(slowest)["next"], slowest["epoch"])
 
 
-def _documents(feed: Mapping[str, Any]) -> dict[str, Any]:
-    return feed["batches"]["windows"]["batch"]["documents"]
+def _documents(state: Mapping[str, Any]) -> dict[str, Any]:
+    return state["batches"]["windows"]["batch"]["documents"]
 
 
-def _describe(feeds: Sequence[Mapping[str, Any]], first: int, epoch: int) -> str:
+def _describe(states: Sequence[Mapping[str, Any]], first: int, epoch: int) -> str:
     """What was used of the documents from `first` on, and what of those before was not."""
     parts = []
-    for rank, feed in enumerate(feeds):
-        batches, windows = feed["batches"], feed["batches"]["windows"]
-        ahead = f" of pass {feed['epoch'] + 1}" if feed["epoch"] != epoch else ""
-        numbers = f"number % {len(feeds)} == {rank}"
-        twice = f"documents {first:,} to {_documents(feed)['next']:,}{ahead} (exclusive; {numbers})"
+    for rank, state in enumerate(states):
+        batches, windows = state["batches"], state["batches"]["windows"]
+        ahead = f" of pass {state['epoch'] + 1}" if state["epoch"] != epoch else ""
+        numbers = f"number % {len(states)} == {rank}"
+        twice = f"documents {first:,} to {_documents(state)['next']:,}{ahead} (exclusive; {numbers})"
         twice += f", {windows['given']:,} windows and {batches['position']:,} tokens after them"
         parts.append(
             f"process {rank} had used {twice}, and leaves out {len(windows['batch']['carry']):,} tokens before"

@@ -9,13 +9,20 @@ which all hold. Whether a run is cut into parts can be seen neither in its numbe
 Every process sees all activations of a step. Per step and process, with N tokens, d = hidden_size and G levels, N·d
 numbers are brought together and N·G·d summed, while processes that share the batch sum 2·num_latents·d: parts pay
 where num_latents exceeds N·(G + 1) / 2, or where nothing else fits.
+
+The first process writes the rows of all as they arrive, so none ever holds the whole; and the files are the same
+whatever the number of processes, so a run goes on with another. (safetensors' own `save_file` wants all of a file in
+memory. The format is a length, a header in JSON, and the numbers.)
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_msae.errors import InputError
@@ -23,13 +30,20 @@ from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.dense_ops import decode_levels
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup, among_largest
 from hf_msae.modeling.sparse_encoder import ActiveLatents
-from hf_msae.training.latent_files import read_latent_file, write_latent_file
+from hf_msae.training.collectives import row_pieces
 
 # What has a row for each latent; the decoder bias is the only other tensor of an SAE.
 ROWS = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
 WEIGHTS_NAME = "model.safetensors"
 # Numbers of initial weights that exist at once where only some rows are wanted.
 DRAWN_AT_ONCE = 1 << 26
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 
 
 class ShardedSAE(MatryoshkaSAE):
@@ -39,11 +53,16 @@ class ShardedSAE(MatryoshkaSAE):
     Every method that gives such must be called by all processes at the same time, with the same activations.
 
     Args:
-        config: of the whole.
-        ranks: the processes that hold the parts.
-        device: where this part lies.
+        config: Of the whole.
+        ranks: The processes that hold the parts.
+        device: Where this part lies.
 
-    Raises `ValueError` where there are more processes than latents.
+    Attributes:
+        first_latent: The first latent of this process.
+        last_latent: The one after its last.
+
+    Raises:
+        InputError: Where there are more processes than latents.
     """
 
     def __init__(self, config: MatryoshkaSAEConfig, ranks: ProcessGroup, device: torch.device) -> None:
@@ -70,13 +89,24 @@ class ShardedSAE(MatryoshkaSAE):
         return slice(self.first_latent, self.last_latent)
 
     def take_rows(self, whole: MatryoshkaSAE) -> None:
-        """Take these latents' weights from an SAE that has them all."""
+        """Take these latents' weights from an SAE that has them all.
+
+        Args:
+            whole: The SAE.
+        """
         self.load_state_dict(
             {name: tensor[self.rows] if name in ROWS else tensor for name, tensor in whole.state_dict().items()}
         )
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """What each process has for its latents, (n,), for all: (num_latents,)."""
+        """Bring together what each process has for its latents.
+
+        Args:
+            rows: A number for each latent of this process, (n,).
+
+        Returns:
+            A number for each latent, (num_latents,).
+        """
         sizes = [
             (rank + 1) * self.config.num_latents // self.ranks.size - rank * self.config.num_latents // self.ranks.size
             for rank in range(self.ranks.size)
@@ -89,8 +119,9 @@ class ShardedSAE(MatryoshkaSAE):
     # Training
 
     def _subtracted_bias(self) -> Tensor | None:
-        """The decoder bias as the encoder's input sees it: in each process a leaf of its own, whose gradient is that
-        of its own latents.
+        """The decoder bias as the encoder's input sees it.
+
+        In each process that is a leaf of its own, whose gradient is that of its own latents.
         """
         bias = super()._subtracted_bias()
         if bias is None or not torch.is_grad_enabled():
@@ -119,7 +150,18 @@ class ShardedSAE(MatryoshkaSAE):
 
     @torch.no_grad()
     def encode(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
-        """Latent activations (..., last_latent - first_latent) in evaluation mode."""
+        """Encode with this process's latents, in evaluation mode.
+
+        Args:
+            hidden_states: Activations of all processes, (..., hidden_size).
+            prefix: Must be None.
+
+        Returns:
+            Latent activations, (..., last_latent - first_latent).
+
+        Raises:
+            ValueError: In training mode, or with a prefix.
+        """
         if self.training or prefix is not None:
             raise InputError("A ShardedSAE encodes in evaluation mode and all of its latents: call eval(), no prefix.")
         if self.config.inference == "threshold":
@@ -130,7 +172,14 @@ class ShardedSAE(MatryoshkaSAE):
 
     @torch.no_grad()
     def decode_levels(self, latents: Tensor) -> Tensor:
-        """Reconstructions by every prefix, (num_levels, ..., hidden_size), from these latents and the others'."""
+        """Reconstruct by every prefix, from these latents and those of the other processes.
+
+        Args:
+            latents: This process's latent activations, (..., last_latent - first_latent).
+
+        Returns:
+            Reconstructions, (num_levels, ..., hidden_size).
+        """
         width = self.last_latent - self.first_latent
         flat = latents.reshape(-1, width)
         sizes = [min(max(size - self.first_latent, 0), width) for size in self.config.prefix_sizes]
@@ -140,8 +189,10 @@ class ShardedSAE(MatryoshkaSAE):
     # Files
 
     def write(self, folder: Path | None) -> None:
-        """Write what `save_pretrained` of the whole would: on the first process with a folder, on the others, at the
-        same time, with None.
+        """Write what `save_pretrained` of the whole would; all processes call this at the same time.
+
+        Args:
+            folder: Where to; None on all processes but the first.
         """
         if folder is not None:
             with torch.device("meta"):
@@ -153,7 +204,11 @@ class ShardedSAE(MatryoshkaSAE):
         write_latent_file(path, rows, {"b_dec": self.b_dec}, self.config.num_latents, self.ranks)
 
     def read(self, folder: Path) -> None:
-        """Take these latents' rows from a folder that `write` or `save_pretrained` made."""
+        """Take these latents' rows from a folder.
+
+        Args:
+            folder: One that `write` or `save_pretrained` made.
+        """
         state = read_latent_file(folder / WEIGHTS_NAME, self.first_latent, self.last_latent, self.config.num_latents)
         self.load_state_dict(state)
 
@@ -163,11 +218,20 @@ class ShardedSAE(MatryoshkaSAE):
 
 
 def initial_decoder_rows(num_latents: int, hidden_size: int, seed: int, rows: slice) -> Tensor:
-    """Random rows (n, hidden_size) of norm 1 for some of the latents: the same for a latent, whoever asks.
+    """Draw random rows of norm 1 for some of the latents: the same for a latent, whoever asks.
 
     They are drawn on the CPU, so that a seed means the same on every device and in every process, and those of other
     latents are drawn and dropped, some at a time. (torch draws normal numbers in sixteens, so that blocks of sixteen
     rows give what one draw gives.)
+
+    Args:
+        num_latents: Latents of the whole.
+        hidden_size: Width of a row.
+        seed: Fixes all rows.
+        rows: Which of them are wanted.
+
+    Returns:
+        Rows, (n, hidden_size).
     """
     generator = torch.Generator().manual_seed(seed)
     size = 16 * max(1, DRAWN_AT_ONCE // (16 * hidden_size))
@@ -178,3 +242,91 @@ def initial_decoder_rows(num_latents: int, hidden_size: int, seed: int, rows: sl
         block = torch.randn(end - begin, hidden_size, generator=generator)
         kept.append(block[max(0, rows.start - begin) : max(0, rows.stop - begin)])
     return nn.functional.normalize(torch.cat(kept), dim=-1)
+
+
+# Files whose tensors have a row for each latent
+
+
+def write_latent_file(
+    path: Path | None, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor], num_latents: int, ranks: ProcessGroup
+) -> None:
+    """Write a safetensors file; every process calls this at the same time, the first with a path.
+
+    Args:
+        path: The file; None sends this process's rows only.
+        rows: This process's rows of tensors (num_latents, ...).
+        shared: Tensors that every process has; those of the first are written.
+        num_latents: Rows of all processes together.
+        ranks: The processes, which hold the rows in their order.
+
+    Raises:
+        OSError: The first one of writing, once all that the other processes send was taken.
+    """
+    failure: OSError | None = None
+    with _opened(path) as file:
+        if file is not None:
+            shapes = {name: (tensor.dtype, [num_latents, *tensor.shape[1:]]) for name, tensor in rows.items()}
+            shapes |= {name: (tensor.dtype, list(tensor.shape)) for name, tensor in shared.items()}
+            file.write(_header(shapes))
+        for tensor in rows.values():
+            for piece in row_pieces(tensor.detach(), ranks):
+                failure = failure or _write(file, piece)
+        for tensor in shared.values():
+            failure = failure or _write(file, tensor.detach())
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[IO[bytes] | None]:
+    if path is None:
+        yield None
+    else:
+        with path.open("wb") as file:
+            yield file
+
+
+def _header(shapes: Mapping[str, tuple[torch.dtype, list[int]]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, (dtype, shape) in shapes.items():
+        end = begin + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: IO[bytes] | None, tensor: Tensor) -> OSError | None:
+    """Write a tensor's numbers; the error, if that fails, because others are still sending."""
+    if file is None:
+        return None
+    try:
+        file.write(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    except OSError as error:
+        return error
+    return None
+
+
+def read_latent_file(path: Path, first: int, stop: int, num_latents: int) -> dict[str, Tensor]:
+    """Read some latents' rows of a safetensors file.
+
+    Args:
+        path: The file.
+        first: The first latent.
+        stop: The one after the last.
+        num_latents: Rows of the tensors that have one for each latent.
+
+    Returns:
+        Tensors by name: these rows of those with a row for each latent, all of others.
+    """
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            part = file.get_slice(name)
+            # b_dec alone has no row for each latent, and may be as long as there are latents.
+            has_rows = name != "b_dec" and part.get_shape()[:1] == [num_latents]
+            # A copy, because a part of a mapped file begins anywhere, on which the last bits of products depend.
+            tensors[name] = (part[first:stop] if has_rows else part[:]).clone()
+    return tensors

@@ -11,38 +11,35 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, tqdm
+from accelerate.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from hf_msae.data import ActivationError, CachedActivations, DatasetError, fingerprint
+from hf_msae.data import ActivationError, DatasetError, fingerprint
 from hf_msae.errors import HfMsaeError
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
-from hf_msae.training.checkpoints import CheckpointError, explain_full_disk, list_checkpoints
-from hf_msae.training.held_out import Examiner
+from hf_msae.training.checkpoints import CheckpointError, list_checkpoints
+from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner, make_learners
-from hf_msae.training.loaders import count_steps, open_data, set_norm_limits
-from hf_msae.training.outputs import Pusher, RunLog, Saver, check_output_dir, prepare_output_dir, write_results
+from hf_msae.training.optimization import Length
+from hf_msae.training.outputs import Pusher, RunLog, Saver, check_output_dir, prepare_output_dir
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
-from hf_msae.training.preparation import named_saes, resolve_sites, warm_start
+from hf_msae.training.preparation import named_saes, open_data, resolve_sites, set_norm_limits, warm_start
 from hf_msae.training.resuming import (
     Checkpoint,
     check_same_data,
     check_same_run,
     choose_checkpoint,
-    load_feed,
+    resume_loader,
     resumed_length,
 )
-from hf_msae.training.run import InterruptFlag, TrainingInterrupted, as_launched, check_trackers, on_main
-from hf_msae.training.schedules import Length
+from hf_msae.training.run import InterruptFlag, Run, TrainingInterrupted
 
 # How many of the documents that could not be read are named in metrics.json.
 MAX_SKIPPED_NAMED = 1000
@@ -60,21 +57,29 @@ class SAETrainer:
     """Trains one or several SAEs on a language model's activations.
 
     Args:
-        model: the language model; may be None when training from an activation cache. Put into eval mode, never
+        model: The language model; may be None when training from an activation cache. Put into eval mode, never
             changed.
-        sae: the SAE to train, or several (a list, or a mapping from names), each with `config.site` set. All are
+        sae: The SAE to train, or several (a list, or a mapping from names), each with `config.site` set. All are
             trained from one pass of the model. Weights are initialised anew, or from `args.init_from`.
-        args: how to train.
-        train_dataset: documents (`datasets.Dataset`, `IterableDataset`, a sequence of texts or chats, `Documents`), or
+        args: How to train.
+        train_dataset: Documents (`datasets.Dataset`, `IterableDataset`, a sequence of texts or chats, `Documents`), or
             `CachedActivations`.
-        eval_dataset: documents to measure on; by default some of `train_dataset`, by a hash of each, are held out.
-        processing_class: the model's tokenizer.
+        eval_dataset: Documents to measure on; by default some of `train_dataset`, by a hash of each, are held out.
+        processing_class: The model's tokenizer.
         callbacks: `transformers.TrainerCallback`s; they see the first SAE as `model`, in `on_save`, `on_evaluate` and
             `on_train_end` as it was saved and measured, else as it is being trained.
 
-    Raises at once, before any long work: `SiteError` for a site that does not exist, `DatasetError` for data that
-    cannot be used, `ValueError` for sizes that do not fit or a tracker that is not installed, `WarmStartError` for an
-    `init_from` that does not fit; `train` raises `CheckpointError` for an output directory that holds another run.
+    Attributes:
+        run: What all parts of the run share: arguments, processes, output directory.
+        saes: The SAEs by name.
+        sites: Their sites by name.
+        state: `transformers.TrainerState`: steps, tokens (`num_input_tokens_seen`), the latest entries of the log.
+
+    Raises:
+        SiteError: At once, before any long work, for a site that does not exist.
+        DatasetError: For data that cannot be used.
+        WarmStartError: For an `init_from` that does not fit.
+        InputError: For sizes that do not fit, or a tracker that is not installed.
     """
 
     def __init__(
@@ -88,121 +93,111 @@ class SAETrainer:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.model, self.tokenizer = model, processing_class
-        check_trackers(args.report_to)
-        self.output_dir = Path(args.output_dir)
-        self.accelerator = Accelerator(
-            cpu=args.on_cpu,
-            log_with=args.report_to or None,
-            project_dir=str(self.output_dir / "trackers"),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
-        )
-        self.args = args = as_launched(args, self.accelerator)
         self.saes = named_saes(sae)
+        self.run = run = Run(args, single=len(self.saes) == 1)
         self.sites = resolve_sites(model, self.saes)
-        if args.init_from is not None:
+        if run.args.init_from is not None:
             for item in self.saes.values():
-                warm_start(item, args.init_from, args.seed)
-        held_out, self.feed, self.documents = open_data(
-            model,
-            processing_class,
-            self.saes,
-            list(dict.fromkeys(self.sites.values())),
-            args,
-            train_dataset,
-            eval_dataset,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
-        self._data: dict[str, Any] = {}
-        self.examiner = Examiner(model, held_out, args)
-        self.saver = Saver(self.output_dir, args, self.accelerator, self.examiner, single=len(self.saes) == 1)
-        self.state = TrainerState(
-            is_local_process_zero=self.accelerator.is_local_main_process,
-            is_world_process_zero=self.accelerator.is_main_process,
-        )
-        self.control = TrainerControl()
-        self.callbacks = list(callbacks)
-        self.log = RunLog(self.output_dir, self.accelerator, single=len(self.saes) == 1)
-        self.learners: list[Learner] = []
+                warm_start(item, run.args.init_from, run.args.seed)
+        sites = list(dict.fromkeys(self.sites.values()))
+        held_out, self.loader = open_data(run, model, processing_class, self.saes, sites, train_dataset, eval_dataset)
+        self.evaluator = Evaluator(model, held_out)
+        self.saver = Saver(run, self.evaluator)
+        self.log = RunLog(run)
         self.pusher: Pusher | None = None
+        self.learners: list[Learner] = []
+        self.callbacks, self.control = list(callbacks), TrainerControl()
+        self.state = TrainerState(
+            is_local_process_zero=run.accelerator.is_local_main_process, is_world_process_zero=run.is_main
+        )
+        self._eval_dataset = eval_dataset
+        self._data: dict[str, Any] = {}
         self._length = Length(0)
         self._training_seconds = 0.0
         self._first_step = 0
         self._saved_step = 0
 
-    def _count_steps(self) -> int:
-        return count_steps(self.args, self.feed, self.accelerator.num_processes)
+    @property
+    def args(self) -> SAETrainingArguments:
+        """How to train; with what `accelerate launch` asked for."""
+        return self.run.args
 
     @property
-    def _tokens_per_step(self) -> int:
-        return self.args.tokens_per_step(self.accelerator.num_processes)
-
-    def _make_learners(self) -> list[Learner]:
-        return make_learners(self.saes, self.sites, self.args, self._length, self.accelerator)
-
-    def _open_pusher(self) -> None:
-        self.pusher = Pusher(self.args)
+    def accelerator(self) -> Accelerator:
+        """The process's `accelerate.Accelerator`."""
+        return self.run.accelerator
 
     def plan(self) -> Plan:
-        """What the run needs in memory and on disk, and how long it is; nothing of it is made yet."""
-        return make_plan(
-            self.model,
-            self.saes,
-            self.sites,
-            self.feed,
-            self.args,
-            self.state.max_steps or self._count_steps(),
-            self.accelerator,
-        )
+        """What the run needs in memory and on disk, and how long it is; nothing of it is made yet.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InputError: Where there are fewer tokens than one step takes.
+        """
+        steps = self.state.max_steps or self.loader.count_steps()
+        return make_plan(self.run, self.model, self.saes, self.sites, self.loader, steps)
 
     def probe(self) -> Probe:
-        """Time a few passes and steps; the trainer can train nothing afterwards."""
-        self._length = Length(self._count_steps())
-        return probe(self._make_learners(), self.examiner.held_out, self.args, self.accelerator)
+        """Time a few passes and steps; the trainer can train nothing afterwards.
+
+        Returns:
+            Tokens per second.
+        """
+        learners = make_learners(self.run, self.saes, self.sites, Length(self.loader.count_steps()))
+        return probe(self.run, learners, self.evaluator.held_out)
 
     # The loop
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> dict[str, Measurement]:
-        """Train to the end, measure on held-out data, save everything; returns each SAE's measurement. The SAEs that
-        the trainer was given are then what was measured and saved. `resume_from_checkpoint` is as in the arguments,
-        over which it takes precedence.
+        """Train to the end, measure on held-out data, and save everything.
 
-        Raises `TrainingInterrupted` after Ctrl-C or SIGTERM, with a checkpoint saved, and `TrainingDiverged` when
-        activations or a loss are not finite.
+        The SAEs that the trainer was given are then what was measured and saved.
+
+        Args:
+            resume_from_checkpoint: As in the arguments, over which it takes precedence.
+
+        Returns:
+            Each SAE's measurement, by name.
+
+        Raises:
+            CheckpointError: For an output directory that holds another run, or a checkpoint that cannot be used.
+            TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
+            TrainingDiverged: When activations or a loss are not finite.
         """
+        run = self.run
         if resume_from_checkpoint is not None:
-            self.args = replace(self.args, resume_from_checkpoint=str(resume_from_checkpoint))
-        on_main(self.accelerator, lambda: check_output_dir(self.output_dir, self.args))
-        checkpoint = None
-        self._data = on_main(self.accelerator, self._fingerprints)
-        if self.args.resume_from_checkpoint:
-            checkpoint = choose_checkpoint(self.args.resume_from_checkpoint, self.output_dir, self.accelerator)
-            self._length = resumed_length(checkpoint.state, self.args, self._count_steps)
+            run.args = replace(run.args, resume_from_checkpoint=str(resume_from_checkpoint))
+        run.on_main(lambda: check_output_dir(run.args))
+        self._data = run.on_main(self._fingerprints)
+        checkpoint = choose_checkpoint(run)
+        if checkpoint is None:
+            self._length = Length(self.loader.count_steps())
         else:
-            self._length = Length(self._count_steps())
+            self._length = resumed_length(checkpoint.state, run.args, self.loader.count_steps)
         self.state.max_steps = self._length.max_steps
-        if self.args.push_to_hub:
-            on_main(self.accelerator, self._open_pusher)
+        if run.args.push_to_hub:
+            self.pusher = Pusher(run)
         self.plan().warn()
-        prepare_output_dir(self.output_dir, self.args, self.accelerator)
-        set_norm_limits(self.saes, self.sites, self.feed, self.examiner.held_out, self._configs(checkpoint))
-        self.learners = self._make_learners()
-        self.log.open(self.args)
+        prepare_output_dir(run)
+        set_norm_limits(run, self.saes, self.sites, self.loader, self.evaluator.held_out, self._configs_in(checkpoint))
+        self.learners = make_learners(run, self.saes, self.sites, self._length)
+        self.log.open()
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
         self._call("on_train_begin")
-        with InterruptFlag(self.accelerator) as interrupt:
-            self._run(interrupt)
+        with InterruptFlag(run) as interrupt:
+            self._train_steps(interrupt)
         return self._finish()
 
-    def _run(self, interrupt: InterruptFlag) -> None:
+    def _train_steps(self, interrupt: InterruptFlag) -> None:
         progress = tqdm(
             total=self.state.max_steps,
             initial=self.state.global_step,
             desc="Training",
             unit="step",
-            disable=self.args.disable_tqdm,
+            disable=self.run.args.disable_tqdm,
         )
         with progress:
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
@@ -222,7 +217,7 @@ class SAETrainer:
         step = self.state.global_step
         self._call("on_step_begin")
         try:
-            batch = next(self.feed)
+            batch = next(self.loader)
         except ActivationError as error:
             raise TrainingDiverged(f"{error} The run stopped before step {step}. {self._last_checkpoint()}") from error
         for learner in self.learners:
@@ -230,7 +225,7 @@ class SAETrainer:
                 learner.start(batch[learner.site])
             learner.step(batch[learner.site], step)
         self.state.global_step = step + 1
-        self.state.num_input_tokens_seen += self._tokens_per_step
+        self.state.num_input_tokens_seen += self.run.tokens_per_step
         self._call("on_step_end")
 
     def _housekeeping(self, progress: tqdm) -> None:
@@ -269,7 +264,7 @@ class SAETrainer:
 
     def _tokens_per_second(self) -> float:
         steps = self.state.global_step - self._first_step
-        return steps * self._tokens_per_step / max(self._training_seconds, 1e-9)
+        return steps * self.run.tokens_per_step / max(self._training_seconds, 1e-9)
 
     def _check_finite(self) -> None:
         for learner in self.learners:
@@ -281,7 +276,7 @@ class SAETrainer:
                 )
 
     def _last_checkpoint(self) -> str:
-        checkpoints = list_checkpoints(self.output_dir)
+        checkpoints = list_checkpoints(self.run.output_dir)
         return f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
     def _call(self, event: str, **details: Any) -> None:
@@ -298,8 +293,8 @@ class SAETrainer:
         self._save_checkpoint()
         self._hand_over_checkpoint()
         step, name = self.state.global_step, signal.Signals(signal_number).name
-        saved = f"saved {self.output_dir / f'checkpoint-{step}'}."
-        if self.accelerator.is_main_process and self._saved_step != step:
+        saved = f"saved {self.run.output_dir / f'checkpoint-{step}'}."
+        if self.run.is_main and self._saved_step != step:
             saved = f"could not save it. {self._last_checkpoint()}"
         self.log.close()
         raise TrainingInterrupted(
@@ -310,13 +305,13 @@ class SAETrainer:
 
     def _save_what_there_is(self) -> None:
         """A checkpoint of the steps taken, when data ends the run. Of several processes one alone cannot save."""
-        if self.accelerator.num_processes == 1 and self.state.global_step > self._first_step:
+        if self.run.num_processes == 1 and self.state.global_step > self._first_step:
             self._save_checkpoint()
             self._hand_over_checkpoint()
 
     def _hand_over_checkpoint(self) -> None:
         if self._saved_step == self.state.global_step:
-            self._hand_over(self.output_dir / f"checkpoint-{self._saved_step}")
+            self._hand_over(self.run.output_dir / f"checkpoint-{self._saved_step}")
 
     def _hand_over(self, folder: Path) -> None:
         """Nobody trains on: the SAEs that were given are now what a reader finds in `folder`."""
@@ -324,13 +319,10 @@ class SAETrainer:
 
     # Checkpoints
 
-    def folder(self, base: Path, name: str) -> Path:
-        """Where one SAE's files lie under a folder: in it when it is the only one, else in a folder of its name."""
-        return self.saver.folder(base, name)
-
     def _save_checkpoint(self) -> None:
-        """Save, unless this step is saved already. A full disk is no reason to end the run: older checkpoints stay,
-        and the next save may find room.
+        """Save, unless this step is saved already.
+
+        A full disk is no reason to end the run: older checkpoints stay, and the next save may find room.
         """
         if self._saved_step == self.state.global_step:
             return
@@ -339,41 +331,39 @@ class SAETrainer:
             "step": self.state.global_step,
             **self._length.to_dict(),
             "tokens": self.state.num_input_tokens_seen,
-            "tokens_per_step": self._tokens_per_step,
+            "tokens_per_step": self.run.tokens_per_step,
             "arguments": self.args.to_dict(),
             "data": self._data,
-            "feeds": self._feed_states(),
+            "feeds": self._loader_states(),
             "skipped_documents": self._skipped_documents(),
         }
-        path = self.saver.save(self.state.global_step, self.learners, state)
+        path = self.saver.save_checkpoint(self.state.global_step, self.learners, state)
         if path is not None:
             self._saved_step = self.state.global_step
             if self.pusher is not None:
                 self.pusher.push_checkpoint(path, self.state.global_step)
-        with self._as_readers_find_them():
+        with self._calibrated():
             self._call("on_save")
 
     def _fingerprints(self) -> dict[str, Any]:
         """Which data this run reads; of streams before any pass of its own."""
         measured_on = None if self._eval_dataset is None else fingerprint(self._eval_dataset)
-        cache = self._train_dataset if isinstance(self._train_dataset, CachedActivations) else None
-        return {"train": cache.fingerprint() if cache else fingerprint(self.documents), "eval": measured_on}
+        return {"train": self.loader.fingerprint(), "eval": measured_on}
 
-    def _feed_states(self) -> list[dict[str, Any]]:
-        """The places of all processes' feeds; one, where all are at the same."""
-        own = [self.feed.state_dict()]
-        return own if self.feed.sliced else gather_object(own)
+    def _loader_states(self) -> list[dict[str, Any]]:
+        """The places of all processes in the data; one, where all are at the same."""
+        own = [self.loader.state_dict()]
+        return own if self.loader.sliced else self.run.gather(own)
 
     def _skipped_documents(self) -> list[int]:
         """The numbers of the documents that no process could read."""
-        own = self.documents.unreadable if self.documents is not None else set()
-        return sorted(set(gather_object(sorted(own))))
+        return sorted(set(self.run.gather(sorted(self.loader.unreadable_documents))))
 
-    def _configs(self, checkpoint: Checkpoint | None) -> dict[str, MatryoshkaSAEConfig]:
+    def _configs_in(self, checkpoint: Checkpoint | None) -> dict[str, MatryoshkaSAEConfig]:
         """The configurations in a checkpoint of those SAEs of this run that it has, by name."""
         if checkpoint is None:
             return {}
-        folders = {name: self.folder(checkpoint.path, name) for name in self.saes}
+        folders = {name: self.run.sae_folder(checkpoint.path, name) for name in self.saes}
         return {
             name: MatryoshkaSAEConfig.from_pretrained(folder)
             for name, folder in folders.items()
@@ -382,20 +372,20 @@ class SAETrainer:
 
     def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
         path, state = checkpoint.path, checkpoint.state
-        configs = {self.folder(path, name): sae.config for name, sae in self.saes.items()}
-        check_same_run(checkpoint, self.args, configs, self._tokens_per_step)
+        check_same_run(
+            checkpoint, self.run, {self.run.sae_folder(path, name): sae.config for name, sae in self.saes.items()}
+        )
         same_data = check_same_data(checkpoint, self._data["train"], self._data["eval"], self.args.allow_other_data)
         for learner in self.learners:
-            learner.read(self.folder(path, learner.name))
+            learner.read(self.run.sae_folder(path, learner.name))
         if same_data:
             try:
-                load_feed(self.feed, state["feeds"], self.accelerator)
+                resume_loader(self.loader, state["feeds"])
             except (ValueError, TypeError, LookupError) as error:
                 raise CheckpointError(
                     f"{path} does not say where in the data the run goes on: {error}. Resume from another checkpoint."
                 ) from error
-        if same_data and self.documents is not None:
-            self.documents.unreadable.update(state["skipped_documents"])
+            self.loader.unreadable_documents.update(state["skipped_documents"])
         self.state.global_step = self._first_step = state["step"]
         self.state.num_input_tokens_seen = state["tokens"]
         self.log.rewind(state["step"])
@@ -403,18 +393,26 @@ class SAETrainer:
     # Measuring
 
     def evaluate(self) -> dict[str, Measurement]:
-        """Measure every SAE as it is now on the held-out tokens, with calibrated thresholds, and record what only
-        measuring can tell in it: per-latent firing rates and maxima, L0 and FVE per prefix. All processes must call
-        this; cross-entropies are given to the main one. Raises `RuntimeError` before training."""
+        """Measure every SAE as it is now on the held-out tokens, with calibrated thresholds.
+
+        What only measuring can tell is recorded in it: each latent's firing rate and largest activation, and L0 and
+        FVE of every prefix. All processes must call this.
+
+        Returns:
+            Each SAE's measurement, by name; cross-entropies on the main process.
+
+        Raises:
+            RuntimeError: Before training.
+        """
         if not self.learners:
             raise RuntimeError(
                 "evaluate() measures what was trained; call train() first. `hf-msae eval` measures an SAE that exists."
             )
-        with self._as_readers_find_them():
-            return {learner.name: self.examiner.measure(learner) for learner in self.learners}
+        with self._calibrated():
+            return {learner.name: self.evaluator.measure(learner) for learner in self.learners}
 
-    def _as_readers_find_them(self) -> AbstractContextManager[None]:
-        return self.examiner.calibrated(self.learners, self.state.global_step)
+    def _calibrated(self) -> AbstractContextManager[None]:
+        return self.evaluator.calibrated(self.learners, self.state.global_step)
 
     def _measure_in_passing(self) -> None:
         for name, measurement in self.evaluate().items():
@@ -422,7 +420,7 @@ class SAETrainer:
             entry = self._entry({"eval_levels": levels})
             self.log.write(name, entry)
             self._remember(name, entry)
-        with self._as_readers_find_them():
+        with self._calibrated():
             self._call("on_evaluate", metrics={})
 
     # The end
@@ -434,31 +432,19 @@ class SAETrainer:
             "training_tokens": self.state.num_input_tokens_seen,
             "tokens_per_second": round(self._tokens_per_second(), 1),
             "training_seconds": round(self._training_seconds, 1),
-            "dataset": self.feed.description,
-            "training_outliers": self.feed.num_outliers,
+            "dataset": self.loader.description,
+            "training_outliers": self.loader.num_outliers,
             "learning_rate": learner.learning_rate,
             "skipped_documents": {"count": len(skipped), "numbers": skipped[:MAX_SKIPPED_NAMED]},
-            "held_out": dict(self.examiner.held_out.facts),
+            "held_out": dict(self.evaluator.held_out.facts),
         }
 
     def _finish(self) -> dict[str, Measurement]:
         measurements = self.evaluate()
         skipped = self._skipped_documents()
-        with self.saver.one_writer(self.state.global_step, self.learners) as writer:
-            if self.accelerator.is_main_process:
-                for number, learner in enumerate(self.learners):
-                    with explain_full_disk(self.output_dir, "the result"):
-                        write_results(
-                            self.folder(self.output_dir, learner.name),
-                            partial(writer.run, 2 * number),
-                            learner.sae.config,
-                            measurements[learner.name],
-                            self.args,
-                            self._facts(learner, skipped),
-                        )
-                self.log.write_index({name: asdict(measurement) for name, measurement in measurements.items()})
-        self.accelerator.wait_for_everyone()
-        self._hand_over(self.output_dir)
+        facts = {learner.name: self._facts(learner, skipped) for learner in self.learners}
+        self.saver.save_results(self.state.global_step, self.learners, measurements, facts)
+        self._hand_over(self.run.output_dir)
         self._call("on_train_end", model=next(iter(self.saes.values())))
         self.log.close()
         if self.pusher is not None:

@@ -4,7 +4,7 @@
 
 The plan says which SAEs are trained, a whole grid in one run because starting processes takes longer than the run, on
 a cache of activations or on texts and a model. It may set constants of hf_msae's modules, such as the size of a
-message. With "rehearsal", the main process first writes to this path what `--dry-run` says, by a clock that ticks once
+message. With "dry_run", the main process first writes to this path what `--dry-run` says, by a clock that ticks once
 whenever it is read.
 """
 
@@ -68,14 +68,14 @@ def main(plan: dict[str, Any]) -> None:
         saes = {name: MatryoshkaSAE(MatryoshkaSAEConfig(**options)) for name, options in plan["saes"].items()}
     dataset = plan["texts"] if "texts" in plan else CachedActivations(plan["cache"], batch_size=1)
     trainer = SAETrainer(model, saes, args, dataset, processing_class=tokenizer)
-    if "rehearsal" in plan:
-        rehearse(trainer, Path(plan["rehearsal"]))
+    if "dry_run" in plan:
+        dry_run(trainer, Path(plan["dry_run"]))
         trainer = SAETrainer(model, saes, args, dataset, processing_class=tokenizer)
     trainer.train()
-    print(f"process {os.environ['RANK']}: {trainer.feed.epoch} passes ended", file=sys.stderr)
+    print(f"process {os.environ['RANK']}: {trainer.loader.epoch} passes ended", file=sys.stderr)
 
 
-def rehearse(trainer: Any, path: Path) -> None:
+def dry_run(trainer: Any, path: Path) -> None:
     """Write what `--dry-run` would say of the run, in numbers that do not depend on how fast the machine is."""
     from hf_msae.training import plan
     from hf_msae.training import trainer as loop

@@ -10,6 +10,7 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import DatasetError
 from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
 from hf_msae.training.checkpoints import STATE_NAME, _digest, find_checkpoint
+from hf_msae.training.learner import make_learners
 from hf_msae.training.resuming import check_state, choose_checkpoint, resumed_length
 
 OTHERS = (None, True, -1, 1.5, "text", [], [None], {}, {"a": 1})
@@ -34,7 +35,7 @@ def make(tmp_path_factory, lm, tokenizer, texts):
 
 @pytest.fixture(scope="module")
 def state(make):
-    return json.loads((make(4).output_dir / "checkpoint-2" / STATE_NAME).read_text())
+    return json.loads((make(4).run.output_dir / "checkpoint-2" / STATE_NAME).read_text())
 
 
 def places(value, path=()):
@@ -67,7 +68,7 @@ def mutants(state):
 
 def write(trainer, state) -> None:
     state = {key: value for key, value in state.items() if key != "digest"}
-    path = trainer.output_dir / "checkpoint-2" / STATE_NAME
+    path = trainer.run.output_dir / "checkpoint-2" / STATE_NAME
     path.write_text(json.dumps(state | {"digest": _digest(state)}))
 
 
@@ -76,8 +77,8 @@ def test_every_mutation_is_refused_in_words_or_does_no_harm(make, state):
     trainer, went_on, refused = make(4), [], 0
     trainer._data = trainer._fingerprints()
     trainer.state.max_steps = 4
-    trainer.learners = trainer._make_learners()
-    trainer.log.open(trainer.args)
+    trainer.learners = make_learners(trainer.run, trainer.saes, trainer.sites, trainer._length)
+    trainer.log.open()
     for done, mutant in mutants(state):
         if done.startswith("digest"):
             continue
@@ -85,7 +86,7 @@ def test_every_mutation_is_refused_in_words_or_does_no_harm(make, state):
         try:
             checkpoint = choose(trainer)
             trainer._load_checkpoint(checkpoint)
-            next(trainer.feed)
+            next(trainer.loader)
             went_on.append(done)
         except (CheckpointError, DatasetError):
             refused += 1
@@ -98,7 +99,8 @@ def test_every_mutation_is_refused_in_words_or_does_no_harm(make, state):
 
 
 def choose(trainer):
-    checkpoint = choose_checkpoint("last", trainer.output_dir, trainer.accelerator)
+    trainer.run.args.resume_from_checkpoint = "last"
+    checkpoint = choose_checkpoint(trainer.run)
     resumed_length(checkpoint.state, trainer.args, lambda: 4)
     return checkpoint
 
@@ -106,9 +108,9 @@ def choose(trainer):
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", '"text"', "{}", '{"digest": 1}', "[" * 100_000, "\xff\xfe"])
 def test_what_is_no_state_at_all_is_refused(make, state, text):
     trainer = make(4)
-    (trainer.output_dir / "checkpoint-2" / STATE_NAME).write_text(text, encoding="latin-1")
+    (trainer.run.output_dir / "checkpoint-2" / STATE_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match="checkpoint-2 is damaged"):
-        find_checkpoint("last", trainer.output_dir)
+        find_checkpoint("last", trainer.run.output_dir)
     write(trainer, state)
 
 
@@ -117,12 +119,12 @@ def test_a_state_without_the_hashes_of_its_files_is_refused(make, state, files):
     trainer = make(4)
     write(trainer, state | {"files": files})
     with pytest.raises(CheckpointError, match="does not say what its files must be"):
-        find_checkpoint("last", trainer.output_dir)
+        find_checkpoint("last", trainer.run.output_dir)
     one = dict(state["files"])
     del one["learner.safetensors"]
     write(trainer, state | {"files": one})
     with pytest.raises(CheckpointError, match=r"does not say what learner\.safetensors must be"):
-        find_checkpoint("last", trainer.output_dir)
+        find_checkpoint("last", trainer.run.output_dir)
     write(trainer, state)
 
 

@@ -111,7 +111,7 @@ def test_other_training_data_is_refused_or_read_from_its_beginning(train, tmp_pa
     )
     assert "read from its beginning" in caplog.text
     fresh = train(now, max_steps=1, output_dir=str(tmp_path / "fresh"))
-    ours, theirs = trainer.feed.state_dict(), fresh.feed.state_dict()
+    ours, theirs = trainer.loader.state_dict(), fresh.loader.state_dict()
     for state in (ours, theirs):
         state["batches"]["settings"].pop("norm_limits")  # a run keeps those that it began with
     assert ours == theirs  # one step was taken from it

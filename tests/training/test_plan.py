@@ -17,8 +17,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import as_documents
 from hf_msae.data.hash_split import lot
 from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
-from hf_msae.training.resuming import deal_anew
-from hf_msae.training.schedules import learning_rate_factor
+from hf_msae.training.optimization import learning_rate_factor
+from hf_msae.training.resuming import redistribute
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -83,8 +83,8 @@ def test_a_plan_of_two_processes_counts_what_they_then_do(tmp_path, lm, tokenize
     args |= {"use_cpu": True, "disable_tqdm": True}
     sae = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 64], "k": 4, "site": "layers.0"}
     told_at = tmp_path / "told.json"
-    rehearsal = {"rehearsal": str(told_at), "model": str(tmp_path / "lm"), "texts": texts}
-    launch(2, rehearsal | {"saes": {"sae": sae, "other": sae}, "args": args})
+    dry_run = {"dry_run": str(told_at), "model": str(tmp_path / "lm"), "texts": texts}
+    launch(2, dry_run | {"saes": {"sae": sae, "other": sae}, "args": args})
     told = json.loads(told_at.read_text())
     log = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
     steps = 1000 // 192
@@ -227,38 +227,38 @@ def test_another_batch_is_refused_with_the_number_that_must_stay(trainer):
 # The number of processes
 
 
-def feeds_after(trainer, ranks: int, batches: int) -> list[dict]:
-    """The states of the feeds of `ranks` processes that have taken some batches each, the later ones more."""
+def loaders_after(trainer, ranks: int, batches: int) -> list[dict]:
+    """The states of the loaders of `ranks` processes that have taken some batches each, the later ones more."""
     states = []
     for rank in range(ranks):
-        feed = trainer().feed
-        feed.rank, feed.world_size = rank, ranks
+        loader = trainer().loader
+        loader.rank, loader.num_processes = rank, ranks
         for _ in range(batches + rank):
-            next(feed)
-        states.append(feed.state_dict())
+            next(loader)
+        states.append(loader.state_dict())
     return states
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_documents_are_dealt_anew_and_none_is_left_out(trainer, texts, world_size):
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_documents_are_dealt_anew_and_none_is_left_out(trainer, texts, num_processes):
     run = trainer()
-    states = feeds_after(trainer, 2, 12)
+    states = loaders_after(trainer, 2, 12)
     place = [state["batches"]["windows"]["batch"]["documents"] for state in states]
     first = min(documents["next"] for documents in place)
     read = []
-    for rank in range(world_size):
-        state, words = deal_anew(states, rank, world_size)
+    for rank in range(num_processes):
+        state, words = redistribute(states, rank, num_processes)
         assert f"dealt anew from number {first}" in words
-        shuffled = run.documents.shuffle(state["batches"]["settings"]["seed"])
-        documents = shuffled.shard(rank, world_size)
+        shuffled = run.loader.documents.shuffle(state["batches"]["settings"]["seed"])
+        documents = shuffled.shard(rank, num_processes)
         documents.load_state_dict(state["batches"]["windows"]["batch"]["documents"])
         read += list(documents)
-        feed = trainer().feed
-        feed.rank, feed.world_size = rank, world_size
-        feed.load_state_dict(state)
-        assert next(feed)[run.sites[next(iter(run.sites))]].shape == (64, 16)
+        loader = trainer().loader
+        loader.rank, loader.num_processes = rank, num_processes
+        loader.load_state_dict(state)
+        assert next(loader)[run.sites[next(iter(run.sites))]].shape == (64, 16)
     order = list(as_documents(texts).shuffle(states[0]["batches"]["settings"]["seed"]))
-    assert sorted(read) == sorted(text for text in order[first:] if not run.examiner.held_out.split.holds(lot(text)))
+    assert sorted(read) == sorted(text for text in order[first:] if not run.evaluator.held_out.split.holds(lot(text)))
     used = [state["batches"]["position"] for state in states]
     assert f"{used[1]:,} tokens after them" in words
     assert f"{len(states[0]['batches']['windows']['batch']['carry']):,} tokens before" in words

@@ -203,7 +203,7 @@ def test_the_first_token_of_windows_without_bos_is_found(lm, documents, build_to
     _, numbers, _ = read(tmp_path / "run")
     # A window is 31 tokens, of which the first is left out.
     assert numbers["outliers"] == pytest.approx(numbers["tokens"] / 30, rel=0.05)
-    assert trainer.feed.num_outliers > 0
+    assert trainer.loader.num_outliers > 0
 
 
 def test_a_cache_says_by_what_limit_it_was_written(sunk, documents, tmp_path):

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import CachedActivations
 from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.training.latent_files import read_latent_file, write_latent_file
-from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows
+from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
 
 sys.path.append(str(Path(__file__).parent))
 

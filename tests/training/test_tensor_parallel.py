@@ -17,7 +17,7 @@ from patience import HANG_SECONDS
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_msae.training.loaders import runs_together
+from hf_msae.training.loaders import is_tensor_parallel
 
 STEPS = 30
 LAYOUTS = {"parts of the batch": [], "parts of the latents": ["--shard-latents"]}
@@ -107,11 +107,11 @@ def test_a_model_without_a_plan_is_refused(folder, tokenizer):
 
 
 def test_a_model_split_over_some_of_the_processes_is_refused(lm):
-    assert runs_together(lm, 4) is False
+    assert is_tensor_parallel(lm, 4) is False
     lm._tp_size = 2
     try:
-        assert runs_together(lm, 2) is True
+        assert is_tensor_parallel(lm, 2) is True
         with pytest.raises(ValueError, match="split over 2 processes, and the run has 4"):
-            runs_together(lm, 4)
+            is_tensor_parallel(lm, 4)
     finally:
         lm._tp_size = None

@@ -280,16 +280,16 @@ def test_a_wide_k_for_the_first_prefix_is_warned_about(train, caplog):
 
 def test_data_that_ends_early_begins_again(train, texts, caplog):
     trainer, _ = train(dataset=texts[:80], max_steps=30, save_steps=0)
-    assert trainer.feed.epoch >= 1
+    assert trainer.loader.epoch >= 1
     assert "pass 2 begins" in caplog.text
 
 
 def test_one_pass_is_the_default(train, texts, tokenizer):
     trainer, _ = train(max_steps=-1, save_steps=0)
-    split = trainer.examiner.held_out.split
+    split = trainer.evaluator.held_out.split
     tokens = sum(len(text.split()) for text in texts if not split.holds(lot(text)))
     assert trainer.state.max_steps == tokens // 64
-    assert trainer.feed.epoch == 0
+    assert trainer.loader.epoch == 0
 
 
 def test_trackers_get_the_numbers(train, tmp_path):

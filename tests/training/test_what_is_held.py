@@ -138,7 +138,7 @@ def test_every_sae_of_a_grid_is_held_as_it_was_saved(make_trainer, on_text, tmp_
     trainer = make_trainer(saes)
     trainer.train()
     for name, sae in saes.items():
-        assert_held_is_saved(sae, trainer.folder(tmp_path / "run", name), on_text(sae))
+        assert_held_is_saved(sae, trainer.run.sae_folder(tmp_path / "run", name), on_text(sae))
 
 
 class Interrupt(TrainerCallback):
