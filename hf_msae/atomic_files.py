@@ -47,9 +47,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputExistsError: Where something is at `path` already.
     """
-    target = Path(path)
+    # A folder cannot take the place of a link; it takes the place of where the link leads.
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OutputExistsError(f"{path} is a link that leads to itself; remove it, or name another folder.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(f"{target} exists and is not an empty folder; name another, or remove it first.")
+        raise OutputExistsError(f"{path} exists and is not an empty folder; name another, or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft_of(target)
     draft.mkdir()

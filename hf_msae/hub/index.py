@@ -179,9 +179,16 @@ def describe_contents(source: str | Path, **hub: Any) -> str:
     kind = peek_json(files, CONFIG_NAME).get("model_type")
     if isinstance(kind, str):
         return f"It holds a model of the type {kind!r}."
+    found = describe_library_checkpoints(files)
+    if found is not None:
+        return found
     names = sorted({name.partition("/")[0] for name in files.names} - {".gitattributes"})
     shown = ", ".join(names[:NUM_SHOWN]) or "nothing"
-    return describe_library_checkpoints(files) or f"It holds {shown}{' …' if len(names) > NUM_SHOWN else ''}."
+    # They may lead anywhere, and back to where one came from.
+    links = sorted(path.name for path in Path(source).iterdir() if path.is_symlink()) if files.is_local else []
+    links = [name for name in links if (Path(source) / name).is_dir()]
+    not_followed = f" Links to folders are not followed: {', '.join(links[:NUM_SHOWN])}." if links else ""
+    return f"It holds {shown}{' …' if len(names) > NUM_SHOWN else ''}.{not_followed}"
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from hf_msae.hub.index import (
     make_entry,
     model_type,
 )
+from hf_msae.hub.links import refuse_links_out
 from hf_msae.hub.results import CARD_NAME, GENERATED, METRICS_NAME, Result, grid_folders, read_result, save_quietly
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import inside
@@ -106,9 +107,11 @@ def push_folder(
     folder, at = Path(folder), _checked_subfolder(subfolder)
     if not folder.is_dir():
         raise PublishError(f"There is no folder {folder} to push.")
-    found = {"/".join(filter(None, (at, name))): read_result(path) for name, path in grid_folders(folder).items()}
+    results = {name: read_result(path, root=folder) for name, path in grid_folders(folder).items()}
+    found = {"/".join(filter(None, (at, name))): result for name, result in results.items()}
     shared = {}
     if found.keys() != {at} and (folder / METRICS_NAME).is_file():
+        refuse_links_out(folder, [folder / METRICS_NAME])
         shared["/".join(filter(None, (at, METRICS_NAME)))] = folder / METRICS_NAME
     return _push(api, repo_id, found, shared, private, revision, create_pr, commit_message)
 

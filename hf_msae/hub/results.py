@@ -13,6 +13,7 @@ from hf_msae.hub.card import choose_latent, dataset_name, public_name
 from hf_msae.hub.curves import NAME as CURVES_NAME
 from hf_msae.hub.curves import can_draw, draw_curves
 from hf_msae.hub.index import CONFIG_NAME, NoSAEError, describe_contents, find_entries, is_ours
+from hf_msae.hub.links import refuse_links_out
 from hf_msae.metrics import LevelMetrics, Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.prefix_loading import read_state
@@ -74,10 +75,12 @@ def grid_folders(folder: Path) -> dict[str, Path]:
     return {entry.subfolder: folder / entry.subfolder for entry in entries}
 
 
-def read_result(folder: Path, beside: Path | None = None) -> Result:
-    """Read one SAE's folder. `beside` is where it was loaded from, if the numbers of its run lie there instead.
+def read_result(folder: Path, beside: Path | None = None, root: Path | None = None) -> Result:
+    """Read one SAE's folder. `beside` is where it was loaded from, if the numbers of its run lie there instead. `root`
+    is the folder that the user named, where that is another one.
 
-    Raises `NoSAEError` where the folder lacks weights or code, or where the weights are truncated.
+    Raises `NoSAEError` where the folder lacks weights or code, or where the weights are truncated, and `InputError`
+    where a file is a link that leads out of the folder. Only the weights may be one: they are what is looked at whole.
     """
     try:
         config = MatryoshkaSAEConfig.from_json_file(folder / CONFIG_NAME)
@@ -97,6 +100,8 @@ def read_result(folder: Path, beside: Path | None = None) -> Result:
             "with save_pretrained."
         )
     run = beside if beside is not None else folder
+    refuse_links_out(root or folder, (folder / CONFIG_NAME, *code.values()))
+    refuse_links_out(root or run, (run / name for name in (METRICS_NAME, ARGUMENTS_NAME, LOG_NAME, CARD_NAME)))
     metrics = _read_metrics(run / METRICS_NAME)
     by_run = _measured_by_run(metrics, config)
     training = _run_facts(metrics) if by_run is not None else {}
@@ -182,7 +187,7 @@ def _measured_in_config(config: MatryoshkaSAEConfig, firing_rate: Tensor) -> Mea
 
 def _run_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What the card tells of the run; empty where the file is of an evaluation and not of a run."""
-    if not metrics.keys() >= {*RUN_FACTS}:
+    if not metrics.keys() >= {*RUN_FACTS} or not metrics.get("versions", {}).keys() >= {"torch", "transformers"}:
         return {}
     return {name: metrics[name] for name in RUN_FACTS} | {"dataset": dataset_name(metrics["dataset"])}
 
@@ -199,6 +204,7 @@ def _read_log(run: Path) -> list[dict[str, Any]]:
         return _read_lines(run / LOG_NAME)
     if not (run.parent / LOG_NAME).is_file():
         return []
+    refuse_links_out(run.parent, [run.parent / LOG_NAME])
     entries = [entry for entry in _read_lines(run.parent / LOG_NAME) if entry.get("sae") == run.name]
     return [{key: value for key, value in entry.items() if key != "sae"} for entry in entries]
 

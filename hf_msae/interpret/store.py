@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictData
 
 from hf_msae.atomic_files import atomic_file
 from hf_msae.errors import InputError
+from hf_msae.hub.links import refuse_links_out
 from hf_msae.interpret.hierarchy import Edge, Hierarchy
 from hf_msae.interpret.pages import Label, LatentPage, name_of, page_from_row
 from hf_msae.interpret.writing import (
@@ -148,12 +149,16 @@ class Interpretation:
         Raises InterpretationError where the Hub refuses.
         """
         path = "/".join(filter(None, (inside(subfolder or ""), FOLDER_NAME)))
+        names = [name for name in (INDEX_NAME, HIERARCHY_NAME, LABELS_NAME) if (self.folder / name).is_file()]
+        names += [shard.name for shard in shards(self.folder)]
+        refuse_links_out(self.folder, (self.folder / name for name in names))
         try:
             with no_data_warning():
                 commit = HfApi(token=token).upload_folder(
                     repo_id=repo_id,
                     folder_path=self.folder,
                     path_in_repo=path,
+                    allow_patterns=names,
                     commit_message="Upload an interpretation",
                     delete_patterns="latents-*.parquet",
                 )
