@@ -9,13 +9,14 @@ accumulated in float64.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hf_msae.data.windows import TokenBatch
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
@@ -26,14 +27,6 @@ Key = tuple[str, int]
 CLEAN: Key = ("as it is", 0)
 ZERO: Key = ("zero", 0)
 MEAN: Key = ("mean", 0)
-
-
-class TokenBatch(TypedDict):
-    """Collated token windows, each (batch, sequence); no mask where nothing is padded."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    keep: Tensor
 
 
 def predicts_next_token(model: PreTrainedModel) -> bool:

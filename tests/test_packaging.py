@@ -37,6 +37,7 @@ FLOORS = {
     "hf_msae.atomic_files": 0,
     "hf_msae.outliers": 0,
     "hf_msae.moved": 0,
+    "hf_msae.plot_style": 0,
     "hf_msae.process_wide": 0,
     "hf_msae.language_models": 1.5,  # it knows the story model and what SAEs record
     "hf_msae.modeling": 1,
@@ -60,6 +61,7 @@ NEIGHBOURS = {
         "hf_msae.interpret",
     ): "types alone: Neuronpedia shows an interpretation's pages",
     ("hf_msae.hub", "hf_msae.formats"): "a repo without an SAE of ours may hold another library's",
+    ("hf_msae.metrics", "hf_msae.data"): "a language model is measured on batches of token windows",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",
     ("hf_msae.evaluation", "hf_msae.training"): "baselines, toys and meta-SAEs are trained as any SAE is",
 }

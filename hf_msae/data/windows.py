@@ -320,7 +320,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) ->
 
 
 class TokenBatch(TypedDict):
-    """What `collate` returns."""
+    """Token windows for a language model, each (batch, sequence); no mask where nothing is padded."""
 
     input_ids: Tensor
     attention_mask: Tensor | None

@@ -358,7 +358,8 @@ def _draw(result: dict[str, AbsorptionResult], evaluation: Evaluation, figure: A
     has_children = all(level.child_recall is not None for found in result.values() for level in found.levels)
     fields = ("fraction", "child_recall" if has_children else "full")
     for field, axis in zip(fields, figure.subplots(1, 2), strict=True):
-        draw_lines(axis, evaluation, lambda name, field=field: mean_at(result[name].levels, "prefix", field))
+        points = {name: mean_at(found.levels, "prefix", field) for name, found in result.items()}
+        draw_lines(axis, evaluation, points.__getitem__)
         axis.set(xlabel="prefix", title=titles[field])
         log_axis(axis, next(iter(evaluation.prefix_sizes.values())))
         axis.set_ylim(0, 1 if field == "child_recall" else None)

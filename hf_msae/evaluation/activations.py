@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import Window, as_documents, harvest, hold_out, pad_id, vocabulary
+from hf_msae.data import TokenBatch, Window, as_documents, harvest, hold_out, pad_id, vocabulary
 from hf_msae.data.forward import leave_out
 from hf_msae.errors import InputError
-from hf_msae.metrics import TokenBatch
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, norm_limit_of, within_limit
 from hf_msae.sites import Site, site_width

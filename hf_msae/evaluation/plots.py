@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_msae.evaluation.metric import Evaluation
+from hf_msae.plot_style import style_axis
 
 # matplotlib wants a colour; in the SVG it becomes the page's own.
 TEXT = "#010203"
@@ -37,7 +38,7 @@ def draw_svg(draw: Callable[[Any], None]) -> str:
         FigureCanvasSVG(figure)  # draws without a display, and leaves the user's pyplot alone
         draw(figure)
         for axis in figure.axes:
-            _style(axis)
+            style_axis(axis, TEXT, 0.14)
         for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes)]:
             _style_legend(legend)
         file = io.StringIO()
@@ -46,16 +47,6 @@ def draw_svg(draw: Callable[[Any], None]) -> str:
     svg = svg[svg.index("<svg") :].replace(TEXT, "currentColor")
     # Sizes in points would not shrink on a narrow page.
     return re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[\d.]+pt"', r"\1", svg, count=2)
-
-
-def _style(axis: Any) -> None:
-    axis.tick_params(colors=TEXT)
-    axis.grid(color=TEXT, alpha=0.14, linewidth=0.6)
-    for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
-        text.set_color(TEXT)
-    for name, spine in axis.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(TEXT)
 
 
 def _style_legend(legend: Any) -> None:

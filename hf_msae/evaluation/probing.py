@@ -207,7 +207,8 @@ def _draw(result: ProbingResult, evaluation: Evaluation, figure: Any) -> None:
     ks = _ks(result, evaluation)
     for k, axis in zip([ks[0], ks[-1]], figure.subplots(1, 2, sharey=True), strict=True):
         scores = {name: [s for s in result.scores if (s.features, s.k) == (name, k)] for name in evaluation.methods}
-        draw_lines(axis, evaluation, lambda name, scores=scores: mean_at(scores[name], "prefix", "accuracy"))
+        points = {name: mean_at(of, "prefix", "accuracy") for name, of in scores.items()}
+        draw_lines(axis, evaluation, points.__getitem__)
         for number, name in enumerate(_references(result, evaluation)):
             of = [s.accuracy for s in result.scores if s.features == name and s.k in (k, s.prefix)]
             if of:

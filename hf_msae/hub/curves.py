@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from hf_msae.plot_style import style_axis
+
 NAME = "curves.png"
 GREY = "#7f8791"
 LINE = "#3f8fd6"
@@ -92,10 +94,4 @@ def _style(axis: Any) -> None:
 
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_xlabel("tokens")
-    axis.tick_params(colors=GREY)
-    axis.grid(color=GREY, alpha=0.25, linewidth=0.6)
-    for text in (axis.title, axis.xaxis.label):
-        text.set_color(GREY)
-    for name, spine in axis.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(GREY)
+    style_axis(axis, GREY, 0.25)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from hf_msae.data import (
     CachedActivations,
     Documents,
+    TokenBatch,
     Window,
     collate,
     find_norm_limits,
@@ -35,7 +36,6 @@ from hf_msae.errors import InputError
 from hf_msae.metrics import (
     Measurement,
     ReconstructionMeter,
-    TokenBatch,
     measure_cross_entropy,
     measured_facts,
     merge,
