@@ -7,10 +7,14 @@ anything is trained, and everything goes by it: training, calibration, measuring
 configuration.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from hf_msae.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # How many times the median norm an activation may have, unless said otherwise. Ordinary ones stay within 3 times.
 NORM_OUTLIER_MULTIPLE = 10.0
@@ -24,13 +28,15 @@ class ActivationError(InputError):
 
 def activation_norms(x: Tensor) -> Tensor:
     """Norms (n,) of activations (n, hidden_size), in float32 at least, where squares of float16 do not overflow."""
+    import torch  # not before: commands read their flags, whose defaults stand here, without it
+
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def within_limit(x: Tensor, norm_limit: float | None) -> Tensor:
     """Which of the activations (..., hidden_size) are no outliers, bool (...); all where the limit is None or 0."""
     if not norm_limit:
-        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return x.new_ones(x.shape[:-1]).bool()
     norms = activation_norms(x)
     # What is NaN or infinite is no attention sink but a fault, which must be seen by whoever reads the rest.
     return (norms <= norm_limit) | ~norms.isfinite()

@@ -53,6 +53,8 @@ def heavy_after(code: str) -> set[str]:
         "import hf_msae; dir(hf_msae); hf_msae.HfMsaeError",
         "from hf_msae.cli.main import main; main(['--help'])",
         "from hf_msae.cli.main import main; main(['--version'])",
+        "from hf_msae.cli.main import main; main(['train', '--help'])",
+        "from hf_msae.cli.main import main; main(['train', '--num-latnets', '8'])",
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code):

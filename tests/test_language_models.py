@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_msae.cli import sources
-from hf_msae.cli.sources import SourceArguments
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.errors import HfMsaeError
 from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config
 from hf_msae.metrics import predicts_next_token

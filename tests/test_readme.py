@@ -32,10 +32,11 @@ from command_parsers import parser_of
 from huggingface_hub.errors import StrictDataclassError
 from patience import HANG_SECONDS
 
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.main import COMMANDS, overview
 from hf_msae.cli.parser import parse
-from hf_msae.cli.sources import SourceArguments
-from hf_msae.cli.train import SAEArguments, make_saes, next_steps
+from hf_msae.cli.train import GridArguments, next_steps
+from hf_msae.training import make_saes
 from hf_msae.worlds.stories import load_story_lm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,8 +137,8 @@ def check_hf_msae(arguments: list[str], folder: Path) -> None:
         file.touch()
         arguments = [*arguments[:place], str(file), *arguments[place + 1 :]]
     for values in parse(parser_of(arguments[0]), arguments[1:]):
-        if isinstance(values, SAEArguments):
-            make_saes(load_story_lm()[0], dataclasses.replace(values, site=[]), None)
+        if isinstance(values, GridArguments):
+            make_saes(load_story_lm()[0], **dataclasses.replace(values, site=[]).grid())
 
 
 def check_launcher(parser: Any, arguments: list[str], folder: Path) -> None:

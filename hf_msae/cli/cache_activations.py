@@ -3,8 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
+from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import (
     ActivationStream,
     CachedActivations,

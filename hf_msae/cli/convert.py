@@ -9,8 +9,9 @@ from accelerate import PartialState
 from rich.console import Console
 
 from hf_msae.atomic_files import atomic_folder
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.cli.sources import SourceArguments, load_language_model, load_training_data
+from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import check_fits, collect

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import Collect, build_parser, parse
-from hf_msae.cli.sources import STORIES, SourceArguments, load_language_model, load_training_data
+from hf_msae.cli.sources import STORIES, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation import DEFAULT_METRICS, METRICS, Evaluation, Subject, collect, evaluate, write_report

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_msae import language_models
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import (
     STORIES,
-    SourceArguments,
     check_sae_place,
     load_language_model,
     load_training_data,

@@ -1,23 +1,27 @@
 """Arguments from dataclasses, flags and a YAML file.
 
-`transformers.HfArgumentParser` turns dataclass fields into flags. Three things are added: numbers as people write them
-(500M, 65_536, 2k, 1/32), lists that may be given at once or by repeating the flag, and `--config run.yaml`, whose keys
-are the flags' names and which flags override. `~` in front of a path is the user's home, wherever the shell leaves it
-(in `--flag=~/x`, in YAML); in texts it stays.
+A dataclass field is a flag, as `transformers.HfArgumentParser` makes them, but without importing transformers, which
+takes a second. Added are numbers as people write them (500M, 65_536, 2k, 1/32), lists that may be given at once or by
+repeating the flag, arguments that are given by their place, and `--config run.yaml`, whose keys are the flags' names,
+aliases included, and which flags override. `~` in front of a path is the user's home, wherever the shell leaves it (in
+`--flag=~/x`, in YAML); in texts it stays.
 """
 
 import argparse
+import difflib
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from hf_msae.errors import InputError
 
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def parse_float(text: str) -> float:
@@ -40,22 +44,37 @@ def parse_float(text: str) -> float:
 def parse_int(text: str) -> int:
     """A whole number, in the same spellings."""
     number = parse_float(text)
-    if number != int(number):
+    if number != number or number in (float("inf"), float("-inf")) or number != int(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(number)
 
 
+def parse_bool(text: str) -> bool:
+    """true or false, yes or no, 1 or 0."""
+    try:
+        return BOOLS[text.strip().lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+CONVERTERS: dict[Any, Callable[[str], Any]] = {
+    int: parse_int,
+    float: parse_float,
+    bool: parse_bool,
+    str: os.path.expanduser,
+}
 # Arguments that are texts, and no paths or names.
 TEXTS = frozenset(
     {"prompt", "towards", "separator", "title", "commit_message", "release_title", "creator", "run_name", "hub_token"}
 )
-METAVARS: dict[Any, str] = {parse_int: "N", parse_float: "X"}
+METAVARS: dict[Any, str] = {parse_int: "N", parse_float: "X", parse_bool: "BOOL"}
 
 
 class Collect(argparse.Action):
     """A list that grows with every repetition of its flag; the first one replaces the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Called by argparse for every time that the flag is given."""
         given = namespace.__dict__.setdefault("_given", set())
         before = getattr(namespace, self.dest) if self.dest in given else []
         given.add(self.dest)
@@ -74,46 +93,160 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def build_parser(command: str, description: str, dataclasses: Sequence[Any]) -> HfArgumentParser:
-    """A parser for `hf-msae COMMAND` with a group of flags per dataclass; the fields that a dataclass names in
-    `_positional` are given by their place, those with a default optionally.
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser: `argparse`'s, that knows its dataclasses and names the flag that a mistyped one is near."""
+
+    def __init__(self, command: str, description: str, dataclasses: Sequence[type]) -> None:
+        positional = _positional(dataclasses)
+        super().__init__(
+            prog=f"hf-msae {command}",
+            usage=" ".join([f"hf-msae {command}", *map(str.upper, positional), "[options]"]),
+            description=description,
+            formatter_class=HelpFormatter,
+        )
+        self.dataclasses = tuple(dataclasses)
+
+    def keys(self) -> dict[str, argparse.Action]:
+        """The name of every argument, and every alias, as a YAML file may write it, with underscores."""
+        names: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.dest not in ("help", "config", "debug"):
+                names |= {flag.lstrip("-").replace("-", "_"): action for flag in action.option_strings}
+                if not isinstance(action, argparse._StoreFalseAction):
+                    names[action.dest] = action
+        return names
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Say which argument nobody asked for, and which one may be meant."""
+        first = unknown[0]
+        if not first.startswith("--"):
+            raise InputError(f"unexpected argument {first!r}. `{self.prog} --help` lists what there is.")
+        flag = first.split("=")[0]
+        near = _nearest(flag.replace("_", "-"), [one for one in self._option_string_actions if "_" not in one])
+        raise InputError(f"there is no {flag}{near} `{self.prog} --help` lists what there is.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A question after the known name that is most like this one, or a full stop."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else "."
+
+
+def _positional(dataclasses: Sequence[type]) -> list[str]:
+    return [name for dataclass in dataclasses for name in dataclass.__dict__.get("_positional", ())]
+
+
+def build_parser(command: str, description: str, dataclasses: Sequence[type]) -> CommandParser:
+    """A parser for `hf-msae COMMAND` with a group of flags per dataclass.
+
+    Args:
+        command: the command's name.
+        description: what `--help` says first.
+        dataclasses: their fields become arguments. `metadata` of a field may hold `help`, `aliases`, `action`, `nargs`
+            and `const`. The fields that a dataclass names in `_positional` are given by their place, those with a
+            default optionally; `_argument_group_name` is the title in `--help`.
+
+    Returns:
+        The parser, for `parse`.
     """
-    positional = [name for dataclass in dataclasses for name in dataclass.__dict__.get("_positional", ())]
-    parser = HfArgumentParser(
-        list(dataclasses),
-        prog=f"hf-msae {command}",
-        usage=" ".join([f"hf-msae {command}", *map(str.upper, positional), "[options]"]),
-        description=description,
-        formatter_class=HelpFormatter,
-    )
-    converters: dict[Any, Any] = {int: parse_int, float: parse_float, str: os.path.expanduser}
+    parser = CommandParser(command, description, dataclasses)
+    for dataclass in dataclasses:
+        group = parser.add_argument_group(dataclass.__dict__.get("_argument_group_name", dataclass.__name__))
+        hints = get_type_hints(dataclass)
+        for field in fields(dataclass):
+            if field.init:
+                _add(group, field, hints[field.name], field.name in _positional([dataclass]))
+    # Flags may be written with either sign; showing both would double the help.
     for action in parser._actions:
-        if action.type is not str or action.dest not in TEXTS:
-            action.type = converters.get(action.type, action.type)
-        # Flags may be written with either sign; showing both would double the help.
         action.option_strings = [flag for flag in action.option_strings if "_" not in flag]
-        if action.choices is None and action.nargs != 0:
-            action.metavar = METAVARS.get(action.type, "BOOL" if action.const is True else "TEXT")
-        if action.dest in positional:
-            # Without flags, an argument is found by its place.
-            action.option_strings, action.metavar = [], action.dest.upper()
-            action.nargs = None if action.required else "?"
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; flags override it.")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     return parser
 
 
-def parse(parser: HfArgumentParser, arguments: list[str]) -> tuple[Any, ...]:
-    """The dataclasses, filled from defaults, then the YAML file, then flags."""
+def _add(group: argparse._ArgumentGroup, field: "Field[Any]", hint: Any, positional: bool) -> None:
+    """One field as an argument, and `--no-...` beside a switch that is on by default."""
+    kind, many, choices = _describe(hint)
+    options: dict[str, Any] = {
+        name: field.metadata[name] for name in ("help", "nargs", "const") if name in field.metadata
+    }
+    options["type"] = CONVERTERS[kind] if kind is not str or field.name not in TEXTS else str
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    options["default"] = None if default is MISSING else default
+    if many:
+        options["nargs"] = "+"
+        options["action"] = field.metadata.get("action", "store")
+    if kind is bool:
+        options |= {"nargs": "?", "const": True}
+    if choices:
+        options["choices"] = choices
+    else:
+        options["metavar"] = METAVARS.get(options["type"], "TEXT")
+    if positional:
+        optional = default is not MISSING
+        group.add_argument(
+            field.name, **options | {"metavar": field.name.upper()} | ({"nargs": "?"} if optional else {})
+        )
+        return
+    flags = _spellings([f"--{field.name}", *field.metadata.get("aliases", ())])
+    group.add_argument(*flags, dest=field.name, required=default is MISSING, **options)
+    if kind is bool and default is True:
+        no = _spellings([f"--no_{field.name}"])
+        group.add_argument(*no, dest=field.name, action="store_false", default=argparse.SUPPRESS)
+
+
+def _spellings(flags: Sequence[str]) -> list[str]:
+    """Each flag with either sign between its words."""
+    names = [flag.removeprefix("--") for flag in flags]
+    return list(
+        dict.fromkeys(f"--{form}" for name in names for form in (name.replace("_", "-"), name.replace("-", "_")))
+    )
+
+
+def _describe(hint: Any) -> tuple[type, bool, list[str]]:
+    """The type of an argument's values, whether it takes several, and what they may be."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) is list:
+        return get_args(hint)[0], True, []
+    if get_origin(hint) is Literal:
+        return str, False, list(get_args(hint))
+    return hint, False, []
+
+
+def parse(parser: CommandParser, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """The parser's dataclasses, filled from defaults, then the YAML file, then flags.
+
+    Raises:
+        InputError: a flag is not known, or the YAML file is absent, no YAML, or has a key or a value that no flag
+            could have.
+        SystemExit: as argparse ends, with 2, where a value cannot be read, and with 0 after `--help`.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config, _ = finder.parse_known_args(arguments)
     if config.config is not None:
-        parser.set_defaults(**_read_yaml(parser, Path(config.config).expanduser()))
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(list(parser.dataclass_types))]
+        _set_defaults(parser, _read_yaml(parser, Path(config.config).expanduser()))
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.refuse(unknown)
+    found = []
+    for dataclass in parser.dataclasses:
+        names = [field.name for field in fields(dataclass) if field.init]
+        found.append(dataclass(**{name: getattr(namespace, name) for name in names}))
+    return tuple(found)
 
 
-def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
+def _set_defaults(parser: CommandParser, values: dict[str, Any]) -> None:
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        if action.dest in values:
+            action.required = False
+            if not action.option_strings:
+                action.nargs = "*" if isinstance(action, Collect) else "?"
+
+
+def _read_yaml(parser: CommandParser, path: Path) -> dict[str, Any]:
     """A file's values, converted as flags are; a null leaves the default, where None is no value."""
     if not path.is_file():
         raise InputError(f"There is no configuration file {path}.")
@@ -123,29 +256,40 @@ def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no YAML file that can be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `name: value` lines, got a {type(values).__name__}.")
-    actions = {action.dest: action for action in parser._actions}
-    kinds = {name: kind for dataclass in parser.dataclass_types for name, kind in get_type_hints(dataclass).items()}
-    converted = {}
+    keys = parser.keys()
+    kinds = {name: kind for dataclass in parser.dataclasses for name, kind in get_type_hints(dataclass).items()}
+    converted: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in actions:
-            raise InputError(f"{path} has an unknown key {key!r}. `{parser.prog} --help` lists the known ones.")
-        if value is None and type(None) not in get_args(kinds.get(name)):
+        if name not in keys:
+            raise InputError(
+                f"{path} has an unknown key {key!r}{_nearest(name, keys)} `{parser.prog} --help` lists the known ones."
+            )
+        action = keys[name]
+        if action.dest in converted:
+            raise InputError(f"{path} gives {action.dest} twice, the second time as {key!r}.")
+        if value is None and type(None) not in get_args(kinds[action.dest]):
             continue
-        converted[name] = _convert(actions[name], value, path)
+        converted[action.dest] = _convert(action, value, path)
     return converted
 
 
 def _convert(action: argparse.Action, value: Any, path: Path) -> Any:
+    if isinstance(action, argparse._StoreFalseAction):
+        return not _convert_with(parse_bool, action, value, path)
     if action.nargs == "+":
-        return [_convert_one(action, item, path) for item in (value if isinstance(value, list) else [value])]
-    return _convert_one(action, value, path)
+        items = value if isinstance(value, list) else [value]
+        return [_convert_with(action.type, action, item, path) for item in items]
+    return _convert_with(action.type, action, value, path)
 
 
-def _convert_one(action: argparse.Action, value: Any, path: Path) -> Any:
-    if value is None or not callable(action.type):
+def _convert_with(converter: Any, action: argparse.Action, value: Any, path: Path) -> Any:
+    if value is None:
         return value
     try:
-        return action.type(str(value))
+        found = converter(str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise InputError(f"{path}: {action.dest}: {error}") from None
+    if action.choices is not None and found not in action.choices:
+        raise InputError(f"{path}: {action.dest}: {found!r} is none of {', '.join(map(str, action.choices))}.")
+    return found

@@ -1,8 +1,7 @@
 """`--model` and `--dataset`: what they name, loaded, with errors in words."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,60 +14,13 @@ from transformers import __version__ as transformers_version
 from transformers.distributed import DistributedConfig
 
 from hf_msae import language_models
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
 from hf_msae.errors import InputError
 from hf_msae.worlds.stories import STORIES, StoryWorld
 
 # As many stories as `hf-msae train` reads when no dataset is given: about 1.6 million tokens.
 STORY_DOCUMENTS = 15_000
-
-
-@dataclass
-class SourceArguments:
-    """Where tokens come from and which model reads them."""
-
-    _argument_group_name = "model and data"
-
-    model: str = field(
-        default=STORIES,
-        metadata={"help": "The language model, or a PEFT adapter: a Hub id or a folder; 'stories' is in the package."},
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision in which the language model runs."}
-    )
-    device_map: str | None = field(
-        default=None, metadata={"help": "'auto' splits a language model that is too large over all devices."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "A Hub dataset (streamed), a .txt, .jsonl or .parquet file or a folder of them, a dataset saved "
-            "to disk, or an activation cache. Default: the story world with the story model."
-        },
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    messages_column: str | None = field(
-        default=None, metadata={"help": "Column with chats; they go through the tokenizer's chat template."}
-    )
-    separator: str | None = field(
-        default=None,
-        metadata={
-            "help": "What separates documents in .txt files, such as '\\n' for a document a line. Default: "
-            "<|endoftext|> if used, else blank lines."
-        },
-    )
-    eval_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Text to measure on. Default: documents of --dataset, held out by a hash of each."},
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to measure on, of --eval-dataset or else of --dataset."}
-    )
 
 
 def load_language_model(

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import Collect, build_parser, parse, parse_float
-from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
+from hf_msae.cli.sources import check_sae_place, load_language_model
 from hf_msae.interpret.search import search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
 from hf_msae.language_models import model_of

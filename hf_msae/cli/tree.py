@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.interpret import load_sae, load_text
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import SourceArguments, check_sae_place, load_language_model
+from hf_msae.cli.sources import check_sae_place, load_language_model
 from hf_msae.errors import InputError
 from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.effects import decode_tokens

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-import torch
-
 from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
 
@@ -106,6 +104,8 @@ class SAETrainingArguments:
     Raises:
         InputError: For values that cannot work.
     """
+
+    _argument_group_name = "training"
 
     output_dir: str = "runs/sae"
     overwrite_output_dir: bool = False
@@ -211,6 +211,8 @@ class SAETrainingArguments:
     @property
     def on_cpu(self) -> bool:
         """Whether to train on the CPU; accelerate must be told, or it sees one process where torchrun made several."""
+        import torch  # not before: commands read their flags without it
+
         return self.use_cpu or not torch.accelerator.is_available()
 
     @property

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
-from hf_msae.cli.train import parse_prefix_sizes
+from hf_msae.training.grid import parse_prefix_sizes
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RobertaConfig, RobertaModel
 
-from hf_msae.cli.sources import SourceArguments, load_training_data
+from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.sources import load_training_data
 from hf_msae.data import DatasetError, TokenWindows, as_documents, load_documents, pad_id, vocabulary, windows
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.loaders import window_length

@@ -7,10 +7,12 @@ token_concepts(story.text, tokenizer)  # [(), (), ("owl", "bird", "animal"), ...
 ```
 """
 
+from hf_msae.worlds import STORIES
+
 from .concepts import CONCEPTS, Concept, ancestors, children, depth, edges, leaves, path, roots
 from .grammar import Choice, Story, StoryDocuments, StoryWorld
 from .labels import concept_spans, token_concepts, word_concepts
-from .lm import STORIES, load_story_lm, story_lm_path
+from .lm import load_story_lm, story_lm_path
 
 __all__ = [
     "CONCEPTS",

@@ -9,9 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_msae.process_wide import loading
 
-# What the story model is called where a name is asked for, as in an SAE's `base_model`.
-STORIES = "stories"
-
 
 def story_lm_path() -> Path:
     """The folder of the shipped model and tokenizer, as `from_pretrained` takes it."""
