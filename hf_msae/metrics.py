@@ -30,8 +30,12 @@ MEAN: Key = ("mean", 0)
 
 
 def predicts_next_token(model: PreTrainedModel) -> bool:
-    """Whether the model's cross-entropy on the next token means something: it has a head, and is neither an encoder,
-    which sees that token, nor an encoder–decoder.
+    """Whether the model's cross-entropy on the next token means something.
+
+    It does where the model has a head, and is neither an encoder, which sees that token, nor an encoder–decoder.
+
+    Args:
+        model: the language model.
     """
     has_head = model.get_output_embeddings() is not None and model.can_generate()
     kind = model.config.model_type
@@ -43,9 +47,19 @@ def predicts_next_token(model: PreTrainedModel) -> bool:
 class LevelMetrics:
     """One prefix's numbers on held-out tokens.
 
-    `nmse` is E‖x − x̂‖² / E‖x‖² (not centred: a large mean makes it look far better than 1 − FVE), `cosine` the mean
-    cosine of x and x̂, `norm_ratio` the mean of ‖x̂‖ / ‖x‖, and `kl` the divergence in nats per token of the model
-    with the reconstruction from the model as it is.
+    Args:
+        prefix: latents in the prefix.
+        l0: mean number of active latents per token.
+        fve: fraction of variance explained.
+        dead: share of latents that fire on no token.
+        ce_recovered: share of the cross-entropy that setting the site to zero costs which the reconstruction wins
+            back.
+        ce_recovered_mean: the same against setting it to the mean activation, which is the harder test.
+        ce_increase: of the cross-entropy with the reconstruction, in nats per token.
+        nmse: E‖x − x̂‖² / E‖x‖². It is not centred, so that a large mean makes it look far better than 1 − FVE.
+        cosine: mean cosine of x and x̂.
+        norm_ratio: mean of ‖x̂‖ / ‖x‖.
+        kl: divergence of the model with the reconstruction from the model as it is, in nats per token.
     """
 
     prefix: int
@@ -65,10 +79,16 @@ class LevelMetrics:
 class Measurement:
     """Per-level numbers, and what they were measured on.
 
-    `ce_*` are cross-entropies in nats per token: of the model as it is, with the site set to zero, and set to the mean
-    activation. `ce_recovered` of a level compares with zero, `ce_recovered_mean` with the mean, which is the harder
-    test. `kl_zero` and `kl_mean` are the divergences that these two ablations cause. `outliers` tokens were left out,
-    because their activations' norm is beyond the SAE's limit.
+    Args:
+        levels: from the first prefix to the whole.
+        tokens: behind the numbers that need no language model.
+        ce_tokens: behind the cross-entropies.
+        ce_clean: cross-entropy of the model as it is, in nats per token.
+        ce_zero: with the site set to zero.
+        ce_mean: with the site set to the mean activation.
+        kl_zero: divergence that setting it to zero causes, in nats per token.
+        kl_mean: divergence that setting it to the mean causes.
+        outliers: tokens left out because their activation's norm is beyond the SAE's limit.
     """
 
     levels: list[LevelMetrics]
@@ -86,7 +106,12 @@ class Measurement:
 class ReconstructionMeter:
     """Accumulates, batch by batch, what the activation-side numbers of one SAE need.
 
-    norm_limit: activations with a larger norm are left out, and counted as `num_outliers`; None or 0 for none.
+    Args:
+        sae: in evaluation mode.
+        norm_limit: activations with a larger norm are left out, and counted as `num_outliers`; None or 0 for none.
+        num_tokens: taken in so far.
+        num_outliers: left out so far.
+        sums: of what the numbers are made of, float64 on the SAE's device.
     """
 
     sae: MatryoshkaSAE
@@ -110,7 +135,11 @@ class ReconstructionMeter:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in activations (n, hidden_size)."""
+        """Take in activations.
+
+        Args:
+            x: (n, hidden_size).
+        """
         inlying = x[within_limit(x, self.norm_limit)]
         self.num_outliers += len(x) - len(inlying)
         for part in self.sae.in_parts(inlying.to(self.sae.device, self.sae.dtype)):
@@ -166,7 +195,18 @@ class ReconstructionMeter:
 def measure_reconstruction(
     saes: Mapping[str, tuple[Site, MatryoshkaSAE]], activations: Iterable[Mapping[Site, Tensor]]
 ) -> dict[str, ReconstructionMeter]:
-    """Measure several SAEs in one pass over batches of activations, each a mapping from site to (n, hidden_size)."""
+    """Measure several SAEs in one pass over activations.
+
+    Args:
+        saes: by name, the site and the SAE.
+        activations: batches, each a mapping from site to (n, hidden_size).
+
+    Returns:
+        A meter for each name.
+
+    Raises:
+        InputError: there is no activation.
+    """
     meters = {name: ReconstructionMeter(sae) for name, (_, sae) in saes.items()}
     for batch in activations:
         for name, (site, _) in saes.items():
@@ -212,8 +252,9 @@ class _Sums:
         self.count = 0
 
     def add(self, name: Key, logits: Tensor, clean: Tensor, input_ids: Tensor, counted: Tensor) -> None:
-        """Take in logits (batch, sequence, vocabulary) of a model, and of the clean one; counted is (batch, sequence -
-        1).
+        """Take in the logits of a model, and of the clean one, (batch, sequence, vocabulary) each.
+
+        `counted` is (batch, sequence − 1).
         """
         targets = input_ids[:, 1:][counted]
         parts = (logits[:, :-1][counted], clean[:, :-1][counted], targets)
@@ -225,7 +266,7 @@ class _Sums:
                 self.divergence[name] += (log_p.exp() * (log_p - log_q)).sum(-1).double().sum().item()
 
     def means(self) -> tuple[dict[Key, float], dict[Key, float]]:
-        """Both sums per token. Raises `ValueError` where no token was counted."""
+        """Both sums per token; an `InputError` where no token was counted."""
         if self.count == 0:
             raise InputError("Cross-entropy needs windows with at least two tokens that are not special; got none.")
         return (
@@ -242,7 +283,16 @@ def measure_cross_entropy(
     batches: Iterable[TokenBatch],
     norm_limit: float | None = None,
 ) -> Measurement:
-    """[`measure_cross_entropies`] of a single SAE."""
+    """[`measure_cross_entropies`] of a single SAE.
+
+    Args:
+        model: the language model.
+        site: where in it.
+        sae: in evaluation mode.
+        mean: mean activation, (hidden_size,).
+        batches: collated windows.
+        norm_limit: positions with activations of a larger norm are not replaced; None or 0 for none.
+    """
     return measure_cross_entropies(model, site, {"": sae}, mean, batches, norm_limit)[""]
 
 
@@ -255,16 +305,24 @@ def measure_cross_entropies(
     batches: Iterable[TokenBatch],
     norm_limit: float | None = None,
 ) -> dict[str, Measurement]:
-    """Cross-entropy of the language model with the site replaced by each prefix's reconstruction, by zero, and by the
-    mean, and how far its predictions then are from those of the model as it is.
+    """Cross-entropy with the site replaced by each prefix's reconstruction, by zero and by the mean.
+
+    And how far the predictions then are from those of the model as it is.
 
     Args:
+        model: the language model.
+        site: where in it.
         saes: SAEs of this site, by name; the model as it is and its ablations are run once for all of them.
         mean: mean activation, (hidden_size,).
-        batches: collated windows, with `input_ids`, `attention_mask` (or None) and `keep`, each (batch, sequence).
-            A position counts where it and the next one were replaced.
+        batches: collated windows, with `input_ids`, `attention_mask` (or None) and `keep`, each (batch, sequence). A
+            position counts where it and the next one were replaced.
         norm_limit: positions with activations of a larger norm are not replaced; None or 0 for none.
-    Returns for each SAE a [`Measurement`] whose levels hold only the numbers measured here.
+
+    Returns:
+        For each SAE a [`Measurement`] whose levels hold only the numbers measured here.
+
+    Raises:
+        InputError: no window has two tokens that count.
     """
     levels = [(name, prefix) for name, sae in saes.items() for prefix in sae.config.prefix_sizes]
     sums = _Sums([CLEAN, ZERO, MEAN, *levels])
@@ -320,7 +378,12 @@ def _functional_measurement(
 
 
 def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Measurement:
-    """Both passes' numbers in one."""
+    """Both passes' numbers in one.
+
+    Args:
+        meter: of the pass over activations.
+        cross_entropy: of the pass of the language model; None where there was none.
+    """
     levels = meter.levels()
     if cross_entropy is None:
         return Measurement(levels, meter.num_tokens, outliers=meter.num_outliers)
@@ -343,7 +406,11 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
 
 
 def measured_facts(measurement: Measurement) -> dict[str, Any]:
-    """What an SAE's configuration says as `measured`: the number of tokens, and L0 and FVE per prefix."""
+    """What an SAE's configuration says as `measured`: the number of tokens, and L0 and FVE per prefix.
+
+    Args:
+        measurement: of the SAE.
+    """
     return {
         "tokens": measurement.tokens,
         "l0": [round(level.l0, 4) for level in measurement.levels],
@@ -352,7 +419,11 @@ def measured_facts(measurement: Measurement) -> dict[str, Any]:
 
 
 def table_rows(measurement: Measurement) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the table by level, as text, for the terminal and for the model card."""
+    """Header and rows of the table by level, as text, for the terminal and for the model card.
+
+    Args:
+        measurement: of the SAE.
+    """
     header = ("prefix", "L0", "FVE", "CE recovered", "dead %")
     rows: list[tuple[str, ...]] = [
         (

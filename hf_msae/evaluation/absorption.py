@@ -47,9 +47,17 @@ MAX_ABSORBERS = 3
 class ConceptAbsorption:
     """One concept at one prefix.
 
-    tokens: test examples that have the concept and whose probe is right. main: its main latents, the best first.
-    full, fraction: absorption, in [0, 1]. recalls: for each child with enough examples, the share of them on which
-    the best latent fires; elsewhere: its share of the examples that lack the concept.
+    Args:
+        concept: its name.
+        prefix: latents in the prefix.
+        probe_f1: of the probe on the whole activation.
+        tokens: test examples that have the concept and whose probe is right.
+        main: the concept's main latents, the best first.
+        main_f1: of a probe on the main latents.
+        full: share of the tokens with full absorption, in [0, 1].
+        fraction: mean absorbed fraction over the tokens, in [0, 1].
+        recalls: for each child with enough examples, the share of them on which the best latent fires.
+        elsewhere: the share of the examples that lack the concept on which the best latent fires.
     """
 
     concept: str
@@ -68,9 +76,20 @@ class ConceptAbsorption:
 class LevelAbsorption:
     """Means over the concepts of one prefix, for one split of the data.
 
-    refused: concepts left out for want of a good probe. split_latents: mean number of main latents. child_recall:
-    mean recall of the best latent over all children, and worst_child the mean over concepts of the least one; None
-    without a tree. elsewhere: its share of the examples that lack the concept, without which recall means nothing.
+    Args:
+        prefix: latents in the prefix.
+        split: the seed of the split.
+        concepts: how many were looked at.
+        refused: how many were left out for want of a good probe.
+        tokens: test examples behind the absorption numbers.
+        probe_f1: of the probes on whole activations.
+        main_f1: of probes on the main latents.
+        split_latents: mean number of main latents.
+        full: mean share of tokens with full absorption.
+        fraction: mean absorbed fraction.
+        child_recall: mean recall of the best latent over all children; None without a tree.
+        worst_child: mean over concepts of the least recall among their children; None without a tree.
+        elsewhere: the best latent's share of the examples that lack the concept, without which recall means nothing.
     """
 
     prefix: int
@@ -90,7 +109,12 @@ class LevelAbsorption:
 
 @dataclass(frozen=True)
 class AbsorptionResult:
-    """Absorption of one SAE: means by level and split, and the concepts of the first split one by one."""
+    """Absorption of one SAE.
+
+    Args:
+        levels: means by level and split.
+        concepts: the concepts of the first split one by one.
+    """
 
     levels: list[LevelAbsorption]
     concepts: list[ConceptAbsorption]
@@ -99,7 +123,16 @@ class AbsorptionResult:
 def measure_absorption(
     data: LabelledActivations, sae: MatryoshkaSAE, splits: Sequence[Split]
 ) -> tuple[list[LevelAbsorption], list[ConceptAbsorption]]:
-    """Absorption at every prefix and split, and the first split's concepts one by one."""
+    """Absorption at every prefix and split, and the first split's concepts one by one.
+
+    Args:
+        data: labelled examples.
+        sae: in evaluation mode.
+        splits: divisions of the documents, from `make_split`.
+
+    Returns:
+        Means by split and prefix, and the concepts of the first split.
+    """
     levels: list[LevelAbsorption] = []
     details: list[ConceptAbsorption] = []
     for split in splits:
@@ -114,8 +147,17 @@ def measure_absorption(
 
 
 def choose_concepts(data: LabelledActivations, split: Split) -> tuple[list[int], int]:
-    """Concepts to look at, and how many were refused: those with at least two children (all, where there is no tree),
-    with enough examples and a good probe.
+    """The concepts to look at, and how many were refused.
+
+    These are the concepts with at least two children (all, where there is no tree), with enough examples and a good
+    probe.
+
+    Args:
+        data: labelled examples.
+        split: whose examples and probes count.
+
+    Returns:
+        Numbers of concepts, and how many were left out.
     """
     general = [number for number, name in enumerate(data.names) if not data.parents or len(data.children(name)) > 1]
     fit = [number for number in general if split.usable[number] and split.scores.f1[number] >= MIN_PROBE_F1]
@@ -216,12 +258,22 @@ def _child_latents(data: LabelledActivations, encode: Encoder, split: Split, con
 def main_latents(
     data: LabelledActivations, encode: Encoder, at_once: int, train: Samples, test: Samples, differences: Tensor
 ) -> tuple[list[list[int]], Tensor]:
-    """Each concept's main latents, the best first, and the F1 of a probe on them on test examples (num_concepts,).
+    """Each concept's main latents, the best first, and the F1 of a probe on them on test examples.
 
-    differences: mean with the concept − mean without, (num_concepts, m). Of the 20 latents that rise most with the
-    concept, the first is the one whose firing alone tells it best (F1), the others follow by their coefficients in a
-    probe on all 20, in standard deviations; then as many are taken as add more than 0.03 to the F1 on training
-    examples. (The papers order by an L1 probe on all latents.)
+    Of the 20 latents that rise most with the concept, the first is the one whose firing alone tells it best (F1), the
+    others follow by their coefficients in a probe on all 20, in standard deviations; then as many are taken as add
+    more than 0.03 to the F1 on training examples. (The papers order by an L1 probe on all latents.)
+
+    Args:
+        data: labelled examples.
+        encode: gives an SAE's latents.
+        at_once: tokens to encode together.
+        train: samples of the concepts to choose and fit on.
+        test: samples of the same concepts to score on.
+        differences: mean with the concept − mean without, (num_concepts, m).
+
+    Returns:
+        For each concept the numbers of its latents; and the F1, (num_concepts,).
     """
     candidates = differences.topk(min(CANDIDATES, differences.shape[1]), dim=1).indices
     columns = candidates.flatten().unique()
@@ -260,8 +312,15 @@ def absorption_of(
 ) -> tuple[float, float]:
     """Full and fractional absorption of a concept over examples that have it.
 
-    latents: (n, m). projections: of each latent's part of the reconstruction onto the probe's unit direction, (n, m).
-    whole: that of the activation, (n,). cosines: of decoder rows with the direction, (m,). main: the main latents.
+    Args:
+        latents: activations of the latents, (n, m).
+        projections: of each latent's part of the reconstruction onto the probe's unit direction, (n, m).
+        whole: the activation's own projection, (n,).
+        cosines: of decoder rows with the direction, (m,).
+        main: numbers of the main latents.
+
+    Returns:
+        The share of examples with full absorption, and the mean absorbed fraction; 0 for no examples.
     """
     if not len(latents):
         return 0.0, 0.0

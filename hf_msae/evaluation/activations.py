@@ -27,7 +27,17 @@ LATENTS_AT_ONCE = 2**26
 
 
 def check_fits(model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, name: str) -> None:
-    """Raises `ValueError` where an SAE does not read this site of this model."""
+    """Check that an SAE reads this site of this model.
+
+    Args:
+        model: the language model.
+        site: where in it.
+        sae: the SAE.
+        name: what an error calls the SAE.
+
+    Raises:
+        InputError: the site's activations are of another width.
+    """
     width = site_width(model, site)
     if width != sae.config.hidden_size:
         raise InputError(
@@ -39,7 +49,11 @@ def check_fits(model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, name: str
 
 
 def tokens_at_once(sae: MatryoshkaSAE) -> int:
-    """How many tokens to encode together."""
+    """How many tokens to encode together, so that dense latents fit into memory.
+
+    Args:
+        sae: whose latents they are.
+    """
     return max(64, min(8192, LATENTS_AT_ONCE // sae.config.num_latents))
 
 
@@ -47,8 +61,16 @@ def tokens_at_once(sae: MatryoshkaSAE) -> int:
 class TextActivations:
     """Token windows and the activations of their tokens that count.
 
-    x: (num_tokens, hidden_size) float32 on the CPU, in the order of the windows. norm_limit: activations with a larger
-    norm do not count, and are not in x; there were `num_outliers`. 0 for no limit.
+    Args:
+        model: the language model.
+        site: where in it.
+        windows: of tokens.
+        pad_id: the token that fills short windows.
+        lm_batch_size: windows per forward pass.
+        x: activations, (num_tokens, hidden_size) float32 on the CPU, in the order of the windows.
+        description: of the documents, for people.
+        norm_limit: activations with a larger norm do not count, and are not in x; 0 for no limit.
+        num_outliers: how many there were.
     """
 
     model: PreTrainedModel
@@ -63,6 +85,7 @@ class TextActivations:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens that count."""
         return len(self.x)
 
     @property
@@ -71,13 +94,19 @@ class TextActivations:
         return torch.cat([window.input_ids[window.keep] for window in self.windows])
 
     def batches(self, sae: MatryoshkaSAE) -> Iterator[Tensor]:
-        """The activations in parts (n, hidden_size) that the SAE can encode at once, on its device."""
+        """The activations in parts (n, hidden_size) that an SAE can encode at once, on its device.
+
+        Args:
+            sae: the SAE.
+        """
         for part in self.x.split(tokens_at_once(sae)):
             yield part.to(sae.device)
 
     def token_batches(self, num_tokens: int) -> Iterator[TokenBatch]:
-        """The first windows with at least `num_tokens` tokens, collated, on the model's device; all where there are
-        fewer.
+        """The first windows that hold enough tokens, collated, on the model's device; all where there are fewer.
+
+        Args:
+            num_tokens: how many tokens that count are enough.
         """
         return collated(self.model, self.windows, num_tokens, self.lm_batch_size, self.pad_id)
 
@@ -95,12 +124,27 @@ def collect(
     norm_limit: float | None = None,
     norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
 ) -> TextActivations:
-    """Run the language model over documents that training holds out, with `num_tokens` tokens that count, outliers
-    included.
+    """Run the language model over documents that training holds out.
 
-    documents: `Documents`, or what `as_documents` takes. norm_limit: beyond which activations do not count (0 for
-    none), as an SAE's configuration records it; by default `norm_outlier_multiple` times the median norm. Raises
-    `DatasetError` where the documents have fewer tokens.
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        site: where in it, from `resolve_site`.
+        documents: `Documents`, or what `as_documents` takes.
+        num_tokens: how many tokens that count, outliers included.
+        context_length: tokens per window.
+        packing: whether documents are packed into full windows.
+        lm_batch_size: windows per forward pass.
+        norm_limit: beyond which activations do not count (0 for none), as an SAE's configuration records it; by
+            default `norm_outlier_multiple` times the median norm.
+        norm_outlier_multiple: see `norm_limit`; None or 0 keeps all.
+
+    Returns:
+        The activations, and the windows that they are of.
+
+    Raises:
+        DatasetError: the documents have fewer tokens.
+        InputError: an activation is NaN or infinite.
     """
     documents = as_documents(documents)
     rows = vocabulary(model)
@@ -117,7 +161,11 @@ def collect(
 
 
 def total_variance(x: Tensor) -> float:
-    """Σ‖x − x̄‖² over tokens, of activations (n, hidden_size)."""
+    """Σ‖x − x̄‖² over tokens.
+
+    Args:
+        x: activations, (n, hidden_size).
+    """
     doubles = x.double()
     return (doubles.pow(2).sum() - len(x) * doubles.mean(0).pow(2).sum()).item()
 
@@ -125,8 +173,21 @@ def total_variance(x: Tensor) -> float:
 def run_model(
     model: PreTrainedModel, site: Site, windows: Sequence[Window], pad_id: int, lm_batch_size: int, what: str
 ) -> Tensor:
-    """Activations (tokens that count, hidden_size), float32 on the CPU, in the order of the windows, with a progress
-    bar called `what`.
+    """The activations of all tokens that count, in the order of the windows.
+
+    Args:
+        model: the language model.
+        site: where in it.
+        windows: of tokens.
+        pad_id: the token that fills short windows.
+        lm_batch_size: windows per forward pass.
+        what: the name of the progress bar.
+
+    Returns:
+        (num_tokens, hidden_size) float32 on the CPU.
+
+    Raises:
+        InputError: an activation is NaN or infinite.
     """
     total = sum(int(window.keep.sum()) for window in windows)
     parts = []

@@ -31,7 +31,12 @@ BASELINES = (*TRAINED, *BUILT)
 
 
 def baseline_config(kind: str, config: MatryoshkaSAEConfig) -> MatryoshkaSAEConfig:
-    """The configuration of a trained baseline for an SAE with this one."""
+    """The configuration of a trained baseline.
+
+    Args:
+        kind: of `TRAINED`.
+        config: of the SAE that it is a baseline for.
+    """
     activation = "topk" if kind == "pruned_topk" else "batch_topk"
     k = max(1, round(config.k)) if kind == "pruned_topk" else config.k
     return MatryoshkaSAEConfig(
@@ -56,10 +61,23 @@ def train_baselines(
     eval_dataset: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, MatryoshkaSAE]:
-    """Train baselines for an SAE of this configuration, all from one pass of the language model.
+    """Train baselines for an SAE, all from one pass of the language model.
 
-    args: how; what it writes goes to `args.output_dir`, a folder for each. dataset, eval_dataset: as `SAETrainer`
-    takes them. Raises what `SAETrainer` raises.
+    Args:
+        kinds: of `TRAINED`.
+        config: of the SAE that they are baselines for.
+        model: the language model.
+        tokenizer: its own.
+        dataset: as `SAETrainer` takes it.
+        args: how to train; what is written goes to `args.output_dir`, a folder for each where there are several.
+        eval_dataset: as `SAETrainer` takes it.
+        callbacks: as `SAETrainer` takes them.
+
+    Returns:
+        By their kinds, in evaluation mode on the model's device.
+
+    Raises:
+        HfMsaeError: as `SAETrainer` raises it.
     """
     saes = {kind: MatryoshkaSAE(baseline_config(kind, config)) for kind in kinds}
     if "frozen_decoder" in saes:
@@ -74,8 +92,12 @@ def train_baselines(
 
 
 def prune(sae: MatryoshkaSAE, x: Tensor, prefix_sizes: Sequence[int]) -> MatryoshkaSAE:
-    """The same SAE with its latents in order of E[a²‖d‖²] on activations (n, hidden_size), the largest first, cut at
-    these prefixes.
+    """The same SAE with its latents in order of E[a²‖d‖²], the largest first, cut at these prefixes.
+
+    Args:
+        sae: usually of one level.
+        x: activations that the order is found on, (n, hidden_size).
+        prefix_sizes: the new levels.
     """
     importance = measure_importance(sae, x.split(tokens_at_once(sae)))
     return reorder(sae, importance.contribution.argsort(descending=True), prefix_sizes)
@@ -83,9 +105,14 @@ def prune(sae: MatryoshkaSAE, x: Tensor, prefix_sizes: Sequence[int]) -> Matryos
 
 @torch.no_grad()
 def build_pca(x: Tensor, config: MatryoshkaSAEConfig, l0: Iterable[float]) -> MatryoshkaSAE:
-    """Principal components of activations (n, hidden_size): latents 2i and 2i + 1 are the two directions of
-    component i, of which one is active at a time. The prefixes have as many components as the SAE has active latents
-    (`l0` per level), rounded, and at last all.
+    """Principal components in both directions, as an SAE.
+
+    Latents 2i and 2i + 1 are the two directions of component i, of which one is active at a time.
+
+    Args:
+        x: activations, (n, hidden_size).
+        config: of the SAE that it is a baseline for.
+        l0: that SAE's active latents per level. The prefixes have as many components, rounded, and at last all.
     """
     doubles = x.double()
     mean = doubles.mean(0)
@@ -113,8 +140,14 @@ def build_pca(x: Tensor, config: MatryoshkaSAEConfig, l0: Iterable[float]) -> Ma
 
 @torch.no_grad()
 def build_random(x: Tensor, config: MatryoshkaSAEConfig, seed: int) -> MatryoshkaSAE:
-    """Random unit rows as decoder, the same rows as encoder up to the one scale that reconstructs activations
-    (n, hidden_size) best; the threshold is set for the same k.
+    """Random unit rows as decoder and, up to one scale, as encoder.
+
+    The scale is the one that reconstructs the activations best; the threshold is set for the same k.
+
+    Args:
+        x: activations, (n, hidden_size).
+        config: of the SAE that it is a baseline for.
+        seed: of the rows.
     """
     values: dict[str, Any] = {
         "hidden_size": config.hidden_size,
@@ -145,7 +178,14 @@ def build_random(x: Tensor, config: MatryoshkaSAEConfig, seed: int) -> Matryoshk
 
 
 def check_baselines(kinds: Sequence[str]) -> None:
-    """Raises `ValueError` for a name that is no baseline."""
+    """Check that all of these are baselines.
+
+    Args:
+        kinds: names.
+
+    Raises:
+        InputError: a name is no baseline's.
+    """
     unknown = [kind for kind in kinds if kind not in BASELINES]
     if unknown:
         raise InputError(f"There is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}.")

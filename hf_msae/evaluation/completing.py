@@ -12,15 +12,25 @@ from hf_msae.modeling import MatryoshkaSAE
 
 
 def lacks_threshold(sae: MatryoshkaSAE) -> bool:
-    """Whether an SAE selects by a threshold that was never set."""
+    """Whether an SAE selects by a threshold that was never set.
+
+    Args:
+        sae: the SAE.
+    """
     by_threshold = sae.config.activation == "batch_topk" and sae.config.inference == "threshold"
     return by_threshold and not bool(sae.threshold.any())
 
 
 @torch.no_grad()
 def complete(sae: MatryoshkaSAE, text: TextActivations) -> Measurement:
-    """Record each latent's maximum and firing rate, L0 and FVE per prefix and the limit of the norm in an SAE, in
-    evaluation mode; where it has no threshold, set one on the first half of the text and measure on the second.
+    """Record in an SAE what only text can tell of it.
+
+    This is each latent's maximum and firing rate, L0 and FVE per prefix, and the limit of the norm. Where it has no
+    threshold, one is set on the first half of the text, and the second half is measured on.
+
+    Args:
+        sae: in evaluation mode; it is changed.
+        text: activations of its site.
 
     Returns:
         What was measured.

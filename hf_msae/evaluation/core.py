@@ -33,10 +33,15 @@ SHOWN_CELLS = 16
 
 @dataclass(frozen=True)
 class Density:
-    """How often latents fire. `counts[g]` are those of group g (the latents that level g adds) whose firing rate lies
-    between two of `edges` (log10); rates below the first edge count in the first bin, dead latents apart.
+    """The distribution of firing rates.
 
-    above_1_percent, above_10_percent: shares of all latents that fire on so many tokens.
+    Args:
+        edges: of the bins, in powers of ten.
+        counts: for each group of latents, which is what a level adds, how many latents fire at a rate between two
+            edges. Rates below the first edge count in the first bin.
+        dead: for each group, how many latents never fire; they are in no bin.
+        above_1_percent: share of all latents that fire on more than 1% of tokens.
+        above_10_percent: share of all latents that fire on more than 10% of tokens.
     """
 
     edges: list[float]
@@ -48,7 +53,14 @@ class Density:
 
 @dataclass(frozen=True)
 class RatePoint:
-    """A prefix as a code: bits per token, and the FVE of what is decoded from `cells` quantised values per latent."""
+    """A prefix as a code.
+
+    Args:
+        prefix: latents in the prefix.
+        cells: values per latent after quantisation.
+        bits: per token.
+        fve: of what the quantised values decode to.
+    """
 
     prefix: int
     cells: int
@@ -60,7 +72,12 @@ class RatePoint:
 class CoreResult:
     """The core numbers of one SAE.
 
-    firing_rate: (num_latents,) float64, over all tokens. rate_tokens: how many of them the rate–distortion points use.
+    Args:
+        measurement: per prefix.
+        density: the distribution of firing rates.
+        rate_distortion: a point for each prefix and fineness of quantisation.
+        rate_tokens: how many tokens these points use.
+        firing_rate: of each latent over all tokens, (num_latents,) float64.
     """
 
     measurement: Measurement
@@ -76,8 +93,15 @@ def measure_core(
 ) -> dict[str, CoreResult]:
     """Measure SAEs of one site on the same tokens.
 
-    ce_tokens: how many tokens to run the spliced language model on; 0 skips it, as a model that predicts none does.
-    rate_tokens: how many tokens to code.
+    Args:
+        text: activations of the site.
+        saes: by name, in evaluation mode.
+        ce_tokens: how many tokens to run the language model on with reconstructions; 0 skips it, as a model that
+            predicts no next token does.
+        rate_tokens: how many tokens to code.
+
+    Returns:
+        By name.
     """
     meters: dict[str, ReconstructionMeter] = {}
     for name, sae in logging.tqdm(saes.items(), desc="Reconstruction", unit=" SAE"):
@@ -105,7 +129,12 @@ def measure_core(
 
 
 def density(firing_rate: Tensor, prefix_sizes: Iterable[int]) -> Density:
-    """The distribution of firing rates (num_latents,) over the groups of latents between prefixes."""
+    """The distribution of firing rates over the groups of latents between prefixes.
+
+    Args:
+        firing_rate: (num_latents,).
+        prefix_sizes: of the SAE.
+    """
     edges = torch.tensor(DENSITY_EDGES[1:-1], dtype=torch.float64)
     counts, dead = [], []
     for low, high in pairwise([0, *prefix_sizes]):
@@ -124,7 +153,12 @@ def density(firing_rate: Tensor, prefix_sizes: Iterable[int]) -> Density:
 
 @torch.inference_mode()
 def rate_distortion(sae: MatryoshkaSAE, x: Tensor) -> list[RatePoint]:
-    """A point for every prefix and fineness of quantisation, from activations (n, hidden_size)."""
+    """A point for every prefix and fineness of quantisation.
+
+    Args:
+        sae: in evaluation mode.
+        x: activations, (n, hidden_size).
+    """
     parts = x.split(tokens_at_once(sae))
     low, high = _value_range(sae, parts)
     total = total_variance(x)
@@ -160,8 +194,14 @@ def _value_range(sae: MatryoshkaSAE, parts: Iterable[Tensor]) -> tuple[Tensor, T
 
 
 def description_bits(counts: Tensor, num_tokens: int) -> Tensor:
-    """Bits per token of each latent, (num_latents,), from how often its value fell into each cell, (num_latents,
-    cells).
+    """Bits per token of each latent.
+
+    Args:
+        counts: how often its value fell into each cell, (num_latents, cells).
+        num_tokens: of how many tokens.
+
+    Returns:
+        (num_latents,) float64.
     """
     active = counts.sum(1)
     p = active / num_tokens

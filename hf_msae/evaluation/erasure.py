@@ -40,7 +40,17 @@ MIN_CELL = 15
 
 @dataclass(frozen=True)
 class PerturbationScore:
-    """TPP with `count` latents of one prefix ablated per class; `intended` and `unintended` are its parts."""
+    """TPP at one prefix, a mean over classes.
+
+    Args:
+        prefix: latents in the prefix.
+        count: latents ablated per class.
+        split: the seed of the split.
+        classes: how many.
+        score: `intended` − `unintended`.
+        intended: drop in accuracy of the probe of the class whose latents are ablated.
+        unintended: mean drop of the other probes.
+    """
 
     prefix: int
     count: int
@@ -53,7 +63,18 @@ class PerturbationScore:
 
 @dataclass(frozen=True)
 class RemovalScore:
-    """SCR with `count` latents ablated, a mean over pairs; the accuracies are means over pairs on balanced data."""
+    """SCR at one prefix, a mean over pairs of labels.
+
+    Args:
+        prefix: latents in the prefix.
+        count: latents ablated.
+        split: the seed of the split.
+        pairs: how many.
+        score: (ablated − biased) / (balanced − biased).
+        biased: accuracy on balanced data of probes trained on biased data.
+        ablated: the same with the spurious label's latents ablated.
+        balanced: accuracy of probes trained on balanced data.
+    """
 
     prefix: int
     count: int
@@ -67,7 +88,13 @@ class RemovalScore:
 
 @dataclass(frozen=True)
 class ErasureResult:
-    """Erasure of one SAE; `pairs_left_out` is of SCR."""
+    """Erasure of one SAE.
+
+    Args:
+        perturbation: TPP by split, prefix and number of ablated latents.
+        removal: SCR by the same; empty where there are no documents with several labels.
+        pairs_left_out: pairs of labels for which the bias costs too little, in the first split of SCR.
+    """
 
     perturbation: list[PerturbationScore]
     removal: list[RemovalScore]
@@ -75,7 +102,15 @@ class ErasureResult:
 
 
 def choose_classes(data: LabelledActivations, split: Split) -> list[int]:
-    """Roots of the tree (labels, where there is none) with enough examples, the most frequent ones."""
+    """Roots of the tree (labels, where there is none) with enough examples, the most frequent ones.
+
+    Args:
+        data: labelled examples.
+        split: whose examples and probes count.
+
+    Returns:
+        Numbers of concepts.
+    """
     able = [
         number
         for number, name in enumerate(data.names)
@@ -88,7 +123,17 @@ def choose_classes(data: LabelledActivations, split: Split) -> list[int]:
 def measure_perturbation(
     data: LabelledActivations, sae: MatryoshkaSAE, splits: Sequence[Split], counts: Sequence[int] = COUNTS
 ) -> list[PerturbationScore]:
-    """TPP at every prefix; empty where fewer than three classes can be probed."""
+    """TPP at every prefix.
+
+    Args:
+        data: labelled examples.
+        sae: in evaluation mode.
+        splits: divisions of the documents.
+        counts: how many latents to ablate per class.
+
+    Returns:
+        Scores; none of a split in which fewer than three classes can be probed.
+    """
     scores: list[PerturbationScore] = []
     encode, _ = encoder_of(sae)
     for split in splits:
@@ -126,8 +171,18 @@ def measure_perturbation(
 def order_latents(
     data: LabelledActivations, sae: MatryoshkaSAE, split: Split, classes: Sequence[int]
 ) -> dict[int, Tensor]:
-    """For each prefix its latents in the order in which they are ablated for each class, (num_classes, prefix): by how
-    much they rise with the class on training examples, times what they write along its probe.
+    """For each prefix its latents in the order in which they are ablated for each class.
+
+    The order is by how much a latent rises with the class on training examples, times what it writes along the probe.
+
+    Args:
+        data: labelled examples.
+        sae: in evaluation mode.
+        split: whose training examples and probes count.
+        classes: numbers of concepts.
+
+    Returns:
+        By prefix, (num_classes, prefix) int64.
     """
     rises = mean_differences(data, *encoder_of(sae), split)[classes].clamp_min(0).double()
     effects = rises * (sae.W_dec.double().cpu() @ split.probes.direction[classes].T).T
@@ -136,8 +191,13 @@ def order_latents(
 
 @dataclass(frozen=True)
 class Pair:
-    """A label A and a spurious one B: training samples of A where B goes along with it and where it does not, one of
-    B, and test samples of A; each of a single concept.
+    """A label A and a spurious one B, with samples of a single concept each.
+
+    Args:
+        biased: training samples of A where B goes along with it.
+        balanced: training samples of A where B does not.
+        of_spurious: training samples of B.
+        test: test samples of A.
     """
 
     biased: Samples
@@ -150,8 +210,16 @@ class Pair:
 def measure_removal(
     data: LabelledActivations, sae: MatryoshkaSAE, seeds: Sequence[int], counts: Sequence[int] = COUNTS
 ) -> tuple[list[RemovalScore], int]:
-    """SCR at every prefix over all ordered pairs of labels that are not each other's opposite, and how many pairs the
-    first split leaves out.
+    """SCR at every prefix, over all ordered pairs of labels that are not each other's opposite.
+
+    Args:
+        data: documents with several independent labels.
+        sae: in evaluation mode.
+        seeds: of the splits.
+        counts: how many latents to ablate.
+
+    Returns:
+        Scores, and how many pairs the first split leaves out.
     """
     encode, at_once = encoder_of(sae)
     latents = data.features(encode, at_once).double()
@@ -182,8 +250,16 @@ def measure_removal(
 
 
 def spurious_effects(latents: Tensor, decoder: Tensor, sample: Samples, probe: Probes) -> Tensor:
-    """How far each latent moves a probe of one label between the examples of its training sample that have the label
-    and those that lack it, (num_latents,).
+    """How far each latent moves a probe of one label between examples that have the label and those that lack it.
+
+    Args:
+        latents: of all examples, (num_examples, num_latents).
+        decoder: rows, (num_latents, hidden_size).
+        sample: the training sample of the label, a single concept.
+        probe: of the label.
+
+    Returns:
+        (num_latents,).
     """
     rows, half = sample.rows[0], sample.rows.shape[1] // 2
     difference = latents[rows[:half]].mean(0) - latents[rows[half:]].mean(0)
@@ -202,7 +278,12 @@ def _ablated_accuracy(
 
 
 def draw_pairs(data: LabelledActivations, seed: int) -> list[Pair]:
-    """Every ordered pair of labels whose four combinations all have enough documents."""
+    """Every ordered pair of labels whose four combinations all have enough documents.
+
+    Args:
+        data: documents with several independent labels.
+        seed: of which documents are taken.
+    """
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for one in range(data.num_concepts):

@@ -28,10 +28,16 @@ ROWS_AT_ONCE = 2048
 class LevelGeometry:
     """Cosines among the latents of one prefix that fire.
 
-    decoder_nearest: mean over latents of the largest |cosine| with another. decoder_pairs: mean |cosine| over pairs.
-    encoder_nearest: as decoder_nearest, of encoder rows. encoder_decoder: mean cosine of a latent's two rows.
-    parent_nearest: mean over the latents that this level adds of the largest cosine with a latent of the level before;
-        `parent_same` the share of them where it is above 0.7. None at the first level.
+    Args:
+        prefix: latents in the prefix.
+        alive: how many of them fire.
+        decoder_nearest: mean over latents of the largest |cosine| of a decoder row with another.
+        decoder_pairs: mean |cosine| over pairs of decoder rows.
+        encoder_nearest: as `decoder_nearest`, of encoder rows.
+        encoder_decoder: mean cosine of a latent's two rows.
+        parent_nearest: mean over the latents that this level adds of the largest cosine with a latent of the level
+            before; None at the first level.
+        parent_same: the share of them where it is above 0.7; None at the first level.
     """
 
     prefix: int
@@ -48,8 +54,13 @@ class LevelGeometry:
 class Agreement:
     """How far two SAEs' prefixes hold the same latents.
 
-    one_to_two, two_to_one: mean over one's latents of the largest decoder cosine with the other's (MMCS).
-    shared: the share of latents, of both together, that are each other's nearest with a cosine above 0.7.
+    Args:
+        one: name of an SAE.
+        two: name of the other.
+        prefixes: latents in the prefix of each.
+        one_to_two: mean over one's latents of the largest decoder cosine with the other's (MMCS).
+        two_to_one: the same the other way.
+        shared: the share of latents, of both together, that are each other's nearest with a cosine above 0.7.
     """
 
     one: str
@@ -62,7 +73,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class GeometryResult:
-    """Geometry by the SAE's name, and the agreement of every two SAEs of one method."""
+    """Geometry of all SAEs.
+
+    Args:
+        levels: by the SAE's name.
+        agreement: of every two SAEs of one method.
+    """
 
     levels: dict[str, list[LevelGeometry]]
     agreement: list[Agreement]
@@ -70,7 +86,12 @@ class GeometryResult:
 
 @torch.inference_mode()
 def measure_geometry(sae: MatryoshkaSAE, firing_rate: Tensor) -> list[LevelGeometry]:
-    """Cosines at every prefix; firing_rate is (num_latents,), as measured."""
+    """Cosines at every prefix.
+
+    Args:
+        sae: the SAE.
+        firing_rate: of each latent, (num_latents,), as measured.
+    """
     alive = (firing_rate > 0).to(sae.device)
     results = []
     inner: Tensor | None = None
@@ -111,7 +132,15 @@ def _within(rows: Tensor) -> tuple[float, float]:
 
 
 def nearest_rows(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """For each unit row (n, d) the largest cosine with one of the others (m, d), and which; (n,) each."""
+    """For each unit row the largest cosine with one of the others, and which.
+
+    Args:
+        rows: (n, d).
+        others: (m, d).
+
+    Returns:
+        Cosines and indices, (n,) each.
+    """
     found = [(part @ others.T).max(1) for part in rows.split(ROWS_AT_ONCE)]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
@@ -120,8 +149,11 @@ def nearest_rows(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 def measure_agreement(
     one: tuple[str, MatryoshkaSAE, Tensor], two: tuple[str, MatryoshkaSAE, Tensor]
 ) -> list[Agreement]:
-    """Compare two SAEs of one site, each with its name and its latents' firing rates, level by level; levels are
-    paired by their place, from the outermost inwards.
+    """Compare two SAEs of one site level by level; levels are paired by their place, from the outermost inwards.
+
+    Args:
+        one: an SAE's name, the SAE, and its latents' firing rates, (num_latents,).
+        two: the same of the other.
     """
     sizes: Sequence[tuple[int, int]] = list(
         zip(reversed(one[1].config.prefix_sizes), reversed(two[1].config.prefix_sizes), strict=False)

@@ -16,7 +16,10 @@ IMPORTANCES = ("energy", "contribution", "frequency")
 class Importance:
     """How much each latent matters, (num_latents,) float64 each.
 
-    energy: E[a²]. contribution: E[a²]·‖W_dec‖², the mean squared norm of what the latent adds. frequency: E[a > 0].
+    Args:
+        energy: E[a²].
+        contribution: E[a²]·‖W_dec‖², the mean squared norm of what the latent adds.
+        frequency: E[a > 0].
     """
 
     energy: Tensor
@@ -24,7 +27,14 @@ class Importance:
     frequency: Tensor
 
     def by(self, order: str) -> Tensor:
-        """The one that `order` names. Raises `ValueError` for another name."""
+        """The one that an order is by.
+
+        Args:
+            order: of `IMPORTANCES`.
+
+        Raises:
+            InputError: there is no such order.
+        """
         if order not in IMPORTANCES:
             raise InputError(f"Latents can be ordered by {', '.join(IMPORTANCES)}; got {order!r}.")
         return {"energy": self.energy, "contribution": self.contribution, "frequency": self.frequency}[order]
@@ -32,7 +42,15 @@ class Importance:
 
 @torch.inference_mode()
 def measure_importance(sae: MatryoshkaSAE, batches: Iterable[Tensor]) -> Importance:
-    """From activations, tensors (n, hidden_size). Raises `ValueError` where there are none."""
+    """Measure how much each latent matters.
+
+    Args:
+        sae: in evaluation mode.
+        batches: activations, (n, hidden_size) each.
+
+    Raises:
+        InputError: there are no activations.
+    """
     squares = torch.zeros(sae.config.num_latents, dtype=torch.float64, device=sae.device)
     fired, tokens = torch.zeros_like(squares), 0
     for x in batches:
@@ -47,10 +65,17 @@ def measure_importance(sae: MatryoshkaSAE, batches: Iterable[Tensor]) -> Importa
 
 
 def reorder(sae: MatryoshkaSAE, order: Tensor, prefix_sizes: Sequence[int] = ()) -> MatryoshkaSAE:
-    """The same SAE with its latents in another order, (num_latents,), and other levels; the whole computes the same.
+    """The same SAE with its latents in another order and other levels; the whole computes the same.
 
-    Without `prefix_sizes` it has one level. What was measured at its old levels is left out of the configuration.
-    Raises `ValueError` where `order` is not a permutation of all latents, and for sizes as `MatryoshkaSAEConfig` does.
+    What was measured at its old levels is left out of the configuration.
+
+    Args:
+        sae: the SAE.
+        order: old numbers of the latents in the new order, (num_latents,) int64.
+        prefix_sizes: the new levels; by default one.
+
+    Raises:
+        InputError: `order` is not a permutation of all latents, or the sizes do not fit.
     """
     num_latents = sae.config.num_latents
     if order.shape != (num_latents,) or not torch.equal(order.sort().values.cpu(), torch.arange(num_latents)):

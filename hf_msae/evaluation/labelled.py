@@ -39,12 +39,15 @@ Encoder = Callable[[Tensor], Tensor]
 class LabelledActivations:
     """Examples with labels.
 
-    x: activations (num_tokens, hidden_size).
-    labels: (num_examples, num_concepts) bool.
-    names: the concepts' names; `parents` gives the parent of those that have one among the names.
-    document_of: the document of each example, (num_examples,) int64.
-    example_of: the example of each token, (num_tokens,) int64, where examples are documents; None where each token is
-        an example.
+    Args:
+        x: activations, (num_tokens, hidden_size).
+        labels: (num_examples, num_concepts) bool.
+        names: of the concepts.
+        document_of: the document of each example, (num_examples,) int64.
+        description: of the examples, for people.
+        parents: the parent of each concept that has one among the names.
+        example_of: the example of each token, (num_tokens,) int64, where examples are documents; None where each token
+            is an example.
     """
 
     x: Tensor
@@ -57,14 +60,20 @@ class LabelledActivations:
 
     @property
     def num_examples(self) -> int:
+        """The number of examples."""
         return len(self.labels)
 
     @property
     def num_concepts(self) -> int:
+        """The number of concepts."""
         return len(self.names)
 
     def children(self, name: str) -> list[str]:
-        """The concepts right under this one."""
+        """The concepts right under one.
+
+        Args:
+            name: of the concept.
+        """
         return [child for child in self.names if self.parents.get(child) == name]
 
     @cached_property
@@ -74,8 +83,15 @@ class LabelledActivations:
 
     @torch.inference_mode()
     def features(self, encode: Encoder, at_once: int, columns: Tensor | None = None) -> Tensor:
-        """Features (num_examples, width) float32, of which only `columns` where given; a document's are the means over
-        its tokens.
+        """Features of all examples; a document's are the means over its tokens.
+
+        Args:
+            encode: gives features of activations.
+            at_once: tokens to encode together.
+            columns: which features to keep; by default all.
+
+        Returns:
+            (num_examples, width) float32 on the CPU.
         """
         parts = []
         for part in self.x.split(at_once):
@@ -85,10 +101,17 @@ class LabelledActivations:
 
     @torch.inference_mode()
     def class_means(self, encode: Encoder, at_once: int, examples: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean features of the given examples that have a concept, and of those that have others, each (num_concepts,
-        width) float64, without holding all features of wide dictionaries in memory.
+        """Mean features of examples with each concept and of those with others only.
 
-        examples: (num_examples,) bool.
+        Features of wide dictionaries are never all in memory.
+
+        Args:
+            encode: gives features of activations.
+            at_once: tokens to encode together.
+            examples: which examples count, (num_examples,) bool.
+
+        Returns:
+            With the concept and without it, (num_concepts, width) float64 each.
         """
         labelled = self.labels.any(1) & examples
         has = (self.labels & labelled[:, None]).double()
@@ -105,7 +128,15 @@ class LabelledActivations:
 
     @torch.inference_mode()
     def features_of(self, encode: Encoder, examples: Tensor) -> Tensor:
-        """All features (n, width) of a few examples, given by their numbers (n,)."""
+        """All features of a few examples.
+
+        Args:
+            encode: gives features of activations.
+            examples: their numbers, (n,) int64.
+
+        Returns:
+            (n, width) float32 on the CPU.
+        """
         if self.example_of is None:
             return encode(self.x[examples]).float().cpu()
         found = []
@@ -121,7 +152,11 @@ class LabelledActivations:
 
 
 def encoder_of(sae: MatryoshkaSAE) -> tuple[Encoder, int]:
-    """An SAE's latents as features, and how many tokens to encode at once."""
+    """An SAE's latents as features, and how many tokens to encode at once.
+
+    Args:
+        sae: in evaluation mode.
+    """
     return lambda x: sae.encode(x.to(sae.device)), tokens_at_once(sae)
 
 
@@ -139,9 +174,23 @@ def story_examples(
     """Tokens with their concepts, and the same stories as documents with what happens in them.
 
     The second has a label for each sex of the hero, side of the house and kind of weather: facts of a whole story that
-    are independent of each other. Concepts with fewer than `MIN_EXAMPLES` tokens are left out, and so are tokens whose
-    activation's norm is beyond `norm_limit` (None or 0 for none). Raises `ValueError` for a slow tokenizer, which
-    knows no offsets.
+    are independent of each other. Concepts with fewer than `MIN_EXAMPLES` tokens are left out.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        site: where in it.
+        num_stories: how many stories.
+        context_length: tokens of a story that are read.
+        lm_batch_size: stories per forward pass.
+        seed: of the stories.
+        norm_limit: tokens whose activation's norm is beyond it are left out; None or 0 for no limit.
+
+    Returns:
+        Tokens as examples, and documents as examples.
+
+    Raises:
+        InputError: the tokenizer is a slow one, which knows no offsets.
     """
     if not tokenizer.is_fast:
         raise InputError(
@@ -172,8 +221,9 @@ def story_examples(
 
 
 def _word_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...] | None]:
-    """For each token the concepts of the word that ends in it; () where it is no word with concepts, None where it is
-    an earlier part of one.
+    """For each token the concepts of the word that ends in it.
+
+    () where it is no word with concepts, None where it is an earlier part of one.
     """
     found: list[tuple[str, ...] | None] = []
     spans = iter(concept_spans(text))
@@ -234,10 +284,22 @@ def labelled_documents(
     lm_batch_size: int = 16,
     norm_limit: float | None = None,
 ) -> LabelledActivations:
-    """Examples from (text, label) pairs; labels with fewer than `MIN_EXAMPLES` texts are left out, and so are tokens
-    whose activation's norm is beyond `norm_limit` (None or 0 for none).
+    """Documents with one label each as examples.
 
-    Raises `ValueError` where fewer than two labels are left.
+    Labels with fewer than `MIN_EXAMPLES` texts are left out.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        site: where in it.
+        documents: (text, label) pairs.
+        description: of the documents, for people.
+        context_length: tokens of a document that are read.
+        lm_batch_size: documents per forward pass.
+        norm_limit: tokens whose activation's norm is beyond it are left out; None or 0 for no limit.
+
+    Raises:
+        InputError: fewer than two labels are left.
     """
     encoder = DocumentEncoder(tokenizer, vocabulary(model))
     windows, labels = [], []
@@ -263,7 +325,16 @@ def labelled_documents(
 
 
 def read_labelled(path: str | Path, text_column: str = "text", label_column: str = "label") -> list[tuple[str, str]]:
-    """(text, label) pairs of a .jsonl file. Raises `ValueError` where a line is not JSON or lacks a column."""
+    """The (text, label) pairs of a .jsonl file.
+
+    Args:
+        path: of the file.
+        text_column: the key of the text.
+        label_column: the key of the label.
+
+    Raises:
+        InputError: there is no such file, or a line is not JSON or lacks a key.
+    """
     path = Path(path).expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
         raise InputError(

@@ -226,8 +226,9 @@ class Metric(ABC, Generic[Result]):
 
 @dataclass
 class Evaluation:
-    """Every number, and which metrics say what they mean. `evaluation["probing"]` is what evaluation.json holds under
-    that key, as the metric returned it.
+    """Every number, and the metrics that say what they mean.
+
+    `evaluation["probing"]` is what evaluation.json holds under that key, as the metric returned it.
 
     Args:
         methods: by the SAE's name the method that it is a seed of, in the order of the subjects.

@@ -102,5 +102,9 @@ def mean_at(items: Sequence[Any], place: str, field: str) -> list[Point]:
 
 
 def legend_outside(axis: Any) -> None:
-    """A legend beside the axis, where no line runs."""
+    """A legend beside the axis, where no line runs.
+
+    Args:
+        axis: a matplotlib axis.
+    """
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)

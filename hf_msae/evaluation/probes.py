@@ -29,8 +29,10 @@ NUMBERS_AT_ONCE = 2**24
 class Samples:
     """Rows of examples for each concept: the first half of the columns have it, the second half lack it.
 
-    rows: (num_concepts, n) int64. weights: (num_concepts, n) float64; zero where a row is only a filler, and each half
-    sums to half the number of real rows.
+    Args:
+        rows: numbers of examples, (num_concepts, n) int64.
+        weights: (num_concepts, n) float64; zero where a row is only a filler, and each half sums to half the number of
+            real rows.
     """
 
     rows: Tensor
@@ -48,12 +50,21 @@ class Samples:
         return (self.weights > 0).sum(1)
 
     def of(self, concepts: Sequence[int]) -> "Samples":
-        """The samples of some concepts, by their numbers."""
+        """The samples of some concepts.
+
+        Args:
+            concepts: their numbers.
+        """
         return Samples(self.rows[concepts], self.weights[concepts])
 
 
 def draw_samples(data: LabelledActivations, seed: int) -> tuple[Samples, Samples]:
-    """Training and test samples, from different documents."""
+    """Training and test samples, from different documents.
+
+    Args:
+        data: labelled examples.
+        seed: of the division of the documents, and of which examples are taken.
+    """
     generator = torch.Generator().manual_seed(seed)
     documents = data.document_of.unique()
     shuffled = documents[torch.randperm(len(documents), generator=generator)]
@@ -77,9 +88,12 @@ def _draw(data: LabelledActivations, usable: Tensor, limit: int, generator: torc
 
 @dataclass(frozen=True)
 class Probes:
-    """Logits are `features @ direction + bias`: direction (num_concepts, width) and bias (num_concepts,), float64.
+    """Linear probes; logits are `features @ direction + bias`.
 
-    columns: which features each concept's probe reads, (num_concepts, width); None where all probes read all.
+    Args:
+        direction: (num_concepts, width) float64.
+        bias: (num_concepts,) float64.
+        columns: which features each concept's probe reads, (num_concepts, width); None where all probes read all.
     """
 
     direction: Tensor
@@ -87,7 +101,15 @@ class Probes:
     columns: Tensor | None = None
 
     def logits(self, features: Tensor, samples: Samples) -> Tensor:
-        """(num_concepts, n) of each concept's own samples, from features (num_examples, width)."""
+        """Logits of each concept's own samples.
+
+        Args:
+            features: of all examples, (num_examples, width).
+            samples: of the same concepts.
+
+        Returns:
+            (num_concepts, n) float64.
+        """
         parts = []
         for concepts in _parts(self.direction, samples):
             x = _gather(features, samples, self.columns, concepts)
@@ -108,10 +130,14 @@ def _gather(features: Tensor, samples: Samples, columns: Tensor | None, concepts
 
 
 def fit_probes(features: Tensor, samples: Samples, columns: Tensor | None = None) -> Probes:
-    """Logistic regression of each concept on features (num_examples, width), or on its own columns of them,
-    (num_concepts, k).
+    """Logistic regression of each concept.
 
     Concepts without examples get zeros. Columns that do not vary get the coefficient zero.
+
+    Args:
+        features: of all examples, (num_examples, width).
+        samples: to train on.
+        columns: the features that each concept's probe reads, (num_concepts, k); by default all.
     """
     fits = [
         _fit(_gather(features, samples, columns, concepts), samples.weights[concepts], samples.targets)
@@ -170,14 +196,24 @@ def _newton(columns: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality of probes on a balanced test sample, each (num_concepts,) float64."""
+    """Quality of probes on a balanced test sample.
+
+    Args:
+        accuracy: (num_concepts,) float64.
+        f1: (num_concepts,) float64.
+    """
 
     accuracy: Tensor
     f1: Tensor
 
 
 def score_logits(logits: Tensor, samples: Samples) -> Scores:
-    """Accuracy and F1 of logits (num_concepts, n), on the real rows of a sample."""
+    """Accuracy and F1 on the real rows of a sample.
+
+    Args:
+        logits: (num_concepts, n).
+        samples: that the logits are of.
+    """
     guess, real, positive = logits > 0, samples.weights > 0, samples.targets.bool()
     counts = samples.counts.clamp_min(1)
     right = ((guess == positive) & real).sum(1)
@@ -189,7 +225,16 @@ def score_logits(logits: Tensor, samples: Samples) -> Scores:
 
 @dataclass(frozen=True)
 class Split:
-    """One division of the documents: samples, which concepts have enough of them, and probes on whole activations."""
+    """One division of the documents into training and test documents.
+
+    Args:
+        seed: of the division.
+        train: training samples.
+        test: test samples.
+        usable: which concepts have enough of both, (num_concepts,) bool.
+        probes: on whole activations.
+        scores: of these probes on the test samples.
+    """
 
     seed: int
     train: Samples
@@ -202,7 +247,12 @@ class Split:
 def make_split(data: LabelledActivations, seed: int) -> Split:
     """Draw samples, and fit probes on whole activations.
 
-    Raises `ValueError` where no concept has examples enough on both sides.
+    Args:
+        data: labelled examples.
+        seed: of the division.
+
+    Raises:
+        InputError: no concept has examples enough on both sides.
     """
     train, test = draw_samples(data, seed)
     usable = (train.counts >= 2 * MIN_TEST) & (test.counts >= 2 * MIN_TEST)
@@ -216,13 +266,31 @@ def make_split(data: LabelledActivations, seed: int) -> Split:
 
 
 def training_examples(data: LabelledActivations, split: Split) -> Tensor:
-    """Which examples any concept's probe is trained on, (num_examples,) bool."""
+    """Which examples any concept's probe is trained on.
+
+    Args:
+        data: labelled examples.
+        split: whose training samples count.
+
+    Returns:
+        (num_examples,) bool.
+    """
     training = torch.zeros(data.num_examples, dtype=torch.bool)
     training[split.train.rows[split.train.weights > 0]] = True
     return training
 
 
 def mean_differences(data: LabelledActivations, encode: Encoder, at_once: int, split: Split) -> Tensor:
-    """Mean with the concept − mean without it of every feature, (num_concepts, width), on training examples."""
+    """Mean with the concept − mean without it of every feature, on training examples.
+
+    Args:
+        data: labelled examples.
+        encode: gives features of activations.
+        at_once: tokens to encode together.
+        split: whose training samples count.
+
+    Returns:
+        (num_concepts, width) float64.
+    """
     with_it, without_it = data.class_means(encode, at_once, training_examples(data, split))
     return with_it - without_it

@@ -27,9 +27,15 @@ TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class ProbingScore:
-    """Balanced accuracy and F1 of probes on k features of one prefix, means over concepts, for one split of the data.
+    """Quality of probes on k features of one prefix, a mean over concepts, for one split of the data.
 
-    `prefix` is the number of features to choose from, and `k` how many were chosen; equal where all were used.
+    Args:
+        features: whose they are, an SAE's name or that of a reference.
+        prefix: how many features there are to choose from.
+        k: how many were chosen; equal to `prefix` where all were used.
+        split: the seed of the split.
+        accuracy: balanced; 0.5 is chance.
+        f1: on the test examples.
     """
 
     features: str
@@ -42,9 +48,16 @@ class ProbingScore:
 
 @dataclass(frozen=True)
 class ProbingResult:
-    """All scores, and what they were measured on: the mean number of training and test examples of a concept.
+    """All scores, and what they were measured on.
 
-    `by_concept` holds the accuracy of each concept at k = 1 with each SAE's whole dictionary, a mean over splits.
+    Args:
+        scores: by split, features, prefix and k.
+        concepts: usable in every split.
+        by_concept: by the SAE's name the accuracy of each concept at the smallest k with the whole dictionary, a mean
+            over splits.
+        train_examples: mean number of training examples of a concept.
+        test_examples: mean number of test examples of a concept.
+        description: of the examples, for people.
     """
 
     scores: list[ProbingScore]
@@ -58,7 +71,14 @@ class ProbingResult:
 def measure_probing(
     data: LabelledActivations, saes: Mapping[str, MatryoshkaSAE], splits: Sequence[Split], ks: Sequence[int] = KS
 ) -> ProbingResult:
-    """Probe every SAE at every prefix, and the references, on the same splits."""
+    """Probe every SAE at every prefix, and the references, on the same splits.
+
+    Args:
+        data: labelled examples.
+        saes: by name, in evaluation mode.
+        splits: divisions of the documents.
+        ks: how many features a probe reads.
+    """
     scores: list[ProbingScore] = []
     by_concept: dict[str, list[Tensor]] = {}
     for split in splits:
@@ -83,7 +103,15 @@ def measure_probing(
 
 
 def reference_features(data: LabelledActivations, split: Split) -> dict[str, Encoder]:
-    """What an SAE's latents are compared with, made without test examples."""
+    """What an SAE's latents are compared with, made without test examples.
+
+    Args:
+        data: labelled examples.
+        split: whose training examples count.
+
+    Returns:
+        By name, what gives features of activations.
+    """
     return {
         "activation dimensions": lambda x: x,
         "principal components": _principal_components(_training_activations(data, split)),
@@ -108,8 +136,18 @@ def _principal_components(x: Tensor) -> Encoder:
 def choose_features(
     data: LabelledActivations, encode: Encoder, at_once: int, split: Split, prefixes: Sequence[int], count: int
 ) -> dict[int, Tensor]:
-    """For each prefix the features among the first ones that differ most with and without each usable concept on
-    training examples, the largest difference first, (num_usable, at most count).
+    """For each prefix the features that differ most with and without each usable concept on training examples.
+
+    Args:
+        data: labelled examples.
+        encode: gives features of activations.
+        at_once: tokens to encode together.
+        split: whose training examples count.
+        prefixes: numbers of first features to choose from.
+        count: how many to choose.
+
+    Returns:
+        By prefix, the largest difference first, (num_usable, at most count) int64.
     """
     differences = mean_differences(data, encode, at_once, split).abs()[split.usable]
     return {prefix: differences[:, :prefix].topk(min(count, prefix), dim=1).indices for prefix in prefixes}

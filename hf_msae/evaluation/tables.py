@@ -47,7 +47,11 @@ def write_cell(values: Cells, digits: int, scale: float = 1.0) -> str:
 
 
 def all_tables(evaluation: Evaluation) -> list[Table]:
-    """The tables of every metric that was measured, in the order of the report."""
+    """The tables of every metric that was measured, in the order of the report.
+
+    Args:
+        evaluation: what was measured.
+    """
     return [
         table for metric in evaluation.metrics for table in metric.tables(evaluation.results[metric.name], evaluation)
     ]
