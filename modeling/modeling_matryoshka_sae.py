@@ -51,7 +51,7 @@ from .dense_ops import (
     select_topk,
 )
 from .objective import BatchContext, ObjectiveMixin, straight_through
-from .prefix_loading import HUB_ARGUMENTS, read_state, truncate_state
+from .prefix_loading import HUB_ARGUMENTS, pin_commit, read_state, truncate_state
 from .selection import SINGLE_PROCESS, ProcessGroup
 from .sharing import SharingMixin
 from .sparse_encoder import ActiveLatents, tokens_at_once
@@ -359,6 +359,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
                 kwargs.pop("prefix_sizes", None)
                 config, state = converted
                 return (config, state) if prefix is None else (config.truncated(prefix), truncate_state(state, prefix))
+            hub = pin_commit(source, hub)
         # Remote code's configuration may be of another copy of these files than its model is.
         if not isinstance(config, PreTrainedConfig):
             names = {field.name for field in fields(MatryoshkaSAEConfig)} - {"dtype"}

@@ -160,6 +160,19 @@ def _local_files(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Pa
 # The Hub
 
 
+def pin_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that name the commit of which the configuration was just read, so that the Hub is not asked again, and
+    the weights are of the same commit; as they are, where the configuration is not in the cache.
+    """
+    if os.path.isdir(source):
+        return dict(hub)
+    name = str(PurePosixPath(hub.get("subfolder") or "") / "config.json")
+    found = try_to_load_from_cache(str(source), name, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+    if not isinstance(found, str):
+        return dict(hub)
+    return {**hub, "revision": Path(found).parents[len(PurePosixPath(name).parts) - 1].name}
+
+
 @dataclass(frozen=True)
 class _Repo:
     """A folder of a repo at one commit, and how to reach it."""

@@ -26,8 +26,9 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ CHUNK = 10 * 1024 * 1024
 FIRST_READ = 4096
 # An SAE has seven tensors; safetensors itself would allow 100 MB.
 MAX_HEADER = 1 << 20
+# Requests for an SAE's tensors where they are small. Two ranges are most of it, the first rows of W_dec and of W_enc;
+# between those of the other tensors lie some bytes per latent, less than a thousandth of the file.
+MAX_RANGES = 4
+# What a storage answers when the address that it was asked by holds no longer.
+EXPIRED = (401, 403, 404, 410)
 # Bytes of one number, by the names that safetensors gives.
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -109,24 +115,44 @@ def _span(name: str, entry: Any, data_start: int) -> TensorSpan:
     return TensorSpan(name, dtype, shape, data_start + start, data_start + stop)
 
 
+def merge_ranges(spans: Sequence[TensorSpan], most: int) -> list[tuple[int, int]]:
+    """At most `most` ranges of bytes, from and to, that hold all spans (in the order of the file), with the smallest
+    gaps between spans filled.
+    """
+    ranges = [(span.start, span.stop) for span in spans if span.size]
+    while len(ranges) > 1:
+        gaps = [right[0] - left[1] for left, right in pairwise(ranges)]
+        if len(ranges) <= most and min(gaps) > 0:
+            break
+        index = gaps.index(min(gaps))
+        ranges[index : index + 2] = [(ranges[index][0], ranges[index + 1][1])]
+    return ranges
+
+
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of `size` bytes at an address that honours ranges; `etag` names its content, and can name a folder."""
+    """A file of `size` bytes at an address that honours ranges; `etag` names its content, and can name a folder.
+
+    `head` are its first bytes. `location` is where the address leads: a storage whose addresses hold for a while, so
+    that each range is one request and not two.
+    """
 
     url: str
     headers: dict[str, str]
     etag: str
     size: int
     where: str
+    location: str
+    head: bytes
 
     @classmethod
     def find(cls, url: str, headers: dict[str, str], where: str) -> "RemoteFile | None":
-        """Ask for one byte, to learn the rest; None where the server ignores ranges.
+        """Ask for the first bytes, to learn the rest; None where the server ignores ranges.
 
         Raises `EntryNotFoundError` and the other errors of huggingface_hub.
         """
         headers = {**headers, "Accept-Encoding": "identity"}
-        asking = {**headers, "Range": "bytes=0-0"}
+        asking = {**headers, "Range": f"bytes=0-{FIRST_READ - 1}"}
         # Streamed, so that a server that would send all of it is stopped in time.
         with http_stream_backoff(
             "GET",
@@ -135,32 +161,29 @@ class RemoteFile:
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             retry_on_exceptions=httpx.TransportError,
         ) as response:
-            status = response.status_code
-        if status == 416:
+            head = response.read() if response.status_code == 206 else b""
+        if response.status_code == 416:
             raise damaged(where, "it is empty")
         hf_raise_for_status(response)
-        total = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("Content-Range", ""))
+        sent = re.fullmatch(r"bytes 0-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
         # The Hub's name of the content is on its redirect; the storage behind has names of its own.
         linked = [step.headers.get("X-Linked-Etag") for step in [*response.history, response]]
         etag = next((name for name in linked if name), response.headers.get("ETag", ""))
         etag = re.sub(r"[^\w-]", "", etag.removeprefix("W/"))
-        if status != 206 or total is None or not etag:
+        if response.status_code != 206 or sent is None or len(head) != int(sent[1]) + 1 or not etag:
             return None
-        return cls(url, headers, etag, int(total.group(1)), where)
+        return cls(url, headers, etag, int(sent[2]), where, str(response.url), head)
 
     def read(self, start: int, stop: int) -> bytes:
         """Its bytes from `start` to `stop`; retried for half a minute.
 
         Raises `OSError` where the server sends anything else.
         """
-        asking = {**self.headers, "Range": f"bytes={start}-{stop - 1}"}
-        response = http_backoff(
-            "GET",
-            self.url,
-            headers=asking,
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            retry_on_exceptions=httpx.TransportError,
-        )
+        if stop <= len(self.head):
+            return self.head[start:stop]
+        response = self._ask(self.location, start, stop)
+        if response.status_code in EXPIRED and self.location != self.url:
+            response = self._ask(self.url, start, stop)
         hf_raise_for_status(response)
         sent = (response.status_code, response.headers.get("Content-Range"), len(response.content))
         right = (206, f"bytes {start}-{stop - 1}/{self.size}", stop - start)
@@ -171,17 +194,27 @@ class RemoteFile:
             )
         return response.content
 
+    def _ask(self, url: str, start: int, stop: int) -> Any:
+        headers = {**self.headers, "Range": f"bytes={start}-{stop - 1}"}
+        if httpx.URL(url).netloc != httpx.URL(self.url).netloc:
+            # The token is the Hub's alone.
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+        return http_backoff(
+            "GET",
+            url,
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=httpx.TransportError,
+        )
+
     def read_spans(self) -> list[TensorSpan]:
-        """As `read_spans`, mostly by one request."""
-        head = self.read(0, min(FIRST_READ, self.size))
-
-        def read(start: int, stop: int) -> bytes:
-            return head[start:stop] if stop <= len(head) else self.read(start, stop)
-
-        return read_spans(read, self.size, self.where)
+        """As `read_spans`, mostly without a request."""
+        return read_spans(self.read, self.size, self.where)
 
     def save(self, spans: Sequence[TensorSpan], path: Path) -> None:
-        """Write a safetensors file of these tensors, or parts of tensors; a failure leaves nothing."""
+        """Write a safetensors file of these tensors, or parts of tensors, in the order of the file; a failure leaves
+        nothing.
+        """
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, dtype, shape, start, stop in spans:
@@ -195,9 +228,8 @@ class RemoteFile:
         try:
             with open(draft, "wb") as file, tqdm(total=offset, unit="B", unit_scale=True, desc=path.name) as progress:
                 file.write(len(encoded).to_bytes(8, "little") + encoded)
-                for span in spans:
-                    for start in range(span.start, span.stop, CHUNK):
-                        progress.update(file.write(self.read(start, min(start + CHUNK, span.stop))))
+                for part in self._parts(spans):
+                    progress.update(file.write(part))
             with safe_open(draft, framework="pt"):
                 """Opening checks that shapes and sizes agree."""
             os.replace(draft, path)
@@ -205,3 +237,14 @@ class RemoteFile:
             raise damaged(self.where, str(error)) from error
         finally:
             draft.unlink(missing_ok=True)
+
+    def _parts(self, spans: Sequence[TensorSpan]) -> Iterator[bytes]:
+        """The bytes of the spans, one after the other, in parts."""
+        for first, last in merge_ranges(spans, MAX_RANGES):
+            for start in range(first, last, CHUNK):
+                stop = min(start + CHUNK, last)
+                content = self.read(start, stop)
+                for span in spans:
+                    low, high = max(start, span.start), min(stop, span.stop)
+                    if low < high:
+                        yield content[low - start : high - start]
