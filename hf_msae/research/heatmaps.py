@@ -24,7 +24,11 @@ NUMBERS_UP_TO = 6
 
 
 def depth_first(forest: Forest) -> list[int]:
-    """Rows of the features, each followed by its descendants."""
+    """Rows of the features, each followed by its descendants.
+
+    Args:
+        forest: of the features.
+    """
 
     def descend(row: int) -> list[int]:
         return [row, *(below for child in forest.children(row) for below in descend(child))]
@@ -34,9 +38,14 @@ def depth_first(forest: Forest) -> list[int]:
 
 @torch.no_grad()
 def draw_heatmaps(world: FeatureWorld, saes: Mapping[str, MatryoshkaSAE], seed: int = 0) -> bytes:
-    """A PNG with a row of three pictures for the truth and for each SAE, by name; SAEs in evaluation mode.
+    """A PNG with a row of three pictures for the truth and for each SAE.
 
-    seed: of the samples drawn. Only samples in which a feature fires are shown, sorted by which do.
+    Only samples in which a feature fires are shown, sorted by which do.
+
+    Args:
+        world: that the SAEs were trained on.
+        saes: by name, in evaluation mode.
+        seed: of the samples drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -38,10 +38,16 @@ REPORT_STEPS, REPORT_BATCH = 200, 2048
 
 @dataclass(frozen=True)
 class HedgingDegree:
-    """The degree in [0, 1], and what it is made of.
+    """The degree, and what it is made of.
 
-    projection: p. baseline: b, over `DRAWS` random subspaces, with their standard deviation. drift: mean‖δ‖ over mean
-    norm of the control's rows, of which p is the part within the new rows' span. prefix: the latents it is of.
+    Args:
+        prefix: the latents it is of.
+        degree: in [0, 1].
+        projection: p, the part of the drift within the new rows' span.
+        baseline: b, the same with random subspaces, a mean over `DRAWS`.
+        baseline_spread: standard deviation of these.
+        drift: mean‖δ‖ over the mean norm of the control's rows.
+        num_new: latents that were added.
     """
 
     prefix: int
@@ -56,13 +62,17 @@ class HedgingDegree:
 def hedging_degree(
     extended: Tensor, control: Tensor, *, new: Tensor | None = None, draws: int = DRAWS, seed: int = 0
 ) -> HedgingDegree:
-    """From decoder rows of both SAEs.
+    """The degree from decoder rows of both SAEs.
 
     Args:
         extended: rows (m, d) of the SAE that was widened; the first n correspond to those of `control`.
         control: rows (n, d).
         new: the new rows (N, d); those of `extended` after the first n by default.
-    Raises `ValueError` where there are no new rows, or so many that they span everything.
+        draws: random subspaces behind the baseline.
+        seed: of these.
+
+    Raises:
+        InputError: there are no new rows, or so many that they span everything.
     """
     new = extended[len(control) :] if new is None else new
     width = control.shape[1]
@@ -120,9 +130,17 @@ def measure_hedging(
     let go: how far a prefix hedges is shown by that prefix by itself, `sae.truncate(m)`.
 
     Args:
+        text: activations of the SAE's site.
+        sae: a trained one.
         num_new: by default an eighth of the width of the activations.
+        max_steps: of either training.
+        batch_size: activations in a step.
         learning_rate: by default a tenth of what training from the beginning would take: the SAE is trained already.
-    Raises `ValueError` where there are fewer activations than a batch, or as [`hedging_degree`] does.
+        seed: of the new latents, the batches and the baseline.
+        use_cpu: whether to train on the CPU even where there is an accelerator.
+
+    Raises:
+        InputError: there are fewer activations than a batch, or [`hedging_degree`] refuses the numbers.
     """
     width = sae.config.hidden_size
     num_new = num_new or max(1, width // 8)
@@ -160,8 +178,14 @@ def _of_prefixes(
 
 @torch.no_grad()
 def widen(sae: MatryoshkaSAE, num_new: int, seed: int = 0) -> MatryoshkaSAE:
-    """A copy with `num_new` further latents behind the others, in the last level: random unit decoder rows, encoder
-    rows along them.
+    """A copy with further latents behind the others, in the last level.
+
+    Their decoder rows are random unit rows, their encoder rows lie along them.
+
+    Args:
+        sae: the SAE.
+        num_new: how many latents to add.
+        seed: of the rows.
     """
     config = sae.config
     sizes = [*config.prefix_sizes[:-1], config.num_latents + num_new]
@@ -187,8 +211,9 @@ class HedgingMetric(Metric[dict[str, list[HedgingDegree]]]):
     name = "hedging"
 
     def measure(self, inputs: MetricInputs) -> dict[str, list[HedgingDegree]]:
-        """Take each prefix of a trained SAE by itself, widen it and train on. Widening the last level would give an
-        inner one no reason to let go.
+        """Take each prefix of a trained SAE by itself, widen it and train on.
+
+        Widening the last level would give an inner one no reason to let go.
         """
         return {
             name: [_measure_prefix(inputs, sae, prefix) for prefix in sae.config.prefix_sizes]

@@ -42,9 +42,13 @@ REPORT_STEPS = 500
 class MetaResult:
     """A meta-SAE and how much it explains.
 
-    rows: which latents of the base SAE it was trained on, (n,): those that fire. explained: 1 − Σ‖d − d̂‖²/Σ‖d − d̄‖²
-    over their unit decoder rows. explained_random: of a meta-SAE of the same settings on random directions, the floor.
-    l0: meta-latents per row. dead: the share of meta-latents that no row uses.
+    Args:
+        sae: the meta-SAE.
+        rows: which latents of the base SAE it was trained on, (n,): those that fire.
+        explained: 1 − Σ‖d − d̂‖²/Σ‖d − d̄‖² over their unit decoder rows.
+        explained_random: of a meta-SAE of the same settings on random directions, the floor; None without a control.
+        l0: meta-latents per row.
+        dead: the share of meta-latents that no row uses.
     """
 
     sae: MatryoshkaSAE
@@ -57,7 +61,13 @@ class MetaResult:
 
 @dataclass(frozen=True)
 class Part:
-    """A meta-latent in a decomposition: its activation, and the other latents that use it most, with theirs."""
+    """A meta-latent in a decomposition.
+
+    Args:
+        meta_latent: its number.
+        activation: in the row that is decomposed.
+        shared_with: the other latents that use it most, with their activations of it.
+    """
 
     meta_latent: int
     activation: float
@@ -66,10 +76,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What a latent's decoder row is made of; the largest part first.
+    """What a latent's decoder row is made of.
 
-    cosine: of the sum of the parts with the row, less the meta-SAE's bias, which holds what all rows have in common;
-        0 where there is no part.
+    Args:
+        latent: its number.
+        cosine: of the sum of the parts with the row, less the meta-SAE's bias, which holds what all rows have in
+            common; 0 where there is no part.
+        parts: the largest first.
     """
 
     latent: int
@@ -78,10 +91,16 @@ class Decomposition:
 
 
 def unit_rows(sae: MatryoshkaSAE) -> tuple[Tensor, Tensor]:
-    """Latents that fire, (n,), and their unit decoder rows, (n, hidden_size) float32 on the CPU.
+    """Latents that fire, and their unit decoder rows.
 
     Where no firing rates were recorded, all latents. Directions of latents that never fire are left from the beginning
     of training.
+
+    Args:
+        sae: the SAE.
+
+    Returns:
+        Numbers of latents, (n,), and rows, (n, hidden_size) float32; both on the CPU.
     """
     recorded = bool((sae.firing_rate > 0).any())
     rows = (sae.firing_rate > 0).nonzero().flatten() if recorded else torch.arange(sae.config.num_latents)
@@ -104,14 +123,19 @@ def train_meta_sae(
     """Train a meta-SAE on an SAE's decoder rows.
 
     Args:
+        sae: the base SAE.
         num_latents: meta-latents; by default a quarter of the latents that fire (SAEBench's share).
         k: mean number of meta-latents per row.
         prefix_sizes: nested sizes of the meta-SAE; a plain one by default, as in the papers.
         max_steps: steps of up to 1,024 rows.
         learning_rate: by default what training takes for that width.
+        seed: of the weights, the batches and the random directions.
         name: what the base SAE is called in the configuration; by default where it was loaded from.
         random_control: train another one on random directions, for the floor.
-    Raises `ValueError` where fewer than eight latents fire, or for sizes that do not fit.
+        use_cpu: whether to train on the CPU even where there is an accelerator.
+
+    Raises:
+        InputError: fewer than eight latents fire, or sizes do not fit.
     """
     rows, directions = unit_rows(sae)
     num_latents = num_latents or max(1, len(rows) // WIDTH_SHARE)
@@ -155,7 +179,11 @@ def train_meta_sae(
 
 
 def is_meta_sae(sae: MatryoshkaSAE) -> bool:
-    """Whether an SAE was trained on another one's decoder rows."""
+    """Whether an SAE was trained on another one's decoder rows.
+
+    Args:
+        sae: the SAE.
+    """
     return META_KEY in (sae.config.measured or {})
 
 
@@ -174,10 +202,19 @@ def _check_sizes(num_rows: int, num_latents: int, k: float, max_steps: int) -> N
 
 
 def fit_rows(sae: MatryoshkaSAE, x: Tensor, args: SAETrainingArguments, site: Site, what: str) -> None:
-    """Train an SAE on rows in memory, x (n, hidden_size), reshuffled in every pass, with a progress bar called `what`.
+    """Train an SAE on rows in memory, reshuffled in every pass.
 
-    Takes from `args` what a learner takes; with `init_from` the SAE's weights are where it begins. Ends in evaluation
-    mode, without a threshold set. Raises `TrainingDiverged` where the loss was not finite.
+    It ends in evaluation mode, without a threshold set.
+
+    Args:
+        sae: it is changed.
+        x: rows, (n, hidden_size).
+        args: of which it takes what a learner takes; with `init_from` the SAE's weights are where it begins.
+        site: what the learner takes the rows to be of.
+        what: the name of the progress bar.
+
+    Raises:
+        TrainingDiverged: the loss was not finite.
     """
     learner = Learner(what, sae, site, Run(args), args.max_steps)
     batches = _batches(x, args.per_device_train_batch_size, args.seed)
@@ -202,8 +239,9 @@ def _batches(x: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def _calibrate_and_measure(sae: MatryoshkaSAE, rows: Tensor) -> ReconstructionMeter:
-    """Set the threshold so that L0 is k, and record firing rates and maxima. There is no other data to hold out: the
-    rows are all that will ever be decomposed.
+    """Set the threshold so that L0 is k, and record firing rates and maxima.
+
+    There is no other data to hold out: the rows are all that will ever be decomposed.
     """
     parts = rows.split(BATCH_SIZE)
     sae.calibrate_threshold(part.to(sae.device) for part in parts)
@@ -220,9 +258,16 @@ def _calibrate_and_measure(sae: MatryoshkaSAE, rows: Tensor) -> ReconstructionMe
 def decompose(
     meta: MatryoshkaSAE, sae: MatryoshkaSAE, latents: Sequence[int], *, neighbours: int = 5
 ) -> list[Decomposition]:
-    """Take latents of an SAE apart: each one's meta-latents, and for each of those the other latents that use it most.
+    """Take latents of an SAE apart.
 
-    Raises `ValueError` for latents that the SAE does not have, and for a meta-SAE of another width.
+    Args:
+        meta: a meta-SAE.
+        sae: the SAE that it was trained on.
+        latents: their numbers.
+        neighbours: how many other latents to list that use a meta-latent most; 0 for none.
+
+    Raises:
+        InputError: the SAE does not have such a latent, or the meta-SAE is of another width.
     """
     if meta.config.hidden_size != sae.config.hidden_size:
         raise InputError(
@@ -261,7 +306,15 @@ def _others(latent: int, column: Tensor, rows: Tensor, neighbours: int) -> list[
 
 @dataclass(frozen=True)
 class MetaNumbers:
-    """A meta-SAE of one SAE: `explained` of its decoder rows' variance, and of as many random directions."""
+    """A meta-SAE of one SAE in numbers.
+
+    Args:
+        rows: decoder rows that it was trained on.
+        num_latents: meta-latents.
+        l0: meta-latents per row.
+        explained: of the rows' variance.
+        explained_random: of as many random directions.
+    """
 
     rows: int
     num_latents: int
@@ -276,8 +329,9 @@ class MetaMetric(Metric[dict[str, MetaNumbers]]):
     name = "meta"
 
     def measure(self, inputs: MetricInputs) -> dict[str, MetaNumbers]:
-        """Train a meta-SAE of a quarter of the width for each trained SAE, and one on random directions, which tells
-        what is no composition.
+        """Train a meta-SAE of a quarter of the width for each trained SAE, and one on random directions.
+
+        The latter tells what is no composition.
         """
         return {name: _measure(sae, name, inputs.seed) for name, sae in trained_saes(inputs).items()}
 

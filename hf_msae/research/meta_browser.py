@@ -24,8 +24,15 @@ USERS = 30
 
 @torch.inference_mode()
 def token_labels(text: TextActivations, tokenizer: PreTrainedTokenizerBase, sae: MatryoshkaSAE) -> list[str]:
-    """For every latent the different tokens among its 24 strongest activations, up to four, the strongest first; empty
-    for a latent that never fires in this text.
+    """For every latent the different tokens among its 24 strongest activations, up to four, the strongest first.
+
+    Args:
+        text: activations of the SAE's site.
+        tokenizer: of the language model.
+        sae: in evaluation mode.
+
+    Returns:
+        A label for each latent, empty for one that never fires in this text.
     """
     ids = text.token_ids
     values, places = torch.zeros(0, sae.config.num_latents), torch.zeros(0, sae.config.num_latents, dtype=torch.int64)
@@ -48,7 +55,14 @@ def token_labels(text: TextActivations, tokenizer: PreTrainedTokenizerBase, sae:
 def render_browser(
     meta: MatryoshkaSAE, sae: MatryoshkaSAE, facts: Mapping[str, Any], labels: Sequence[str] = ()
 ) -> str:
-    """The page. facts: what stands under its title, by name. labels: of the SAE's latents, or none."""
+    """The page, an HTML document with everything in it.
+
+    Args:
+        meta: a meta-SAE.
+        sae: the SAE that it takes apart.
+        facts: what stands under the title, by name.
+        labels: of the SAE's latents, or none.
+    """
     rows, directions = unit_rows(sae)
     found = {item.latent: item for item in decompose(meta, sae, rows.tolist(), neighbours=0)}
     contents = {

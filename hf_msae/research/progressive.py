@@ -34,11 +34,18 @@ REPORTED_ORDERS = ("own", "energy", "frequency")
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """importance ≈ scale · rank^(−exponent), fitted by least squares in logarithms over ranks first to last.
+    """A fit of importance ≈ scale · rank^(−exponent), by least squares in logarithms.
 
-    Each rank weighs 1/rank, so that every decade of ranks counts alike and not the tail alone. `r2` is the share of
-    the logarithm's variance that the line explains, `r2_exponential` that of importance ≈ a·e^(−b·rank) under the same
-    weights: where it is as good, there is no power law to speak of.
+    Each rank weighs 1/rank, so that every decade of ranks counts alike and not the tail alone.
+
+    Args:
+        exponent: of the rank, with its sign turned.
+        scale: of the law.
+        first: the first rank of the fit, from 1.
+        last: the last rank of the fit.
+        r2: the share of the logarithm's variance that the line explains.
+        r2_exponential: that of importance ≈ a·e^(−b·rank) under the same weights: where it is as good, there is no
+            power law to speak of.
     """
 
     exponent: float
@@ -51,8 +58,19 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class ProgressivePoint:
-    """The first `prefix` latents of one SAE in one order. rsa and cka compare x̂ with x; the mean over draws of tokens,
-    with `rsa_spread`, the standard deviation.
+    """The first latents of one SAE in one order.
+
+    Args:
+        sae: its name.
+        order: of `ORDERS`.
+        prefix: how many latents.
+        l0: mean number of active latents per token.
+        fve: fraction of variance explained.
+        ce_recovered: against setting the site to zero; None where it was not measured.
+        ce_recovered_mean: against setting it to the mean.
+        rsa: of x̂ with x, a mean over draws of tokens.
+        rsa_spread: standard deviation over draws.
+        cka: of x̂ with x, a mean over draws of tokens.
     """
 
     sae: str
@@ -69,7 +87,16 @@ class ProgressivePoint:
 
 @dataclass(frozen=True)
 class ProgressiveResult:
-    """All points, each SAE's law of importance (by contribution), and the number of tokens behind each."""
+    """All points, and each SAE's law of importance.
+
+    Args:
+        points: by SAE, order and prefix.
+        laws: by the SAE's name, of importance by contribution.
+        importances: by the SAE's name.
+        tokens: behind L0 and FVE.
+        ce_tokens: behind cross-entropies.
+        rsa_tokens: in each draw behind RSA and CKA.
+    """
 
     points: list[ProgressivePoint]
     laws: dict[str, PowerLaw]
@@ -80,10 +107,15 @@ class ProgressiveResult:
 
 
 def fit_power_law(importance: Tensor, first: int = 1, last: int | None = None) -> PowerLaw:
-    """Fit sorted importance (n,), of any order, over ranks `first` to `last` (from 1, both included).
+    """Fit sorted importance.
 
-    `last` is by default the number of latents whose importance is above zero. Raises `ValueError` where fewer than
-    three ranks are left or the range reaches zeros.
+    Args:
+        importance: (n,), in any order.
+        first: the first rank, from 1.
+        last: the last rank; by default the number of latents whose importance is above zero.
+
+    Raises:
+        InputError: fewer than three ranks are left, or the range reaches zeros.
     """
     values = importance.double().sort(descending=True).values
     alive = int((values > 0).sum())
@@ -125,11 +157,19 @@ def measure_progressive(
 ) -> ProgressiveResult:
     """Cut every SAE to the same sizes, in several orders of its latents, and measure what is left.
 
-    sizes: numbers of latents, increasing; those above an SAE's own are left out, and its whole is always added.
-    orders: of `ORDERS`; "own" is the order in the file, which only nesting gives a meaning.
-    ce_tokens: how many tokens to run the spliced language model on; 0 skips it, as a model that predicts none does.
-    rsa_tokens: tokens in each of `rsa_draws` draws for the representational similarity.
-    Raises `ValueError` for orders that are not known and for SAEs of another width than the activations.
+    Args:
+        text: activations of the SAEs' site.
+        saes: by name, in evaluation mode.
+        sizes: numbers of latents, increasing; those above an SAE's own are left out, and its whole is always added.
+        orders: of `ORDERS`; "own" is the order in the file, which only nesting gives a meaning.
+        ce_tokens: how many tokens to run the spliced language model on; 0 skips it, as a model that predicts none
+            does.
+        rsa_tokens: tokens in each draw for the representational similarity.
+        rsa_draws: how many draws.
+        seed: of these.
+
+    Raises:
+        InputError: an order is not known, sizes do not increase, or an SAE is of another width than the activations.
     """
     _check(text, saes, sizes, orders)
     rsa_tokens = min(rsa_tokens, text.num_tokens)
@@ -224,7 +264,12 @@ def _similarities(draw: _Draw, sae: MatryoshkaSAE) -> list[tuple[float, float]]:
 
 
 def draw_progressive(result: ProgressiveResult, figure: Any) -> None:
-    """FVE and RSA against the number of latents kept, and sorted importance with its law, on a matplotlib figure."""
+    """FVE and RSA against the number of latents kept, and sorted importance with its law.
+
+    Args:
+        result: what is drawn.
+        figure: an empty matplotlib figure.
+    """
     left, middle, right = figure.subplots(1, 3)
     kept = sorted({point.prefix for point in result.points})
     for number, name in enumerate(result.importances):
@@ -258,8 +303,9 @@ class ProgressiveMetric(Metric[ProgressiveResult]):
     name = "progressive"
 
     def measure(self, inputs: MetricInputs) -> ProgressiveResult | None:
-        """Measure trained SAEs. The language model is not run again: what prefixes in their own order keep of it is
-        among the core numbers.
+        """Measure trained SAEs.
+
+        The language model is not run again: what prefixes in their own order keep of it is among the core numbers.
         """
         saes = trained_saes(inputs)
         if not saes:

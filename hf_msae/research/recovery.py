@@ -35,11 +35,19 @@ FOUND = 0.9
 
 
 def assign(scores: Tensor) -> Tensor:
-    """The one-to-one assignment of rows to columns with the largest total score: the column of each row, int64, -1
-    for rows that are left over where there are more rows than columns.
+    """The one-to-one assignment of rows to columns with the largest total score.
 
     The Hungarian method by shortest augmenting paths (Jonker and Volgenant 1987), O(rows² · columns) with the columns
-    in one vector operation: 0.06 s for 500 rows. Raises `ValueError` for scores that are not a finite matrix.
+    in one vector operation: 0.06 s for 500 rows.
+
+    Args:
+        scores: (rows, columns).
+
+    Returns:
+        The column of each row, int64; -1 for rows that are left over where there are more rows than columns.
+
+    Raises:
+        InputError: the scores are not a finite matrix.
     """
     matrix = scores.detach().double().cpu().numpy()
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
@@ -85,8 +93,15 @@ def _shortest_paths(costs: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mean cosine of a latent's weights with the direction of a feature that is not its own, beyond the cosine that
-    the two features' directions have themselves. 0 is clean; NaN where the forest has no such pair.
+    """How much the weights of latents hold of features that are not their own.
+
+    Each is a mean cosine beyond the cosine that the two features' directions have themselves. 0 is clean; NaN where
+    the forest has no such pair.
+
+    Args:
+        parent_to_child: of parents' latents with their children's directions.
+        child_to_parent: of children's latents with their parents' directions.
+        child_to_sibling: of children's latents with their siblings' directions.
     """
 
     parent_to_child: float
@@ -98,20 +113,25 @@ class Mixing:
 class Recovery:
     """How well an SAE recovered known features.
 
-    latents: the latent matched with each feature, -1 for none, (num_features,).
-    matched_cosine, worst_cosine: mean and minimum over features of the matched latent's decoder cosine (0 for none).
-    max_cosine: mean over features of the best cosine of any latent; latents may serve twice.
-    found: share of features whose matched cosine is at least 0.9.
-    recall: mean over features of the share of a feature's samples on which the latent that stands for it fires.
-    parent_recall_alone, parent_recall_with_child: the same for parents, where none of their children fires, and where
-        any does.
-    parent_strength_ratio: a parent's mean latent activation with children over that without.
-    decoder, encoder: mixing along the edges of the hierarchy.
-    order: share of parents whose latent comes before those of all their children that have one.
-    l0, fve: of the whole dictionary. `true_l0`: features that fire per sample.
-
     A feature for which no latent stands is never recalled, and comes before nothing. NaN where the forest, or the
     samples, have nothing to measure it on.
+
+    Args:
+        latents: the latent matched with each feature, -1 for none, (num_features,).
+        matched_cosine: mean over features of the matched latent's decoder cosine, 0 for none.
+        worst_cosine: the minimum of these.
+        max_cosine: mean over features of the best cosine of any latent; latents may serve twice.
+        found: share of features whose matched cosine is at least 0.9.
+        recall: mean over features of the share of a feature's samples on which the latent that stands for it fires.
+        parent_recall_alone: the same for parents, where none of their children fires.
+        parent_recall_with_child: the same for parents, where any child does.
+        parent_strength_ratio: a parent's mean latent activation with children over that without.
+        decoder: mixing in decoder rows along the edges of the hierarchy.
+        encoder: mixing in encoder rows.
+        order: share of parents whose latent comes before those of all their children that have one.
+        l0: of the whole dictionary.
+        fve: of the whole dictionary.
+        true_l0: features that fire per sample.
     """
 
     latents: list[int]
@@ -132,8 +152,14 @@ class Recovery:
 
 
 def truth_cosines(rows: Tensor, directions: Tensor) -> Tensor:
-    """Cosines of weights (num_latents, d) with directions (num_features, d): (num_features, num_latents), float64; 0
-    for rows of norm 0.
+    """Cosines of weights with directions, float64; 0 for rows of norm 0.
+
+    Args:
+        rows: weights of the latents, (num_latents, d).
+        directions: of the features, (num_features, d).
+
+    Returns:
+        (num_features, num_latents).
     """
     units = [torch.nn.functional.normalize(part.detach().double().cpu(), dim=-1) for part in (directions, rows)]
     return units[0] @ units[1].T
@@ -141,9 +167,16 @@ def truth_cosines(rows: Tensor, directions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_recovery(sae: MatryoshkaSAE, forest: Forest, directions: Tensor, samples: Samples) -> Recovery:
-    """Compare an SAE, in evaluation mode, with the features that made its activations.
+    """Compare an SAE with the features that made its activations.
 
-    directions: of the features, (num_features, hidden_size). Raises `ValueError` where sizes disagree.
+    Args:
+        sae: in evaluation mode.
+        forest: of the features.
+        directions: of the features, (num_features, hidden_size).
+        samples: activations, and which features made them.
+
+    Raises:
+        InputError: sizes disagree.
     """
     expected = (forest.num_features, sae.config.hidden_size)
     if tuple(directions.shape) != expected or samples.features.shape[1] != forest.num_features:
@@ -184,7 +217,11 @@ def measure_recovery(sae: MatryoshkaSAE, forest: Forest, directions: Tensor, sam
 
 
 def mean_known(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN where none is left."""
+    """Mean of the values that are not NaN; NaN where none is left.
+
+    Args:
+        values: some of which may be NaN.
+    """
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 

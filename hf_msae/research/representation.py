@@ -18,31 +18,55 @@ from hf_msae.errors import InputError
 def rsa(x: Tensor, y: Tensor) -> float:
     """Spearman correlation of the cosines of all pairs of rows, in [-1, 1].
 
-    x and y are (n, ...) with the same tokens as rows, centred by the caller: where both have a common mean, it is part
-    of every cosine. Memory grows with n²; a thousand tokens give half a million pairs. A row of zeros has the cosine 0
-    with all others; a description in which all pairs have one cosine tells nothing, and gives 0. Raises `ValueError`
-    for fewer than three rows and for different numbers of them.
+    Memory grows with n²; a thousand tokens give half a million pairs. A row of zeros has the cosine 0 with all others;
+    a description in which all pairs have one cosine tells nothing, and gives 0.
+
+    Args:
+        x: (n, d), centred by the caller: where both have a common mean, it is part of every cosine.
+        y: (n, e), the same tokens as rows.
+
+    Raises:
+        InputError: there are fewer than three rows, or different numbers of them.
     """
     _check_rows(x, y)
     return rank_correlation(pair_ranks(x), pair_ranks(y))
 
 
 def pair_ranks(rows: Tensor) -> Tensor:
-    """Ranks of the cosines of all pairs of rows (n, d), less their mean: what [`rsa`] compares, (n·(n − 1)/2,)."""
+    """Ranks of the cosines of all pairs of rows, less their mean: what [`rsa`] compares.
+
+    Args:
+        rows: (n, d).
+
+    Returns:
+        (n·(n − 1)/2,) float64.
+    """
     ranks = _ranks(_pair_cosines(rows))
     return ranks - ranks.mean()
 
 
 def rank_correlation(one: Tensor, two: Tensor) -> float:
-    """[`rsa`] of two descriptions' [`pair_ranks`], which need not be found again for each comparison."""
+    """[`rsa`] of two descriptions' [`pair_ranks`], which need not be found again for each comparison.
+
+    Args:
+        one: ranks of one description.
+        two: ranks of the other.
+    """
     scale = (one.norm() * two.norm()).item()
     return (one @ two).item() / scale if scale > 0 else 0.0
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """‖yᵀx‖² / (‖xᵀx‖·‖yᵀy‖) of centred rows, in [0, 1]; x is (n, d), y (n, e).
+    """‖yᵀx‖² / (‖xᵀx‖·‖yᵀy‖) of centred rows, in [0, 1].
 
-    Gives 0 where one of the two is the same for all tokens. Raises `ValueError` as [`rsa`] does.
+    It is 0 where one of the two is the same for all tokens.
+
+    Args:
+        x: (n, d).
+        y: (n, e), the same tokens as rows.
+
+    Raises:
+        InputError: there are fewer than three rows, or different numbers of them.
     """
     _check_rows(x, y)
     one, two = (rows.double() - rows.double().mean(0) for rows in (x, y))

@@ -40,12 +40,13 @@ INSERTIONS, SWAPS = "insert", "swap"
 
 @dataclass(frozen=True)
 class Novelty:
-    """Latents of a larger dictionary, one by one, against a smaller one. (n,) each.
+    """Latents of a larger dictionary, one by one, against a smaller one.
 
-    gain: fall of the mean squared error when the latent alone is inserted, as a share of the variance of the
-        activations. Above 0 the latent is novel.
-    cosine: its largest decoder cosine with a latent of the smaller one; -1 where that has none.
-    alive: whether it fired. A latent that never fired is neither novel nor a reconstruction latent.
+    Args:
+        gain: fall of the mean squared error when the latent alone is inserted, as a share of the variance of the
+            activations, (n,) float64. Above 0 the latent is novel.
+        cosine: its largest decoder cosine with a latent of the smaller one, (n,); -1 where that has none.
+        alive: whether it fired, (n,) bool. A latent that never fired is neither novel nor a reconstruction latent.
     """
 
     gain: Tensor
@@ -68,11 +69,19 @@ class Novelty:
         return int(self.novel.sum()) / max(1, int(self.alive.sum()))
 
     def novel_share_by_cosine(self, cut: float = COSINE_CUT) -> float:
-        """The share of the latents that fire whose cosine is below `cut`."""
+        """The share of the latents that fire whose cosine is below a cut.
+
+        Args:
+            cut: the cosine.
+        """
         return int((self.alive & (self.cosine < cut)).sum()) / max(1, int(self.alive.sum()))
 
     def agreement(self, cut: float = COSINE_CUT) -> float:
-        """The share of the latents that fire on which cosine and effect agree."""
+        """The share of the latents that fire on which cosine and effect agree.
+
+        Args:
+            cut: the cosine below which a latent is novel.
+        """
         same = (self.cosine < cut) == (self.gain > 0)
         return int((self.alive & same).sum()) / max(1, int(self.alive.sum()))
 
@@ -88,7 +97,15 @@ class Novelty:
 
 @dataclass(frozen=True)
 class StitchPoint:
-    """A dictionary on the way: how many latents of the large SAE are in it, and of the small one are out of it."""
+    """A dictionary on the way from the small SAE to the large one.
+
+    Args:
+        step: what was done last.
+        inserted: latents of the large SAE that are in it.
+        removed: latents of the small SAE that are out of it.
+        l0: mean number of active latents per token.
+        fve: fraction of variance explained.
+    """
 
     step: str
     inserted: int
@@ -99,9 +116,14 @@ class StitchPoint:
 
 @dataclass(frozen=True)
 class StitchResult:
-    """A small and a large SAE. `curve` begins with the step "small" and ends with "large".
+    """A small and a large SAE.
 
-    groups: pairs of latents of the small SAE and of the large one that are swapped together.
+    Args:
+        novelty: of the large one's latents.
+        curve: begins with the step "small" and ends with "large".
+        groups: pairs of latents of the small SAE and of the large one that are swapped together.
+        cosine_cut: from which cosine on latents are swapped.
+        tokens: that it was measured on.
     """
 
     novelty: Novelty
@@ -113,7 +135,13 @@ class StitchResult:
 
 @dataclass(frozen=True)
 class LevelNovelty:
-    """The latents that a level of one SAE adds, against the level inside it."""
+    """The latents that a level of one SAE adds, against the level inside it.
+
+    Args:
+        prefix: latents in the level.
+        inner: latents in the level inside it.
+        novelty: of the latents that it adds.
+    """
 
     prefix: int
     inner: int
@@ -125,7 +153,15 @@ def measure_novelty(text: TextActivations, small: MatryoshkaSAE, large: Matryosh
     """Every latent of the large SAE, inserted alone into the small one.
 
     Inserting takes the encoder row, biases and threshold along: a latent fires on the tokens on which it fires in its
-    own SAE. Raises `ValueError` for SAEs of different widths.
+    own SAE.
+
+    Args:
+        text: activations of the SAEs' site.
+        small: in evaluation mode.
+        large: in evaluation mode.
+
+    Raises:
+        InputError: the SAEs are of different widths.
     """
     _check_widths(text, small, large)
     meter = _GainMeter(large.config.num_latents)
@@ -137,7 +173,12 @@ def measure_novelty(text: TextActivations, small: MatryoshkaSAE, large: Matryosh
 
 @torch.inference_mode()
 def measure_level_novelty(text: TextActivations, sae: MatryoshkaSAE) -> list[LevelNovelty]:
-    """Every group of latents against the level inside it; nothing for an SAE of one level."""
+    """For each level of an SAE but the first, the novelty of the latents that it adds to the level inside it.
+
+    Args:
+        text: activations of the SAE's site.
+        sae: in evaluation mode.
+    """
     _check_widths(text, sae, sae)
     pairs = list(pairwise(sae.config.prefix_sizes))
     meters = [_GainMeter(high - low) for low, high in pairs]
@@ -161,10 +202,20 @@ def measure_stitching(
     cosine_cut: float = COSINE_CUT,
     steps: int = 12,
 ) -> StitchResult:
-    """Novelty, and the curve from the small SAE to the large one in about `steps` insertions and as many swaps.
+    """Novelty, and the curve from the small SAE to the large one.
 
     Novel latents are inserted in the order of what each gains alone, groups swapped in the order of their largest
-    cosine. Raises `ValueError` for SAEs of different widths, for a cut outside (0, 1], and for less than one step.
+    cosine.
+
+    Args:
+        text: activations of the SAEs' site.
+        small: in evaluation mode.
+        large: in evaluation mode.
+        cosine_cut: from which cosine on latents are swapped.
+        steps: about how many insertions, and as many swaps.
+
+    Raises:
+        InputError: the SAEs are of different widths, the cut is outside (0, 1], or there is less than one step.
     """
     if not 0 < cosine_cut <= 1 or steps < 1:
         raise InputError(
@@ -180,10 +231,18 @@ def measure_stitching(
 def swap_groups(
     small: Tensor, large: Tensor, eligible: Tensor, cosine_cut: float
 ) -> list[tuple[list[int], list[int]]]:
-    """Which latents replace which: connected components of the graph of decoder rows small (m, d) and large (n, d),
-    with an edge where the cosine is at least `cosine_cut`; of the large ones only the eligible take part, a mask (n,).
+    """Which latents replace which: connected components of the graph of decoder rows.
 
-    The components with the largest cosine come first.
+    It has an edge where the cosine of a small and a large row is at least the cut.
+
+    Args:
+        small: decoder rows, (m, d).
+        large: decoder rows, (n, d).
+        eligible: which of the large ones take part, (n,) bool.
+        cosine_cut: the cut.
+
+    Returns:
+        Latents of the small and of the large SAE; the components with the largest cosine come first.
     """
     candidates = eligible.nonzero().flatten().cpu()
     cosines = (normalize(large[candidates.to(large.device)].float(), dim=1) @ normalize(small.float(), dim=1).T).cpu()
@@ -217,9 +276,9 @@ class _GainMeter:
         self.alive = torch.zeros(count, dtype=torch.bool)
 
     def update(self, error: Tensor, latents: Tensor, decoder: Tensor) -> None:
-        """error (n, d) = x − x̂; latents (n, count); decoder (count, d).
+        """Take in errors x − x̂ (n, d) and latents (n, count) whose decoder rows are (count, d).
 
-        ‖e‖² − ‖e − f·w‖² = 2f⟨e, w⟩ − f²‖w‖².
+        It uses ‖e‖² − ‖e − f·w‖² = 2f⟨e, w⟩ − f²‖w‖².
         """
         projections = error.to(decoder.dtype) @ decoder.T
         norms = decoder.double().pow(2).sum(1)
@@ -314,7 +373,12 @@ def _check_widths(text: TextActivations, small: MatryoshkaSAE, large: Matryoshka
 
 
 def draw_stitching(result: StitchResult, figure: Any) -> None:
-    """The curve from the small SAE to the large one, and gains against cosines, on a matplotlib figure."""
+    """The curve from the small SAE to the large one, and gains against cosines.
+
+    Args:
+        result: what is drawn.
+        figure: an empty matplotlib figure.
+    """
     left, middle, right = figure.subplots(1, 3)
     steps = range(len(result.curve))
     for axis, values, name in (
@@ -339,8 +403,14 @@ def draw_stitching(result: StitchResult, figure: Any) -> None:
 class NoveltyNumbers:
     """A dictionary's latents against a smaller one, in shares of the latents that fire.
 
-    novel: by effect. novel_by_cosine: by a decoder cosine below `COSINE_CUT`. agreement: where both say the same.
-    auroc: how well a low cosine ranks novel latents first; None where all latents are of one kind.
+    Args:
+        small: what the smaller one is called.
+        large: what the larger one is called.
+        fire: latents of the larger one that fire.
+        novel: share that is novel by effect.
+        novel_by_cosine: share with a decoder cosine below `COSINE_CUT`.
+        agreement: share on which both say the same.
+        auroc: how well a low cosine ranks novel latents first; None where all latents are of one kind.
     """
 
     small: str
@@ -373,7 +443,12 @@ class NoveltyNumbers:
 
 @dataclass(frozen=True)
 class Stitching:
-    """From a small dictionary to a large one: what is novel, and the curve. The levels of one SAE have no curve."""
+    """From a small dictionary to a large one.
+
+    Args:
+        novelty: of the large one's latents.
+        curve: from the one to the other; the levels of one SAE have none.
+    """
 
     novelty: NoveltyNumbers
     curve: StitchResult | None

@@ -19,9 +19,19 @@ CHUNK = 8192
 
 
 def make_directions(num_features: int, hidden_size: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
-    """Unit rows (num_features, hidden_size): a random orthonormal set, or independent random directions.
+    """Unit rows: a random orthonormal set, or independent random directions.
 
-    Raises `ValueError` where more orthogonal directions are asked for than there are dimensions.
+    Args:
+        num_features: rows.
+        hidden_size: columns.
+        orthogonal: whether they are orthonormal.
+        generator: what they are drawn with.
+
+    Returns:
+        (num_features, hidden_size).
+
+    Raises:
+        InputError: more orthogonal directions are asked for than there are dimensions.
     """
     if orthogonal and num_features > hidden_size:
         raise InputError(
@@ -36,7 +46,12 @@ def make_directions(num_features: int, hidden_size: int, orthogonal: bool, gener
 
 @dataclass(frozen=True)
 class Samples:
-    """Activations x (n, hidden_size) and the strengths of the features in them, features (n, num_features)."""
+    """Activations, and the features that made them.
+
+    Args:
+        x: (n, hidden_size).
+        features: the strengths of the features, (n, num_features).
+    """
 
     x: Tensor
     features: Tensor
@@ -86,6 +101,7 @@ class FeatureWorld:
 
     @property
     def num_features(self) -> int:
+        """The number of features."""
         return self.forest.num_features
 
     def _intervals(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +126,12 @@ class FeatureWorld:
         return torch.tensor(sources), begins.float(), (begins + self.forest.conditional).float()
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Samples:
-        """Draw samples, float32 on the CPU; torch's own generator by default."""
+        """Draw samples, float32 on the CPU.
+
+        Args:
+            num_samples: how many.
+            generator: torch's own by default.
+        """
         if num_samples < 1:
             raise InputError(f"num_samples must be at least 1, got {num_samples}.")
         sizes = [CHUNK] * (num_samples // CHUNK) + ([num_samples % CHUNK] if num_samples % CHUNK else [])

@@ -14,8 +14,10 @@ from hf_msae.research.toys.trees import Forest, Node, group, random_forest
 class Toy:
     """A world and the SAE that its source trains on it.
 
-    prefix_sizes: nested sizes for fixed prefixes; the last is the number of latents.
-    balance: c of the weights c^(levels inward) for the balanced variant.
+    Args:
+        world: of the features.
+        prefix_sizes: nested sizes for fixed prefixes; the last is the number of latents.
+        balance: c of the weights c^(levels inward) for the balanced variant.
     """
 
     world: FeatureWorld
@@ -24,6 +26,7 @@ class Toy:
 
     @property
     def num_latents(self) -> int:
+        """The number of latents."""
         return self.prefix_sizes[-1]
 
 
@@ -33,6 +36,9 @@ def tree(seed: int = 0) -> Toy:
     Three parents of probability 0.15, each with three children that exclude each other, of probability 0.2 given the
     parent, and eight independent features of probability 0.05; strengths vary by 5% between features. Mean L0 is 1.12.
     He samples the prefixes; the fixed ones here are the package's default fractions, which know nothing of the tree.
+
+    Args:
+        seed: of the directions and strengths.
     """
     parents = [group(f"parent {i}", 0.15, (0.2, 0.2, 0.2), exclusive=True) for i in range(3)]
     singles = [Node(f"single {i}", 0.05) for i in range(8)]
@@ -41,33 +47,50 @@ def tree(seed: int = 0) -> Toy:
 
 
 def parent(seed: int = 0) -> Toy:
-    """A parent and two children in 20 dimensions with prefixes 1 and 3, the smallest toy in which a narrow prefix
-    mixes children into their parent (comments under Nabeshima's post; the probabilities 0.3 and 0.3 are ours).
+    """A parent and two children in 20 dimensions with prefixes 1 and 3.
+
+    It is the smallest toy in which a narrow prefix mixes children into their parent (comments under Nabeshima's post;
+    the probabilities 0.3 and 0.3 are ours).
+
+    Args:
+        seed: of the directions.
     """
     world = FeatureWorld(Forest((group("parent", 0.3, (0.3, 0.3), exclusive=False),)), 20, seed=seed)
     return Toy(world, (1, 3), balance=0.25)
 
 
 def absorption(seed: int = 0) -> Toy:
-    """The absorption toy of arXiv:2409.14507: four features in 50 dimensions, of probability 0.25 and three times
-    0.05, the second only where the first fires.
+    """The absorption toy of arXiv:2409.14507: four features in 50 dimensions.
+
+    One has a probability of 0.25 and three have 0.05, the second only where the first fires.
+
+    Args:
+        seed: of the directions.
     """
     nodes = (group("parent", 0.25, (0.2,), exclusive=False), Node("single 0", 0.05), Node("single 1", 0.05))
     return Toy(FeatureWorld(Forest(nodes), 50, seed=seed), (1, 4), balance=0.25)
 
 
 def hedging(seed: int = 0) -> Toy:
-    """The hedging and balancing toy of arXiv:2505.11756: a parent of probability 0.25 and three children, independent
-    given the parent, of probability 0.15, in 50 dimensions, with prefixes 1 and 4; an inner weight of 0.25 is shown
-    there as nearly perfect.
+    """The hedging and balancing toy of arXiv:2505.11756: a parent and three children in 50 dimensions.
+
+    The parent has a probability of 0.25, the children, independent given the parent, of 0.15. Prefixes are 1 and 4; an
+    inner weight of 0.25 is shown there as nearly perfect.
+
+    Args:
+        seed: of the directions.
     """
     forest = Forest((group("parent", 0.25, (0.15, 0.15, 0.15), exclusive=False),))
     return Toy(FeatureWorld(forest, 50, seed=seed), (1, 4), balance=0.25)
 
 
 def random(seed: int = 0) -> Toy:
-    """A random forest of three levels, whose directions interfere, with strengths that vary from sample to sample and
-    a little noise; a new one with every seed. As many latents as features.
+    """A random forest of three levels, whose directions interfere; a new one with every seed.
+
+    Strengths vary from sample to sample, and there is a little noise. As many latents as features.
+
+    Args:
+        seed: of the forest, the directions and strengths.
     """
     forest = random_forest(seed, num_roots=6, depth=3)
     world = FeatureWorld(forest, 64, orthogonal=False, sample_spread=0.3, noise=0.01, seed=seed)

@@ -18,11 +18,12 @@ from hf_msae.errors import InputError
 class Node:
     """A feature and what depends on it.
 
-    name: unique in its forest.
-    probability: of firing where the parent fires (for a root: of firing).
-    children: features that fire only where this one does.
-    exclusive: whether at most one of the children fires at a time; their probabilities then sum to at most 1.
-    magnitude: its mean strength where it fires.
+    Args:
+        name: unique in its forest.
+        probability: of firing where the parent fires (for a root: of firing).
+        children: features that fire only where this one does.
+        exclusive: whether at most one of the children fires at a time; their probabilities then sum to at most 1.
+        magnitude: its mean strength where it fires.
     """
 
     name: str
@@ -52,10 +53,14 @@ class Forest:
 
     Features are numbered in the order of their depth: all roots, then all their children, and so on.
 
-    names, magnitudes: (num_features,).
-    parents: row of each feature's parent, -1 for a root.
-    conditional: probability of firing where the parent fires, float64.
-    exclusive: whether a feature fires only where its siblings do not.
+    Args:
+        roots: of the trees; the rest is made from them.
+        names: (num_features,).
+        parents: row of each feature's parent, -1 for a root.
+        depths: 0 for a root.
+        conditional: probability of firing where the parent fires, float64.
+        exclusive: whether a feature fires only where its siblings do not.
+        magnitudes: (num_features,).
     """
 
     roots: tuple[Node, ...]
@@ -90,6 +95,7 @@ class Forest:
 
     @property
     def num_features(self) -> int:
+        """The number of features."""
         return len(self.names)
 
     @property
@@ -98,7 +104,11 @@ class Forest:
         return [(parent, child) for child, parent in enumerate(self.parents.tolist()) if parent >= 0]
 
     def children(self, row: int) -> list[int]:
-        """Rows of a feature's children."""
+        """Rows of a feature's children.
+
+        Args:
+            row: of the feature.
+        """
         return (self.parents == row).nonzero().flatten().tolist()
 
     @property
@@ -116,12 +126,11 @@ class Forest:
 
     @property
     def joint_probabilities(self) -> Tensor:
-        """Probability of features i and j firing at once, (num_features, num_features); the diagonal is each one's
-        own.
+        """Probability of features i and j firing at once, (num_features, num_features).
 
-        Let c be the nearest common ancestor (or nothing at all, which always fires). Where i is c, j firing implies i,
-        and the probability is P(j). Else the paths part at two children of c. If these exclude each other it is 0,
-        otherwise i and j are independent given c, and it is P(i) P(j) / P(c).
+        The diagonal is each one's own. Let c be the nearest common ancestor (or nothing at all, which always fires).
+        Where i is c, j firing implies i, and the probability is P(j). Else the paths part at two children of c. If
+        these exclude each other it is 0, otherwise i and j are independent given c, and it is P(i) P(j) / P(c).
         """
         p = self.probabilities
         lineages = [self._lineage(row) for row in range(self.num_features)]
@@ -164,10 +173,13 @@ def random_forest(
         branching: most children of a feature that has any; it has from 2 (or `branching`, if that is less) on.
         branching_share: share of features above the last level that have children; the first root always has.
         exclusive_share: share of those whose children exclude each other.
-        root_probability, child_probability, magnitude: the lowest and highest value, drawn evenly between. The
-            probabilities of children that exclude each other are scaled down where they would sum to more than 1.
+        root_probability: the lowest and highest value, drawn evenly between.
+        child_probability: the same for children; those of children that exclude each other are scaled down where they
+            would sum to more than 1.
+        magnitude: the lowest and highest mean strength, drawn evenly between.
 
-    Raises `ValueError` for counts below 1 and for shares and probabilities outside [0, 1].
+    Raises:
+        InputError: a count is below 1, or a share or probability outside [0, 1].
     """
     for name, count in (("num_roots", num_roots), ("depth", depth), ("branching", branching)):
         if count < 1:
@@ -199,6 +211,13 @@ def random_forest(
 
 
 def group(name: str, probability: float, children: Sequence[float], exclusive: bool) -> Node:
-    """A parent and its children, named after it, with these probabilities given the parent."""
+    """A parent and its children, named after it.
+
+    Args:
+        name: of the parent.
+        probability: of the parent.
+        children: the probability of each child given the parent.
+        exclusive: whether at most one child fires at a time.
+    """
     nodes = tuple(Node(f"{name}.{i}", chance) for i, chance in enumerate(children))
     return Node(name, probability, nodes, exclusive)
