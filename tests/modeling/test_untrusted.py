@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_msae.modeling.ranged_files import FIRST_READ, MAX_HEADER, read_places
+from hf_msae.modeling.ranged_files import FIRST_READ, MAX_HEADER, read_spans
 from hf_msae.modeling.untrusted import DTYPES, PER_LATENT, inside, parse_json, read_json
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
@@ -358,7 +358,7 @@ def test_places_are_the_file_each_byte_once(data):
     )
     content = with_header(entries, size)
     try:
-        places = read_places(lambda start, stop: content[start:stop], len(content), "file")
+        places = read_spans(lambda start, stop: content[start:stop], len(content), "file")
     except ValueError:
         return
     start = len(content) - size
