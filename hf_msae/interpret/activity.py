@@ -21,10 +21,17 @@ PRODUCT_AT_ONCE = 1 << 24
 
 @torch.no_grad()
 def active_latents(sae: MatryoshkaSAE, x: Tensor) -> ActiveLatents:
-    """The latents of activations x (tokens, hidden_size) that are active in evaluation mode, ordered by token and then
-    by latent: what `sae.encode(x)` has above zero, without its zeros.
+    """The latents that are active in evaluation mode: what `sae.encode(x)` has above zero, without its zeros.
 
-    Raises ValueError for an SAE in training mode, which selects in another way.
+    Args:
+        sae: in evaluation mode.
+        x: activations, (tokens, hidden_size).
+
+    Returns:
+        Ordered by token and then by latent.
+
+    Raises:
+        InputError: the SAE is in training mode, which selects in another way.
     """
     if sae.training:
         raise InputError("the SAE is in training mode, where it selects by rank; call sae.eval() first")
@@ -49,7 +56,16 @@ def _dense_active(sae: MatryoshkaSAE, x: Tensor) -> ActiveLatents:
 
 
 def reconstruct(sae: MatryoshkaSAE, active: ActiveLatents, num_tokens: int) -> Tensor:
-    """The reconstruction (num_tokens, hidden_size), float32, from active latents ordered by token."""
+    """The reconstruction from active latents.
+
+    Args:
+        sae: the SAE.
+        active: ordered by token.
+        num_tokens: how many tokens they are of.
+
+    Returns:
+        (num_tokens, hidden_size) float32.
+    """
     starts = torch.searchsorted(active.tokens, torch.arange(num_tokens, device=active.tokens.device))
     decoder, values = sae.W_dec.detach().float(), active.values.float()
     bags = torch.nn.functional.embedding_bag(active.latents, decoder, starts, mode="sum", per_sample_weights=values)
@@ -57,10 +73,17 @@ def reconstruct(sae: MatryoshkaSAE, active: ActiveLatents, num_tokens: int) -> T
 
 
 def gains(sae: MatryoshkaSAE, active: ActiveLatents, errors: Tensor) -> Tensor:
-    """By how much the squared error of its token would grow without each active latent, (n,) float32:
-    2a⟨d, x − x̂⟩ + a²‖d‖², with a the activation and d the decoder row.
+    """By how much the squared error of its token would grow without each active latent.
 
-    errors: x − x̂, (tokens, hidden_size).
+    This is 2a⟨d, x − x̂⟩ + a²‖d‖², with a the activation and d the decoder row.
+
+    Args:
+        sae: the SAE.
+        active: the active latents of some tokens.
+        errors: x − x̂ of these tokens, (tokens, hidden_size).
+
+    Returns:
+        (n,) float32.
     """
     decoder = sae.W_dec.detach().float()
     size = max(1, PRODUCT_AT_ONCE // decoder.shape[1])
@@ -96,7 +119,13 @@ class LatentStatistics:
         return self.total / self.count.clamp_min(1)
 
     def update(self, latents: Tensor, values: Tensor, num_tokens: int) -> None:
-        """Count the active latents (n,) and their activations (n,) of `num_tokens` tokens."""
+        """Count the active latents of some tokens.
+
+        Args:
+            latents: their numbers, (n,) int64.
+            values: their activations, (n,).
+            num_tokens: how many tokens they are of.
+        """
         values = values.float()
         self.num_tokens += num_tokens
         self.count += torch.bincount(latents, minlength=len(self.count))

@@ -18,8 +18,14 @@ COUNTS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class PairSums:
-    """Sums over the tokens on which both latents of a pair fire, each (n,) float64: the number of tokens, the first
-    latent's activation, what each gains (`Firings.gains`), and the tokens' energy.
+    """Sums over the tokens on which both latents of a pair fire, each (n,) float64.
+
+    Args:
+        count: the number of tokens.
+        activation: of the first latent.
+        gain_of_first: what the first latent gains (`Firings.gains`).
+        gain_of_second: what the second one gains.
+        energy: of the tokens.
     """
 
     count: Tensor
@@ -48,8 +54,14 @@ class Cofirings:
         self.latent_starts = self.count.cumsum(0) - self.count
 
     def counts(self, children: range, num_parents: int) -> Iterator[tuple[range, Tensor]]:
-        """Tokens on which each child fires together with each of the first `num_parents` latents: blocks of children
-        and their counts (children, num_parents) int64.
+        """Tokens on which each child fires together with each of the first latents.
+
+        Args:
+            children: numbers of latents.
+            num_parents: how many first latents.
+
+        Yields:
+            Blocks of children, and their counts (children, num_parents) int64.
         """
         size = max(1, COUNTS_AT_ONCE // num_parents)
         for low in range(children.start, children.stop, size):
@@ -63,7 +75,12 @@ class Cofirings:
             yield block, counts.view(len(block), num_parents)
 
     def sums(self, first: Tensor, second: Tensor) -> PairSums:
-        """Sums over the tokens that the latents of each pair share; the pairs (n,) may repeat."""
+        """Sums over the tokens that the latents of each pair share.
+
+        Args:
+            first: a latent of each pair, (n,) int64; pairs may repeat.
+            second: the other.
+        """
         keys, where = (second * self.num_latents + first).unique(return_inverse=True)
         active, gains = self.firings.active, self.firings.gains.double()
         sums = torch.zeros(5, len(keys), dtype=torch.float64)
@@ -79,8 +96,9 @@ class Cofirings:
         return PairSums(*sums[:, where])
 
     def _pairs(self, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """All pairs of an active latent (second) that is among `latents` with another of the same token (first), as
-        places among the active ones; some at a time.
+        """All pairs of an active latent (second) that is among `latents` with another of the same token (first).
+
+        They are given as places among the active ones; some at a time.
         """
         counts = self.count[latents]
         if not int(counts.sum()):

@@ -20,8 +20,10 @@ _MULTIPLIER = 6364136223846793005
 class Contexts(NamedTuple):
     """Stretches of tokens, one a row.
 
-    token_ids: (..., length) int32, NO_TOKEN where the window was shorter. activations: (..., length) float32, of one
-    latent on each token. position: (...,) int64, the column of the token for which the context was taken.
+    Args:
+        token_ids: (..., length) int32, NO_TOKEN where the window was shorter.
+        activations: of one latent on each token, (..., length) float32.
+        position: the column of the token for which the context was taken, (...,) int64.
     """
 
     token_ids: Tensor
@@ -46,13 +48,25 @@ class ContextStore:
         )
 
     def may_enter(self, latents: Tensor, scores: Tensor) -> Tensor:
-        """Which of these could be among the highest of their latents: places (m,) among the (n,) given."""
+        """Which of these could be among the highest of their latents.
+
+        Args:
+            latents: (n,) int64.
+            scores: (n,) float64.
+
+        Returns:
+            Places among those given, (m,) int64.
+        """
         return (scores >= self.scores[latents, -1]).nonzero().flatten()
 
     def offer(self, latents: Tensor, scores: Tensor, ties: Tensor, build: Callable[[Tensor], Contexts]) -> None:
-        """Keep those that are among the highest of their latents (n,).
+        """Keep those that are among the highest of their latents.
 
-        build: the contexts of some of the places 0 … n-1, for those alone that are kept.
+        Args:
+            latents: (n,) int64.
+            scores: (n,) float64.
+            ties: which of equal scores is kept: that with the larger tie, (n,) int64.
+            build: the contexts of some of the places 0 … n − 1, for those alone that are kept.
         """
         kept, ranks = best_of_each(latents, scores, ties, self.size)
         if not len(kept):
@@ -76,14 +90,26 @@ class ContextStore:
             part[affected] = torch.cat([part[affected], fresh], 1)[lines, order]
 
     def of(self, latent: int) -> Contexts:
-        """The contexts of one latent, the highest score first, (n, ...)."""
+        """The contexts of one latent, the highest score first, (n, ...).
+
+        Args:
+            latent: its number.
+        """
         count = int((self.scores[latent] > -torch.inf).sum())
         return Contexts(*(part[latent, :count] for part in self.contexts))
 
 
 def best_of_each(groups: Tensor, scores: Tensor, ties: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` highest scores of each group, of equal ones those with the higher tie: their places (m,), and their
-    ranks (m,) from 0.
+    """The highest scores of each group, of equal ones those with the higher tie.
+
+    Args:
+        groups: (n,) int64.
+        scores: (n,).
+        ties: (n,) int64.
+        size: how many of each group.
+
+    Returns:
+        Their places (m,), and their ranks (m,) from 0.
     """
     order = ties.argsort(descending=True, stable=True)
     order = order[scores[order].argsort(descending=True, stable=True)]
@@ -98,19 +124,39 @@ def best_of_each(groups: Tensor, scores: Tensor, ties: Tensor, size: int) -> tup
 
 
 def window_hashes(token_ids: Tensor) -> Tensor:
-    """A hash (windows,) int64 of the tokens of each window (windows, length), with NO_TOKEN behind its end."""
+    """A hash of the tokens of each window.
+
+    Args:
+        token_ids: (windows, length), with NO_TOKEN behind a window's end.
+
+    Returns:
+        (windows,) int64.
+    """
     powers = torch.full((token_ids.shape[1],), _MULTIPLIER, dtype=torch.int64).cumprod(0)
     # Products and sums wrap around, which is what makes a polynomial hash of 64 bits.
     return _mixed(((token_ids.long() + 1) * powers).sum(1))
 
 
 def place_hashes(windows: Tensor, positions: Tensor, latents: Tensor) -> Tensor:
-    """A hash (n,) int64 of a window's hash, a position and a latent."""
+    """A hash of a window's hash, a position and a latent.
+
+    Args:
+        windows: hashes, (n,) int64.
+        positions: (n,) int64.
+        latents: (n,) int64.
+
+    Returns:
+        (n,) int64.
+    """
     return _mixed(_mixed(windows + positions * 0x9E3779B9) + latents * 0x85EBCA6B)
 
 
 def as_uniform(hashes: Tensor) -> Tensor:
-    """Hashes as numbers from 0 to 1, float64."""
+    """Hashes as numbers from 0 to 1, float64.
+
+    Args:
+        hashes: (n,) int64.
+    """
     return ((hashes >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 

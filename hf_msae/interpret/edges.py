@@ -52,7 +52,13 @@ NUMBERS_AT_ONCE = 1 << 22
 def find_hierarchy(sae: MatryoshkaSAE, firings: Firings, settings: HierarchySettings | None = None) -> Hierarchy:
     """Find parent → child edges in the active latents that a `scan` recorded.
 
-    Raises ValueError where the SAE has one level only, or where nothing was recorded.
+    Args:
+        sae: that was scanned.
+        firings: what was recorded.
+        settings: thresholds; the defaults, where none are given.
+
+    Raises:
+        InputError: the SAE has one level only, or nothing was recorded.
     """
     settings = settings or HierarchySettings()
     candidates = find_candidates(sae, firings, settings)
@@ -78,8 +84,14 @@ def find_hierarchy(sae: MatryoshkaSAE, firings: Firings, settings: HierarchySett
 
 @dataclass(frozen=True)
 class Candidates:
-    """Pairs that co-fire and cover, the highest score first, before the filters from "chance" on. counts: tokens on
-    which each latent fires.
+    """Pairs that co-fire and cover, before the filters from "chance" on.
+
+    Args:
+        edges: the highest score first.
+        counts: tokens on which each latent fires.
+        num_eligible: pairs of latents that fire often enough.
+        num_shared: of these, pairs that share enough tokens.
+        residual_threshold: what shuffled pairs reach.
     """
 
     edges: list[Edge]
@@ -90,7 +102,16 @@ class Candidates:
 
 
 def find_candidates(sae: MatryoshkaSAE, firings: Firings, settings: HierarchySettings) -> Candidates:
-    """Count and measure pairs; raises as `find_hierarchy` does."""
+    """Count and measure pairs.
+
+    Args:
+        sae: that was scanned.
+        firings: what was recorded.
+        settings: thresholds.
+
+    Raises:
+        InputError: the SAE has one level only, or nothing was recorded.
+    """
     sizes = list(sae.config.prefix_sizes)
     if len(sizes) < 2:
         raise InputError(f"A hierarchy needs at least two levels; this SAE has one, of {sizes[0]} latents.")
@@ -103,7 +124,15 @@ def find_candidates(sae: MatryoshkaSAE, firings: Firings, settings: HierarchySet
 
 
 def filter_edges(candidates: Candidates, settings: HierarchySettings) -> dict[str, list[bool]]:
-    """Which of the candidates' edges each filter from "chance" on lets pass, every filter by itself."""
+    """Which of the candidates' edges each filter from "chance" on lets pass, every filter by itself.
+
+    Args:
+        candidates: the edges.
+        settings: thresholds.
+
+    Returns:
+        By the filter's name, in the order in which they are applied.
+    """
     edges = candidates.edges
     return {
         "chance": _significant(edges, candidates.num_eligible, settings.false_discovery_rate),
@@ -117,8 +146,9 @@ def filter_edges(candidates: Candidates, settings: HierarchySettings) -> dict[st
 
 
 def _covered_pairs(cofirings: Cofirings, sizes: Sequence[int], settings: HierarchySettings) -> tuple[Tensor, int, int]:
-    """Pairs (2, n) of parent and child that pass the first two filters; and how many pairs were eligible, and
-    co-fire often enough.
+    """Pairs (2, n) of parent and child that pass the first two filters.
+
+    And how many pairs were eligible, and co-fire often enough.
     """
     eligible = cofirings.count >= settings.min_firings
     found, num_eligible, num_shared = [torch.empty(2, 0, dtype=torch.int64)], 0, 0
@@ -175,8 +205,9 @@ def _measured(
 
 
 def _odds(shared: Tensor, of_parent: Tensor, of_child: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Log odds ratios of the 2 × 2 tables of firing, each cell half a token larger (Haldane), and the one-sided
-    p-values of their z-scores.
+    """Log odds ratios of the 2 × 2 tables of firing, and the one-sided p-values of their z-scores.
+
+    Each cell is half a token larger (Haldane).
     """
     cells = [shared, of_child - shared, of_parent - shared, num_tokens - of_parent - of_child + shared]
     both, child, parent, neither = ((cell + 0.5).double() for cell in cells)
@@ -186,8 +217,9 @@ def _odds(shared: Tensor, of_parent: Tensor, of_child: Tensor, num_tokens: int) 
 
 
 def _significant(edges: Sequence[Edge], num_tests: int, rate: float) -> list[bool]:
-    """Which edges Benjamini and Hochberg's procedure accepts among `num_tests` tests. Ranks are counted among these
-    edges alone, which errs on the safe side.
+    """Which edges Benjamini and Hochberg's procedure accepts among `num_tests` tests.
+
+    Ranks are counted among these edges alone, which errs on the safe side.
     """
     order = sorted(range(len(edges)), key=lambda i: edges[i].p_value)
     last = max((rank for rank, i in enumerate(order, 1) if edges[i].p_value <= rate * rank / num_tests), default=0)
@@ -198,8 +230,19 @@ def _significant(edges: Sequence[Edge], num_tests: int, rate: float) -> list[boo
 def residual_scores(
     sae: MatryoshkaSAE, cofirings: Cofirings, parents: Tensor, children: Tensor, sums: PairSums
 ) -> Tensor:
-    """For each pair (n,), the cosine of the parent's decoder row with the mean, over the child's tokens, of the
-    activation less what all other latents explain; float64.
+    """The cosine of a parent's decoder row with what all other latents leave of its child's tokens.
+
+    This is the mean, over the child's tokens, of the activation less what all other latents explain.
+
+    Args:
+        sae: that was scanned.
+        cofirings: pairs of what was recorded.
+        parents: of each pair, (n,) int64.
+        children: of each pair, (n,) int64.
+        sums: over the pairs' tokens.
+
+    Returns:
+        (n,) float64.
     """
     decoder = sae.W_dec.detach().double().cpu()
     firings, scores = cofirings.firings, []
@@ -214,8 +257,9 @@ def residual_scores(
 
 
 def _shuffled(parents: Tensor, children: Tensor, sizes: Sequence[int], seed: int) -> Tensor:
-    """Pairs (2, n) of the children with parents of other children that lie in an earlier level and are none of their
-    own.
+    """Pairs (2, n) of the children with parents of other children.
+
+    These lie in an earlier level and are none of their own.
     """
     generator = torch.Generator().manual_seed(seed)
     own = {*zip(parents.tolist(), children.tolist(), strict=True)}

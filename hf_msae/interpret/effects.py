@@ -33,15 +33,17 @@ class _Reached(Exception):
 
 
 class LogitEffects:
-    """Direct effects of directions on the logits, in nats per unit of the direction, relative to their mean over the
-    vocabulary (a shift of all logits changes nothing).
+    """Direct effects of directions on the logits, in nats per unit of the direction.
+
+    They are relative to their mean over the vocabulary, because a shift of all logits changes nothing.
 
     Args:
-        model: a model with an unembedding, in evaluation mode.
+        model: with an unembedding, in evaluation mode.
         directions: decoder rows, (num_latents, width), each as long as an activation of 1 makes it.
         references: activations behind the last layer, (n, width), at which the final norm is linearised.
 
-    Raises ValueError for a model without an unembedding, or directions of another width than the residual stream.
+    Raises:
+        InputError: the model has no unembedding, or directions are of another width than the residual stream.
     """
 
     def __init__(self, model: PreTrainedModel, directions: Tensor, references: Tensor) -> None:
@@ -61,23 +63,44 @@ class LogitEffects:
 
     @property
     def num_latents(self) -> int:
+        """The number of directions."""
         return len(self.mapped)
 
     def of_latents(self, latents: Tensor) -> Tensor:
-        """Effects (n, vocabulary) of some latents (n,) on every token, float32."""
+        """Effects of some latents on every token.
+
+        Args:
+            latents: (n,) int64.
+
+        Returns:
+            (n, vocabulary) float32.
+        """
         mapped = self.mapped[latents]
         return nn.functional.linear(mapped.to(self.unembedding.dtype), self.unembedding).float() - (
             mapped @ self.mean
         ).unsqueeze(-1)
 
     def on_token(self, token_id: int) -> Tensor:
-        """Effects (num_latents,) of every latent on one token, float32."""
+        """Effects of every latent on one token.
+
+        Args:
+            token_id: of the token.
+
+        Returns:
+            (num_latents,) float32.
+        """
         return self.mapped @ (self.unembedding[token_id].float() - self.mean)
 
     @torch.no_grad()
     def extremes(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tokens that each latent promotes and suppresses most, and the effects on them: promoted ids and effects,
-        suppressed ids and effects, each (num_latents, count), strongest first, on the CPU.
+        """The tokens that each latent promotes and suppresses most, and the effects on them.
+
+        Args:
+            count: how many tokens.
+
+        Returns:
+            Promoted ids and effects, suppressed ids and effects, each (num_latents, count), strongest first, on the
+            CPU.
         """
         vocabulary = len(self.unembedding)
         size, count = max(1, EFFECTS_AT_ONCE // vocabulary), min(count, vocabulary)
@@ -91,8 +114,15 @@ class LogitEffects:
 
 
 def final_norm_jacobian(model: PreTrainedModel, head: nn.Module, references: Tensor) -> Tensor:
-    """The mean derivative (width in, width out), float32, of what reaches the unembedding with respect to the last
-    layer's output, over some of its activations (n, width).
+    """The mean derivative of what reaches the unembedding with respect to the last layer's output.
+
+    Args:
+        model: in evaluation mode.
+        head: its unembedding.
+        references: some activations behind the last layer, (n, width).
+
+    Returns:
+        (width in, width out) float32.
     """
     width = references.shape[-1]
     basis = torch.eye(width, dtype=references.dtype, device=references.device)
@@ -106,8 +136,9 @@ def final_norm_jacobian(model: PreTrainedModel, head: nn.Module, references: Ten
 
 
 def _push_forward(model: PreTrainedModel, head: nn.Module, primal: Tensor, tangent: Tensor) -> Tensor:
-    """The tangent at the unembedding's input, (n, 1, width), of the last layer's output `primal` (n, 1, width) with
-    the given tangent.
+    """The tangent at the unembedding's input, (n, 1, width), of the last layer's output with a given tangent.
+
+    `primal` is that output, (n, 1, width).
     """
     reached: list[Tensor] = []
     is_ours = in_this_thread()
@@ -134,8 +165,15 @@ def _push_forward(model: PreTrainedModel, head: nn.Module, primal: Tensor, tange
 
 @torch.no_grad()
 def nearest_latents(directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The latents whose decoder rows have the largest cosine with each latent's: (num_latents, n) int64 and float32,
-    nearest first, without itself; n is `count`, or less in a tiny dictionary.
+    """The latents whose decoder rows have the largest cosine with each latent's.
+
+    Args:
+        directions: decoder rows, (num_latents, width).
+        count: how many.
+
+    Returns:
+        Numbers and cosines, (num_latents, n) int64 and float32, nearest first, without itself; n is `count`, or less
+        in a tiny dictionary.
     """
     unit = nn.functional.normalize(directions.float(), dim=-1)
     count = min(count, len(unit) - 1)
@@ -151,5 +189,10 @@ def nearest_latents(directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def decode_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as text, by itself."""
+    """Each token as text, by itself.
+
+    Args:
+        tokenizer: of the language model.
+        ids: of the tokens.
+    """
     return tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)

@@ -28,8 +28,17 @@ KEYS = {
 class HierarchySettings:
     """Thresholds of the filters that `hf_msae.interpret.edges` describes.
 
-    min_firings: tokens on which a latent has to fire to be looked at. super_parent_share: the share of later latents
-    from which on a parent is a super-parent. seed: of the shuffled pairs.
+    Args:
+        min_firings: tokens on which a latent has to fire to be looked at.
+        min_shared: tokens that parent and child share.
+        min_coverage: P(parent | child).
+        false_discovery_rate: bound on the share of false discoveries.
+        min_score: how far above chance coverage lies on the way to 1.
+        min_gain: what each takes from the squared error on the shared tokens, as a share of the energy.
+        min_strength: the parent's mean activation on the shared tokens over its typical one.
+        residual_quantile: of the scores of shuffled pairs, which a pair's must exceed.
+        super_parent_share: the share of later latents from which on a parent is a super-parent.
+        seed: of the shuffled pairs.
     """
 
     min_firings: int = 20
@@ -91,9 +100,15 @@ class Edge:
 class Hierarchy:
     """Edges from earlier to later levels, the highest score first.
 
-    prefix_sizes: of the SAE. counts: tokens on which each latent fires, of `num_tokens`. survivors: how many pairs are
-    eligible, and how many of them pass each filter and those before it. residual_threshold: what shuffled pairs reach.
-    super_parents: latents to read with care.
+    Args:
+        edges: parents and children, with what speaks for each pair.
+        prefix_sizes: of the SAE.
+        counts: tokens on which each latent fires.
+        num_tokens: of how many tokens.
+        survivors: how many pairs are eligible, and how many of them pass each filter and those before it.
+        residual_threshold: what shuffled pairs reach.
+        super_parents: latents to read with care.
+        settings: that it was found with.
     """
 
     edges: list[Edge]
@@ -106,24 +121,39 @@ class Hierarchy:
     settings: HierarchySettings = field(default_factory=HierarchySettings)
 
     def children(self, latent: int) -> list[Edge]:
-        """The edges to a latent's children, those that make up most of it first."""
+        """The edges to a latent's children, those that make up most of it first.
+
+        Args:
+            latent: its number.
+        """
         return list(self._by_parent.get(latent, ()))
 
     def parents(self, latent: int) -> list[Edge]:
-        """The edges from a latent's parents."""
+        """The edges from a latent's parents.
+
+        Args:
+            latent: its number.
+        """
         return [edge for edge in self.edges if edge.child == latent]
 
     def share(self, edge: Edge) -> float:
-        """P(child | parent): the share of the parent's firings that the child makes up."""
+        """P(child | parent): the share of the parent's firings that the child makes up.
+
+        Args:
+            edge: between them.
+        """
         return edge.shared / self.counts[edge.parent]
 
     def roots(self, names: Sequence[str] | None = None) -> list[int]:
-        """Latents with children and without parents, the easiest to understand first: those of which a few children
-        make up the most. The number of children would put the least specific latents first.
+        """Latents with children and without parents, the easiest to understand first.
 
-        names: of all latents. Children whose names begin alike then count as one, and those whose names begin as their
-        parent's not at all, because a latent that splits into contexts of one word says less than one that splits into
-        kinds.
+        These are those of which a few children make up the most. The number of children would put the least specific
+        latents first.
+
+        Args:
+            names: of all latents. Children whose names begin alike then count as one, and those whose names begin as
+                their parent's not at all, because a latent that splits into contexts of one word says less than one
+                that splits into kinds.
         """
 
         def kind(latent: int) -> str:
@@ -156,7 +186,11 @@ class Hierarchy:
         return replace(self, edges=[edge for edge in self.edges if edge.child not in implied[edge.parent]])
 
     def level(self, latent: int) -> int:
-        """The index of the first prefix that has the latent."""
+        """The index of the first prefix that has a latent.
+
+        Args:
+            latent: its number.
+        """
         return next(level for level, size in enumerate(self.prefix_sizes) if latent < size)
 
     @cached_property
@@ -167,7 +201,11 @@ class Hierarchy:
         return found
 
     def at_least(self, min_score: float) -> "Hierarchy":
-        """The same with only the edges of at least this score."""
+        """The same with only the edges of at least a score.
+
+        Args:
+            min_score: from 0 to 1.
+        """
         return replace(self, edges=[edge for edge in self.edges if edge.score >= min_score])
 
     def to_json(self) -> str:
@@ -179,7 +217,14 @@ class Hierarchy:
 
     @classmethod
     def from_json(cls, text: str) -> "Hierarchy":
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        """Read what `to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Raises:
+            InputError: it is anything else.
+        """
         try:
             values = parse_json(text, "The file")
             fields = {key: name for name, key in KEYS.items()}
@@ -192,12 +237,20 @@ class Hierarchy:
             raise InputError(f"This is no hierarchy as Hierarchy.to_json writes it: {error!s:.200}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write it as Graphviz where the name ends in .dot or .gv, else as JSON."""
+        """Write it as Graphviz where the name ends in .dot or .gv, else as JSON.
+
+        Args:
+            path: of the file.
+        """
         path = Path(path)
         path.write_text(self.to_graphviz() if path.suffix in (".dot", ".gv") else self.to_json(), encoding="utf-8")
 
     def to_graphviz(self, names: Mapping[int, str] | None = None) -> str:
-        """A digraph in the DOT language, one rank a level, edges as thick as their score."""
+        """A digraph in the DOT language, one rank a level, edges as thick as their score.
+
+        Args:
+            names: of some latents.
+        """
         names = names or {}
         latents = sorted({latent for edge in self.edges for latent in (edge.parent, edge.child)})
         lines = ["digraph hierarchy {", "  rankdir=LR;", "  node [shape=box];"]
@@ -218,7 +271,7 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 
 def _check(hierarchy: Hierarchy) -> None:
-    """Raises ValueError or TypeError for edges between latents that there are not, and for what are no numbers."""
+    """Refuse edges between latents that there are not, and values that are no numbers."""
     sizes, counts = hierarchy.prefix_sizes, hierarchy.counts
     numbers = [*sizes, *counts, hierarchy.num_tokens, *hierarchy.super_parents, *hierarchy.survivors.values()]
     if not sizes or any(type(number) is not int or number < 0 for number in numbers):

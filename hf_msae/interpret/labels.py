@@ -60,7 +60,13 @@ class LabelError(InputError):
 
 @dataclass(frozen=True)
 class TestResult:
-    """How well a judge tells right from wrong contexts; 0.5 is chance. num: how many it judged."""
+    """How well a judge tells right from wrong contexts; 0.5 is chance.
+
+    Args:
+        auc: area under the ROC curve.
+        balanced_accuracy: at the median of all scores.
+        num: how many contexts it judged.
+    """
 
     __test__ = False  # its name does not make it a test of pytest's
 
@@ -71,7 +77,12 @@ class TestResult:
 
 @dataclass(frozen=True)
 class LabelScores:
-    """None where a latent has too few contexts for a test."""
+    """Both tests of a label; None where a latent has too few contexts for one.
+
+    Args:
+        detection: telling contexts of the latent from those of others.
+        fuzzing: telling rightly marked tokens from wrongly marked ones.
+    """
 
     detection: TestResult | None
     fuzzing: TestResult | None
@@ -81,10 +92,12 @@ class Labeller:
     """Writes labels and tests them with a chat model.
 
     Args:
-        model, tokenizer: any causal LM whose tokenizer has a chat template.
+        model: any causal LM.
+        tokenizer: its own, with a chat template.
         seed: of the choice of contexts and of wrong marks.
 
-    Raises LabelError for a tokenizer without a chat template, or one for which Yes and No begin alike.
+    Raises:
+        LabelError: the tokenizer has no chat template, or Yes and No begin alike for it.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> None:
@@ -100,7 +113,14 @@ class Labeller:
             raise LabelError(f"For the tokenizer {tokenizer.name_or_path!r}, Yes and No begin with the same token.")
 
     def label(self, page: LatentPage) -> str:
-        """A short phrase for a latent. Raises LabelError for one that never fires."""
+        """A short phrase for a latent.
+
+        Args:
+            page: of the latent.
+
+        Raises:
+            LabelError: the latent never fires.
+        """
         if not page.top:
             raise LabelError(f"Latent {page.latent} never fired, so that there is nothing to label.")
         prompt = explanation_prompt(page)
@@ -111,7 +131,13 @@ class Labeller:
         return parse_label(str(self.tokenizer.decode(written, skip_special_tokens=True)))
 
     def score(self, label: str, page: LatentPage, others: Sequence[LatentPage]) -> LabelScores:
-        """Test a label on contexts that `label` was not shown, against contexts of other latents."""
+        """Test a label on contexts that `label` was not shown, against contexts of other latents.
+
+        Args:
+            label: the phrase.
+            page: of the latent.
+            others: pages of other latents.
+        """
         own = unseen_contexts(page)
         foreign = [context for other in others if other.latent != page.latent for context in unseen_contexts(other)]
         # A context of another latent may well be one of this one's, too; it is then no wrong answer.
@@ -124,13 +150,22 @@ class Labeller:
         return LabelScores(detection, self._test(FUZZ, label, marked, [text for text in fuzzed if text is not None]))
 
     def label_and_score(self, page: LatentPage, others: Sequence[LatentPage]) -> Label:
-        """A label with the AUC of both tests."""
+        """A label with the AUC of both tests.
+
+        Args:
+            page: of the latent.
+            others: pages of other latents.
+        """
         text = self.label(page)
         scores = self.score(text, page, others)
         return Label(text, *(None if test is None else test.auc for test in (scores.detection, scores.fuzzing)))
 
     def probabilities(self, prompts: Sequence[str]) -> list[float]:
-        """The judge's probability of Yes against No for each prompt."""
+        """The judge's probability of Yes against No for each prompt.
+
+        Args:
+            prompts: questions.
+        """
         found: list[float] = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             inputs = self._encoded(prompts[start : start + PROMPTS_AT_ONCE])
@@ -183,7 +218,11 @@ class Labeller:
 
 
 def explanation_prompt(page: LatentPage) -> str:
-    """What the explainer is asked about a latent."""
+    """What the explainer is asked about a latent.
+
+    Args:
+        page: of the latent.
+    """
     excerpts = "\n".join(f"- {context.marked_active().strip()}" for context in shown_contexts(page))
     words = ", ".join(effect.token.strip() for effect in page.promoted[:8] if effect.token.strip())
     promoted = f"When it reacts, these words become likelier next: {words}.\n\n" if words else ""
@@ -191,7 +230,11 @@ def explanation_prompt(page: LatentPage) -> str:
 
 
 def shown_contexts(page: LatentPage) -> list[Context]:
-    """Contexts for the explainer: the strongest, then some from evenly spaced quantiles."""
+    """Contexts for the explainer: the strongest, then some from evenly spaced quantiles.
+
+    Args:
+        page: of the latent.
+    """
     top = list(page.top[:NUM_TOP_SHOWN])
     texts, below = {context.text for context in top}, []
     sampled = [context for context in page.sampled if context.text not in texts]
@@ -203,7 +246,11 @@ def shown_contexts(page: LatentPage) -> list[Context]:
 
 
 def unseen_contexts(page: LatentPage) -> list[Context]:
-    """Contexts in which the latent is active and which the explainer is not shown, each text once."""
+    """Contexts in which the latent is active and which the explainer is not shown, each text once.
+
+    Args:
+        page: of the latent.
+    """
     seen = {context.text for context in shown_contexts(page)}
     rest = {context.text: context for context in [*page.top, *page.sampled] if context.text not in seen}
     return list(rest.values())
@@ -212,7 +259,11 @@ def unseen_contexts(page: LatentPage) -> list[Context]:
 def parse_label(text: str) -> str:
     """The phrase in what an explainer wrote: behind the last "Label:", or else its first line.
 
-    Raises LabelError where it wrote nothing.
+    Args:
+        text: what it wrote.
+
+    Raises:
+        LabelError: it wrote nothing.
     """
     found = re.findall(r"label\s*:\**[ \t]*(.+)", text, flags=re.IGNORECASE)
     lines = found[-1:] or [line for line in text.splitlines() if line.strip()][:1]
@@ -223,13 +274,23 @@ def parse_label(text: str) -> str:
 
 
 def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
-    """The probability that a right answer's score exceeds a wrong one's; ties count half."""
+    """The probability that a right answer's score exceeds a wrong one's; ties count half.
+
+    Args:
+        right: scores of right answers.
+        wrong: scores of wrong ones.
+    """
     wins = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
     return wins / (len(right) * len(wrong))
 
 
 def balanced_accuracy(right: Sequence[float], wrong: Sequence[float]) -> float:
-    """Mean of the shares that are told correctly, at the median of all scores: a judge may lean to one answer."""
+    """Mean of the shares that are judged correctly, at the median of all scores: a judge may lean to one answer.
+
+    Args:
+        right: scores of right answers.
+        wrong: scores of wrong ones.
+    """
     middle = torch.tensor([*right, *wrong]).double().quantile(0.5).item()
     hits = sum(score > middle for score in right) / len(right)
     return (hits + sum(score <= middle for score in wrong) / len(wrong)) / 2

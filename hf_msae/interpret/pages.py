@@ -10,9 +10,14 @@ from hf_msae.interpret.hierarchy import Edge
 
 @dataclass(frozen=True)
 class Context:
-    """A stretch of text. activations: of the latent, one a token. position: the token for which it was taken.
+    """A stretch of text.
 
-    quantile: for a sampled context, the share of the latent's activations that are smaller; None for a top context.
+    Args:
+        tokens: as texts.
+        activations: of the latent, one a token.
+        position: the token for which it was taken.
+        quantile: for a sampled context, the share of the latent's activations that are smaller; None for a top
+            context.
     """
 
     tokens: Sequence[str]
@@ -22,18 +27,27 @@ class Context:
 
     @property
     def text(self) -> str:
+        """The whole text."""
         return "".join(self.tokens)
 
     @property
     def peak_token(self) -> str:
+        """The token for which it was taken."""
         return self.tokens[self.position]
 
     @property
     def peak(self) -> float:
+        """The latent's activation on that token."""
         return self.activations[self.position]
 
     def marked(self, marks: Sequence[bool], left: str = "<<", right: str = ">>") -> str:
-        """The text with the marked tokens set off; neighbouring ones share a pair of marks."""
+        """The text with the marked tokens set off; neighbouring ones share a pair of marks.
+
+        Args:
+            marks: for each token whether it is marked.
+            left: stands before marked tokens.
+            right: stands behind them.
+        """
         parts = []
         for index, (token, mark) in enumerate(zip(self.tokens, marks, strict=True)):
             opens = mark and not (index and marks[index - 1])
@@ -43,18 +57,32 @@ class Context:
         return "".join(parts)
 
     def marked_active(self, share: float = 0.3) -> str:
-        """The text with the tokens marked on which the latent reaches a share of its maximum here."""
+        """The text with the tokens marked on which the latent is active.
+
+        Args:
+            share: of its maximum here that it must reach.
+        """
         return self.marked(self.active(share))
 
     def active(self, share: float = 0.3) -> list[bool]:
-        """On which tokens the latent reaches a share of its maximum here."""
+        """On which tokens the latent is active.
+
+        Args:
+            share: of its maximum here that it must reach.
+        """
         bound = share * max(self.activations)
         return [value > 0 and value >= bound for value in self.activations]
 
 
 @dataclass(frozen=True)
 class TokenEffect:
-    """A token, and what an activation of 1 adds to its logit beside the mean of all tokens, in nats."""
+    """A token, and how a latent changes its logit.
+
+    Args:
+        token: as text.
+        id: of the token.
+        effect: what an activation of 1 adds to the logit beside the mean of all tokens, in nats.
+    """
 
     token: str
     id: int
@@ -63,7 +91,12 @@ class TokenEffect:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another latent and the cosine of the two decoder rows."""
+    """Another latent with a near decoder row.
+
+    Args:
+        latent: its number.
+        cosine: of the two decoder rows.
+    """
 
     latent: int
     cosine: float
@@ -71,8 +104,12 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Label:
-    """What a language model calls a latent, and how well it can tell by that where the latent is active: AUC, 0.5 at
-    chance; None where it was not scored.
+    """What a language model calls a latent, and how well it can tell by that where the latent is active.
+
+    Args:
+        text: the phrase.
+        detection: AUC, 0.5 at chance; None where it was not scored.
+        fuzzing: AUC, 0.5 at chance; None where it was not scored.
     """
 
     text: str
@@ -122,6 +159,7 @@ class LatentPage:
 
     @property
     def is_dead(self) -> bool:
+        """Whether it fires on no token."""
         return self.firing_rate == 0
 
     @property
@@ -140,12 +178,23 @@ class LatentPage:
         return name_of(self.peak_tokens, self.label)
 
     def quantile(self, low: float, high: float) -> list[Context]:
-        """The sampled contexts whose activation lies between two quantiles of all."""
+        """The sampled contexts whose activation lies between two quantiles of all.
+
+        Args:
+            low: the lower one, from 0 to 1.
+            high: the higher one, which is left out.
+        """
         return [context for context in self.sampled if low <= (context.quantile or 0.0) < high]
 
 
 def name_of(peak_tokens: Sequence[str], label: Label | None = None, most: int = 4) -> str:
-    """What to call a latent."""
+    """What to call a latent: its label, or else the tokens at which it peaks.
+
+    Args:
+        peak_tokens: the most frequent first.
+        label: if it has one.
+        most: how many tokens to name it by.
+    """
     if label is not None:
         return label.text
     shown = [token.strip() or repr(token) for token in peak_tokens[:most]]
@@ -155,7 +204,14 @@ def name_of(peak_tokens: Sequence[str], label: Label | None = None, most: int = 
 def page_from_row(
     row: Mapping[str, Any], label: Label | None = None, parents: Sequence[Edge] = (), children: Sequence[Edge] = ()
 ) -> LatentPage:
-    """The page of one row of the Parquet files."""
+    """The page of one row of the Parquet files.
+
+    Args:
+        row: its columns.
+        label: of the latent, if it has one.
+        parents: edges from its parents.
+        children: edges to its children.
+    """
     values = {"firing_rate" if name == "density" else name: value for name, value in row.items()}
     for name in ("promoted", "suppressed"):
         values[name] = [TokenEffect(**effect) for effect in values[name]]

@@ -28,8 +28,22 @@ def interpret(
 ) -> Interpretation:
     """Make the pages of all latents and write them into a new folder.
 
-    documents, max_tokens, options: as in `scan`. Raises `FileExistsError`, before anything is read, where the folder
-    holds something; and whatever `scan` raises.
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        sae: in evaluation mode.
+        documents: as [`scan`] takes them.
+        folder: absent or empty.
+        max_tokens: how many tokens to read.
+        settings: thresholds of the hierarchy; the defaults, where none are given.
+        **options: further arguments of [`scan`].
+
+    Returns:
+        The interpretation, read from the folder.
+
+    Raises:
+        OutputExistsError: the folder holds something; nothing was read then.
+        HfMsaeError: as [`scan`] raises it.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -42,7 +56,16 @@ def interpret(
 
 
 def logit_effects(model: PreTrainedModel, sae: MatryoshkaSAE, collected: Scan) -> LogitEffects | None:
-    """Effects on the model's output, None where it has no unembedding or the site is not in the residual stream."""
+    """Effects on the model's output.
+
+    Args:
+        model: the language model.
+        sae: that was scanned.
+        collected: what the scan collected.
+
+    Returns:
+        None where the model has no unembedding or the site is not in the residual stream.
+    """
     width = collected.references.shape[-1]
     if model.get_output_embeddings() is None or width != sae.config.hidden_size:
         return None

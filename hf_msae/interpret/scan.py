@@ -44,9 +44,11 @@ DEFAULT_CONTEXT_LENGTH = 256
 class Firings:
     """The active latents of some tokens, and what they gain there.
 
-    active: ordered by token, then by latent. gains: (n,) float32, by how much a token's squared error would grow
-    without the latent. energies: ‖x − b_dec‖² of each token, (num_tokens,). error_sums: Σ (x − x̂) over the tokens on
-    which each latent fires, (num_latents, hidden_size).
+    Args:
+        active: ordered by token, then by latent.
+        gains: by how much a token's squared error would grow without the latent, (n,) float32.
+        energies: ‖x − b_dec‖² of each token, (num_tokens,).
+        error_sums: Σ (x − x̂) over the tokens on which each latent fires, (num_latents, hidden_size).
     """
 
     active: ActiveLatents
@@ -56,13 +58,24 @@ class Firings:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens."""
         return len(self.energies)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass collected. references: (n, width) activations behind the last layer, for `LogitEffects`.
-    num_outliers: tokens left out because their activation's norm is beyond `norm_limit`, 0 for no limit.
+    """What one pass collected.
+
+    Args:
+        statistics: per latent, over all tokens.
+        top: the strongest contexts of each latent.
+        sampled: contexts drawn evenly from all on which it fires.
+        firings: active latents of the first tokens.
+        references: activations behind the last layer, (n, width), for `LogitEffects`.
+        description: of the documents, for people.
+        context_length: tokens per window.
+        norm_limit: beyond which activations were left out as outliers, 0 for no limit.
+        num_outliers: how many.
     """
 
     statistics: LatentStatistics
@@ -77,6 +90,7 @@ class Scan:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens read."""
         return self.statistics.num_tokens
 
 
@@ -97,20 +111,27 @@ def scan(
     record_tokens: int = 200_000,
     norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
 ) -> Scan:
-    """Read documents until `max_tokens` tokens that count have passed, or the documents end.
+    """Read documents until enough tokens that count have passed, or the documents end.
 
     Args:
-        model: in evaluation mode. tokenizer: its own.
+        model: in evaluation mode.
+        tokenizer: its own.
+        sae: in evaluation mode.
         documents: `Documents`, or what `as_documents` takes.
+        max_tokens: how many tokens that count are enough.
         site: where the SAE reads; by default what its configuration records.
         context_length: tokens per window; by default what the SAE was trained with, or else 256.
-        top_contexts, sampled_contexts: contexts per latent. context_tokens: tokens in each.
+        packing: whether documents are packed into full windows.
+        lm_batch_size: windows per forward pass.
+        top_contexts: strongest contexts per latent.
+        sampled_contexts: contexts per latent drawn from all.
+        context_tokens: tokens in a context.
         record_tokens: how many of the first tokens are kept for the hierarchy.
         norm_outlier_multiple: where the SAE records no limit, activations of this many times the median norm are left
             out as outliers; None or 0 keeps all.
 
     Raises:
-        ValueError: the SAE does not fit the model, or a number is not positive.
+        InputError: the SAE does not fit the model, or a number is not positive.
         ActivationError: activations are NaN or infinite.
     """
     for name, number in (
@@ -154,9 +175,15 @@ def scan(
 
 
 def find_site(model: PreTrainedModel, sae: MatryoshkaSAE, name: str | None = None) -> Site:
-    """The site where an SAE reads this model: the one named, or the one its configuration records.
+    """The site where an SAE reads this model.
 
-    Raises ValueError where there is none, or where its width is not the SAE's.
+    Args:
+        model: the language model.
+        sae: the SAE.
+        name: of the site; by default what the SAE's configuration records.
+
+    Raises:
+        InputError: there is no such site, or its width is not the SAE's.
     """
     recorded = name or sae.config.site
     if recorded is None:

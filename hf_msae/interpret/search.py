@@ -28,8 +28,16 @@ from hf_msae.outliers import within_limit
 class FiringHit:
     """A latent that fires on a phrase.
 
-    score: bits, weighed. peak: its largest activation there, at `token`. relative: the peak over the latent's maximum
-    in the dataset. fired, num_tokens: on how many of how many tokens. firing_rate: of the latent in the dataset.
+    Args:
+        latent: its number.
+        name: what it is called.
+        score: bits, weighed.
+        peak: its largest activation there.
+        token: where it has it.
+        relative: the peak over the latent's maximum in the dataset.
+        fired: tokens of the phrase on which it fires.
+        num_tokens: tokens of the phrase.
+        firing_rate: of the latent in the dataset.
     """
 
     latent: int
@@ -45,7 +53,15 @@ class FiringHit:
 
 @dataclass(frozen=True)
 class PromotionHit:
-    """A latent that promotes a token, by `effect` nats per unit of activation; rank 0 is its most promoted one."""
+    """A latent that promotes a token.
+
+    Args:
+        latent: its number.
+        name: what it is called.
+        token: the token.
+        effect: in nats per unit of activation.
+        rank: of the token among those that it promotes, from 0.
+    """
 
     latent: int
     name: str
@@ -56,7 +72,13 @@ class PromotionHit:
 
 @dataclass(frozen=True)
 class LabelHit:
-    """A latent whose label shares words with what was looked for; score: the share of those words."""
+    """A latent whose label shares words with what was looked for.
+
+    Args:
+        latent: its number.
+        name: its label.
+        score: the share of the words that its label has.
+    """
 
     latent: int
     name: str
@@ -73,9 +95,18 @@ def search_firing(
     *,
     most: int = 20,
 ) -> list[FiringHit]:
-    """The latents that fire on a text more than usual, the most surprising first.
+    """The latents that fire on a text more than in the dataset, the most surprising first.
 
-    Raises ValueError for a text without any token that counts, or an SAE that does not fit the model.
+    Args:
+        text: the phrase.
+        model: in evaluation mode.
+        tokenizer: its own.
+        sae: in evaluation mode.
+        interpretation: of the SAE.
+        most: how many latents.
+
+    Raises:
+        InputError: the text has no token that counts, or the SAE does not fit the model.
     """
     site, encoder = find_site(model, sae), DocumentEncoder(tokenizer, vocabulary(model))
     encoded = encoder.encode([text])
@@ -106,7 +137,13 @@ def search_firing(
 def surprise_bits(fired: int, num_tokens: int, firing_rate: float, dataset_tokens: int) -> float:
     """num_tokens · KL(q ‖ p) in bits, with q = fired / num_tokens and p the firing rate; 0 where q is below p.
 
-    A firing rate of 0 or 1 is only known to within one of `dataset_tokens` tokens.
+    A firing rate of 0 or 1 is only known to within one token of the dataset.
+
+    Args:
+        fired: tokens of the phrase on which the latent fires.
+        num_tokens: tokens of the phrase.
+        firing_rate: of the latent in the dataset.
+        dataset_tokens: tokens of the dataset.
     """
     p = min(max(firing_rate, 0.5 / dataset_tokens), 1 - 0.5 / dataset_tokens)
     q = fired / num_tokens
@@ -117,10 +154,15 @@ def surprise_bits(fired: int, num_tokens: int, firing_rate: float, dataset_token
 
 
 def search_promoting(word: str, interpretation: Interpretation, *, most: int = 20) -> list[PromotionHit]:
-    """The latents among whose most promoted tokens is this word, those with the largest effect first.
+    """The latents among whose most promoted tokens is a word, those with the largest effect first.
 
     Case and surrounding spaces do not count. A word of several tokens is found by its first one, as far as it is the
     beginning of the word and has at least three letters.
+
+    Args:
+        word: the word.
+        interpretation: of the SAE.
+        most: how many latents.
     """
     wanted = word.strip().casefold()
     if not wanted:
@@ -141,7 +183,15 @@ def search_promoting(word: str, interpretation: Interpretation, *, most: int = 2
 def search_labels(text: str, interpretation: Interpretation, *, most: int = 20) -> list[LabelHit]:
     """The latents whose label has most of the words of a text; a word also counts where it begins one of the label's.
 
-    Latents without a label are not found. Raises ValueError for a text without words.
+    Latents without a label are not found.
+
+    Args:
+        text: the words.
+        interpretation: of the SAE.
+        most: how many latents.
+
+    Raises:
+        InputError: the text has no word.
     """
     wanted = _words(text)
     if not wanted:

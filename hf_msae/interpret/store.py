@@ -43,7 +43,10 @@ class InterpretationError(InputError):
 class Interpretation:
     """All pages of an SAE's latents.
 
-    folder: where the files lie. source: of what. hierarchy: None where none was found.
+    `source` says of what they are; `hierarchy` is None where none was found.
+
+    Args:
+        folder: where the files lie.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,9 +65,16 @@ class Interpretation:
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> "Interpretation":
-        """From an SAE's folder, the folder of the interpretation itself, or a repo on the Hub.
+        """Read an interpretation from a folder or from the Hub.
 
-        subfolder: of the SAE in the repo or folder. Raises InterpretationError where there is none.
+        Args:
+            source: an SAE's folder, the folder of the interpretation itself, or a repo on the Hub.
+            subfolder: of the SAE in the repo or folder.
+            revision: branch, tag or commit of the repo.
+            token: for the Hub.
+
+        Raises:
+            InterpretationError: there is none.
         """
         return cls(find_folder(source, subfolder=subfolder, revision=revision, token=token))
 
@@ -98,7 +108,14 @@ class Interpretation:
         return rows
 
     def page(self, latent: int) -> LatentPage:
-        """One latent's page. Raises InterpretationError for a number that is no latent."""
+        """One latent's page.
+
+        Args:
+            latent: its number.
+
+        Raises:
+            InterpretationError: there is no such latent, or its page is damaged.
+        """
         if not 0 <= latent < len(self):
             raise InterpretationError(f"There is no latent {latent}; they are 0 to {len(self) - 1:,}.")
         parents, children = self._edges.get(latent, ([], []))
@@ -113,8 +130,12 @@ class Interpretation:
         return page
 
     def column(self, name: str) -> list[Any]:
-        """One value a latent, such as "max_activation"; named as the columns of the Parquet files, in which
-        a page's `firing_rate` is "density"."""
+        """One value of every latent.
+
+        Args:
+            name: of the column of the Parquet files, such as "max_activation"; a page's `firing_rate` is "density"
+                there.
+        """
         return self.dataset[name][:]
 
     @cached_property
@@ -136,7 +157,11 @@ class Interpretation:
         return {latent: (parents.get(latent, []), tree.children(latent)) for latent in with_edges}
 
     def save_labels(self, labels: Mapping[int, Label]) -> None:
-        """Add labels, or replace those of the same latents."""
+        """Add labels, or replace those of the same latents.
+
+        Args:
+            labels: by the latent's number.
+        """
         self.labels = dict(sorted({**self.labels, **labels}.items()))
         text = json.dumps({str(latent): asdict(label) for latent, label in self.labels.items()}, indent=1)
         with atomic_file(self.folder / LABELS_NAME) as draft:
@@ -144,9 +169,18 @@ class Interpretation:
         self.__dict__.pop("names", None)
 
     def push(self, repo_id: str, *, subfolder: str | None = None, token: str | bool | None = None) -> str:
-        """Publish it beside the SAE in a repo, in one commit; returns the commit's address.
+        """Publish it beside the SAE in a repo, in one commit.
 
-        Raises InterpretationError where the Hub refuses.
+        Args:
+            repo_id: of the SAE.
+            subfolder: of the SAE in the repo.
+            token: for the Hub, which may write.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InterpretationError: the Hub refuses.
         """
         path = "/".join(filter(None, (inside(subfolder or ""), FOLDER_NAME)))
         names = [name for name in (INDEX_NAME, HIERARCHY_NAME, LABELS_NAME) if (self.folder / name).is_file()]
@@ -173,7 +207,14 @@ class Interpretation:
 def stream_pages(
     repo_id: str, *, subfolder: str | None = None, revision: str | None = None, token: str | bool | None = None
 ) -> Iterator[LatentPage]:
-    """The pages of an interpretation on the Hub, each fetched when it is asked for, without labels and edges."""
+    """The pages of an interpretation on the Hub, each fetched when it is asked for, without labels and edges.
+
+    Args:
+        repo_id: of the SAE.
+        subfolder: of the SAE in the repo.
+        revision: branch, tag or commit of the repo.
+        token: for the Hub.
+    """
     from datasets import load_dataset
 
     path = "/".join(filter(None, (inside(subfolder or ""), FOLDER_NAME, "latents-*.parquet")))
@@ -190,7 +231,17 @@ def find_folder(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """The folder with the interpretation's files, downloaded where `source` is a repo. Raises InterpretationError."""
+    """The folder with the interpretation's files, downloaded where the source is a repo.
+
+    Args:
+        source: an SAE's folder, the folder of the interpretation itself, or a repo on the Hub.
+        subfolder: of the SAE in the repo or folder.
+        revision: branch, tag or commit of the repo.
+        token: for the Hub.
+
+    Raises:
+        InterpretationError: there is none.
+    """
     inner = inside(subfolder or "")
     local = Path(source) / inner
     if Path(source).is_dir():
@@ -224,7 +275,7 @@ def _read_source(folder: Path) -> Source:
 
 
 def _check_source(source: Source) -> None:
-    """Raises TypeError or ValueError for what cannot be of an SAE."""
+    """Refuse what cannot be of an SAE, with a TypeError or ValueError."""
     counts = (source.num_latents, source.num_tokens, source.context_length, source.version, source.num_outliers)
     texts = (source.dataset, source.base_model or "", source.site or "")
     sizes = source.prefix_sizes
@@ -237,7 +288,7 @@ def _check_source(source: Source) -> None:
 
 
 def _check_values(values: Any, name: str) -> None:
-    """Raises ValueError where a column, or a list or a field in it, holds nulls; only quantiles may be missing."""
+    """Refuse a column that holds nulls, or a list or a field in it that does; only quantiles may be missing."""
     for part in values.chunks:
         inner = {name: part}
         while inner:

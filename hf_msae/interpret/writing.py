@@ -31,8 +31,19 @@ NUM_NEAREST = 8
 
 @dataclass(frozen=True)
 class Source:
-    """What was interpreted, on what. num_outliers: tokens that were left out because their activation's norm is beyond
-    `norm_limit` (0: no limit; None: written by a version that had none).
+    """What was interpreted, on what.
+
+    Args:
+        num_latents: of the SAE.
+        prefix_sizes: of the SAE.
+        num_tokens: that were read.
+        context_length: tokens per window.
+        dataset: its description.
+        base_model: the language model that the SAE names.
+        site: that the SAE names.
+        norm_limit: beyond which tokens were left out; 0 for no limit, None where a version wrote it that had none.
+        num_outliers: tokens that were left out.
+        version: of the files.
     """
 
     num_latents: int
@@ -57,9 +68,18 @@ def write_interpretation(
 ) -> Path:
     """Write a folder that `Interpretation.load` reads: Parquet files with a row a latent, and JSON beside them.
 
-    effects: None for a model that writes no tokens. The folder appears when everything is written.
+    The folder appears when everything is written.
 
-    Raises `FileExistsError` where the folder holds something already.
+    Args:
+        folder: absent or empty.
+        scan: what one pass collected.
+        sae: that was scanned.
+        tokenizer: of the language model.
+        effects: None for a model that writes no tokens.
+        hierarchy: None where none was found.
+
+    Raises:
+        OutputExistsError: the folder holds something.
     """
     folder, config = Path(folder), sae.config
     source = Source(
@@ -198,5 +218,9 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> dict[int, str]:
 
 
 def shards(folder: Path) -> Iterator[Path]:
-    """The Parquet files of a folder, in the order of the latents."""
+    """The Parquet files of a folder, in the order of the latents.
+
+    Args:
+        folder: of an interpretation.
+    """
     return iter(sorted(folder.glob("latents-*.parquet")))

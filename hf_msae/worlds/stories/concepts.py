@@ -166,8 +166,12 @@ _MASS_KINDS = {"dish", "drink", "ingredient"}
 class Concept:
     """One node of the tree.
 
-    `weight` is its Zipf weight among its siblings (1 / rank), `words` are the forms that express it, the base form
-    first; empty for a kind that no word names (`farm_animal`). `plural` is None for what is not counted.
+    Args:
+        name: unique in the tree.
+        parent: the name of its parent, None for a root.
+        weight: its Zipf weight among its siblings (1 / rank).
+        words: the forms that express it, the base form first; empty for a kind that no word names (`farm_animal`).
+        plural: None for what is not counted.
     """
 
     name: str
@@ -178,7 +182,7 @@ class Concept:
 
     @property
     def word(self) -> str:
-        """The base form. Raises ValueError for a kind without a word."""
+        """The base form; an `InputError` for a kind without a word."""
         if not self.words:
             raise InputError(f"no word names the concept {self.name!r}; ask for the word of one of its children")
         return self.words[0]
@@ -231,7 +235,14 @@ CONCEPT_OF_WORD: dict[str, str] = {word: concept.name for concept in CONCEPTS.va
 
 
 def concept(name: str) -> Concept:
-    """The concept of this name. Raises ValueError for an unknown one."""
+    """The concept of a name.
+
+    Args:
+        name: such as "owl".
+
+    Raises:
+        InputError: there is none.
+    """
     if name not in CONCEPTS:
         raise InputError(f"{name!r} is no concept of the story world; CONCEPTS has them all, such as 'owl'")
     return CONCEPTS[name]
@@ -239,27 +250,43 @@ def concept(name: str) -> Concept:
 
 @cache
 def ancestors(name: str) -> tuple[str, ...]:
-    """The concepts above `name`, the parent first and the root last; empty for a root."""
+    """The concepts above one, the parent first and the root last; empty for a root.
+
+    Args:
+        name: of the concept.
+    """
     parent = concept(name).parent
     return () if parent is None else (parent, *ancestors(parent))
 
 
 @cache
 def path(name: str) -> tuple[str, ...]:
-    """`name` and its ancestors: all that a word for `name` expresses."""
+    """A concept and its ancestors: all that a word for it expresses.
+
+    Args:
+        name: of the concept.
+    """
     return (name, *ancestors(name))
 
 
 @cache
 def children(name: str) -> tuple[str, ...]:
-    """The concepts right under `name`, from common to rare; empty for a leaf."""
+    """The concepts right under one, from common to rare; empty for a leaf.
+
+    Args:
+        name: of the concept.
+    """
     concept(name)
     return tuple(child.name for child in CONCEPTS.values() if child.parent == name)
 
 
 @cache
 def leaves(name: str | None = None) -> tuple[str, ...]:
-    """The concepts without children under `name` (or of the whole tree); a leaf is its own only leaf."""
+    """The concepts without children under one; a leaf is its own only leaf.
+
+    Args:
+        name: of the concept; by default those of the whole tree.
+    """
     if name is None:
         return tuple(leaf for root in roots() for leaf in leaves(root))
     below = children(name)
@@ -272,7 +299,11 @@ def roots() -> tuple[str, ...]:
 
 
 def depth(name: str) -> int:
-    """The number of concepts above `name`: 0 for a root."""
+    """The number of concepts above one: 0 for a root.
+
+    Args:
+        name: of the concept.
+    """
     return len(ancestors(name))
 
 

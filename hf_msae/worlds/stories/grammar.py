@@ -41,7 +41,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class Frame:
-    """A sentence with slots. `needs` are the slots that must be filled before it can be used."""
+    """A sentence with slots.
+
+    Args:
+        template: its text, with the slots in braces.
+        parts: the template, taken apart.
+        needs: the slots that must be filled before it can be used.
+    """
 
     template: str
     parts: tuple[_Part, ...]
@@ -134,15 +140,23 @@ def _noun(name: str, form: str) -> str:
 
 
 def with_article(word: str) -> str:
-    """`a` or `an`, as the sound of `word` asks."""
+    """`a` or `an`, as the sound of a word asks.
+
+    Args:
+        word: the word.
+    """
     return "an" if word[0] in "aeiouAEIOU" or word == "honest" else "a"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One draw: what it decided (`point`), from which distribution, and which item of it came.
+    """One draw.
 
-    The point is a role of `FRAMES`, a slot, or one of `plot`, `place`, `helper kind`, `name or pronoun` and `<act>?`.
+    Args:
+        point: what it decided: a role of `FRAMES`, a slot, or one of `plot`, `place`, `helper kind`, `name or pronoun`
+            and `<act>?`.
+        table: from which distribution.
+        index: which item of it came.
     """
 
     point: str
@@ -159,8 +173,10 @@ class Choice:
 class Story:
     """A story and the truth about it.
 
-    `facts` says what fills each slot that was used (`hero`, `place`, `weather`, ...) and the `plot`. `choices` are all
-    the draws that made the text.
+    Args:
+        text: the story.
+        facts: what fills each slot that was used (`hero`, `place`, `weather`, ...) and the `plot`.
+        choices: all the draws that made the text.
     """
 
     text: str
@@ -263,7 +279,12 @@ def _gender(name: str) -> str:
 
 
 class StoryDocuments(Sequence[str]):
-    """The texts of consecutive stories, told when asked for: a training set that takes no space."""
+    """The texts of consecutive stories, made when asked for: a training set that takes no space.
+
+    Args:
+        world: the stories.
+        indices: their numbers.
+    """
 
     def __init__(self, world: "StoryWorld", indices: range) -> None:
         self._world = world
@@ -285,7 +306,16 @@ class StoryDocuments(Sequence[str]):
 
 
 class StoryWorld:
-    """All the stories of one seed. Stories of different seeds are independent draws from the same distribution."""
+    """All the stories of one seed.
+
+    Stories of different seeds are independent draws from the same distribution.
+
+    Args:
+        seed: 0 or more.
+
+    Raises:
+        InputError: the seed is negative.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         if seed < 0:
@@ -293,13 +323,22 @@ class StoryWorld:
         self.seed = seed
 
     def story(self, index: int) -> Story:
-        """Story number `index` (0, 1, 2, ... without end): a pure function of (seed, index)."""
+        """One story: a pure function of seed and number.
+
+        Args:
+            index: its number, 0, 1, 2, ... without end.
+        """
         if index < 0:
             raise InputError(f"stories are numbered from 0, got {index}")
         return _Teller(random.Random(f"hf_msae stories {self.seed} {index}")).tell()
 
     def documents(self, num_documents: int, start: int = 0) -> StoryDocuments:
-        """The texts of the stories `start` to `start + num_documents - 1`, as a sequence."""
+        """The texts of consecutive stories, as a sequence.
+
+        Args:
+            num_documents: how many.
+            start: the number of the first.
+        """
         if num_documents < 0 or start < 0:
             raise InputError(f"num_documents and start must be 0 or more, got {num_documents} and {start}")
         return StoryDocuments(self, range(start, start + num_documents))

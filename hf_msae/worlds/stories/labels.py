@@ -29,6 +29,9 @@ def word_concepts(word: str) -> tuple[str, ...]:
     """The concepts that a word expresses, the most specific first and the root last; empty for a word without any.
 
     "owls" gives ("owl", "bird", "animal"), "she" gives ("female", "person").
+
+    Args:
+        word: the word, in any case.
     """
     lower = word.lower()
     name = CONCEPT_OF_WORD.get(word) or CONCEPT_OF_WORD.get(lower) or _GENDER_OF_PRONOUN.get(lower)
@@ -36,7 +39,14 @@ def word_concepts(word: str) -> tuple[str, ...]:
 
 
 def concept_spans(text: str) -> tuple[Span, ...]:
-    """Every word of `text` that expresses concepts, in order."""
+    """Every word of a text that expresses concepts, in order.
+
+    Args:
+        text: the text.
+
+    Returns:
+        Start and end in characters, and the concepts.
+    """
     found = ((match.start(), match.end(), word_concepts(match.group())) for match in _WORD.finditer(text))
     return tuple(span for span in found if span[2])
 
@@ -44,7 +54,14 @@ def concept_spans(text: str) -> tuple[Span, ...]:
 def token_concepts(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ...]]:
     """The concepts that each token of `tokenizer(text)` expresses, special tokens included (they express none).
 
-    A token expresses what the words it overlaps express. Raises ValueError for a slow tokenizer: it knows no offsets.
+    A token expresses what the words it overlaps express.
+
+    Args:
+        text: the text.
+        tokenizer: of any model.
+
+    Raises:
+        InputError: the tokenizer is a slow one, which knows no offsets.
     """
     if not tokenizer.is_fast:
         raise InputError(f"token_concepts needs a fast tokenizer, which knows offsets; got {type(tokenizer).__name__}")

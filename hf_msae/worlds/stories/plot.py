@@ -15,9 +15,13 @@ END: Acts = (("feel_good", 0.8), ("ending", 1.0))
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: the frames that only it uses, its acts between beginning and end, and the distributions that it bends.
+    """A plot.
 
-    `places` are nodes of the tree under which its place lies. `boosts` multiply a concept's weight among its siblings.
+    Args:
+        frames: that only it uses, by their roles.
+        middle: its acts between beginning and end.
+        places: nodes of the tree under which its place lies.
+        boosts: multiply a concept's weight among its siblings.
     """
 
     frames: dict[str, tuple[str, ...]]

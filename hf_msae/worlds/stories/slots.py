@@ -19,15 +19,23 @@ from .concepts import CONCEPTS, children, path
 
 @dataclass(frozen=True)
 class Table:
-    """A finite distribution to draw from: `items` with their probabilities `probs`, which are positive and sum to
-    1."""
+    """A finite distribution to draw from.
+
+    Args:
+        items: what is drawn.
+        probs: their probabilities, which are positive and sum to 1.
+    """
 
     items: tuple[str, ...]
     probs: tuple[float, ...]
 
     @classmethod
     def of(cls, weights: Mapping[str, float]) -> "Table":
-        """The distribution proportional to `weights`; what has the weight 0 is left out."""
+        """The distribution proportional to weights; what has the weight 0 is left out.
+
+        Args:
+            weights: by the item.
+        """
         total = math.fsum(weights.values())
         probs = {item: weight / total for item, weight in weights.items() if weight > 0.0}
         return cls(tuple(probs), tuple(probs.values()))
@@ -42,17 +50,30 @@ class Table:
         return tuple(accumulate(self.probs))[:-1]
 
     def index(self, uniform: float) -> int:
-        """The item that a number drawn uniformly from [0, 1) selects."""
+        """The item that a number drawn uniformly from [0, 1) selects.
+
+        Args:
+            uniform: the number.
+        """
         return bisect_right(self._cumulative, uniform)
 
     def without(self, excluded: Collection[str]) -> "Table":
-        """The same distribution given that none of `excluded` is drawn."""
+        """The same distribution given that none of some items is drawn.
+
+        Args:
+            excluded: these items.
+        """
         return Table.of({item: p for item, p in zip(self.items, self.probs, strict=True) if item not in excluded})
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The nodes whose leaves may fill a slot, and the slots that it must differ from where they are filled first."""
+    """What may fill a slot.
+
+    Args:
+        nodes: whose leaves may fill it.
+        unlike: slots that it must differ from where they are filled first.
+    """
 
     nodes: tuple[str, ...]
     unlike: tuple[str, ...] = ()
@@ -195,7 +216,12 @@ PLACE_BOOSTS: dict[str, dict[str, float]] = {
 
 
 def boosts_at(place: str, plot_boosts: Mapping[str, float]) -> dict[str, float]:
-    """The boosts of a plot times those of a place and of the kinds of place that it falls under."""
+    """The boosts of a plot times those of a place and of the kinds of place that it falls under.
+
+    Args:
+        place: the name of a concept.
+        plot_boosts: by the name of a concept.
+    """
     boosts = dict(plot_boosts)
     for node in path(place):
         for name, factor in PLACE_BOOSTS.get(node, {}).items():
@@ -204,7 +230,12 @@ def boosts_at(place: str, plot_boosts: Mapping[str, float]) -> dict[str, float]:
 
 
 def leaf_table(nodes: Sequence[str], boosts: Mapping[str, float]) -> Table:
-    """The distribution over the leaves under `nodes`: a walk down the tree, Zipf weight times boost at each step."""
+    """The distribution over the leaves under nodes: a walk down the tree, Zipf weight times boost at each step.
+
+    Args:
+        nodes: names of concepts.
+        boosts: by the name of a concept.
+    """
     probs: dict[str, float] = {}
 
     def descend(name: str, prob: float) -> None:
