@@ -169,7 +169,7 @@ def test_an_sae_of_an_adapter_is_trained_and_read_by_every_command(save, tmp_pat
     )
     facts = json.loads((evaluation / "evaluation.json").read_text())["facts"]
     assert facts["model"] == adapter
-    assert "w1 w2" in call(f"steer --sae {run} --latent 1=1 --units absolute --prompt 'w1 w2' --max-new-tokens 3")
+    assert "w1 w2" in call(f"steer {run} --latent 1=1 --units absolute --prompt 'w1 w2' --max-new-tokens 3")
     save_steering(Steering([LatentEdit(1, 1.0, units="absolute")]), run)
     assert torch.equal(at("layers.1", SteeredPipeline.from_pretrained(run).model), at("layers.1", expected))
 

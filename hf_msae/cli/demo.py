@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.parser import build_parser, by_place, parse
 from hf_msae.cli.space import check_gradio, run_space
 from hf_msae.hub import cache_folder
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -28,6 +28,7 @@ class DemoArguments:
     """What is shown."""
 
     _argument_group_name = "demo"
+    _positional = ("sae",)
 
     sae: str | None = field(default=None, metadata={"help": "Show this SAE instead: a folder or a Hub repo."})
     port: int | None = field(default=None, metadata={"help": "The port. Default: the first free one from 7860."})
@@ -35,7 +36,7 @@ class DemoArguments:
 
 def run(arguments: list[str]) -> None:
     """Parse, train where there is nothing yet, serve."""
-    (args,) = parse(build_parser("demo", DESCRIPTION, (DemoArguments,)), arguments)
+    (args,) = parse(build_parser("demo", DESCRIPTION, (DemoArguments,)), by_place("demo", arguments))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     check_gradio()
     if args.sae is not None:

@@ -10,6 +10,7 @@ aliases included, and which flags override. `~` in front of a path is the user's
 import argparse
 import difflib
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -183,10 +184,10 @@ def _add(group: argparse._ArgumentGroup, field: "Field[Any]", hint: Any, positio
     else:
         options["metavar"] = METAVARS.get(options["type"], "TEXT")
     if positional:
-        optional = default is not MISSING
-        group.add_argument(
-            field.name, **options | {"metavar": field.name.upper()} | ({"nargs": "?"} if optional else {})
-        )
+        options["metavar"] = field.name.upper()
+        if default is not MISSING:
+            options["nargs"] = "*" if many else "?"
+        group.add_argument(field.name, **options)
         return
     flags = _spellings([f"--{field.name}", *field.metadata.get("aliases", ())])
     group.add_argument(*flags, dest=field.name, required=default is MISSING, **options)
@@ -212,6 +213,28 @@ def _describe(hint: Any) -> tuple[type, bool, list[str]]:
     if get_origin(hint) is Literal:
         return str, False, list(get_args(hint))
     return hint, False, []
+
+
+def by_place(command: str, arguments: Sequence[str], flag: str = "--sae") -> list[str]:
+    """A command's arguments, with what a former flag gives moved behind what is given by its place.
+
+    Says on standard error that the flag goes with the next version.
+    """
+    rest: list[str] = []
+    values: list[str] = []
+    taking = False
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        taking = name == flag or (taking and not argument.startswith("--"))
+        if name != flag:
+            (values if taking else rest).append(argument)
+        elif sign:
+            values.append(value)
+            taking = False
+    if values:
+        print(f"hf-msae {command}: {flag} goes with the next version; name the SAE without it.", file=sys.stderr)
+    start = next((place for place, argument in enumerate(rest) if argument.startswith("-")), len(rest))
+    return [*rest[:start], *values, *rest[start:]]
 
 
 def parse(parser: CommandParser, arguments: Sequence[str]) -> tuple[Any, ...]:

@@ -54,5 +54,5 @@ def commands(args: QuickstartArguments) -> Iterator[list[str]]:
     pages = Interpretation.load(folder)
     for word, beginning in BEGINNINGS.items():
         if search_promoting(word, pages):
-            yield ["steer", "--sae", folder, "--towards", word, "--positions", "prompt", "--prompt", beginning]
+            yield ["steer", folder, "--towards", word, "--positions", "prompt", "--prompt", beginning]
             return

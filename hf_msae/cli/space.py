@@ -21,14 +21,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 import hf_msae.modeling
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, by_place, parse
 from hf_msae.errors import InputError
 from hf_msae.hub.index import list_saes
 from hf_msae.worlds.stories import STORIES
 
 DESCRIPTION = """\
-`space run` shows an SAE in the browser: steer with its latents, explore texts, walk its tree, compare levels. `space
-push REPO` publishes the same page as a Space on the Hub, for SAEs that are there."""
+`space run SAE` shows an SAE in the browser: steer with its latents, explore texts, walk its tree, compare levels.
+`space push REPO SAE` publishes the same page as a Space on the Hub, for SAEs that are there."""
 SETTINGS_VARIABLE = "MSAE_SPACE"
 SETTINGS_NAME = "space.json"
 IGNORED = shutil.ignore_patterns("__pycache__", ".*", "*.pyc", SETTINGS_NAME)
@@ -39,13 +39,15 @@ class SpaceArguments:
     """What is shown, and where."""
 
     _argument_group_name = "space"
-    _positional = ("action", "repo")
+    _positional = ("action", "names")
 
     action: Literal["run", "push"] = field(metadata={"help": "Show it on this machine, or publish it."})
-    repo: str | None = field(default=None, metadata={"help": "With push: the Space, owner/name."})
-    sae: list[str] = field(
+    names: list[str] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "SAEs to choose from, Hub repos or (with run) folders; the first opens."},
+        metadata={
+            "help": "SAEs to choose from, Hub repos or (with run) folders; the first opens. With push, the Space's "
+            "name, owner/name, stands before them."
+        },
     )
     meta_sae: str | None = field(default=None, metadata={"help": "A meta-SAE of the first one, for the Compare tab."})
     title: str = field(default="Matryoshka SAE", metadata={"help": "Title of the page."})
@@ -55,17 +57,16 @@ class SpaceArguments:
 
 def run(arguments: list[str]) -> None:
     """Parse, then show or publish."""
-    (args,) = parse(build_parser("space", DESCRIPTION, (SpaceArguments,)), arguments)
-    if not args.sae:
-        raise InputError("Give the SAE to show: --sae with a folder or a Hub repo. (`hf-msae demo` needs none.)")
+    (args,) = parse(build_parser("space", DESCRIPTION, (SpaceArguments,)), by_place("space", arguments))
     if args.action == "run":
-        if args.repo is not None:
-            raise InputError(f"`space run` takes no repo, got {args.repo!r}; the SAE goes after --sae.")
-        run_space(args.sae, title=args.title, meta_sae=args.meta_sae, port=args.port)
+        if not args.names:
+            raise InputError("`space run` needs the SAE to show, a folder or a Hub repo. (`hf-msae demo` needs none.)")
+        run_space(args.names, title=args.title, meta_sae=args.meta_sae, port=args.port)
         return
-    if args.repo is None:
-        raise InputError("`space push` needs the Space's name: hf-msae space push OWNER/NAME --sae OWNER/SAE.")
-    url = push_space(args.repo, args.sae, title=args.title, meta_sae=args.meta_sae, private=args.private)
+    if len(args.names) < 2:
+        raise InputError("`space push` needs the Space's name and an SAE: hf-msae space push OWNER/NAME OWNER/SAE.")
+    repo, *saes = args.names
+    url = push_space(repo, saes, title=args.title, meta_sae=args.meta_sae, private=args.private)
     print(f"Pushed the Space: {url}")
 
 

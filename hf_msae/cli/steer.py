@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.parser import Collect, build_parser, parse, parse_float
+from hf_msae.cli.parser import Collect, build_parser, by_place, parse, parse_float
 from hf_msae.cli.sources import check_sae_place, load_language_model
 from hf_msae.interpret.search import search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
@@ -35,8 +35,9 @@ class SteerArguments:
     """What is steered, and what is written."""
 
     _argument_group_name = "steer"
+    _positional = ("sae",)
 
-    sae: str = field(metadata={"help": "The SAE: a folder or a Hub repo."})
+    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
     prompt: list[str] = field(metadata={"action": Collect, "help": "One or more texts to continue."})
     subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
     model: str | None = field(
@@ -55,7 +56,9 @@ class SteerArguments:
             "(`hf-msae interpret`).",
         },
     )
-    level: int | None = field(default=None, metadata={"help": "Keep only what this level of latents writes."})
+    level: int | None = field(
+        default=None, metadata={"help": "Keep only what this level of latents, counted from 0, writes."}
+    )
     steering: str | None = field(default=None, metadata={"help": "The name of a steering saved beside the SAE."})
     method: Literal["add", "clamp", "scale"] = field(default="add", metadata={"help": "What a VALUE does."})
     units: Literal["max", "absolute", "norm"] = field(
@@ -73,7 +76,7 @@ class SteerArguments:
 
 def run(arguments: list[str]) -> None:
     """Parse, load, write both texts."""
-    (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), arguments)
+    (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     check_sae_place(args.sae)
     steering = read_steering(args)

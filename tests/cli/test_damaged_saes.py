@@ -104,13 +104,13 @@ COMMANDS: dict[str, Callable[[str, str], tuple[str, ...]]] = {
     "eval": lambda sae, out: ("eval", sae, "--output-dir", out),
     "interpret": lambda sae, out: ("interpret", sae, "--output-dir", out),
     "tree": lambda sae, out: ("tree", sae),
-    "steer": lambda sae, out: ("steer", "--sae", sae, "--prompt", "A boy", "--latent", "1=2"),
+    "steer": lambda sae, out: ("steer", sae, "--prompt", "A boy", "--latent", "1=2"),
     "convert": lambda sae, out: ("convert", sae, out),
     "convert to SAELens": lambda sae, out: ("convert", sae, out, "--to", "saelens"),
     "convert a prefix": lambda sae, out: ("convert", sae, out, "--prefix", "16"),
     "push": lambda sae, out: ("push", sae, "tester/damaged"),
     "meta": lambda sae, out: ("meta", sae, "--output-dir", out),
-    "space": lambda sae, out: ("space", "run", "--sae", sae),
+    "space": lambda sae, out: ("space", "run", sae),
 }
 # The Space opens weights when its page is there, so that only what a configuration says can end it before.
 OF_CONFIG = tuple(kind for kind in DAMAGE if kind.startswith("config") and kind != "config of another size")
@@ -174,7 +174,7 @@ def test_a_subfolder_that_leads_outside_is_one_sentence(whole, tmp_path, capfd, 
     (whole / "below").mkdir(exist_ok=True)
     given = {
         "interpret": ("interpret", str(whole / "below")),
-        "steer": ("steer", "--sae", str(whole / "below"), "--prompt", "A boy"),
+        "steer": ("steer", str(whole / "below"), "--prompt", "A boy"),
         "tree": ("tree", str(whole / "below")),
         "convert": ("convert", str(whole / "below"), str(tmp_path / "out")),
     }[command]

@@ -8,7 +8,7 @@ from command_parsers import parser_of
 
 from hf_msae import MatryoshkaSAEConfig
 from hf_msae.cli.main import COMMANDS
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import Collect, build_parser, by_place, parse
 from hf_msae.cli.train import FORM_FIELDS, NOT_FLAGS, GridArguments
 
 
@@ -197,3 +197,17 @@ def test_what_is_given_of_a_form_reaches_the_configuration(flag, value, expected
     assert grid == {"sites": [], flag: expected}
     grid.pop("sites")
     assert getattr(MatryoshkaSAEConfig(**grid), flag) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--sae", "a", "--port", "1"], ["a", "--port", "1"]),
+        (["run", "--sae", "a", "b", "--sae=c", "--port", "1"], ["run", "a", "b", "c", "--port", "1"]),
+        (["push", "me/page", "--title", "T", "--sae", "a"], ["push", "me/page", "a", "--title", "T"]),
+        (["run", "a", "--port", "1"], ["run", "a", "--port", "1"]),
+    ],
+)
+def test_what_a_former_flag_gives_is_put_into_its_place(given, expected, capsys):
+    assert by_place("space", given) == expected
+    assert ("goes with the next version" in capsys.readouterr().err) == any(one.startswith("--sae") for one in given)

@@ -38,7 +38,7 @@ def columns(printed: str) -> tuple[str, str]:
 
 
 def test_both_texts_stand_side_by_side(folder, capsys):
-    given = ("--sae", str(folder), "--prompt", PROMPT, "--max-new-tokens", "15")
+    given = (str(folder), "--prompt", PROMPT, "--max-new-tokens", "15")
     assert run(*given, "--latent", "12=4") == 0
     printed = capsys.readouterr().out
     assert "default" in printed
@@ -57,7 +57,7 @@ def test_both_texts_stand_side_by_side(folder, capsys):
 
 
 def test_values_levels_and_ablations_go_together_by_method(folder, capsys):
-    given = ("--sae", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8", "--temperature", "0")
+    given = (str(folder), "--prompt", PROMPT, "--max-new-tokens", "8", "--temperature", "0")
     assert run(*given, "--latent", "12=4", "40=ablate", "--latent", "7=2", "--method", "clamp") == 0
     default, steered = columns(capsys.readouterr().out)
     assert default != steered
@@ -69,7 +69,7 @@ def test_values_levels_and_ablations_go_together_by_method(folder, capsys):
 
 
 def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
-    given = ("--sae", str(folder), "--prompt", PROMPT, "A kind boy", "--max-new-tokens", "10")
+    given = (str(folder), "--prompt", PROMPT, "A kind boy", "--max-new-tokens", "10")
     assert run(*given) == 2
     assert "nothing to steer: give --latent INDEX=VALUE, --towards WORD or --level N." in capsys.readouterr().err
     save_steering(Steering([LatentEdit(12, 4.0)], name="twelve"), folder)
@@ -92,11 +92,11 @@ def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
         (("--latent", "1=4", "--steering", "x"), "give it, or what to steer, not both"),
         (("--level", "9"), "there is no level 9; the SAE has levels 0 … 4"),
         (("--latent", "1=4", "--model", "./absent"), "There is no model at ./absent"),
-        (("--latent", "1=4", "--sae", "./absent"), "There is no folder ./absent. Give a folder that holds an SAE"),
+        (("--latent", "1=4", "--subfolder", "../x"), "must be a path below the folder"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(folder, capsys, arguments, said):
-    assert run("--sae", str(folder), "--prompt", PROMPT, *arguments) == 2
+    assert run(str(folder), "--prompt", PROMPT, *arguments) == 2
     error = capsys.readouterr().err
     (line,) = [line for line in error.splitlines() if line.startswith("hf-msae steer: ")]
     assert said in line
@@ -106,14 +106,23 @@ def test_what_cannot_be_is_said_in_one_line(folder, capsys, arguments, said):
 def test_a_name_beside_folders_that_are_there_is_no_hub_repo(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder.parent)
     (folder.parent / "runs").mkdir()
-    assert run("--sae", "runs/absent", "--prompt", PROMPT, "--latent", "1=4") == 2
-    assert "There is no folder runs/absent" in capsys.readouterr().err
+    for absent in ("runs/absent", "./absent"):
+        assert run(absent, "--prompt", PROMPT, "--latent", "1=4") == 2
+        assert f"There is no folder {absent}. Give a folder that holds an SAE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [("--sae", "./absent"), ("--sae=./absent",)])
+def test_the_flag_of_the_version_before_goes_on_with_a_notice(capsys, given):
+    assert run("--prompt", PROMPT, *given, "--latent", "1=4") == 2
+    errors = capsys.readouterr().err
+    assert "--sae goes with the next version" in errors
+    assert "There is no folder ./absent" in errors
 
 
 def test_a_model_without_a_tokenizer_or_of_another_shape_is_told_in_words(folder, capsys, lm, tokenizer):
     other = folder.parent / "lm"
     lm.save_pretrained(other)
-    given = ("--sae", str(folder), "--prompt", "w1 w2", "--latent", "1=4", "--model", str(other))
+    given = (str(folder), "--prompt", "w1 w2", "--latent", "1=4", "--model", str(other))
     assert run(*given) == 2
     assert f"Cannot load a tokenizer of the model '{other}'" in capsys.readouterr().err
     tokenizer.save_pretrained(other)
@@ -128,7 +137,7 @@ def test_a_model_without_a_tokenizer_or_of_another_shape_is_told_in_words(folder
 
 
 def test_a_word_finds_the_latent_that_promotes_it(folder, capsys):
-    given = ("--sae", str(folder), "--prompt", PROMPT, "--max-new-tokens", "8")
+    given = (str(folder), "--prompt", PROMPT, "--max-new-tokens", "8")
     assert run(*given, "--towards", "owl") == 2
     assert f"hf-msae interpret {folder}" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):

@@ -48,7 +48,7 @@ def server(story_sae: Path, meaning: object, tmp_path_factory: pytest.TempPathFa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "hf_msae.cli", "space", "run", "--sae", str(story_sae), "--port", str(port)]
+    command = [sys.executable, "-m", "hf_msae.cli", "space", "run", str(story_sae), "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"

@@ -288,7 +288,7 @@ def run(*arguments: str) -> int:
 
 def test_space_push_publishes_the_page_in_one_commit(hub, story_sae, capsys):
     MatryoshkaSAE.from_pretrained(story_sae).push_to_hub("tester/owls")
-    assert run("space", "push", "tester/page", "--sae", "tester/owls", "--title", "Owls") == 0
+    assert run("space", "push", "tester/page", "tester/owls", "--title", "Owls") == 0
     assert "tester/page" in capsys.readouterr().out
     files = hub.files("tester/page", kind="space")
     here = {path.relative_to(space_folder()).as_posix() for path in space_folder().rglob("*") if path.is_file()}
@@ -305,11 +305,11 @@ def test_space_push_publishes_the_page_in_one_commit(hub, story_sae, capsys):
 
 def test_space_push_refuses_what_a_space_could_not_show(hub, story_sae, capsys, monkeypatch):
     for arguments, words in (
-        (["push", "tester/page", "--sae", str(story_sae)], "a Space cannot read"),
-        (["push", "--sae", "tester/owls"], "needs the Space's name"),
-        (["push", "tester/page"], "Give the SAE to show"),
-        (["push", "tester/page", "--sae", "tester/nothing"], "no Hub repo tester/nothing"),
-        (["run", "x", "--sae", "tester/owls"], "takes no repo"),
+        (["push", "tester/page", str(story_sae)], "a Space cannot read"),
+        (["push", "tester/owls"], "needs the Space's name and an SAE"),
+        (["run"], "needs the SAE to show"),
+        (["push", "tester/page", "tester/nothing"], "no Hub repo tester/nothing"),
+        (["run", "tester/nothing"], "no Hub repo tester/nothing"),
     ):
         assert run("space", *arguments) == 2
         assert words in capsys.readouterr().err
@@ -317,10 +317,10 @@ def test_space_push_refuses_what_a_space_could_not_show(hub, story_sae, capsys, 
     local.push_to_hub("tester/owls")
     local.config.base_model = "/home/me/lm"
     local.push_to_hub("tester/private")
-    assert run("space", "push", "tester/page", "--sae", "tester/private") == 2
+    assert run("space", "push", "tester/page", "tester/private") == 2
     assert "language model 'path/to/lm'" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", hub.read_token)
-    assert run("space", "push", "tester/page", "--sae", "tester/owls") == 2
+    assert run("space", "push", "tester/page", "tester/owls") == 2
     assert "refused the Space" in capsys.readouterr().err
     assert ("space", "tester/page") not in hub.repos
 
