@@ -75,7 +75,7 @@ class HeldOut(ABC):
 
 
 class HeldOutText(HeldOut):
-    """Documents that their contents chose (see `data.lots`), through the language model whenever they are needed.
+    """Documents that their contents chose (`data.hash_split`), through the language model whenever they are needed.
 
     Where all processes run one language model together, each goes through all windows, and keeps its part of the
     activations.

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -9,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import (
     ActivationStream,
     CachedActivations,
@@ -18,8 +19,12 @@ from hf_msae.data import (
     cache_activations,
     load_documents,
 )
-from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
+from hf_msae.training import CheckpointError
 from hf_msae.training.checkpoints import STATE_NAME, _digest
+
+sys.path.append(str(Path(__file__).parent))
+
+from small_runs import make_sae, make_trainer
 
 
 class Stop(TrainerCallback):
@@ -33,33 +38,8 @@ class Stop(TrainerCallback):
 @pytest.fixture
 def train(tmp_path, lm, tokenizer):
     def run(dataset, eval_dataset=None, callbacks=(), **changes):
-        torch.manual_seed(0)
-        sae = MatryoshkaSAE(
-            MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[8, 32], k=4, site="layers.0")
-        )
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 8,
-            "per_device_train_batch_size": 64,
-            "block_tokens": 300,
-            "eval_tokens": 400,
-            "calibration_tokens": 200,
-            "ce_tokens": 0,
-            "context_length": 32,
-            "save_steps": 4,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **changes,
-        }
-        trainer = SAETrainer(
-            lm,
-            sae,
-            SAETrainingArguments(**settings),
-            dataset,
-            eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        sae = make_sae(num_latents=32, prefix_sizes=[8, 32])
+        trainer = make_trainer(lm, tokenizer, dataset, tmp_path / "run", sae, eval_dataset, callbacks, **changes)
         trainer.train()
         return trainer
 

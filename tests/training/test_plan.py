@@ -1,59 +1,35 @@
-"""The plan's numbers against shapes, a real run's peak and a real run's files; lengths that change; processes too."""
+"""The plan's numbers against shapes, a real run's peak and files, and what several processes then do."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from patience import HANG_SECONDS
-from safetensors.torch import load_file
-
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.data import as_documents
-from hf_msae.data.hash_split import lot
-from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
-from hf_msae.training.optimization import learning_rate_factor
-from hf_msae.training.resuming import redistribute
 
 sys.path.append(str(Path(__file__).parent))
 
 from runs_of_processes import launch
+from small_runs import make_sae, make_trainer
 
 # How far the expected peak may be from the measured one, as a share of it.
 TOLERANCE = 0.2
 
 
-def make_sae(num_latents: int = 64, **changes) -> MatryoshkaSAE:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_latents": num_latents, "prefix_sizes": [8, num_latents], "k": 4}
-    return MatryoshkaSAE(MatryoshkaSAEConfig(**(shape | {"site": "layers.0"} | changes)))
-
-
 @pytest.fixture
 def trainer(tmp_path, lm, tokenizer, texts):
     def make(sae=None, name="run", **changes):
-        settings = {"max_steps": 12, "per_device_train_batch_size": 64, "block_tokens": 300, "context_length": 32}
-        settings |= {
-            "eval_tokens": 400,
-            "calibration_tokens": 200,
-            "ce_tokens": 0,
-            "save_steps": 4,
-            "logging_steps": 1,
-        }
-        settings |= {"use_cpu": True, "disable_tqdm": True}
-        args = SAETrainingArguments(output_dir=str(tmp_path / name), **(settings | changes))
-        return SAETrainer(lm, sae or make_sae(), args, texts, processing_class=tokenizer)
+        changes = {"max_steps": 12, "logging_steps": 1} | changes
+        return make_trainer(lm, tokenizer, texts, tmp_path / name, sae, **changes)
 
     return make
 
 
 def test_counts_follow_from_shapes(trainer):
-    plan = trainer([make_sae(), make_sae(128, k=2)]).plan()
+    plan = trainer([make_sae(), make_sae(num_latents=128, prefix_sizes=[8, 128], k=2)]).plan()
     parameters = sum(2 * 16 * latents + latents + 16 for latents in (64, 128))
     assert plan.kept["gradients"] == 4 * parameters
     assert plan.kept["optimizer"] == 8 * parameters
@@ -99,7 +75,7 @@ def test_a_plan_of_two_processes_counts_what_they_then_do(tmp_path, lm, tokenize
 
 
 def test_the_size_of_checkpoints_and_of_the_disk_is_that_of_the_files(trainer, tmp_path):
-    run = trainer(make_sae(4096))
+    run = trainer(make_sae(num_latents=4096, prefix_sizes=[8, 4096]))
     plan = run.plan()
     assert not (tmp_path / "run").exists()
     run.train()
@@ -112,7 +88,13 @@ def test_the_size_of_checkpoints_and_of_the_disk_is_that_of_the_files(trainer, t
 
 
 def test_what_does_not_fit_is_said_before_the_run(trainer, caplog):
-    run = trainer(make_sae(4096), block_tokens=10**13, max_steps=10**12, save_total_limit=None, save_steps=1)
+    run = trainer(
+        make_sae(num_latents=4096, prefix_sizes=[8, 4096]),
+        block_tokens=10**13,
+        max_steps=10**12,
+        save_total_limit=None,
+        save_steps=1,
+    )
     (memory, disk) = run.plan().warnings()
     # And what this process holds already.
     assert re.match(r"The run is expected to need 14400\d\d\.\d GB", memory)
@@ -168,97 +150,3 @@ def test_a_probe_tells_two_rates(trainer, tmp_path):
     assert rates.tokens_per_second < min(rates.language_model, rates.steps)
     assert rates.tokens_per_second == pytest.approx(1 / (1 / rates.language_model + 1 / rates.steps))
     assert not (tmp_path / "run").exists()
-
-
-# The length of a run
-
-
-def test_an_extended_run_warms_up_again_and_follows_the_new_schedule():
-    args = SAETrainingArguments(warmup_steps=10, decay_steps=0.5)
-    rate = [learning_rate_factor(step, 100, args, [(80, 200)]) for step in range(200)]
-    old = [learning_rate_factor(step, 100, args) for step in range(100)]
-    new = [learning_rate_factor(step, 200, args) for step in range(200)]
-    assert rate[79] == learning_rate_factor(79, 100, args) == pytest.approx(0.42)
-    rises = [after - before for before, after in pairwise(rate[79:85])]
-    assert rises == pytest.approx([0.1] * 5)  # from where it was, at the pace of the warm-up
-    assert rate[86:] == new[86:]
-    assert rate[199] == pytest.approx(0.01)
-    assert all(value <= 1 for value in rate)
-    assert old[99] == pytest.approx(0.02)
-    # A second change builds on the first.
-    twice = [learning_rate_factor(step, 100, args, [(80, 200), (190, 400)]) for step in range(400)]
-    assert twice[189] == rate[189]
-    assert twice[190] == pytest.approx(rate[189] + 0.1)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def test_a_run_is_extended_and_remembers_it(trainer, tmp_path, caplog):
-    trainer().train()
-    trainer(max_steps=20, resume_from_checkpoint="last").train()
-    assert "The run has 20 steps now, after 12; from step 12 on" in caplog.text
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 20
-    log = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
-    rates = {entry["step"]: entry["learning_rate"] for entry in log}
-    assert list(rates) == list(range(1, 21))
-    assert rates[13] > rates[12]
-    assert rates[20] < rates[13]
-    # An extended run resumes to the same bits, too.
-    whole = weights(tmp_path / "run")
-    again = str(tmp_path / "run" / "checkpoint-16")
-    trainer(max_steps=20, resume_from_checkpoint=again).train()
-    assert all(torch.equal(whole[name], tensor) for name, tensor in weights(tmp_path / "run").items())
-
-
-def test_a_run_is_not_ended_before_where_it_is(trainer):
-    trainer().train()
-    with pytest.raises(CheckpointError, match=r"checkpoint is of step 12, past the 5 steps asked for now"):
-        trainer(max_steps=5, resume_from_checkpoint="last").train()
-
-
-def test_another_batch_is_refused_with_the_number_that_must_stay(trainer):
-    trainer().train()
-    with pytest.raises(CheckpointError, match=r"of all processes together: 64 then, 32 now; set per_device"):
-        trainer(per_device_train_batch_size=32, resume_from_checkpoint="last").train()
-
-
-# The number of processes
-
-
-def loaders_after(trainer, ranks: int, batches: int) -> list[dict]:
-    """The states of the loaders of `ranks` processes that have taken some batches each, the later ones more."""
-    states = []
-    for rank in range(ranks):
-        loader = trainer().loader
-        loader.rank, loader.num_processes = rank, ranks
-        for _ in range(batches + rank):
-            next(loader)
-        states.append(loader.state_dict())
-    return states
-
-
-@pytest.mark.parametrize("num_processes", [1, 3])
-def test_documents_are_dealt_anew_and_none_is_left_out(trainer, texts, num_processes):
-    run = trainer()
-    states = loaders_after(trainer, 2, 12)
-    place = [state["batches"]["windows"]["batch"]["documents"] for state in states]
-    first = min(documents["next"] for documents in place)
-    read = []
-    for rank in range(num_processes):
-        state, words = redistribute(states, rank, num_processes)
-        assert f"dealt anew from number {first}" in words
-        shuffled = run.loader.documents.shuffle(state["batches"]["settings"]["seed"])
-        documents = shuffled.shard(rank, num_processes)
-        documents.load_state_dict(state["batches"]["windows"]["batch"]["documents"])
-        read += list(documents)
-        loader = trainer().loader
-        loader.rank, loader.num_processes = rank, num_processes
-        loader.load_state_dict(state)
-        assert next(loader)[run.sites[next(iter(run.sites))]].shape == (64, 16)
-    order = list(as_documents(texts).shuffle(states[0]["batches"]["settings"]["seed"]))
-    assert sorted(read) == sorted(text for text in order[first:] if not run.evaluator.held_out.split.holds(lot(text)))
-    used = [state["batches"]["position"] for state in states]
-    assert f"{used[1]:,} tokens after them" in words
-    assert f"{len(states[0]['batches']['windows']['batch']['carry']):,} tokens before" in words

@@ -3,54 +3,37 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae import MatryoshkaSAE
 from hf_msae.data import TokenWindows, as_documents, harvest
 from hf_msae.sites import Site
-from hf_msae.training import SAETrainer, SAETrainingArguments, TrainingInterrupted
+from hf_msae.training import SAETrainer, TrainingInterrupted
 from hf_msae.training.resuming import BY_SAVING
+
+sys.path.append(str(Path(__file__).parent))
+
+from small_runs import make_sae, make_trainer
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 
 
-def make_sae(activation: str, num_latents: int = 64) -> MatryoshkaSAE:
-    torch.manual_seed(0)
-    sizes = [8, 24, num_latents]
-    return MatryoshkaSAE(
-        MatryoshkaSAEConfig(
-            hidden_size=16, num_latents=num_latents, prefix_sizes=sizes, k=4, site="layers.0", activation=activation
-        )
-    )
+def sae_of(activation: str) -> MatryoshkaSAE:
+    return make_sae(activation=activation, prefix_sizes=[8, 24, 64])
 
 
 @pytest.fixture
-def make_trainer(tmp_path, lm, tokenizer, texts):
-    """A trainer in `tmp_path/run`."""
+def trainer_of(tmp_path, lm, tokenizer, texts):
+    """A trainer in `tmp_path/run`, of which all checkpoints stay."""
 
     def make(sae, callbacks=(), **changes):
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 8,
-            "per_device_train_batch_size": 64,
-            "block_tokens": 300,
-            "eval_tokens": 400,
-            "calibration_tokens": 200,
-            "ce_tokens": 0,
-            "context_length": 32,
-            "save_steps": 4,
-            "save_total_limit": None,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **changes,
-        }
-        return SAETrainer(
-            lm, sae, SAETrainingArguments(**settings), texts, processing_class=tokenizer, callbacks=callbacks
-        )
+        changes = {"save_total_limit": None} | changes
+        return make_trainer(lm, tokenizer, texts, tmp_path / "run", sae, callbacks=callbacks, **changes)
 
     return make
 
@@ -111,9 +94,9 @@ class Compare(TrainerCallback):
 
 @pytest.mark.parametrize("shard_latents", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_memory_is_disk_after_training(make_trainer, on_text, tmp_path, activation, shard_latents):
-    sae = make_sae(activation)
-    trainer = make_trainer(sae, shard_latents=shard_latents)
+def test_memory_is_disk_after_training(trainer_of, on_text, tmp_path, activation, shard_latents):
+    sae = sae_of(activation)
+    trainer = trainer_of(sae, shard_latents=shard_latents)
     measured = next(iter(trainer.train().values()))
     assert_held_is_saved(sae, tmp_path / "run", on_text(sae))
     assert sae.config.measured["l0"][-1] == pytest.approx(measured.levels[-1].l0, abs=1e-4)
@@ -127,15 +110,15 @@ def test_memory_is_disk_after_training(make_trainer, on_text, tmp_path, activati
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_callbacks_see_what_was_measured_and_saved(make_trainer, on_text, tmp_path, activation):
+def test_callbacks_see_what_was_measured_and_saved(trainer_of, on_text, tmp_path, activation):
     compare = Compare(tmp_path / "run", on_text)
-    make_trainer(make_sae(activation), [compare], eval_steps=3).train()
+    trainer_of(sae_of(activation), [compare], eval_steps=3).train()
     assert compare.events == ["evaluate", "save", "evaluate", "save", "end"]
 
 
-def test_every_sae_of_a_grid_is_held_as_it_was_saved(make_trainer, on_text, tmp_path):
-    saes = {activation: make_sae(activation) for activation in ACTIVATIONS}
-    trainer = make_trainer(saes)
+def test_every_sae_of_a_grid_is_held_as_it_was_saved(trainer_of, on_text, tmp_path):
+    saes = {activation: sae_of(activation) for activation in ACTIVATIONS}
+    trainer = trainer_of(saes)
     trainer.train()
     for name, sae in saes.items():
         assert_held_is_saved(sae, trainer.run.sae_folder(tmp_path / "run", name), on_text(sae))
@@ -150,10 +133,10 @@ class Interrupt(TrainerCallback):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_an_interrupted_run_holds_what_it_saved(make_trainer, on_text, tmp_path, activation):
-    sae = make_sae(activation)
+def test_an_interrupted_run_holds_what_it_saved(trainer_of, on_text, tmp_path, activation):
+    sae = sae_of(activation)
     with pytest.raises(TrainingInterrupted):
-        make_trainer(sae, [Interrupt()]).train()
+        trainer_of(sae, [Interrupt()]).train()
     assert_held_is_saved(sae, tmp_path / "run" / "checkpoint-6", on_text(sae))
 
 
@@ -171,18 +154,18 @@ class Look(TrainerCallback):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_looking_changes_no_step(make_trainer, tmp_path, activation):
-    plain, watched = make_sae(activation), make_sae(activation)
-    make_trainer(plain, output_dir=str(tmp_path / "plain")).train()
+def test_looking_changes_no_step(trainer_of, tmp_path, activation):
+    plain, watched = sae_of(activation), sae_of(activation)
+    trainer_of(plain, output_dir=str(tmp_path / "plain")).train()
     look = Look()
-    look.trainer = make_trainer(watched, [look], eval_steps=2, save_steps=3)
+    look.trainer = trainer_of(watched, [look], eval_steps=2, save_steps=3)
     look.trainer.train()
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, watched.state_dict()[name]), name
 
 
-def test_a_checkpoint_holds_numbers_of_its_own_weights_only(make_trainer, tmp_path):
-    make_trainer(make_sae("batch_topk"), eval_steps=3, save_steps=1).train()
+def test_a_checkpoint_holds_numbers_of_its_own_weights_only(trainer_of, tmp_path):
+    trainer_of(sae_of("batch_topk"), eval_steps=3, save_steps=1).train()
     found = {
         step: json.loads((tmp_path / "run" / f"checkpoint-{step}" / "config.json").read_text()).get("measured")
         for step in range(1, 9)
@@ -190,18 +173,18 @@ def test_a_checkpoint_holds_numbers_of_its_own_weights_only(make_trainer, tmp_pa
     assert {step for step, measured in found.items() if measured is not None} == {3, 6}
 
 
-def test_a_run_that_measures_in_passing_resumes(make_trainer, tmp_path):
+def test_a_run_that_measures_in_passing_resumes(trainer_of, tmp_path):
     """What was measured is no part of what an SAE is."""
-    sae = make_sae("batch_topk")
+    sae = sae_of("batch_topk")
     with pytest.raises(TrainingInterrupted):
-        make_trainer(sae, [Interrupt()], eval_steps=2, save_steps=2).train()
-    resumed, whole = make_sae("batch_topk"), make_sae("batch_topk")
-    make_trainer(resumed, eval_steps=2, save_steps=2, resume_from_checkpoint="last").train()
-    make_trainer(whole, output_dir=str(tmp_path / "whole"), eval_steps=2, save_steps=2).train()
+        trainer_of(sae, [Interrupt()], eval_steps=2, save_steps=2).train()
+    resumed, whole = sae_of("batch_topk"), sae_of("batch_topk")
+    trainer_of(resumed, eval_steps=2, save_steps=2, resume_from_checkpoint="last").train()
+    trainer_of(whole, output_dir=str(tmp_path / "whole"), eval_steps=2, save_steps=2).train()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_there_is_nothing_to_measure_before_training(make_trainer):
+def test_there_is_nothing_to_measure_before_training(trainer_of):
     with pytest.raises(RuntimeError, match="train\\(\\) first"):
-        make_trainer(make_sae("batch_topk")).evaluate()
+        trainer_of(sae_of("batch_topk")).evaluate()

@@ -1,0 +1,47 @@
+"""A run small enough to be tried many times: eight steps of 64 tokens of the random LM."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.training import SAETrainer, SAETrainingArguments
+
+SETTINGS = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 64,
+    "block_tokens": 300,
+    "eval_tokens": 400,
+    "calibration_tokens": 200,
+    "ce_tokens": 0,
+    "context_length": 32,
+    "save_steps": 4,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def make_sae(**changes: Any) -> MatryoshkaSAE:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 64], "k": 4, "site": "layers.0"}
+    return MatryoshkaSAE(MatryoshkaSAEConfig(**(shape | changes)))
+
+
+def make_trainer(
+    lm,
+    tokenizer,
+    dataset: Any,
+    output_dir: Path,
+    sae: Any = None,
+    eval_dataset: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **changes: Any,
+) -> SAETrainer:
+    """A trainer that writes to `output_dir`, or where the changes to the settings say."""
+    args = SAETrainingArguments(**({"output_dir": str(output_dir)} | SETTINGS | changes))
+    sae = make_sae() if sae is None else sae
+    return SAETrainer(lm, sae, args, dataset, eval_dataset, processing_class=tokenizer, callbacks=callbacks)

@@ -1,0 +1,140 @@
+"""What processes say to each other, by two real ones over gloo; alone, every operation is the identity.
+
+Both processes execute everything once and write down what they got, because starting them takes longer than the rest.
+"""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from hf_msae.modeling.selection import SINGLE_PROCESS
+
+from hf_msae.training import collectives
+from hf_msae.training.collectives import MainProcessWriter, TorchProcessGroup, row_pieces, sum_gradients
+
+NUMBERS = {0: [1.0, -2.0, 5.0], 1: [3.0, 4.0, -1.0]}
+ROWS = {0: 5, 1: 3}
+
+
+def gradients(rank: int) -> list[torch.nn.Parameter]:
+    """A matrix of 40 numbers and vectors of 8 and 3, each with a gradient."""
+    generator = torch.Generator().manual_seed(rank)
+    parameters = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((8, 5), (8,), (3,))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def rows_of(rank: int) -> torch.Tensor:
+    return 100 * rank + torch.arange(ROWS[rank] * 2).view(-1, 2)
+
+
+def write_files(group: TorchProcessGroup, folder: Path) -> list[str]:
+    """What a process did, of three jobs: the main one wants the last, then the first, and then it fails."""
+    done: list[str] = []
+    jobs = {(name, "model"): lambda path, name=name: done.append(f"{name} {path and path.name}") for name in "abc"}
+    try:
+        with MainProcessWriter(group, jobs) as writer:
+            if group.rank == 0:
+                writer.write(("c", "model"), folder / "one")
+                writer.write(("a", "model"), folder / "two")
+                raise OSError("no room")
+    except OSError as error:
+        done.append(str(error))
+    return done
+
+
+def one_process(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    group = TorchProcessGroup(torch.device("cpu"))
+    own = torch.tensor(NUMBERS[rank])
+    got: dict[str, Any] = {"place": (group.rank, group.size)}
+    for name in ("sum", "minimum", "maximum", "gather"):
+        got[name] = getattr(group, name)(own.clone())
+    got["total"] = group.total(10 + rank)
+    got["counted"] = (dict(group.calls), dict(group.bytes))
+    for size in (1, 16, 1 << 20):
+        collectives.PIECE_BYTES = size
+        got[f"pieces {size}"] = list(group.pieces(rows_of(rank)))
+    for pack in (1, 20, 1 << 20):
+        collectives.PACK = pack
+        parameters = gradients(rank)
+        group.calls.clear()
+        sum_gradients(parameters, group)
+        got[f"gradients {pack}"] = ([parameter.grad for parameter in parameters], group.calls["reduce"])
+    got["written"] = write_files(group, Path(folder))
+    torch.save(got, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def got(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of the two processes got."""
+    folder = tmp_path_factory.mktemp("collectives")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(one_process, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_every_process_gets_the_same_sums_and_extremes(got):
+    both = torch.tensor([NUMBERS[0], NUMBERS[1]])
+    for rank, each in enumerate(got):
+        assert each["place"] == (rank, 2)
+        assert torch.equal(each["sum"], both.sum(0))
+        assert torch.equal(each["minimum"], both.amin(0))
+        assert torch.equal(each["maximum"], both.amax(0))
+        assert torch.equal(each["gather"], both)
+        assert each["total"] == 21
+
+
+def test_what_travels_is_counted(got):
+    for each in got:
+        assert each["counted"] == ({"reduce": 4, "gather": 1}, {"reduce": 3 * 12 + 8, "gather": 12})
+
+
+@pytest.mark.parametrize(("size", "pieces"), [(1, 8), (16, 8), (1 << 20, 2)])
+def test_rows_come_to_the_first_process_in_order_and_in_pieces(got, size, pieces):
+    first, second = (each[f"pieces {size}"] for each in got)
+    assert second == []
+    assert torch.equal(torch.cat(first), torch.cat([rows_of(0), rows_of(1)]))
+    assert len(first) == pieces
+
+
+@pytest.mark.parametrize(("pack", "messages"), [(1, 3), (20, 2), (1 << 20, 1)])
+def test_gradients_are_summed_however_they_are_packed(got, pack, messages):
+    expected = [sum(pair) for pair in zip(*([p.grad for p in gradients(rank)] for rank in (0, 1)), strict=True)]
+    for each in got:
+        summed, sent = each[f"gradients {pack}"]
+        assert all(torch.equal(mine, its) for mine, its in zip(summed, expected, strict=True))
+        assert sent == messages
+
+
+def test_a_gradient_that_is_missing_is_an_error():
+    with pytest.raises(RuntimeError, match="call backward"):
+        sum_gradients([torch.nn.Parameter(torch.zeros(2))], SINGLE_PROCESS)
+
+
+def test_the_others_send_what_the_main_process_wants_until_it_leaves(got):
+    main, other = (each["written"] for each in got)
+    assert main == ["c one", "a two", "no room"]
+    assert other == ["c None", "a None"]
+
+
+def test_alone_every_operation_is_the_identity(tmp_path):
+    own, rows = torch.tensor(NUMBERS[0]), rows_of(0)
+    for name in ("sum", "minimum", "maximum"):
+        assert torch.equal(getattr(SINGLE_PROCESS, name)(own), own)
+    assert torch.equal(SINGLE_PROCESS.gather(own), own[None])
+    assert SINGLE_PROCESS.total(7) == 7
+    assert torch.equal(torch.cat(list(row_pieces(rows, SINGLE_PROCESS))), rows)
+    written: list[Path | None] = []
+    with MainProcessWriter(SINGLE_PROCESS, {("a", "model"): written.append}) as writer:
+        writer.write(("a", "model"), tmp_path)
+    assert written == [tmp_path]

@@ -1,0 +1,153 @@
+"""One SAE's step by itself: how it begins, what it counts, and that micro-batches, parts and files change nothing."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.sites import Site
+from hf_msae.training import SAETrainingArguments
+from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.optimization import Length
+from hf_msae.training.run import Run
+
+ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
+SITE = Site("layers.0")
+
+
+def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
+    """Activations (96, 16) with a mean and a scale that are not those of a normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    return [3 + 5 * torch.randn(96, 16, generator=generator) for _ in range(count)]
+
+
+def make_learner(activation: str = "batch_topk", max_steps: int = 20, sharded: bool = False, **changes) -> Learner:
+    torch.manual_seed(0)
+    options = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 24, 64], "k": 4, "activation": activation}
+    sae_options = {name: changes.pop(name) for name in list(changes) if name in ("k", "prefix_sampling", "log_loss")}
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**(options | sae_options)))
+    settings = {"per_device_train_batch_size": 96, "use_cpu": True, "shard_latents": sharded} | changes
+    run = Run(SAETrainingArguments(**settings))
+    return make_learners(run, {"sae": sae}, {"sae": SITE}, Length(max_steps))[0]
+
+
+def train(learner: Learner, steps: range, seed: int = 0) -> Learner:
+    given = batches(steps.stop, seed)
+    if steps.start == 0:
+        learner.start(given[0])
+    for step in steps:
+        learner.step(given[step], step)
+    return learner
+
+
+def test_it_begins_at_the_mean_with_unit_rows_and_steps_in_activation_units():
+    learner = make_learner()
+    (x,) = batches(1)
+    learner.start(x)
+    assert torch.allclose(learner.sae.b_dec, x.mean(0), atol=1e-6)
+    assert torch.allclose(learner.sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+    assert all(moment.eq(0).all() for moment in learner.moments.values())  # the first step counts them
+    weights, biases = (group["peak_lr"] for group in learner.optimizer.param_groups)
+    assert weights == learner.learning_rate
+    assert biases == pytest.approx(learner.learning_rate * x.double().var(0, correction=0).mean().sqrt().item())
+
+
+def test_a_step_before_the_start_is_refused():
+    with pytest.raises(RuntimeError, match=r"before Learner\.start"):
+        make_learner().step(batches(1)[0], 0)
+
+
+@pytest.mark.parametrize("seen", [1, 4])
+def test_the_variance_is_that_of_all_activations_so_far(seen):
+    learner = train(make_learner(), range(seen))
+    x = torch.cat(batches(seen)).double()
+    assert learner.variance.item() == pytest.approx((x - x.mean(0)).pow(2).sum(1).mean().item())
+    assert learner.moments["count"] == 96 * seen
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_counters_are_of_latents_that_were_active(activation):
+    learner = train(make_learner(activation, dead_after_tokens=150, learning_rate=1e-9), range(4))
+    given = batches(4)
+    learner.sae.eval()
+    silent = learner.silent_tokens
+    assert set(silent.tolist()) <= {0, 96, 192, 288, 384}
+    assert (silent == 0).any()
+    log = learner.read_log()
+    assert log["dead"] == pytest.approx((silent > 150).float().mean().item())
+    if activation in ("batch_topk", "topk"):
+        assert log["l0"] == pytest.approx(4, abs=0.2)
+    assert len(log["level_losses"]) == 3
+    assert log["level_losses"][0] > log["level_losses"][-1] > 0
+    assert learner.read_log()["loss"] == 0  # nothing since
+    assert torch.isfinite(given[0]).all()
+
+
+def test_the_default_for_dead_latents_is_a_twentieth_of_a_short_run():
+    assert make_learner(max_steps=1000).dead_after == 1000 * 96 // 20
+    assert make_learner(max_steps=4).dead_after == 96
+    assert make_learner(max_steps=10**7).dead_after == 10_000_000
+    assert make_learner(max_steps=1000, gradient_accumulation_steps=2).dead_after == 1000 * 2 * 96 // 20
+
+
+def assert_nearly_the_same(one: Learner, other: Learner) -> None:
+    """Adam's steps have a fixed size, so a rounding error shows where a gradient is nearly nothing."""
+    for (name, mine), its in zip(one.sae.named_parameters(), other.sae.parameters(), strict=True):
+        assert ((mine - its).abs() > 1e-3 * its.abs().max()).float().mean() < 0.02, name
+
+
+@pytest.mark.parametrize("form", [*ACTIVATIONS, "log_loss", "pareto"])
+def test_micro_batches_are_one_batch(form):
+    options = {"log_loss": True} if form == "log_loss" else {}
+    options |= {"prefix_sampling": "pareto"} if form == "pareto" else {}
+    activation = form if form in ACTIVATIONS else "batch_topk"
+    whole = train(make_learner(activation, **options), range(6))
+    sizes = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4}
+    parts = train(make_learner(activation, **sizes, **options), range(6))
+    assert_nearly_the_same(parts, whole)
+    ours, theirs = parts.read_log(), whole.read_log()
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert ours["l0"] == pytest.approx(theirs["l0"], rel=1e-3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_all_latents_as_a_single_part_are_the_whole(activation):
+    whole, part = train(make_learner(activation), range(6)), train(make_learner(activation, sharded=True), range(6))
+    assert part.rows == slice(0, 64)
+    assert_nearly_the_same(part, whole)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_what_is_written_goes_on_to_the_same_bits(tmp_path, activation, sharded):
+    settings = {"sharded": sharded, "k_anneal_steps": 8, "dead_after_tokens": 100}
+    whole = train(make_learner(activation, **settings), range(10))
+    half = train(make_learner(activation, **settings), range(5))
+    half.write_model(tmp_path)
+    half.write_state(tmp_path)
+    resumed = make_learner(activation, **settings)
+    resumed.read(tmp_path)
+    train(resumed, range(5, 10))
+    for name, tensor in whole.sae.state_dict().items():
+        assert torch.equal(resumed.sae.state_dict()[name], tensor), name
+    assert torch.equal(resumed.silent_tokens, whole.silent_tokens)
+    assert resumed.read_log() == whole.read_log()
+    assert load_file(tmp_path / "model.safetensors")["W_dec"].shape == (64, 16)
+
+
+def test_the_first_bad_step_is_kept():
+    learner = train(make_learner(), range(2))
+    assert learner.bad_step == -1
+    learner.step(torch.full((96, 16), math.nan), 2)
+    learner.step(batches(1)[0], 3)
+    assert learner.bad_step == 2
+
+
+def test_it_leaves_a_model_for_readers():
+    learner = train(make_learner(), range(2))
+    assert learner.sae.training
+    learner.finish()
+    assert not learner.sae.training
+    assert learner.sae.gradient_memory is None
