@@ -32,7 +32,7 @@ from hf_msae.interpret.effects import LogitEffects, final_norm_jacobian, nearest
 from hf_msae.interpret.hierarchy import HierarchySettings
 from hf_msae.interpret.scan import scan
 from hf_msae.metrics import measure_cross_entropy
-from hf_msae.research.stitching import measure_level_novelty
+from hf_msae.research.novelty import measure_level_novelty
 from hf_msae.sites import resolve_site
 from hf_msae.training.collectives import row_pieces
 

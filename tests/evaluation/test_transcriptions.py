@@ -17,8 +17,8 @@ from hf_msae.evaluation.erasure import measure_perturbation, order_latents
 from hf_msae.evaluation.geometry import measure_agreement
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.probes import make_split
+from hf_msae.research.novelty import measure_novelty
 from hf_msae.research.progressive import fit_power_law
-from hf_msae.research.stitching import measure_novelty
 
 SEEDS = range(8)
 

@@ -7,14 +7,8 @@ import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.activations import TextActivations
-from hf_msae.research.stitching import (
-    Novelty,
-    draw_stitching,
-    measure_level_novelty,
-    measure_novelty,
-    measure_stitching,
-    swap_groups,
-)
+from hf_msae.research.novelty import Novelty, measure_level_novelty, measure_novelty
+from hf_msae.research.stitching import draw_stitching, measure_stitching, swap_groups
 from hf_msae.sites import Site
 
 WIDTH = 12
