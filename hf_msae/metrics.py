@@ -7,8 +7,10 @@ the SAE's `norm_limit`) take no part: they are left unreplaced in the second pas
 accumulated in float64.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ from hf_msae.sites import Site, in_this_thread, replace
 
 # What the language model is run with: as it is, ablated in two ways, or with the prefix of an SAE, (name, prefix).
 Key = tuple[str, int]
+# A language model whose cross-entropy is this share of the logarithm of its vocabulary, or more, only guesses.
+GUESSING_SHARE = 0.95
+
 CLEAN: Key = ("as it is", 0)
 ZERO: Key = ("zero", 0)
 MEAN: Key = ("mean", 0)
@@ -37,10 +42,42 @@ def predicts_next_token(model: PreTrainedModel) -> bool:
     Args:
         model: the language model.
     """
-    has_head = model.get_output_embeddings() is not None and model.can_generate()
+    return why_no_next_token(model) is None
+
+
+def why_no_next_token(model: PreTrainedModel) -> str | None:
+    """Why a model's cross-entropy on the next token would mean nothing; None where it means something."""
     kind = model.config.model_type
-    sees_all = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and model.config.to_dict().get("is_decoder") is False
-    return has_head and not sees_all and not model.config.is_encoder_decoder
+    if model.config.is_encoder_decoder:
+        return "the language model is an encoder–decoder"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and model.config.to_dict().get("is_decoder") is False:
+        return "the language model is an encoder, which sees the token that it would predict"
+    if model.get_output_embeddings() is None or not model.can_generate():
+        return "the language model has no head that predicts the next token"
+    return None
+
+
+def why_no_recovery(measured: "Measurement", model: PreTrainedModel) -> str | None:
+    """Why what is left of the language model's predictions means nothing: by itself it predicts no better than one
+    that knows nothing. So it is with a head that was never trained, which transformers makes where a checkpoint lacks
+    one, and which nothing tells from a trained head afterwards. None where it predicts better.
+    """
+    size = model.config.get_text_config().vocab_size
+    if measured.ce_clean is None or measured.ce_clean < GUESSING_SHARE * math.log(size):
+        return None
+    return (
+        f"the language model's own cross-entropy is {measured.ce_clean:.2f} nats per token, no better than guessing "
+        f"among {size:,} tokens ({math.log(size):.2f}); its head was never trained, or not for such text"
+    )
+
+
+def without_recovery(measured: "Measurement", reason: str) -> "Measurement":
+    """The same measurement without the numbers that compare with the language model as it is."""
+    levels = [
+        replace_fields(level, ce_recovered=None, ce_recovered_mean=None, ce_increase=None, kl=None)
+        for level in measured.levels
+    ]
+    return replace_fields(measured, levels=levels, ce_absent=reason)
 
 
 @dataclass
@@ -89,6 +126,7 @@ class Measurement:
         kl_zero: divergence that setting it to zero causes, in nats per token.
         kl_mean: divergence that setting it to the mean causes.
         outliers: tokens left out because their activation's norm is beyond the SAE's limit.
+        ce_absent: why there is no `ce_recovered`; None where there is.
     """
 
     levels: list[LevelMetrics]
@@ -100,6 +138,14 @@ class Measurement:
     kl_zero: float | None = None
     kl_mean: float | None = None
     outliers: int = 0
+    ce_absent: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; without `ce_absent` where cross-entropy was measured."""
+        values = asdict(self)
+        if self.ce_absent is None:
+            del values["ce_absent"]
+        return values
 
 
 @dataclass
@@ -402,6 +448,7 @@ def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Meas
         cross_entropy.kl_zero,
         cross_entropy.kl_mean,
         meter.num_outliers,
+        cross_entropy.ce_absent,
     )
 
 

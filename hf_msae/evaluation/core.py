@@ -21,7 +21,14 @@ from hf_msae.evaluation.activations import TextActivations, tokens_at_once, tota
 from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
 from hf_msae.evaluation.plots import Point, draw_lines, legend_outside, log_axis
 from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
-from hf_msae.metrics import Measurement, ReconstructionMeter, measure_cross_entropies, merge, predicts_next_token
+from hf_msae.metrics import (
+    Measurement,
+    ReconstructionMeter,
+    measure_cross_entropies,
+    merge,
+    predicts_next_token,
+    why_no_recovery,
+)
 from hf_msae.modeling import MatryoshkaSAE
 
 QUANTISATION = (4, 16, 64)
@@ -118,8 +125,10 @@ def measure_core(
     for name, sae in logging.tqdm(saes.items(), desc="Rate–distortion", unit=" SAE"):
         rate = meters[name].firing_rate.cpu()
         coded = text.x[:rate_tokens]
+        measurement = replace(merge(meters[name], cross_entropies.get(name)), outliers=text.num_outliers)
+        measurement.ce_absent = why_no_recovery(measurement, text.model)
         results[name] = CoreResult(
-            measurement=replace(merge(meters[name], cross_entropies.get(name)), outliers=text.num_outliers),
+            measurement=measurement,
             density=density(rate, sae.config.prefix_sizes),
             rate_distortion=rate_distortion(sae, coded),
             rate_tokens=len(coded),
@@ -268,6 +277,8 @@ def _note(first: Measurement) -> str:
             "CE recovered is 1 where the reconstruction costs nothing and 0 where it is as bad as that ablation; "
             "against zero it flatters"
         )
+        if first.ce_absent is not None:
+            note += f". But {first.ce_absent}: then CE recovered means nothing"
     return note + ". NMSE is not centred, so a large mean makes it look better than FVE."
 
 

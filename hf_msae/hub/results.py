@@ -33,7 +33,7 @@ GENERATED = (METRICS_NAME, ARGUMENTS_NAME, LOG_NAME, CURVES_NAME)
 PRIVATE_ARGUMENTS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "run_name")
 # What is drawn and written of them, by its type.
 NUMBERS = ("tokens", "ce_tokens", "ce_clean", "ce_zero", "ce_mean", "training_tokens", "steps", "learning_rate")
-OTHERS = {"dataset": str, "versions": dict}
+OTHERS = {"dataset": str, "versions": dict, "ce_absent": str}
 DRAWN = ("tokens", "loss", "l0", "dead")
 RUN_FACTS = ("dataset", "training_tokens", "steps", "learning_rate", "tokens_per_second")
 
@@ -171,7 +171,7 @@ def _measured_by_run(metrics: Mapping[str, Any], config: MatryoshkaSAEConfig) ->
     recorded = (config.measured or {}).get("fve", ())
     if not levels or [round(level.fve, 5) for level in levels] != list(recorded):
         return None
-    names = ("tokens", "ce_tokens", "ce_clean", "ce_zero", "ce_mean", "outliers")
+    names = ("tokens", "ce_tokens", "ce_clean", "ce_zero", "ce_mean", "outliers", "ce_absent")
     return Measurement(levels, **{name: metrics[name] for name in names if name in metrics})
 
 

@@ -10,6 +10,7 @@ Several processes share the held-out tokens, or, where each has some of the late
 the numbers come out the same. Cross-entropy alone is left to the main process where it has the whole SAE.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,9 @@ from hf_msae.metrics import (
     measure_cross_entropy,
     measured_facts,
     merge,
-    predicts_next_token,
+    why_no_next_token,
+    why_no_recovery,
+    without_recovery,
 )
 from hf_msae.outliers import within_limit
 from hf_msae.sites import Site
@@ -48,6 +51,8 @@ from hf_msae.training.learner import Learner
 from hf_msae.training.loaders import TextSource
 from hf_msae.training.sharded import ShardedSAE
 
+logger = logging.getLogger(__name__)
+
 
 class HeldOut(ABC):
     """Held-out activations, given anew in every pass.
@@ -55,10 +60,12 @@ class HeldOut(ABC):
     Attributes:
         tensor_parallel: Whether all processes must ask for the same at the same time, because they run one language
             model.
+        has_text: Whether there are tokens to measure cross-entropy on.
         facts: How it was chosen, JSON-able.
     """
 
     tensor_parallel: bool = False
+    has_text: bool = True
     facts: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
@@ -145,6 +152,8 @@ class HeldOutCache(HeldOut):
         cache: The activations.
         args: How many rows.
     """
+
+    has_text = False
 
     def __init__(self, cache: CachedActivations, args: SAETrainingArguments) -> None:
         self.args = args
@@ -283,11 +292,13 @@ class Evaluator:
         """
         sae = learner.sae
         meter = self._reconstruction(learner)
-        cross_entropy = self._cross_entropy(learner, meter.mean)
+        reason = self._why_no_cross_entropy()
+        cross_entropy = None if reason else self._cross_entropy(learner, meter.mean)
         with torch.no_grad():
             sae.max_activation.copy_(meter.max_activation)
             sae.firing_rate.copy_(meter.firing_rate[learner.rows])
         measurement = merge(meter, cross_entropy)
+        measurement.ce_absent = measurement.ce_absent or reason
         sae.config.measured = measured_facts(measurement)
         return measurement
 
@@ -307,12 +318,23 @@ class Evaluator:
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:
         """Cross-entropies, on the main process alone, or on all, where each has a part of the model or of the SAE."""
-        if self.model is None or not predicts_next_token(self.model):
-            return None
         if learner.data_parallel.rank and not self.held_out.tensor_parallel:
             return None
-        batches = list(self.held_out.token_batches())
-        if not batches:
-            return None
-        limit = learner.sae.config.norm_limit
-        return measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches, limit)
+        assert self.model is not None
+        limit, batches = learner.sae.config.norm_limit, self.held_out.token_batches()
+        found = measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches, limit)
+        reason = why_no_recovery(found, self.model)
+        if reason is None:
+            return found
+        logger.warning("No cross-entropy recovered is reported: %s.", reason)
+        return without_recovery(found, reason)
+
+    def _why_no_cross_entropy(self) -> str | None:
+        """Why there is nothing to measure it with; None where there is."""
+        if self.model is None:
+            return "there is no language model beside the activations"
+        if not self.args.ce_tokens:
+            return "ce_tokens is 0"
+        if not self.held_out.has_text:
+            return "what is held out is activations of a cache, which has no text; give an eval_dataset"
+        return why_no_next_token(self.model)

@@ -15,7 +15,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -212,7 +211,7 @@ def write_results(
     shutil.rmtree(draft, ignore_errors=True)
     save(draft)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    metrics = {**asdict(measurement), **extra, "versions": versions}
+    metrics = {**measurement.to_dict(), **extra, "versions": versions}
     _write_json(draft / METRICS_NAME, metrics)
     arguments = args.to_dict()
     if args.init_from is not None:
@@ -321,7 +320,7 @@ class Saver:
                             facts[name],
                         )
                 if not self.run.single:
-                    index = {name: asdict(measurement) for name, measurement in measurements.items()}
+                    index = {name: measurement.to_dict() for name, measurement in measurements.items()}
                     _write_json(self.run.output_dir / METRICS_NAME, index)
         self.run.accelerator.wait_for_everyone()
 
