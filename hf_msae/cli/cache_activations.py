@@ -12,10 +12,11 @@ from hf_msae.data import (
     TokenWindows,
     cache_activations,
     find_norm_limits,
+    hold_out,
     pad_id,
+    split_of,
     vocabulary,
 )
-from hf_msae.data.holding_out import BASE_SPLIT
 from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
 from hf_msae.sites import resolve_site
@@ -44,6 +45,13 @@ class CacheArguments:
         default=NORM_OUTLIER_MULTIPLE,
         metadata={"help": "Drop tokens whose norm exceeds this multiple of the median; 0 keeps all."},
     )
+    eval_tokens: int = field(
+        default=100_000,
+        metadata={"help": "Leave out the documents on which `train` and `eval` measure with so many tokens."},
+    )
+    calibration_tokens: int = field(
+        default=50_000, metadata={"help": "Leave out as many tokens with which `train` sets thresholds."}
+    )
     seed: int = field(default=0, metadata={"help": "Fixes the order."})
 
 
@@ -58,9 +66,12 @@ def run(arguments: list[str]) -> None:
     model, tokenizer = load_language_model(sources)
     rows = vocabulary(model)
     filler = pad_id(tokenizer, rows)
-    # What an evaluation of the same data measures on is left out; the order makes the first rows, which training on
-    # the cache holds out, as mixed as the rest.
-    mixed = documents.without(BASE_SPLIT).shuffle(args.seed)
+    # What training on the same data holds out, and an evaluation measures on, is left out; the order makes the first
+    # rows, which training on the cache holds out, as mixed as the rest.
+    common = (documents, tokenizer, args.context_length)
+    measuring = hold_out(*common, args.eval_tokens, args.packing, vocab_size=rows)
+    calibration = hold_out(*common, args.calibration_tokens, args.packing, purpose="calibration", vocab_size=rows)
+    mixed = documents.without(split_of(measuring, calibration, documents)).shuffle(args.seed)
     windows = TokenWindows(mixed, tokenizer, context_length=args.context_length, pack=args.packing, vocab_size=rows)
     sites = [resolve_site(model, site) for site in args.site]
     options = {"lm_batch_size": args.lm_batch_size, "pad_id": filler}

@@ -110,7 +110,7 @@ class EvalArguments:
     site: str | None = field(default=None, metadata={"help": "Where in the model, if the SAE does not say."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the JSON and the report go."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an evaluation that is there."})
-    eval_tokens: int = field(default=100_000, metadata={"help": "Tokens to measure on, the first of the dataset."})
+    eval_tokens: int = field(default=100_000, metadata={"help": "Tokens to measure on, of held-out documents."})
     ce_tokens: int = field(default=25_000, metadata={"help": "How many of them cross-entropy takes; 0 skips it."})
     rate_tokens: int = field(default=25_000, metadata={"help": "How many of them rate and distortion take."})
     context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: as in training."})
@@ -184,6 +184,8 @@ def run(arguments: list[str]) -> None:
         norm_limit=config.norm_limit,
         norm_outlier_multiple=args.norm_outlier_multiple,
     )
+    if eval_documents is None:
+        _warn_of_seen_text(args, text)
     labelled, of_documents = _labelled(args, pairs, text, tokenizer, context_length)
     subjects += _baselines(args, training, subjects[0], text, model, tokenizer, documents, eval_documents)
     result = evaluate(
@@ -201,6 +203,23 @@ def run(arguments: list[str]) -> None:
     result.facts["compared"] = [name for name in result.methods if name != subjects[0].name]
     write_report(result, folder)
     _print(result, folder)
+
+
+def _warn_of_seen_text(args: EvalArguments, text: TextActivations) -> None:
+    """Say where some of the text that is measured on is text that the SAE was trained on, as its run recorded."""
+    path = Path(args.sae) / "metrics.json"
+    run = read_json(path) if path.is_file() else {}
+    held_out = run.get("held_out")
+    measuring = held_out.get("measuring") if isinstance(held_out, dict) else None
+    if not isinstance(measuring, dict) or run.get("dataset") != text.description:
+        return
+    share, tokens = measuring.get("share"), measuring.get("tokens")
+    if isinstance(share, int | float) and isinstance(tokens, int) and text.held_out_share > share:
+        logging.getLogger(__name__).warning(
+            "The SAE was trained on some of the text that it is measured on: its run held out %s tokens of %s, fewer "
+            "than these %s. Give --eval-tokens %d, or other text as --eval-dataset.",
+            *(f"{tokens:,}", text.description, f"{text.num_tokens:,}", tokens),
+        )
 
 
 def _check_output(args: EvalArguments) -> Path:

@@ -5,6 +5,7 @@ enough tokens; so a stream is read no further than needed, and what more text a 
 documents that training passed over. Small data ends before: then the share is what has enough tokens, no more.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +20,21 @@ from hf_msae.data.sources import DatasetError, UnreadableRow
 from hf_msae.data.windows import DocumentEncoder, Window, check_context_length
 from hf_msae.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 # Of all documents, for measuring and again for calibration. 100,000 tokens are found within 5 million, some 20 MB.
 BASE_SHARE = 0.02
 BASE_SPLIT = Split(BASE_SHARE, BASE_SHARE)
 ORDER_SEED = 0
 # No more is taken of a document, so that one book does not stand for everything.
 MOST_TOKENS = 8192
+# Documents with fewer tokens on average are most likely lines or words of what was meant to be one.
+FEW_TOKENS = 5
+
+SEPARATOR_HINT = (
+    "A .txt file is cut at blank lines where no separator is given; '\\n' makes each line a document, and a separator "
+    "that does not occur the whole file."
+)
 
 Purpose = Literal["measuring", "calibration"]
 
@@ -171,12 +181,20 @@ class _Search:
             windows, _ = self.encoder.pack([token for ids in pieces for token in ids], self.context_length, last=True)
         else:
             windows = [self.encoder.window(ids) for ids in pieces]
-        return HeldOutWindows(windows, share, len(found), read, sum(int(window.keep.sum()) for window in windows))
+        tokens = sum(int(window.keep.sum()) for window in windows)
+        if tokens < FEW_TOKENS * len(found):
+            logger.warning(
+                "The documents of %s have %.1f tokens on average, which is little context for a language model. Is "
+                "that meant? (%s)",
+                self.documents.description,
+                tokens / len(found),
+                SEPARATOR_HINT,
+            )
+        return HeldOutWindows(windows, share, len(found), read, tokens)
 
     def _too_few(self, tokens: int, read: int) -> DatasetError:
         long = f" (of a document at most {MOST_TOKENS:,} are taken)" if self.pack else ""
         return DatasetError(
             f"cannot hold out {self.num_tokens:,} tokens: all {read:,} documents of {self.documents.description} have "
-            f"{tokens:,}{long}. Hold out fewer, or use more data. (A .txt file is cut at blank lines where no "
-            "separator is given; '\\n' makes each line a document.)"
+            f"{tokens:,}{long}. Hold out fewer, or use more data. ({SEPARATOR_HINT})"
         )

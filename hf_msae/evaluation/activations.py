@@ -71,6 +71,7 @@ class TextActivations:
         description: of the documents, for people.
         norm_limit: activations with a larger norm do not count, and are not in x; 0 for no limit.
         num_outliers: how many there were.
+        held_out_share: which of the documents these are, as in `data.HeldOutWindows`.
     """
 
     model: PreTrainedModel
@@ -82,6 +83,7 @@ class TextActivations:
     description: str
     norm_limit: float = 0.0
     num_outliers: int = 0
+    held_out_share: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -148,7 +150,8 @@ def collect(
     """
     documents = as_documents(documents)
     rows = vocabulary(model)
-    windows = hold_out(documents, tokenizer, context_length, num_tokens, packing, vocab_size=rows).windows
+    held_out = hold_out(documents, tokenizer, context_length, num_tokens, packing, vocab_size=rows)
+    windows = held_out.windows
     filler = pad_id(tokenizer, rows)
     x = run_model(model, site, windows, filler, lm_batch_size, "Activations")
     if norm_limit is None:
@@ -157,7 +160,8 @@ def collect(
     kept = leave_out(windows, inlying)
     outliers = len(x) - int(inlying.sum())
     description = documents.description
-    return TextActivations(model, site, kept, filler, lm_batch_size, x[inlying], description, norm_limit, outliers)
+    x, share = x[inlying], held_out.share
+    return TextActivations(model, site, kept, filler, lm_batch_size, x, description, norm_limit, outliers, share)
 
 
 def total_variance(x: Tensor) -> float:

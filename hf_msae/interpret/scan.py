@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data import ActivationError, TokenWindows, Window, pad_id, vocabulary
+from hf_msae.data import ActivationError, TokenWindows, Window, as_documents, pad_id, vocabulary
 from hf_msae.data.forward import capture_counted, leave_out
 from hf_msae.errors import InputError
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
@@ -110,6 +110,7 @@ def scan(
     context_tokens: int = 32,
     record_tokens: int = 200_000,
     norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
+    seed: int = 0,
 ) -> Scan:
     """Read documents until enough tokens that count have passed, or the documents end.
 
@@ -129,6 +130,7 @@ def scan(
         record_tokens: how many of the first tokens are kept for the hierarchy.
         norm_outlier_multiple: where the SAE records no limit, activations of this many times the median norm are left
             out as outliers; None or 0 keeps all.
+        seed: fixes the order in which documents are read, so that they are from all parts of the data.
 
     Raises:
         InputError: the SAE does not fit the model, or a number is not positive.
@@ -146,7 +148,8 @@ def scan(
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
     rows = vocabulary(model)
     filler = pad_id(tokenizer, rows)
-    windows = TokenWindows(documents, tokenizer, context_length=length, pack=packing, vocab_size=rows)
+    mixed = as_documents(documents).shuffle(seed)
+    windows = TokenWindows(mixed, tokenizer, context_length=length, pack=packing, vocab_size=rows)
     collector = _Collector(sae, top_contexts, sampled_contexts, context_tokens, record_tokens)
     last = resolve_site(model, "layers.-1")
     references, num_outliers = torch.empty(0), 0

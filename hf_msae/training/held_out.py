@@ -33,6 +33,7 @@ from hf_msae.data import (
     hold_out,
     split_of,
 )
+from hf_msae.data.populations import Population
 from hf_msae.errors import InputError
 from hf_msae.metrics import (
     Measurement,
@@ -235,6 +236,8 @@ class Evaluator:
         self.model, self.held_out = model, held_out
         # Per learner the step after which its threshold was last set, and that threshold.
         self._thresholds: dict[str, tuple[int, Tensor]] = {}
+        # What the activations that were measured last are like, at each site.
+        self.populations: dict[Site, Population] = {}
 
     def calibrate(self, learner: Learner, step: int) -> None:
         """Leave the learner's SAE as a reader gets it: in evaluation mode, its threshold set on held-out activations.
@@ -314,6 +317,8 @@ class Evaluator:
         meter.max_activation = ranks.maximum(meter.max_activation)
         if meter.num_tokens == 0:
             raise InputError("Nothing to measure: the held-out data gave no activation.")
+        sums = meter.sums
+        self.populations[learner.site] = Population(meter.num_tokens, sums["x"].clone(), sums["x_squared"].clone())
         return meter
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:

@@ -25,6 +25,7 @@ from hf_msae.data import (
     pad_id,
     vocabulary,
 )
+from hf_msae.data.populations import ROWS_OF_BATCH, Population
 from hf_msae.errors import InputError
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
@@ -126,6 +127,7 @@ class ActivationLoader(ABC):
         sliced: Whether all processes go through one order of tokens, each taking its slice of every step's batch.
         norm_limits: The largest norm that counts at each site, 0 for none; to be set before the first batch.
         epoch: Passes over the data that have ended.
+        populations: What activations were like at each site, since this process began.
     """
 
     description: str
@@ -135,6 +137,7 @@ class ActivationLoader(ABC):
         self.args, self.rank, self.num_processes = run.args, run.rank, run.num_processes
         self.epoch = 0
         self.norm_limits: dict[Site, float | None] = {}
+        self.populations: dict[Site, Population] = {}
         self._batches: BatchIterator | None = None
         self._earlier_outliers = 0
 
@@ -155,10 +158,13 @@ class ActivationLoader(ABC):
             )
             self._batches = None
             batch = next(self._current())
-        if not self.sliced or self.num_processes == 1:
-            return batch
-        own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
-        return {site: rows[own] for site, rows in batch.items()}
+        if self.sliced and self.num_processes > 1:
+            own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
+            batch = {site: rows[own] for site, rows in batch.items()}
+        for site, rows in batch.items():
+            some = Population.of(rows[:ROWS_OF_BATCH])
+            self.populations[site] = self.populations[site] + some if site in self.populations else some
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the latest batch, JSON-able."""

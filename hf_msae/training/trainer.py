@@ -6,6 +6,7 @@ hard lives elsewhere: the SAEs before their first step in `preparation`, what a 
 a run goes on in `resuming`, what it leaves behind, on the Hub too, in `outputs`.
 """
 
+import logging
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_msae.data import ActivationError, DatasetError, fingerprint
+from hf_msae.data.populations import describe_difference
 from hf_msae.errors import HfMsaeError
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -40,6 +42,8 @@ from hf_msae.training.resuming import (
     resumed_length,
 )
 from hf_msae.training.run import InterruptFlag, Run, TrainingInterrupted
+
+logger = logging.getLogger(__name__)
 
 # How many of the documents that could not be read are named in metrics.json.
 MAX_SKIPPED_NAMED = 1000
@@ -439,8 +443,18 @@ class SAETrainer:
             "held_out": dict(self.evaluator.held_out.facts),
         }
 
+    def _warn_of_other_kinds(self) -> None:
+        """Say where the held-out text is unlike the training text, so that what was measured on it means less."""
+        for site, measured_on in self.evaluator.populations.items():
+            trained_on = self.loader.populations.get(site)
+            distance = None if trained_on is None else trained_on.differs(measured_on)
+            if distance is not None:
+                logger.warning("%s: %s", site, describe_difference(distance, self.loader.description))
+
     def _finish(self) -> dict[str, Measurement]:
         measurements = self.evaluate()
+        if self.run.accelerator.is_main_process:
+            self._warn_of_other_kinds()
         skipped = self._skipped_documents()
         facts = {learner.name: self._facts(learner, skipped) for learner in self.learners}
         self.saver.save_results(self.state.global_step, self.learners, measurements, facts)

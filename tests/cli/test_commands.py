@@ -94,6 +94,7 @@ def test_activations_are_cached_and_trained_on(folder, tmp_path, capsys):
     cache = tmp_path / "cache"
     arguments = ["--model", str(folder / "lm"), "--dataset", str(folder / "texts.txt"), "--site", "layers.0"]
     more = ["--max-tokens", "4k", "--batch-size", "100", "--context-length", "32", "--output-dir", str(cache)]
+    more += ["--eval-tokens", "400", "--calibration-tokens", "200"]
     assert run("cache-activations", *arguments, *more) == 0
     assert "Wrote 4,000 tokens" in capsys.readouterr().out
     trained = command(folder, tmp_path / "out", "--dataset", str(cache))
