@@ -61,12 +61,12 @@ class HeldOut(ABC):
     Attributes:
         tensor_parallel: Whether all processes must ask for the same at the same time, because they run one language
             model.
-        has_text: Whether there are tokens to measure cross-entropy on.
+        why_no_tokens: Why there are none to measure cross-entropy on; None where there are.
         facts: How it was chosen, JSON-able.
     """
 
     tensor_parallel: bool = False
-    has_text: bool = True
+    why_no_tokens: str | None = None
     facts: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
@@ -111,6 +111,7 @@ class HeldOutText(HeldOut):
         self.split = split_of(measuring, calibration, documents)
         self.facts = {"measuring": measuring.facts(), "calibration": calibration.facts()}
         self._evaluation, self._calibration = measuring.windows, calibration.windows
+        self.why_no_tokens = None if args.ce_tokens else "ce_tokens is 0"
 
     def calibration(self, rank: int = 0, num_processes: int = 1) -> Iterator[Mapping[Site, Tensor]]:
         """One process's part of the activations for setting thresholds, each (n, hidden_size)."""
@@ -154,7 +155,7 @@ class HeldOutCache(HeldOut):
         args: How many rows.
     """
 
-    has_text = False
+    why_no_tokens = "what is held out is activations of a cache, which has no text; give an eval_dataset"
 
     def __init__(self, cache: CachedActivations, args: SAETrainingArguments) -> None:
         self.args = args
@@ -338,8 +339,4 @@ class Evaluator:
         """Why there is nothing to measure it with; None where there is."""
         if self.model is None:
             return "there is no language model beside the activations"
-        if not self.args.ce_tokens:
-            return "ce_tokens is 0"
-        if not self.held_out.has_text:
-            return "what is held out is activations of a cache, which has no text; give an eval_dataset"
-        return why_no_next_token(self.model)
+        return self.held_out.why_no_tokens or why_no_next_token(self.model)
