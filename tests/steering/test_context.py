@@ -151,7 +151,11 @@ def test_adding_shifts_by_exactly_the_row(llama, sae, value, latent):
     assert torch.equal(shifted[:, 0], plain[:, 0])
 
 
-def test_units(llama, sae):
+@pytest.mark.parametrize("length", [1.0, 2.5])
+def test_units(llama, make_sae, length):
+    """Rows of other libraries' SAEs are not of length one, and a unit of the norm is one whatever the row's length."""
+    sae = make_sae(llama)
+    sae.W_dec.data[7] *= length / sae.W_dec[7].norm()
     plain = hidden_at(llama, sae)[:, 1:]
     row, largest = sae.W_dec[7], sae.max_activation[7]
     with steer(llama, sae, {7: 3.0}, units="max"):
