@@ -14,9 +14,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from hf_msae.cli.toy import ToyArguments, format_cell, make_rows, run_toy, to_json, write_whole
+from hf_msae.atomic_files import atomic_file
 from hf_msae.research.heatmaps import draw_heatmaps
 from hf_msae.research.recovery import Recovery
+from hf_msae.research.toys.experiment import ToyArguments, format_cell, make_rows, run_toy, to_json
 
 SETTINGS = {
     "tree": ToyArguments(world="tree"),
@@ -39,6 +40,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--markdown", help="write the tables here")
     parser.add_argument("--pictures", help="write heatmaps into this folder")
     return parser.parse_args()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_file(path) as draft:
+        draft.write_bytes(content)
 
 
 def table(name: str, args: ToyArguments, recoveries: dict[str, list[Recovery]]) -> str:
@@ -74,13 +81,13 @@ def main() -> None:
         # Written after every setting, so that a run that is stopped leaves what it has.
         if options.json:
             content = {"python": platform.python_version(), "processor": platform.machine(), "settings": results}
-            write_whole(Path(options.json), json.dumps(content, indent=2).encode())
+            write(Path(options.json), json.dumps(content, indent=2).encode())
         if options.markdown:
-            write_whole(Path(options.markdown), ("\n\n".join(tables) + "\n").encode())
+            write(Path(options.markdown), ("\n\n".join(tables) + "\n").encode())
         if options.pictures:
             Path(options.pictures).mkdir(parents=True, exist_ok=True)
             picture = draw_heatmaps(outcome.toy.world, outcome.saes)
-            write_whole(Path(options.pictures) / f"{name}.png", picture)
+            write(Path(options.pictures) / f"{name}.png", picture)
 
 
 if __name__ == "__main__":

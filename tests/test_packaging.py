@@ -247,7 +247,7 @@ def test_the_installed_command_works(from_wheel: Path, tmp_path: Path) -> None:
 
 def test_an_installed_copy_stands_aside_for_a_checkout(from_wheel: Path, tree: Path, tmp_path: Path) -> None:
     """Python started in a checkout's root finds the folder hf_msae/ first, wherever the model and the Space lie."""
-    code = "import hf_msae.modeling, hf_msae.cli.space as s; print(hf_msae.modeling.__file__, s.space_folder())"
+    code = "import hf_msae.modeling, hf_msae.hub.spaces as s; print(hf_msae.modeling.__file__, s.space_folder())"
     found = run_installed(from_wheel, "-c", code, cwd=tree).split()
     assert found == [str(tree / "modeling" / "__init__.py"), str(tree / "spaces" / "steering")]
     version = PROJECT["project"]["version"]
@@ -263,7 +263,7 @@ def test_an_installed_copy_stands_aside_for_a_checkout(from_wheel: Path, tree: P
 
 
 def test_an_installed_copy_has_the_space(from_wheel: Path, tmp_path: Path) -> None:
-    code = "from hf_msae.cli.space import space_folder; print(space_folder())"
+    code = "from hf_msae.hub.spaces import space_folder; print(space_folder())"
     folder = Path(run_installed(from_wheel, "-c", code, cwd=tmp_path).strip())
     assert folder == from_wheel / HOMES[SCRIPT]
     sources = {

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import (
     ActivationStream,
@@ -33,7 +33,7 @@ class CacheArguments:
     _argument_group_name = "cache"
 
     output_dir: str = field(metadata={"help": "The folder to make."})
-    site: list[str] = field(metadata={"action": Collect, "help": "One or more sites, such as layers.12."})
+    site: list[str] = field(metadata={"help": "One or more sites, such as layers.12."})
     max_tokens: int = field(metadata={"help": "How many tokens to write."})
     context_length: int = field(default=512, metadata={"help": "Tokens per window."})
     packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})

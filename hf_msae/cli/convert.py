@@ -10,7 +10,7 @@ from rich.console import Console
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
@@ -53,7 +53,7 @@ class ConvertArguments:
     )
     prefix_sizes: list[int] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "The nested sizes, where the files do not record them."},
+        metadata={"help": "The nested sizes, where the files do not record them."},
     )
     prefix: int | None = field(default=None, metadata={"help": "Convert only the first N latents."})
     subfolder: str = field(default="", metadata={"help": "Folder within SRC."})

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_msae.cli.parser import build_parser, by_place, parse
-from hf_msae.cli.space import check_gradio, run_space
 from hf_msae.hub import cache_folder
+from hf_msae.hub.spaces import check_gradio, run_space
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm

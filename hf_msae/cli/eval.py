@@ -12,24 +12,16 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import STORIES, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation import DEFAULT_METRICS, METRICS, Evaluation, Subject, collect, evaluate, write_report
 from hf_msae.evaluation.activations import TextActivations, check_fits
-from hf_msae.evaluation.baselines import (
-    BASELINES,
-    TRAINED,
-    build_pca,
-    build_random,
-    check_baselines,
-    prune,
-    train_baselines,
-)
+from hf_msae.evaluation.baselines import BASELINES, TRAINED, check_baselines, make_baselines
 from hf_msae.evaluation.labelled import LabelledActivations, labelled_documents, read_labelled, story_examples
 from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
 from hf_msae.evaluation.suite import find_metrics
@@ -85,12 +77,11 @@ class EvalArguments:
     sae: str = field(metadata={"help": "A folder or a Hub repo."})
     compare: list[str] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "More SAEs of the same site, such as other seeds, for the same tables."},
+        metadata={"help": "More SAEs of the same site, such as other seeds, for the same tables."},
     )
     metrics: list[str] = field(
         default_factory=lambda: list(DEFAULT_METRICS),
         metadata={
-            "action": Collect,
             "help": f"Of {', '.join(METRICS)}; splitting goes with absorption. Default: all but the last three, which "
             "take longer.",
         },
@@ -98,7 +89,6 @@ class EvalArguments:
     baselines: list[str] = field(
         default_factory=lambda: ["pca", "random"],
         metadata={
-            "action": Collect,
             "help": "Of batch_topk, pruned_topk, frozen_decoder (trained), pca, random (built); 'none' for none. "
             "Default: pca random.",
         },
@@ -187,7 +177,10 @@ def run(arguments: list[str]) -> None:
     if eval_documents is None:
         _warn_of_seen_text(args, text)
     labelled, of_documents = _labelled(args, pairs, text, tokenizer, context_length)
-    subjects += _baselines(args, training, subjects[0], text, model, tokenizer, documents, eval_documents)
+    seeds = range(args.seed, args.seed + args.baseline_seeds)
+    subjects += make_baselines(
+        args.baselines, subjects[0], text, tokenizer, documents, eval_documents, args=training, seeds=seeds
+    )
     result = evaluate(
         subjects,
         text,
@@ -303,41 +296,6 @@ def _labelled(
     if args.stories == 0:
         return None, None
     return story_examples(model, tokenizer, site, num_stories=args.stories, **options)
-
-
-def _baselines(
-    args: EvalArguments,
-    training: SAETrainingArguments | None,
-    subject: Subject,
-    text: TextActivations,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Any,
-    eval_documents: Any,
-) -> list[Subject]:
-    """The baselines asked for, each with its seeds; a seed is part of a name where there are several."""
-    config, found = subject.sae.config, []
-    trained = [name for name in args.baselines if name in TRAINED]
-    for seed in range(args.seed, args.seed + args.baseline_seeds):
-        label = f" seed {seed}" if args.baseline_seeds > 1 else ""
-        saes: dict[str, MatryoshkaSAE] = {}
-        if training is not None:
-            training.seed = seed
-            training.output_dir = str(Path(args.output_dir) / BASELINE_FOLDER / f"seed-{seed}")
-            saes = train_baselines(trained, config, model, tokenizer, documents, training, eval_documents)
-        if "pruned_topk" in saes:
-            saes["pruned_topk"] = prune(saes["pruned_topk"], text.x, config.prefix_sizes)
-        if "random" in args.baselines:
-            saes["random"] = build_random(text.x, config, seed)
-        device = subject.sae.device
-        found += [Subject(kind + label, kind, sae.to(device)) for kind, sae in saes.items()]  # type: ignore[arg-type]
-    if "pca" in args.baselines:
-        latents = [subject.sae.encode(x) > 0 for x in text.x[:10_000].to(subject.sae.device).split(2048)]
-        rate = torch.cat(latents).double().mean(0)
-        l0 = [rate[:prefix].sum().item() for prefix in config.prefix_sizes]
-        pca = build_pca(text.x, config, l0)
-        found.append(Subject("pca", "pca", pca.to(subject.sae.device)))  # type: ignore[arg-type]
-    return found
 
 
 def _same_kind(one: MatryoshkaSAE, two: MatryoshkaSAE) -> bool:

@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
@@ -50,7 +50,7 @@ class MetaArguments:
     )
     k: float = field(default=4.0, metadata={"help": "Mean number of meta-latents per latent."})
     prefix_sizes: list[int] = field(
-        default_factory=list, metadata={"action": Collect, "help": "Nested sizes of the meta-SAE. Default: one level."}
+        default_factory=list, metadata={"help": "Nested sizes of the meta-SAE. Default: one level."}
     )
     max_steps: int = field(default=1500, metadata={"help": "Steps of up to 1,024 decoder rows."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: by the width."})
@@ -60,7 +60,7 @@ class MetaArguments:
     )
     latents: list[int] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "Latents to show. Default: those that are explained best."},
+        metadata={"help": "Latents to show. Default: those that are explained best."},
     )
     show: int = field(default=8, metadata={"help": "How many to show if none are named."})
     neighbours: int = field(default=5, metadata={"help": "Other latents to show for each meta-latent."})

@@ -143,9 +143,9 @@ def build_parser(command: str, description: str, dataclasses: Sequence[type]) ->
     Args:
         command: the command's name.
         description: what `--help` says first.
-        dataclasses: their fields become arguments. `metadata` of a field may hold `help`, `aliases`, `action`, `nargs`
-            and `const`. The fields that a dataclass names in `_positional` are given by their place, those with a
-            default optionally; `_argument_group_name` is the title in `--help`.
+        dataclasses: their fields become arguments. `metadata` of a field may hold `help`, `aliases`, `nargs` and
+            `const`; a list grows with every repetition of its flag. The fields that a dataclass names in `_positional`
+            are given by their place, those with a default optionally; `_argument_group_name` is the title in `--help`.
 
     Returns:
         The parser, for `parse`.
@@ -176,7 +176,7 @@ def _add(group: argparse._ArgumentGroup, field: "Field[Any]", hint: Any, positio
     options["default"] = None if default is MISSING else default
     if many:
         options["nargs"] = "+"
-        options["action"] = field.metadata.get("action", "store")
+        options["action"] = "store" if positional else Collect
     if kind is bool:
         options |= {"nargs": "?", "const": True}
     if choices:

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, parse
 from hf_msae.hub.pulling import pull
 
 DESCRIPTION = """\
@@ -24,7 +24,7 @@ class PullArguments:
     subfolder: str | None = field(default=None, metadata={"help": "Only the SAE in this folder of the repo."})
     sites: list[str] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "Only the SAEs at these sites, such as layers.12."},
+        metadata={"help": "Only the SAEs at these sites, such as layers.12."},
     )
     prefix: int | None = field(default=None, metadata={"help": "Only the first latents of each."})
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.parser import Collect, build_parser, by_place, parse, parse_float
+from hf_msae.cli.parser import build_parser, by_place, parse, parse_float
 from hf_msae.cli.sources import check_sae_place, load_language_model
 from hf_msae.interpret.search import search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
@@ -38,7 +38,7 @@ class SteerArguments:
     _positional = ("sae",)
 
     sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
-    prompt: list[str] = field(metadata={"action": Collect, "help": "One or more texts to continue."})
+    prompt: list[str] = field(metadata={"help": "One or more texts to continue."})
     subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
     model: str | None = field(
         default=None, metadata={"help": "The language model. Default: the one that the SAE was trained on."}
@@ -46,12 +46,11 @@ class SteerArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     latent: list[str] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "INDEX=VALUE or INDEX=ablate, such as 12=4 40=ablate."},
+        metadata={"help": "INDEX=VALUE or INDEX=ablate, such as 12=4 40=ablate."},
     )
     towards: list[str] = field(
         default_factory=list,
         metadata={
-            "action": Collect,
             "help": "WORD or WORD=VALUE: the latent that promotes this word most, found in the SAE's interpretation "
             "(`hf-msae interpret`).",
         },

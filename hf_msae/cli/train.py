@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.config_fields import read_config_fields
-from hf_msae.cli.parser import Collect, build_parser, parse
+from hf_msae.cli.parser import build_parser, parse
 from hf_msae.training.arguments import SAETrainingArguments
 
 if TYPE_CHECKING:
@@ -34,26 +34,23 @@ class GridArguments:
     site: list[str] = field(
         default_factory=list,
         metadata={
-            "action": Collect,
             "help": "Where in the model: layers.12, layers.12.mlp, layers.12.attn, embeddings, "
             "or a module path. Default: the middle layer.",
         },
     )
     num_latents: list[int] = field(
         default_factory=list,
-        metadata={"action": Collect, "help": "Size of the dictionary. Default: 16 times the width."},
+        metadata={"help": "Size of the dictionary. Default: 16 times the width."},
     )
     k: list[float] = field(
         default_factory=list,
         metadata={
-            "action": Collect,
             "help": "Active latents per token. Default: 32, or fewer for a small dictionary.",
         },
     )
     prefix_sizes: list[str] = field(
         default_factory=list,
         metadata={
-            "action": Collect,
             "help": "Nested sizes, as numbers of latents (2048 8192 65536) or shares (1/16 1/4 1). "
             "Default: 1/16 1/8 1/4 1/2 1.",
         },
@@ -61,7 +58,6 @@ class GridArguments:
     level_weights: list[str] = field(
         default_factory=list,
         metadata={
-            "action": Collect,
             "help": "Weight of each level's loss: uniform, size, or a number per level. Default: uniform.",
         },
     )

@@ -12,6 +12,7 @@ All are `MatryoshkaSAE`s, so every metric takes them as it takes the SAE that is
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_msae.errors import InputError
-from hf_msae.evaluation.activations import tokens_at_once
+from hf_msae.evaluation.activations import TextActivations, tokens_at_once
 from hf_msae.evaluation.importance import measure_importance, reorder
+from hf_msae.evaluation.metric import Subject
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
@@ -89,6 +91,58 @@ def train_baselines(
         kind: MatryoshkaSAE.from_pretrained(folder / kind if len(saes) > 1 else folder).to(model.device).eval()
         for kind in kinds
     }
+
+
+def make_baselines(
+    kinds: Sequence[str],
+    subject: Subject,
+    text: TextActivations,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    eval_dataset: Any = None,
+    *,
+    args: SAETrainingArguments | None = None,
+    seeds: Sequence[int] = (0,),
+) -> list[Subject]:
+    """The baselines of an SAE, each with its seeds; a seed is part of a name where there are several.
+
+    Args:
+        kinds: of `BASELINES`.
+        subject: the SAE that they stand beside.
+        text: the activations to fit those that are built, and the language model.
+        tokenizer: the language model's.
+        dataset: what is trained on, as [`SAETrainer`] takes it.
+        eval_dataset: what is measured on, likewise.
+        args: how baselines are trained, each seed in a folder of its own below `output_dir`; needed for those of
+            `TRAINED`.
+        seeds: of trained and random ones; the principal components have none.
+
+    Raises:
+        InputError: there is no such baseline, or one is to be trained and `args` is None.
+    """
+    check_baselines(kinds)
+    config, device, found = subject.sae.config, subject.sae.device, []
+    trained = [name for name in kinds if name in TRAINED]
+    if trained and args is None:
+        raise InputError(f"{', '.join(trained)} must be trained; give args, the training arguments.")
+    for seed in seeds:
+        label = f" seed {seed}" if len(seeds) > 1 else ""
+        saes: dict[str, MatryoshkaSAE] = {}
+        if trained and args is not None:
+            own = replace(args, seed=seed, output_dir=str(Path(args.output_dir) / f"seed-{seed}"))
+            saes = train_baselines(trained, config, text.model, tokenizer, dataset, own, eval_dataset)
+        if "pruned_topk" in saes:
+            saes["pruned_topk"] = prune(saes["pruned_topk"], text.x, config.prefix_sizes)
+        if "random" in kinds:
+            saes["random"] = build_random(text.x, config, seed)
+        found += [Subject(kind + label, kind, sae.to(device)) for kind, sae in saes.items()]  # type: ignore[arg-type]
+    if "pca" in kinds:
+        latents = [subject.sae.encode(x) > 0 for x in text.x[:10_000].to(device).split(2048)]
+        rate = torch.cat(latents).double().mean(0)
+        l0 = [rate[:prefix].sum().item() for prefix in config.prefix_sizes]
+        pca = build_pca(text.x, config, l0)
+        found.append(Subject("pca", "pca", pca.to(device)))  # type: ignore[arg-type]
+    return found
 
 
 def prune(sae: MatryoshkaSAE, x: Tensor, prefix_sizes: Sequence[int]) -> MatryoshkaSAE:

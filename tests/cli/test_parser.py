@@ -8,7 +8,7 @@ from command_parsers import parser_of
 
 from hf_msae import MatryoshkaSAEConfig
 from hf_msae.cli.main import COMMANDS
-from hf_msae.cli.parser import Collect, build_parser, by_place, parse
+from hf_msae.cli.parser import build_parser, by_place, parse
 from hf_msae.cli.train import FORM_FIELDS, NOT_FLAGS, GridArguments
 
 
@@ -16,7 +16,7 @@ from hf_msae.cli.train import FORM_FIELDS, NOT_FLAGS, GridArguments
 class Options:
     tokens: int = field(default=5, metadata={"help": "How many."})
     rate: float | None = field(default=None, metadata={"help": "How fast."})
-    size: list[int] = field(default_factory=list, metadata={"action": Collect, "help": "Sizes."})
+    size: list[int] = field(default_factory=list, metadata={"help": "Sizes."})
     fast: bool = field(default=False, metadata={"help": "Be quick."})
     tidy: bool = field(default=True, metadata={"help": "Be tidy."})
     rows: int = field(default=1, metadata={"help": "At once.", "aliases": ["--batch-size"]})

@@ -12,7 +12,8 @@ import torch
 from patience import HANG_SECONDS
 
 from hf_msae.cli.main import main
-from hf_msae.cli.toy import (
+from hf_msae.research.toys import TOYS
+from hf_msae.research.toys.experiment import (
     VARIANTS,
     ToyArguments,
     evaluate,
@@ -23,7 +24,6 @@ from hf_msae.cli.toy import (
     train,
     wrong_places,
 )
-from hf_msae.research.toys import TOYS
 
 
 def run(*arguments: str) -> int:

@@ -23,8 +23,8 @@ from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
-from hf_msae.cli.space import copy_package, space_folder
 from hf_msae.errors import HfMsaeError
+from hf_msae.hub.spaces import copy_package, space_folder
 from hf_msae.research.meta import train_meta_sae
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 
