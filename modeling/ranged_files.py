@@ -26,7 +26,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -113,6 +113,20 @@ def _span(name: str, entry: Any, data_start: int) -> TensorSpan:
     if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise SAEError(f"{name}, {dtype} of shape {shape}, does not take the bytes from {start} to {stop}")
     return TensorSpan(name, dtype, shape, data_start + start, data_start + stop)
+
+
+def format_header(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
+    """The beginning of a safetensors file of some tensors, one after the other: names, dtypes as safetensors calls
+    them, and shapes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as safetensors aligns them
+    return len(text).to_bytes(8, "little") + text
 
 
 def merge_ranges(spans: Sequence[TensorSpan], most: int) -> list[tuple[int, int]]:
@@ -215,19 +229,13 @@ class RemoteFile:
         """Write a safetensors file of these tensors, or parts of tensors, in the order of the file; a failure leaves
         nothing.
         """
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, dtype, shape, start, stop in spans:
-            offsets = [offset, offset := offset + stop - start]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8, as safetensors aligns them
+        size = sum(span.size for span in spans)
         path.parent.mkdir(parents=True, exist_ok=True)
         # As hf_msae.atomic_files does it, which a reader of these files may not have.
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
-            with open(draft, "wb") as file, tqdm(total=offset, unit="B", unit_scale=True, desc=path.name) as progress:
-                file.write(len(encoded).to_bytes(8, "little") + encoded)
+            with open(draft, "wb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as progress:
+                file.write(format_header((span.name, span.dtype, span.shape) for span in spans))
                 for part in self._parts(spans):
                     progress.update(file.write(part))
             with safe_open(draft, framework="pt"):

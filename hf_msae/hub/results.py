@@ -16,11 +16,10 @@ from hf_msae.hub.index import CONFIG_NAME, NoSAEError, describe_contents, find_e
 from hf_msae.hub.links import refuse_links_out
 from hf_msae.metrics import LevelMetrics, Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.modeling.prefix_loading import read_state
+from hf_msae.modeling.prefix_loading import WEIGHTS_NAME, read_state
 from hf_msae.modeling.untrusted import check_values, parse_json, read_json
 from hf_msae.process_wide import no_transformers_bars
 
-WEIGHTS_NAME = "model.safetensors"
 METRICS_NAME = "metrics.json"
 ARGUMENTS_NAME = "training_arguments.json"
 LOG_NAME = "training_log.jsonl"

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_msae.hub.results import save_quietly
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
@@ -330,8 +331,7 @@ class Learner:
             with no_transformers_bars():
                 self.sae.write(folder)
         elif folder is not None:
-            with no_transformers_bars():
-                self.sae.save_pretrained(folder)
+            save_quietly(self.sae, folder)
 
     def write_state(self, folder: Path | None) -> None:
         """Write what only a resumed run needs.

@@ -15,7 +15,6 @@ whatever the number of processes, so a run goes on with another. (safetensors' o
 memory. The format is a length, a header in JSON, and the numbers.)
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +27,13 @@ from torch import Tensor, nn
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.dense_ops import decode_levels
+from hf_msae.modeling.prefix_loading import WEIGHTS_NAME
+from hf_msae.modeling.ranged_files import format_header
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup, among_largest
 from hf_msae.modeling.sparse_encoder import ActiveLatents
+from hf_msae.modeling.untrusted import PER_LATENT
 from hf_msae.training.collectives import row_pieces
 
-# What has a row for each latent; the decoder bias is the only other tensor of an SAE.
-ROWS = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
-WEIGHTS_NAME = "model.safetensors"
 # Numbers of initial weights that exist at once where only some rows are wanted.
 DRAWN_AT_ONCE = 1 << 26
 DTYPES = {
@@ -78,7 +77,7 @@ class ShardedSAE(MatryoshkaSAE):
             rank * config.num_latents // ranks.size for rank in (ranks.rank, ranks.rank + 1)
         )
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            shape = [self.last_latent - self.first_latent, *tensor.shape[1:]] if name in ROWS else tensor.shape
+            shape = [self.last_latent - self.first_latent, *tensor.shape[1:]] if name in PER_LATENT else tensor.shape
             empty = torch.zeros(shape, dtype=torch.float32, device=device)
             setattr(self, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else nn.Buffer(empty))
         self._bias_here: Tensor | None = None
@@ -95,7 +94,7 @@ class ShardedSAE(MatryoshkaSAE):
             whole: The SAE.
         """
         self.load_state_dict(
-            {name: tensor[self.rows] if name in ROWS else tensor for name, tensor in whole.state_dict().items()}
+            {name: tensor[self.rows] if name in PER_LATENT else tensor for name, tensor in whole.state_dict().items()}
         )
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -199,7 +198,7 @@ class ShardedSAE(MatryoshkaSAE):
                 whole = MatryoshkaSAE(self.config)
             # The configuration and the code; the weights follow.
             whole.save_pretrained(folder, state_dict={"b_dec": self.b_dec.detach().cpu()})
-        rows = {name: tensor for name, tensor in self.state_dict().items() if name in ROWS}
+        rows = {name: tensor for name, tensor in self.state_dict().items() if name in PER_LATENT}
         path = None if folder is None else folder / WEIGHTS_NAME
         write_latent_file(path, rows, {"b_dec": self.b_dec}, self.config.num_latents, self.ranks)
 
@@ -265,9 +264,9 @@ def write_latent_file(
     failure: OSError | None = None
     with _opened(path) as file:
         if file is not None:
-            shapes = {name: (tensor.dtype, [num_latents, *tensor.shape[1:]]) for name, tensor in rows.items()}
-            shapes |= {name: (tensor.dtype, list(tensor.shape)) for name, tensor in shared.items()}
-            file.write(_header(shapes))
+            shapes = {name: (tensor, [num_latents, *tensor.shape[1:]]) for name, tensor in rows.items()}
+            shapes |= {name: (tensor, list(tensor.shape)) for name, tensor in shared.items()}
+            file.write(format_header((name, DTYPES[tensor.dtype], shape) for name, (tensor, shape) in shapes.items()))
         for tensor in rows.values():
             for piece in row_pieces(tensor.detach(), ranks):
                 failure = failure or _write(file, piece)
@@ -284,18 +283,6 @@ def _opened(path: Path | None) -> Iterator[IO[bytes] | None]:
     else:
         with path.open("wb") as file:
             yield file
-
-
-def _header(shapes: Mapping[str, tuple[torch.dtype, list[int]]]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, (dtype, shape) in shapes.items():
-        end = begin + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write(file: IO[bytes] | None, tensor: Tensor) -> OSError | None:
