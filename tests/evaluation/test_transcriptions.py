@@ -5,20 +5,17 @@ Hand-made examples have one main latent, one nearest row, one weight; so an erro
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from small_saes import rough_sae
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.absorption import absorption_of
-from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.core import rate_distortion
 from hf_msae.evaluation.erasure import measure_perturbation, order_latents
 from hf_msae.evaluation.geometry import measure_agreement
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.probes import make_split
-from hf_msae.research.novelty import measure_novelty
-from hf_msae.research.progressive import fit_power_law
 
 SEEDS = range(8)
 
@@ -84,52 +81,6 @@ def test_agreement_counts_rows_that_are_each_others_nearest(seed):
         assert found.two_to_one == pytest.approx(sum(columns) / len(rows[1]), abs=1e-6)
         # Nearest in one direction only, which a weaker definition would count.
         assert any(back[j] != i and cosines[i][j] > 0.7 for i, j in enumerate(there)) or found.prefixes[0] == 10
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_power_law_is_a_weighted_line_in_logarithms(seed):
-    """Against numpy's fit, whose weights multiply the residuals before they are squared."""
-    generator = torch.Generator().manual_seed(seed)
-    importance = torch.cat([torch.exp(2 * torch.randn(50, generator=generator)), torch.zeros(7)]).double()
-    found = fit_power_law(importance, 3, 40)
-    values = np.sort(importance.numpy())[::-1][2:40]
-    ranks, logs = np.arange(3.0, 41.0), np.log(values)
-    for x, r2 in ((np.log(ranks), found.r2), (ranks, found.r2_exponential)):
-        slope, intercept = np.polyfit(x, logs, 1, w=ranks**-0.5)
-        middle = np.average(logs, weights=1 / ranks)
-        left = np.average((logs - slope * x - intercept) ** 2, weights=1 / ranks)
-        assert r2 == pytest.approx(1 - left / np.average((logs - middle) ** 2, weights=1 / ranks))
-    slope, intercept = np.polyfit(np.log(ranks), logs, 1, w=ranks**-0.5)
-    assert (found.exponent, found.scale) == (pytest.approx(-slope), pytest.approx(math.exp(intercept)))
-
-
-def rough_sae(seed: int, num_latents: int = 20, width: int = 6) -> MatryoshkaSAE:
-    """Random, with decoder rows of all lengths."""
-    config = MatryoshkaSAEConfig(hidden_size=width, num_latents=num_latents, prefix_sizes=[7, num_latents], k=5)
-    sae = MatryoshkaSAE(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for rows in (sae.W_enc, sae.W_dec):
-            rows.copy_(torch.randn(rows.shape, generator=generator) * (0.3 + torch.rand(len(rows), 1)))
-    sae.threshold.fill_(0.3)
-    return sae
-
-
-def text_of(x: torch.Tensor) -> TextActivations:
-    return TextActivations(None, None, [], 0, 1, x, "made up")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_gain_is_the_error_that_goes_with_one_latent_more(seed):
-    small, large = rough_sae(seed), rough_sae(seed + 10, 26)
-    x = torch.randn(120, 6, generator=torch.Generator().manual_seed(seed))
-    gain = measure_novelty(text_of(x), small, large).gain
-    total = (x - x.mean(0)).double().square().sum()
-    error, latents = (x - small.decode(small.encode(x))).detach().double(), large.encode(x).detach().double()
-    for latent in range(26):
-        without = error - latents[:, latent, None] * large.W_dec[latent].detach().double()
-        expected = (error.square().sum() - without.square().sum()) / total
-        assert gain[latent].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
