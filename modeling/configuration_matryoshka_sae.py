@@ -67,8 +67,7 @@ def _too_many(levels: int) -> str:
 # trf-ignore: TRF057 (the docstring is written by hand: it must read the same where the file is remote code)
 @strict
 class MatryoshkaSAEConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`MatryoshkaSAE`].
+    r"""Configuration of a [`MatryoshkaSAE`].
 
     > Shape
 
@@ -235,6 +234,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     # Each method named validate_* runs after construction and again before saving, in alphabetical order.
 
     def validate_counts(self):
+        """Refuse sizes that are none, and k beyond the dictionary."""
         for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes", "context_length"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIZE:
@@ -247,6 +247,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             )
 
     def validate_prefix_sizes(self):
+        """Refuse sizes that are not nested, or do not end in the dictionary."""
         sizes = self.prefix_sizes
         if len(sizes) > MAX_LEVELS:
             raise SAEError(_too_many(len(sizes)))
@@ -262,12 +263,14 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             )
 
     def validate_choices(self):
+        """Refuse values that are no choice."""
         options = (("activation", ACTIVATIONS), ("inference", INFERENCE), ("prefix_sampling", PREFIX_SAMPLING))
         for name, choices in options:
             if getattr(self, name) not in choices:
                 raise SAEError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
     def validate_level_weights(self):
+        """Refuse weights that do not fit the levels, or one another."""
         weights = self.level_weights
         if self.balance is not None:
             if not 0 <= self.balance < math.inf:
@@ -288,6 +291,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             raise SAEError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
 
     def validate_ranges(self):
+        """Refuse numbers out of their range."""
         for name in ("aux_loss_weight", "sparsity_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SAEError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
@@ -299,6 +303,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             raise SAEError(f"pareto_alpha must be in (0, 1], got {self.pareto_alpha}.")
 
     def validate_measured(self):
+        """Refuse numbers that are not as a training run writes them."""
         measured = self.measured or {}
         for name, value in measured.items():
             numbers = value if isinstance(value, list) else [value]
@@ -312,6 +317,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             raise SAEError("measured must hold a whole number of `tokens`, and as many numbers as `l0` as as `fve`.")
 
     def validate_topk(self):
+        """Refuse ranking where it has no meaning."""
         if "topk" in (self.activation, self.inference) and int(self.k) != self.k:
             raise SAEError(
                 f"activation='topk' and inference='topk' keep k latents of each token, so k must be whole; got "
@@ -347,6 +353,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
 
     @property
     def num_levels(self) -> int:
+        """Number of nested prefixes."""
         return len(self.prefix_sizes)
 
     @property

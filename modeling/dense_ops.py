@@ -48,8 +48,9 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | Non
 
 
 def select_batch_topk(pre: Tensor, k: float) -> Tensor:
-    """Latent activations (B, F): the round(k·B) largest positive pre-activations of the whole batch
-    (arXiv:2412.06410).
+    """Give latent activations (B, F): the round(k·B) largest positive pre-activations of the whole batch.
+
+    (arXiv:2412.06410)
     """
     count = min(max(1, round(k * pre.shape[0])), pre.numel())
     values, indices = torch.relu(pre).flatten().topk(count, sorted=False)
@@ -79,12 +80,14 @@ class JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute latent activations, and which are active."""
         ctx.save_for_backward(pre, threshold, bandwidth)
         active = (pre > threshold).to(pre.dtype)
         return pre * active, active
 
     @staticmethod
     def backward(ctx, grad_latents: Tensor, grad_active: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Give the gradients of `pre` and `threshold`."""
         pre, threshold, bandwidth = ctx.saved_tensors
         near = ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth
         grad_threshold = -(near * (threshold * grad_latents + grad_active)).sum_to_size(threshold.shape)

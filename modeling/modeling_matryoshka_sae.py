@@ -65,8 +65,7 @@ MEASURED_COPIES = 4
 # trf-ignore: TRF057 (these docstrings are written by hand: they must read the same where the file is remote code)
 @dataclass
 class MatryoshkaSAEOutput(ModelOutput):
-    r"""
-    Output of [`MatryoshkaSAE`].
+    r"""Output of [`MatryoshkaSAE`].
 
     loss (`torch.Tensor`, scalar):
         The levels' weighted squared errors over the variance of the activations, plus the auxiliary and sparsity
@@ -97,6 +96,8 @@ class MatryoshkaSAEOutput(ModelOutput):
 
 # trf-ignore: TRF057 (as above)
 class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
+    """What transformers needs to load, save and initialise a [`MatryoshkaSAE`]."""
+
     config: MatryoshkaSAEConfig
     base_model_prefix = "sae"
     main_input_name = "hidden_states"
@@ -143,17 +144,34 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
     # Inference
 
     def pre_activations(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
-        """Pre-activations (..., prefix) of activations (..., hidden_size)."""
+        """Compute pre-activations.
+
+        Args:
+            hidden_states: Activations (..., hidden_size).
+            prefix: Only the first latents; all by default.
+
+        Returns:
+            Pre-activations (..., prefix).
+        """
         x = self._flat(hidden_states)
         m = self._checked_prefix(prefix)
         pre = pre_activations(x, self.W_enc[:m], self.b_enc[:m], self._subtracted_bias())
         return pre.view(*hidden_states.shape[:-1], pre.shape[-1])
 
     def encode(self, hidden_states: Tensor, prefix: int | None = None) -> Tensor:
-        """Latent activations (..., num_latents), or (..., prefix), of activations (..., hidden_size); zero where
-        inactive.
+        """Compute latent activations.
 
-        Raises `ValueError` for another width. In evaluation mode the first `prefix` latents cost only their own rows.
+        In evaluation mode the first `prefix` latents cost only their own rows.
+
+        Args:
+            hidden_states: Activations (..., hidden_size).
+            prefix: Only the first latents; all by default.
+
+        Returns:
+            Latent activations (..., num_latents), or (..., prefix); zero where inactive.
+
+        Raises:
+            ValueError: Activations of another width, or a prefix that is none.
         """
         if self.training and self.config.activation in ("batch_topk", "topk"):
             pre = self.pre_activations(hidden_states)
@@ -165,9 +183,17 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         return select_above(pre, self.threshold[: pre.shape[-1]])
 
     def decode(self, latents: Tensor, prefix: int | None = None) -> Tensor:
-        """Reconstruction (..., hidden_size) from the first `prefix` latents.
+        """Reconstruct activations from the first latents.
 
-        `latents` is (..., m) for any m up to num_latents: what `encode` gave, or its first columns.
+        Args:
+            latents: Latent activations (..., m) for any m up to num_latents: what `encode` gave, or its first columns.
+            prefix: Only the first latents; all that are given by default.
+
+        Returns:
+            Reconstruction (..., hidden_size).
+
+        Raises:
+            ValueError: More columns than latents, or a prefix that is none.
         """
         width = latents.shape[-1]
         if width > self.config.num_latents:
@@ -177,7 +203,17 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         return decode(flat, self.W_dec[:m], self.b_dec).view(*latents.shape[:-1], self.config.hidden_size)
 
     def decode_levels(self, latents: Tensor) -> Tensor:
-        """Reconstructions by every prefix of `config.prefix_sizes`, (num_levels, ..., hidden_size)."""
+        """Reconstruct activations by every prefix of `config.prefix_sizes`.
+
+        Args:
+            latents: Latent activations (..., num_latents).
+
+        Returns:
+            Reconstructions (num_levels, ..., hidden_size).
+
+        Raises:
+            ValueError: Not all latents are given.
+        """
         num_latents = self.config.num_latents
         if latents.shape[-1] != num_latents:
             raise SAEError(f"Every level needs all latents, (..., {num_latents}), got {tuple(latents.shape)}.")
@@ -186,16 +222,25 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
 
     def in_parts(self, hidden_states: Tensor) -> Iterator[Tensor]:
-        """Activations (..., hidden_size) as pieces (n, hidden_size) of so few tokens that their latents are no burden,
-        however many latents there are.
+        """Cut activations into pieces of so few tokens that their latents are no burden.
+
+        Args:
+            hidden_states: Activations (..., hidden_size).
+
+        Yields:
+            Activations (n, hidden_size), in their order.
         """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         yield from flat.split(tokens_at_once(MEASURED_COPIES * self.config.num_latents, self.device))
 
     def reconstruct_levels(self, hidden_states: Tensor) -> Tensor:
-        """Reconstructions of activations (..., hidden_size) by every prefix, (num_levels, ..., hidden_size).
+        """Reconstruct activations by every prefix, without all tokens' latents at once.
 
-        As `encode` and `decode_levels` one after the other, without all tokens' latents at once.
+        Args:
+            hidden_states: Activations (..., hidden_size).
+
+        Returns:
+            Reconstructions (num_levels, ..., hidden_size): those of `encode` and `decode_levels` one after the other.
         """
         parts = [self.decode_levels(self.encode(part)) for part in self.in_parts(hidden_states)]
         return torch.cat(parts, dim=1).view(-1, *hidden_states.shape)
@@ -214,17 +259,24 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         return_latents: bool = True,
         batch: BatchContext | None = None,
     ) -> MatryoshkaSAEOutput:
-        """Reconstruct activations (..., hidden_size) at every level and give the loss.
+        """Reconstruct activations at every level and give the loss.
 
         Args:
-            dead_latents: mask (num_latents,) of latents to revive through the auxiliary loss; none by default.
-            prefix_sizes: levels of this step in place of `config.prefix_sizes`, with equal weights (Pareto sampling).
-            variance: total variance of the activations, E‖x − E x‖², by which losses are divided; of this batch by
+            hidden_states: Activations (..., hidden_size).
+            dead_latents: Mask (num_latents,) of latents to revive through the auxiliary loss; none by default.
+            prefix_sizes: Levels of this step in place of `config.prefix_sizes`, with equal weights (Pareto sampling).
+            variance: Total variance of the activations, E‖x − E x‖², by which losses are divided; of this batch by
                 default.
-            k: active latents per token of this step in place of `config.k` (annealing).
-            sparsity_weight: weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
-            return_latents: whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
-            batch: where these activations are a part of a batch only, what it must know of the whole (see `select`).
+            k: Active latents per token of this step in place of `config.k` (annealing).
+            sparsity_weight: Weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
+            return_latents: Whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
+            batch: Where these activations are a part of a batch only, what it must know of the whole (see `select`).
+
+        Returns:
+            The loss and what it is made of.
+
+        Raises:
+            ValueError: Activations of another width, or levels that are none.
         """
         x = self._flat(hidden_states)
         if variance is None:
@@ -268,11 +320,20 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
 
     @torch.no_grad()
     def calibrate_threshold(self, batches: Iterable[Tensor], ranks: ProcessGroup = SINGLE_PROCESS) -> float:
-        """Set the inference threshold so that on these activations, tensors (..., hidden_size), mean L0 is `config.k`.
+        """Set the inference threshold so that on these activations, mean L0 is `config.k`.
 
         `batch_topk` and `topk` get one threshold for the dictionary; `jumprelu` has its learnt thresholds scaled by
-        one factor; `relu` has none and stays as it is. With `ranks`, each process gives other activations (some may
-        give none), and all come to the same threshold. Returns the L0 that results.
+        one factor; `relu` has none and stays as it is.
+
+        Args:
+            batches: Activations, tensors (..., hidden_size).
+            ranks: Processes that give other activations each (some may give none), and all come to the same threshold.
+
+        Returns:
+            The L0 that results, active latents per token.
+
+        Raises:
+            ValueError: There are no activations.
         """
         scaled = self.config.activation == "jumprelu"
         # A threshold that is still zero could not be scaled.
@@ -296,7 +357,17 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
     # Prefixes and files
 
     def truncate(self, prefix: int) -> "MatryoshkaSAE":
-        """The first `prefix` latents as a model of their own; what it computes equals this model's prefix exactly."""
+        """Make a model of the first latents; what it computes equals this model's prefix exactly.
+
+        Args:
+            prefix: How many latents.
+
+        Returns:
+            The smaller SAE, with memory of its own.
+
+        Raises:
+            ValueError: The prefix is none.
+        """
         state = truncate_state(self.state_dict(), prefix)
         with torch.device("meta"):
             model = type(self)(self.config.truncated(prefix))
@@ -308,13 +379,28 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, prefix: int | None = None, output_loading_info=False, **kwargs
     ):
-        """As in transformers, with three differences: weights that are missing, unexpected, of another shape, not
-        finite or not floating-point numbers raise `ValueError`, before more memory is taken than the file has;
-        `prefix=m` reads only the first m rows of the file, from disk or over the network, and gives what `truncate(m)`
-        of the whole model would; and where hf_msae is installed, checkpoints of other libraries are recognised and
-        converted, for which `prefix_sizes` may say what their files do not.
+        """Load an SAE as any model of transformers, with three differences.
 
-        Weights are read from safetensors only, never from a pickle.
+        Weights that are missing, unexpected, of another shape, not finite or not floating-point numbers are refused,
+        before more memory is taken than the file has. A prefix alone can be read. And where hf_msae is installed,
+        checkpoints of other libraries are recognised and converted. Weights are read from safetensors only, never from
+        a pickle.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repo of the Hub.
+            model_args: As in transformers.
+            prefix: Read only the first rows of the file, from disk or over the network; the model is what `truncate`
+                of the whole would be.
+            output_loading_info: As in transformers.
+            kwargs: As in transformers, among them `subfolder`, `revision` and `dtype`; fields of the configuration;
+                and for another library's checkpoint `prefix_sizes`, where its files do not say them.
+
+        Returns:
+            The SAE in evaluation mode; with `output_loading_info`, a pair of it and a dictionary.
+
+        Raises:
+            ValueError: The files are not those of an SAE, or damaged.
+            OSError: They are not there, or cannot be reached.
         """
         source = pretrained_model_name_or_path
         if source is not None and "state_dict" not in kwargs:
@@ -344,8 +430,9 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
     def _read(
         cls, source: str | Path, prefix: int | None, kwargs: dict
     ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]]:
-        """Configuration and weights of a checkpoint of ours or of another library. Takes the arguments that it used
-        out of `kwargs`.
+        """Read configuration and weights of a checkpoint of ours or of another library.
+
+        Takes the arguments that it used out of `kwargs`.
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         if hub.get("subfolder"):

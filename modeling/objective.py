@@ -99,11 +99,17 @@ class ObjectiveMixin:
         variance: Tensor | float | None = None,
         ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> ActiveLatents | None:
-        """What a training step on activations (N, hidden_size) will have active; None where that is too much for the
-        sparse path, and each part of the batch may then select by itself.
+        """Select what a training step will have active, for a batch that is trained on in parts.
 
-        For a batch that is trained on in parts. With `ranks`, whose processes have as many other activations each,
-        `batch_topk` selects from those of all; what comes back is of these. `k` and `variance` as in `forward`.
+        Args:
+            hidden_states: Activations (N, hidden_size).
+            k: As in `forward`.
+            variance: As in `forward`.
+            ranks: Processes that have as many other activations each; `batch_topk` selects from those of all.
+
+        Returns:
+            The active latents of these activations; None where they are too many for the sparse path, and each part of
+            the batch may then select by itself.
         """
         x = self._flat(hidden_states)
         variance = self._batch_variance(x) if variance is None else variance
@@ -111,8 +117,14 @@ class ObjectiveMixin:
 
     @torch.no_grad()
     def count_active(self, hidden_states: Tensor, active: ActiveLatents | None) -> Tensor:
-        """How many latents of `jumprelu` exceed their thresholds (scalar) on activations (N, hidden_size), of which
-        `select` gave `active`.
+        """Count the latents of `jumprelu` that exceed their thresholds.
+
+        Args:
+            hidden_states: Activations (N, hidden_size).
+            active: What `select` gave for them.
+
+        Returns:
+            Their number, a scalar.
         """
         if active is not None:
             return (active.values > self.threshold[active.latents]).sum()
@@ -128,8 +140,17 @@ class ObjectiveMixin:
         prefix_sizes: Sequence[int] | None,
         variance: Tensor,
     ) -> Tensor:
-        """Mean squared error of every level, (G,), of a training step on activations (N, hidden_size), of which
-        `select` gave `active`; the other arguments as in `forward`.
+        """Measure the squared error of every level in a training step.
+
+        Args:
+            hidden_states: Activations (N, hidden_size).
+            active: What `select` gave for them.
+            k: As in `forward`, and so are the others.
+            prefix_sizes: As in `forward`.
+            variance: As in `forward`.
+
+        Returns:
+            Mean squared errors (G,).
         """
         x, (sizes, _) = self._flat(hidden_states), self._levels_of_step(prefix_sizes)
         if active is None:
@@ -143,8 +164,9 @@ class ObjectiveMixin:
     def _select(
         self, x: Tensor, k: float, variance: Tensor | float, ranks: ProcessGroup = SINGLE_PROCESS
     ) -> ActiveLatents | None:
-        """The places where latents of x (B, d) are active, or so nearly that their thresholds have a gradient, and the
-        pre-activations there; None where these are too many for the sparse path.
+        """Find where latents of x (B, d) are active, or so nearly that their thresholds have a gradient.
+
+        Gives these places and the pre-activations there; None where they are too many for the sparse path.
         """
         encoded = (x - self.b_dec).detach() if self.config.apply_b_dec_to_input else x
         activation = self.config.activation
@@ -169,8 +191,9 @@ class ObjectiveMixin:
         variance: Tensor | float,
         batch: BatchContext,
     ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
-        """Mean squared error of every level (G,), the whole reconstruction (B, d), what is active, and the sparsity
-        penalty.
+        """Compute the loss's parts on the sparse path.
+
+        Gives mean squared errors of the levels (G,), the whole reconstruction (B, d), what is active, and the penalty.
         """
         places, memory = index_active(active, self.W_enc.shape[0]), self.gradient_memory
         bias = self._subtracted_bias()
@@ -190,9 +213,7 @@ class ObjectiveMixin:
     def _activate(
         self, pre: Tensor, places: ActiveIndices, x: Tensor, k: float, variance: Tensor | float, batch: BatchContext
     ) -> tuple[Tensor, Tensor]:
-        """Latent activations (n,) of pre-activations at some places, and the sparsity penalty, as
-        `_select_for_loss`.
-        """
+        """Give latent activations (n,) at some places, and the penalty, as `_select_for_loss`."""
         if self.config.activation == "jumprelu":
             threshold = self.threshold.to(pre.dtype)[places.latents]
             values, active = JumpReLU.apply(pre, threshold, self._bandwidth(variance, x))
@@ -204,8 +225,9 @@ class ObjectiveMixin:
         return pre, pre.new_zeros(())
 
     def _l0_penalty(self, l0: Tensor, k: float, batch: BatchContext) -> Tensor:
-        """The penalty (scalar) on active latents per token; relative, so that its size does not depend on k (Gemma
-        Scope 2 uses this form).
+        """Give the penalty (scalar) on active latents per token.
+
+        It is relative, so that its size does not depend on k (Gemma Scope 2 uses this form).
         """
         return (straight_through(sum_over(l0, self.ranks), batch.l0) / k - 1).pow(2)
 
@@ -230,8 +252,9 @@ class ObjectiveMixin:
         return torch.stack(errors), reconstruction, latents, sparsity_loss
 
     def _dead_error(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
-        """Mean squared error (scalar) of the residual decoded from the `dead` latents (n,), `num_dead` in all
-        processes; only their rows are multiplied.
+        """Give the mean squared error (scalar) of the residual decoded from the `dead` latents (n,).
+
+        They are `num_dead` in all processes; only their rows are multiplied.
         """
         W_enc, b_enc, W_dec, bias = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead], self._subtracted_bias()
         k = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)

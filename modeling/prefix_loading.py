@@ -65,13 +65,21 @@ def truncate_state(state: Mapping[str, Tensor], prefix: int) -> dict[str, Tensor
 def read_state(
     source: str | os.PathLike, config: MatryoshkaSAEConfig, prefix: int | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose whole configuration is `config`, of those with a row per latent the first
-    `prefix` rows.
+    """Read the tensors of a checkpoint; what had to be downloaded in part is logged.
 
-    `source` is a folder or a repo of the Hub, `hub` are some of `HUB_ARGUMENTS`. What had to be downloaded in part is
-    logged. Raises `ValueError` for a damaged file, or one that does not hold what the configuration describes,
-    `FileNotFoundError` where there are no weights (or not on this machine, with `local_files_only` or offline), and
-    `OSError` for a repo that cannot be reached.
+    Args:
+        source: A folder, or a repo of the Hub.
+        config: The configuration of the whole checkpoint.
+        prefix: Only the first rows of tensors with a row per latent; all by default.
+        hub: Some of `HUB_ARGUMENTS`.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        ValueError: A damaged file, or one that does not hold what the configuration describes.
+        FileNotFoundError: There are no weights, or not on this machine, with `local_files_only` or offline.
+        OSError: The repo cannot be reached.
     """
     shapes = weight_shapes(config.num_latents, config.hidden_size)
     if os.path.isdir(source):
@@ -161,8 +169,16 @@ def _local_files(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Pa
 
 
 def pin_commit(source: str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that name the commit of which the configuration was just read, so that the Hub is not asked again, and
-    the weights are of the same commit; as they are, where the configuration is not in the cache.
+    """Name the commit of which the configuration was just read, so that the Hub is not asked again.
+
+    The weights are then of the same commit. Arguments stay as they are where the configuration is not in the cache.
+
+    Args:
+        source: A folder, or a repo of the Hub.
+        hub: Some of `HUB_ARGUMENTS`.
+
+    Returns:
+        The same, with the commit as revision.
     """
     if os.path.isdir(source):
         return dict(hub)

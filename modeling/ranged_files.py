@@ -69,6 +69,7 @@ class TensorSpan(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Bytes of the tensor."""
         return self.stop - self.start
 
 
@@ -116,8 +117,13 @@ def _span(name: str, entry: Any, data_start: int) -> TensorSpan:
 
 
 def format_header(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
-    """The beginning of a safetensors file of some tensors, one after the other: names, dtypes as safetensors calls
-    them, and shapes.
+    """Write the beginning of a safetensors file.
+
+    Args:
+        tensors: Names, dtypes as safetensors calls them, and shapes, in the order of the file.
+
+    Returns:
+        The length of the header, and the header.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -130,8 +136,14 @@ def format_header(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
 
 
 def merge_ranges(spans: Sequence[TensorSpan], most: int) -> list[tuple[int, int]]:
-    """At most `most` ranges of bytes, from and to, that hold all spans (in the order of the file), with the smallest
-    gaps between spans filled.
+    """Join spans of a file into few ranges, with the smallest gaps between spans filled.
+
+    Args:
+        spans: In the order of the file.
+        most: How many ranges there may be.
+
+    Returns:
+        Bytes from and to of each range.
     """
     ranges = [(span.start, span.stop) for span in spans if span.size]
     while len(ranges) > 1:
@@ -226,9 +238,7 @@ class RemoteFile:
         return read_spans(self.read, self.size, self.where)
 
     def save(self, spans: Sequence[TensorSpan], path: Path) -> None:
-        """Write a safetensors file of these tensors, or parts of tensors, in the order of the file; a failure leaves
-        nothing.
-        """
+        """Write a safetensors file of (parts of) tensors, in the order of the file; a failure leaves nothing."""
         size = sum(span.size for span in spans)
         path.parent.mkdir(parents=True, exist_ok=True)
         # As hf_msae.atomic_files does it, which a reader of these files may not have.

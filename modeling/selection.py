@@ -74,10 +74,12 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor, ranks: ProcessGroup) -> Tensor:
+        """Sum over the processes."""
         return ranks.sum(tensor.clone())
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        """Pass the gradient on as it is."""
         return grad, None
 
 
@@ -88,11 +90,18 @@ def sum_over(tensor: Tensor, ranks: ProcessGroup) -> Tensor:
 
 @torch.no_grad()
 def among_largest(values: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
-    """Which of the values (rows, n) are positive and among the k largest of their row over all processes, bool of the
-    same shape; n may differ between processes.
+    """Find which values are positive and among the k largest of their row over all processes.
 
     Of equal values on the border those of the lower rank and the lower place come first, so that there are exactly k
     where there are as many positive ones.
+
+    Args:
+        values: Values (rows, n); n may differ between processes.
+        k: How many of each row.
+        ranks: The processes.
+
+    Returns:
+        A mask of the same shape.
     """
     keys = _keys(values)
     border = _largest_reached(keys, k, ranks)
@@ -103,8 +112,9 @@ def among_largest(values: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
 
 
 def _keys(values: Tensor) -> Tensor:
-    """Integers in the order of the values, int64 for float64 and int32 for less; zero for those not above zero, and
-    for NaN.
+    """Give integers in the order of the values, int64 for float64 and int32 for less.
+
+    They are zero for values not above zero, and for NaN.
     """
     wide = values if values.dtype == torch.float64 else values.float()
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32

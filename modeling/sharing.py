@@ -54,10 +54,25 @@ class SharingMixin:
         commit_message: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Publish the SAE with its code and a model card; returns the address of the commit, or of the pull request.
+        """Publish the SAE with its code and a model card.
 
         Several SAEs may share a repo, each in a `subfolder`; an index at the root lists them. What people wrote into
-        an existing card stays. A branch `revision` that does not exist is made.
+        an existing card stays.
+
+        Args:
+            repo_id: The repo, owner/name or a name of one's own; made where it is not there.
+            subfolder: Folder of the SAE in the repo; the root by default.
+            private: Whether a repo that is made is private. A public one that is there is refused with True.
+            revision: Branch; made where it is not there.
+            create_pr: Whether to open a pull request instead of committing to the branch.
+            commit_message: Message of the commit.
+            token: A token that may write; the one that is logged in by default.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            ValueError: The push cannot work, and why.
         """
         return self._imported(self.publishing_module).push(
             self,
@@ -72,11 +87,18 @@ class SharingMixin:
 
     @classmethod
     def from_saelens(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
-        """A SAELens checkpoint (`cfg.json`, `sae_weights.safetensors`; training and inference forms), from a folder or
-        a Hub repo.
+        """Read a SAELens checkpoint (`cfg.json`, `sae_weights.safetensors`), of its training and inference forms.
 
-        `prefix_sizes` only where the files do not record the nesting. `hub` takes `subfolder`, `revision`, `token`,
-        `cache_dir`, `local_files_only`. Raises `ValueError` for what has no equal here (gated, layer-normed, ...).
+        Args:
+            source: A folder, a Hub repo, or a file of weights.
+            prefix_sizes: The nested sizes, only where the files do not record them.
+            hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Returns:
+            The SAE; its latents and reconstruction are those of the library for raw activations.
+
+        Raises:
+            ValueError: What has no equal here (gated, layer-normed, ...), or files that do not belong together.
         """
         return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "saelens", prefix_sizes, **hub)
 
@@ -84,33 +106,96 @@ class SharingMixin:
     def from_dictionary_learning(
         cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
     ) -> Any:
-        """A dictionary_learning trainer folder (`ae.pt`, `config.json`); arguments as in `from_saelens`."""
+        """Read a dictionary_learning trainer folder (`ae.pt`, `config.json`).
+
+        Args:
+            source: A folder, a Hub repo, or a file of weights.
+            prefix_sizes: The nested sizes, only where the files do not record them.
+            hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Returns:
+            The SAE; its latents and reconstruction are those of the library for raw activations.
+
+        Raises:
+            ValueError: A gated SAE, a pickle with code in it, or files that do not belong together.
+        """
         return cls._imported(cls.formats_module).load_library_checkpoint(
             cls, source, "dictionary_learning", prefix_sizes, **hub
         )
 
     @classmethod
     def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
-        """A sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`); arguments as in `from_saelens`."""
+        """Read a sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`).
+
+        Args:
+            source: A folder, a Hub repo, or a file of weights.
+            prefix_sizes: The nested sizes, only where the files do not record them.
+            hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Returns:
+            The SAE; its latents and reconstruction are those of the library for raw activations.
+
+        Raises:
+            ValueError: A transcoder, a signed or GroupMax SAE, or files that do not belong together.
+        """
         return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "sparsify", prefix_sizes, **hub)
 
     @classmethod
     def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
-        """A Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2); arguments as in
-        `from_saelens`.
+        """Read a Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2).
+
+        Args:
+            source: A folder, a Hub repo, or a file of weights.
+            prefix_sizes: The nested sizes, only where the files do not record them.
+            hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Returns:
+            The SAE; its latents and reconstruction are those of the library for raw activations.
+
+        Raises:
+            ValueError: A transcoder or crosscoder, or a folder of many SAEs.
         """
         return cls._imported(cls.formats_module).load_library_checkpoint(
             cls, source, "gemma_scope", prefix_sizes, **hub
         )
 
     def to_saelens(self, folder: str | Path) -> None:
-        """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads, into a new or empty folder."""
+        """Write SAELens' inference form, which `sae_lens.SAE.load_from_disk` reads.
+
+        What SAELens has no field for stands in its metadata, so that `from_saelens` gives this SAE again.
+
+        Args:
+            folder: The folder, absent or empty.
+
+        Raises:
+            FileExistsError: Something is in the folder.
+        """
         self._imported(self.formats_module).write_library_checkpoint(self, folder, "saelens")
 
     def to_sparsify(self, folder: str | Path) -> None:
-        """Write sparsify's form, which `sparsify.SparseCoder.load_from_disk` reads."""
+        """Write sparsify's form, which `sparsify.SparseCoder.load_from_disk` reads.
+
+        What sparsify has no field for stands beside its own, so that `from_sparsify` gives this SAE again.
+
+        Args:
+            folder: The folder, absent or empty.
+
+        Raises:
+            ValueError: The activation is not `topk`: sparsify can only rank.
+            FileExistsError: Something is in the folder.
+        """
         self._imported(self.formats_module).write_library_checkpoint(self, folder, "sparsify")
 
     def to_saebench(self, prefix: int | None = None) -> Any:
-        """An object that SAEBench's evaluations take, of the first `prefix` latents."""
+        """Make an object that SAEBench's evaluations take.
+
+        Args:
+            prefix: Only the first latents; all by default.
+
+        Returns:
+            A `SAEBenchSAE` around a copy.
+
+        Raises:
+            ValueError: The language model or the site has no name in TransformerLens, which SAEBench needs.
+        """
         return self._imported(self.formats_module).to_saebench(self, prefix)

@@ -92,8 +92,9 @@ class ActiveLatents(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some of the pre-activations: the product (t, l) of some tokens and latents, the bias (l,) that it still lacks
-    (None where it has it), and which latents these are.
+    """Some of the pre-activations: the product (t, l) of some tokens and latents, and which latents these are.
+
+    The bias (l,) is what the product still lacks; None where it has it.
     """
 
     product: Tensor
@@ -162,8 +163,9 @@ def _largest_places(values: Tensor, count: int, ranks: ProcessGroup) -> Tensor:
 def select_largest_per_token(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, ranks: ProcessGroup = SINGLE_PROCESS
 ) -> ActiveLatents:
-    """The k largest positive pre-activations of each token of x (B, d); with `ranks`, of the same tokens in every
-    process and other latents in each.
+    """Select the k largest positive pre-activations of each token of x (B, d).
+
+    With `ranks`, these are the same tokens in every process and other latents in each.
     """
     parts = tile_shape(x.shape[0], W_enc.shape[0], x.device)[1]
     whole_rows = parts == 1 or W_enc.numel() <= CACHED_WEIGHTS
@@ -223,8 +225,9 @@ def _candidates_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Ac
 
 
 def _by_token(active: ActiveLatents, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The values with a row for each token, (num_tokens, most of a token), filled up with zeros; and the column of
-    each value (n,).
+    """Give the values with a row for each token, (num_tokens, most of a token), filled up with zeros.
+
+    The second result is the column of each value (n,).
     """
     begins = torch.searchsorted(active.tokens, torch.arange(num_tokens, device=active.tokens.device))
     columns = torch.arange(active.tokens.numel(), device=active.tokens.device) - begins[active.tokens]
@@ -265,11 +268,11 @@ def _encode_in_tiles(
     choose: Callable[[Tile], Tensor],
     shape: tuple[int, int] | None = None,
 ) -> ActiveLatents:
-    """What `choose` picks from each tile: places in its flattened product, in order. Tiles have the shape that
-    `tile_shape` says, or another one of its kind; those of the same tokens follow each other.
+    """Give what `choose` picks from each tile: places in its flattened product, in order.
 
-    The bias is added where something was picked. On the CPU, adding it everywhere would cost a tenth of the product,
-    and so would fresh memory for each tile; so all share one buffer.
+    Tiles have the shape that `tile_shape` says, or another one of its kind; those of the same tokens follow each
+    other. The bias is added where something was picked. On the CPU, adding it everywhere would cost a tenth of the
+    product, and so would fresh memory for each tile; so all share one buffer.
     """
     device, num_latents = x.device.type, W_enc.shape[0]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -343,7 +346,8 @@ def _sampled_threshold(tile: Tile, share: float) -> Tensor:
 
 
 def _rank_with_margin(expected: float, margin: float) -> int:
-    """The rank in a sample that leaves enough candidates: five standard deviations of the sampling, and a margin for
-    samples that differ from the rest.
+    """Give the rank in a sample that leaves enough candidates.
+
+    That is five standard deviations of the sampling, and a margin for samples that differ from the rest.
     """
     return int(margin * expected + 5 * expected**0.5) + 2

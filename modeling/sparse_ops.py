@@ -89,8 +89,9 @@ class GradientMemory:
 def _parameter_gradient(
     memory: GradientMemory | None, parameter: Tensor, table: Tensor, rows: Tensor, weights: Tensor, begins: Tensor
 ) -> Tensor:
-    """The `_segment_sum` that is a parameter's gradient, a block of rows at a time into lent memory where there is
-    some.
+    """Give the `_segment_sum` that is a parameter's gradient.
+
+    Where there is lent memory, it is written there, a block of rows at a time.
     """
     if memory is None:
         return _segment_sum(table, rows, weights, begins).to(parameter.dtype)
@@ -104,9 +105,10 @@ def _parameter_gradient(
 
 
 class ActiveIndices(NamedTuple):
-    """Where latents are active: `tokens` and `latents` (n,), ordered by token and then by latent; and for sums over
-    each latent, `order` (n,), which sorts the places by latent, and `first` (F,), where each latent begins in that
-    order.
+    """Where latents are active: `tokens` and `latents` (n,), ordered by token and then by latent.
+
+    For sums over each latent, `order` (n,) sorts the places by latent, and `first` (F,) is where each latent begins in
+    that order.
     """
 
     tokens: Tensor
@@ -140,12 +142,14 @@ class PreActivations(torch.autograd.Function):
         memory: GradientMemory | None,
         *places: Tensor,
     ) -> Tensor:
+        """Compute the pre-activations (n,) at the places."""
         ctx.save_for_backward(x, W_enc, b_dec, *places)
         ctx.memory = memory
         return values.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        """Give the gradients of activations, weights and biases."""
         x, W_enc, b_dec, tokens, latents, order, first = ctx.saved_tensors
         encoded = x if b_dec is None else x - b_dec
         grad_W_enc = _parameter_gradient(ctx.memory, W_enc, encoded, tokens[order], grad[order], first)
@@ -181,6 +185,7 @@ class LevelErrors(torch.autograd.Function):
         ranks: ProcessGroup,
         *places: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """Compute the errors of the levels (G,), and the whole reconstruction (B, d)."""
         tokens, latents, order, first = places
         bags, begins = _bags(tokens, latents, sizes, x.shape[0])
         excess = ranks.sum(_segment_sum(W_dec, latents, values, begins).to(x.dtype))
@@ -198,6 +203,7 @@ class LevelErrors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_errors: Tensor, _):
+        """Give the gradients of latent activations, decoder and its bias."""
         W_dec, excess, bags, begins, values, latents, order, first = ctx.saved_tensors
         num_tokens, num_groups, hidden_size = excess.shape
         # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.

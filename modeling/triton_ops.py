@@ -65,8 +65,9 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 class Compacted(NamedTuple):
-    """Entries above a threshold: their places in flattened order and values, both (m,), and how many there are (a
-    scalar tensor, int64).
+    """Entries above a threshold: their places in flattened order and values, both (m,), and how many there are.
+
+    `total` is a scalar tensor, int64.
     """
 
     places: Tensor

@@ -103,8 +103,16 @@ def weight_shapes(num_latents: int, hidden_size: int) -> dict[str, tuple[int, ..
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str, whole: bool = True
 ) -> None:
-    """Raises `ValueError` that names the tensors of another shape, those that no SAE has, and, with `whole`, those
-    that are missing.
+    """Refuse tensors that are not those of an SAE.
+
+    Args:
+        found: Shapes by name.
+        expected: Shapes that there should be.
+        where: What the tensors are of, for the error.
+        whole: Whether missing ones are refused, too.
+
+    Raises:
+        ValueError: Names the tensors of another shape, those that no SAE has, and the missing ones.
     """
     known = {name: shape for name, shape in found.items() if name in expected}
     problems: dict[str, list] = {
@@ -123,8 +131,14 @@ def check_shapes(
 
 
 def check_values(state: Mapping[str, Tensor], where: str) -> None:
-    """Raises `ValueError` for weights that are not finite floating-point numbers, and for thresholds, maxima and rates
-    that are none.
+    """Refuse weights that are not finite floating-point numbers, and thresholds, maxima and rates that are none.
+
+    Args:
+        state: Tensors by name.
+        where: What they are of, for the error.
+
+    Raises:
+        ValueError: Says which, and what it holds.
     """
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES.values():

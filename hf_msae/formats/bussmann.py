@@ -1,5 +1,6 @@
-"""The original Matryoshka SAE code (bartbussmann/matryoshka_sae, and BatchTopK before it): `sae.pt`, and `config.json`
-with values as strings.
+"""The original Matryoshka SAE code: `sae.pt`, and `config.json` with values as strings.
+
+It is bartbussmann/matryoshka_sae, and BatchTopK before it.
 
 `sae_type` says the class. No other key does: `group_sizes` is in every configuration, since one configuration is
 copied for all SAEs of a run. Of the classes only the vanilla one uses the encoder bias that all of them store, unless

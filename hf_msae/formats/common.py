@@ -109,10 +109,14 @@ def _names_below(root: Path) -> tuple[str, ...]:
 class ConvertedCheckpoint:
     """A checkpoint of another library in our terms.
 
-    `config` are arguments of `MatryoshkaSAEConfig`. `state` holds W_enc and W_dec (num_latents, hidden_size), b_enc
-    (num_latents,), b_dec (hidden_size,), and `threshold` (num_latents,) where the format has one. `notes` are
-    sentences for the user: what was folded, what was not recorded. `uncalibrated`: its library selects by rank in a
-    batch and stored no threshold, so that it computes nothing for a token alone until one was calibrated.
+    Args:
+        library: Its name.
+        config: Arguments of `MatryoshkaSAEConfig`.
+        state: W_enc and W_dec (num_latents, hidden_size), b_enc (num_latents,), b_dec (hidden_size,), and `threshold`
+            (num_latents,) where the format has one.
+        notes: Sentences for the user: what was folded, what was not recorded.
+        uncalibrated: Whether the library selects by rank in a batch and stored no threshold, so that the SAE computes
+            nothing for a token alone until one was calibrated.
     """
 
     library: str
@@ -125,9 +129,10 @@ class ConvertedCheckpoint:
 def chosen_prefix_sizes(
     recorded: Sequence[int] | None, given: Sequence[int] | None, num_latents: int, files: Files
 ) -> list[int]:
-    """The nesting of a checkpoint whose library trains Matryoshka SAEs: as recorded, else as given, never invented.
+    """Choose the nesting of a checkpoint whose library trains Matryoshka SAEs: recorded, else given, never invented.
 
-    Raises `FormatError` where neither says it, or where both do and differ.
+    Raises:
+        FormatError: Neither says it, or both do and differ.
     """
     if recorded is None and given is None:
         raise FormatError(
@@ -151,7 +156,7 @@ def single_level(given: Sequence[int] | None, num_latents: int, notes: list[str]
 
 
 def target_k(reported: Any, num_latents: int, notes: list[str]) -> float:
-    """k of an SAE whose inference does not depend on it: the L0 that its files report, else `DEFAULT_K`."""
+    """Choose k of an SAE whose inference does not depend on it: the L0 that its files report, else `DEFAULT_K`."""
     if isinstance(reported, (int, float)) and 0 < reported <= num_latents:
         return reported
     notes.append(f"No L0 is recorded. config.k={min(DEFAULT_K, num_latents)} is a placeholder, used only by training.")
@@ -215,13 +220,19 @@ def check_tensors(files: Files, name: str, given: Mapping[str, Tensor], needed: 
 
 
 def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state in our orientation: shapes that fit each other, a threshold for every latent, own contiguous memory, and
-    one precision, the widest of the weights'.
+    """Make a state in our orientation: shapes that fit, own contiguous memory, and the weights' widest precision.
 
-    tensors: W_enc and W_dec (num_latents, hidden_size), b_enc (num_latents,), b_dec (hidden_size,); a `threshold` may
-        be absent, one number, or (num_latents,). One below zero becomes zero: latent activations are never negative,
-        so both keep the same latents.
-    Raises `FormatError` for tensors that do not belong together, and for numbers that are none.
+    Args:
+        files: Where the tensors come from, for errors.
+        tensors: W_enc and W_dec (num_latents, hidden_size), b_enc (num_latents,), b_dec (hidden_size,); a `threshold`
+            may be absent, one number, or (num_latents,). One below zero becomes zero: latent activations are never
+            negative, so both keep the same latents.
+
+    Returns:
+        The tensors, a threshold for every latent where there was any.
+
+    Raises:
+        FormatError: For tensors that do not belong together, and for numbers that are none.
     """
     W_enc = tensors["W_enc"]
     if W_enc.ndim != 2:

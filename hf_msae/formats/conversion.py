@@ -39,13 +39,20 @@ def _format(name: str) -> ModuleType:
 
 
 def recognise(files: Files) -> str | None:
-    """Which of `FORMATS` a checkpoint has; None where it is none of them."""
+    """Say which of `FORMATS` a checkpoint has; None where it is none of them."""
     return next((name for name in FORMATS if _format(name).recognises(files)), None)
 
 
 def locate(source: str | Path, subfolder: str | None = None, **hub: Any) -> Files:
-    """The checkpoint that is meant: a folder, a repo or a folder in either, or the one to which a file of weights
-    belongs that ends `source` or `subfolder`.
+    """Find the checkpoint that is meant.
+
+    Args:
+        source: A folder, a repo of the Hub, or a file of weights.
+        subfolder: A folder in it, or a file of weights.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        Its files; `chosen` is the file of weights, where one was named.
     """
     place = PurePosixPath(subfolder or "")
     if Path(source).is_file():
@@ -69,11 +76,22 @@ def load_library_checkpoint(
     calibrating: bool = False,
     **hub: Any,
 ) -> MatryoshkaSAE:
-    """A model from a checkpoint of the library `name`, one of `FORMATS` (None: whichever it is); what a user should
-    know is logged.
+    """Make a model from another library's checkpoint; what a user should know of it is logged.
 
-    With `calibrating`, an SAE that needs a threshold to compute anything is read without one, for the caller to set.
-    Raises `FormatError`, a `ValueError`, for a checkpoint that is not of that library or has no equal here.
+    Args:
+        cls: The class of the model.
+        source: A folder, a repo of the Hub, or a file of weights.
+        name: One of `FORMATS`; None for whichever it is.
+        prefix_sizes: The nested sizes, where the files do not record them.
+        calibrating: Whether an SAE that needs a threshold to compute anything is read without one, for the caller to
+            set.
+        hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        The SAE.
+
+    Raises:
+        FormatError: It is not of that library, or has no equal here.
     """
     files = locate(source, **hub)
     name = recognise(files) if name is None else name
@@ -91,9 +109,18 @@ def load_library_checkpoint(
 def read_library_checkpoint(
     source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
 ) -> tuple[MatryoshkaSAEConfig, dict[str, Tensor]] | None:
-    """Configuration and state of another library's checkpoint; None for one of ours.
+    """Read another library's checkpoint, if it is one.
 
-    Raises `FormatError` for a folder or repo that holds neither, and says what it holds.
+    Args:
+        source: A folder, a repo of the Hub, or a file of weights.
+        prefix_sizes: The nested sizes, where the files do not record them.
+        hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        Configuration and state; None for a checkpoint of ours.
+
+    Raises:
+        FormatError: It is neither, and what it is; or it has no equal here.
     """
     if not Path(source).exists() and str(source).startswith((".", "/", "~")):
         raise FormatError(f"There is no folder {source}.")
@@ -115,7 +142,18 @@ def read_library_checkpoint(
 
 
 def write_library_checkpoint(sae: MatryoshkaSAE, folder: str | Path, name: str) -> None:
-    """Write what the loader of the library `name` reads; raises `FormatError` for what it cannot express."""
+    """Write what the loader of another library reads.
+
+    Args:
+        sae: The SAE.
+        folder: Where to; absent or empty.
+        name: One of `WRITABLE`.
+
+    Raises:
+        FormatError: There is no such format to write.
+        InputError: The library cannot express this SAE.
+        OutputExistsError: Something is in the folder.
+    """
     if name not in WRITABLE:
         raise FormatError(f"SAEs can be written for {' and '.join(WRITABLE)}, not for {name!r}.")
     _format(name).write(sae, Path(folder))

@@ -290,8 +290,9 @@ def _site(trainer: Mapping[str, Any], buffer: Mapping[str, Any], files: Files, n
 
 
 def _normalise_decoder(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Unit decoder rows, as the library's own loader makes them; the encoder is scaled instead, so nothing else
-    changes than the units of the latents.
+    """Bring decoder rows to norm 1, as the library's own loader does.
+
+    The encoder is scaled instead, so nothing else changes than the units of the latents.
     """
     norms = state["W_dec"].double().norm(dim=1)
     if torch.allclose(norms, torch.ones_like(norms)):

@@ -148,8 +148,9 @@ def _state(files: Files, weights: Mapping[str, Tensor], name: str) -> dict[str, 
 
 
 def _of_scaled_embedding(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The embedding SAEs read rows of the embedding, and at the first layer's input stand √d times those: so the
-    encoder is divided by √d, and what is written multiplied. Latents stay as they are.
+    """Divide the encoder by √d, and multiply what is written; latents stay as they are.
+
+    The embedding SAEs read rows of the embedding, and at the first layer's input stand √d times those.
     """
     scale = math.sqrt(state["b_dec"].shape[0])
     factors = {"W_enc": 1 / scale, "W_dec": scale, "b_dec": scale}
@@ -216,8 +217,9 @@ def _origin_2(files: Files, config: Mapping[str, Any], place: str, notes: list[s
 
 
 def _hook_site(hook: str) -> str | None:
-    """`model.layers.12.self_attn.o_proj.input` in our words, which also hold where the layers lie deeper, as in the
-    multimodal Gemma 3 models.
+    """Translate `model.layers.12.self_attn.o_proj.input`.
+
+    Our words also hold where the layers lie deeper, as in the multimodal Gemma 3 models.
     """
     match = re.fullmatch(r"(?:model\.)?(?:language_model\.)?(layers\.\d+(?:\.\w+)*)\.(input|output)", hook)
     return f"{match[1]}:{match[2]}" if match is not None else None

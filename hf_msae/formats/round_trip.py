@@ -67,7 +67,8 @@ def restore(
     Args:
         files: Where they come from, for errors.
         facts: What stands under `KEY`; None where nothing does.
-        config, state: What the library's own fields and weights say, in our terms.
+        config: What the library's own fields say, in our terms.
+        state: What its weights say.
         notes: Sentences for the user, to which those on facts that no longer hold are added.
 
     Raises:

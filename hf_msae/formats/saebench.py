@@ -55,26 +55,32 @@ class SAEBenchSAE(nn.Module):
 
     @property
     def W_enc(self) -> Tensor:
+        """Encoder, (hidden_size, num_latents)."""
         return self.sae.W_enc.T
 
     @property
     def W_dec(self) -> Tensor:
+        """Decoder, (num_latents, hidden_size)."""
         return self.sae.W_dec
 
     @property
     def b_enc(self) -> Tensor:
+        """Encoder bias, (num_latents,)."""
         return self.sae.b_enc
 
     @property
     def b_dec(self) -> Tensor:
+        """Decoder bias, (hidden_size,)."""
         return self.sae.b_dec
 
     @property
     def device(self) -> torch.device:
+        """Where the weights lie."""
         return self.sae.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
         return self.sae.W_dec.dtype
 
     def encode(self, x: Tensor) -> Tensor:

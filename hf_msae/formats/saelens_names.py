@@ -150,8 +150,9 @@ def site_of_hook(hook_name: str, base_model: str | None) -> str | None:
 
 
 def site_of_path(path: str) -> str | None:
-    """The site of a module path that may end in ".input" or ".output", as configurations made from Gemma Scope's do
-    ("model.layers.12.output"); None where it is none.
+    """Give the site of a module path, None where it is none.
+
+    The path may end in ".input" or ".output", as in configurations made from Gemma Scope's ("model.layers.12.output").
     """
     module, _, io = path.rpartition(".")
     return _site_or_none(f"{module}:{io}" if module and io in ("input", "output") else path)

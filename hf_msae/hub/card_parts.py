@@ -110,8 +110,9 @@ def merge_cards(existing: str, fresh: str) -> str:
 
 
 def _merge_metadata(head: str, old: dict[str, Any], known: dict[str, str], new: Mapping[str, Any], body: str) -> str:
-    """The card whose metadata, now in the text `head`, changes only in keys whose old value is the one that we wrote
-    (`known`).
+    """Give the card with metadata changed only in keys whose old value is the one that we wrote (`known`).
+
+    `head` is the text of the metadata as it is.
     """
     merged: dict[str, Any] = {}
     for key, value in old.items():

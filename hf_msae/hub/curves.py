@@ -51,8 +51,10 @@ def draw_curves(log: Sequence[Entry], prefix_sizes: Sequence[int]) -> bytes | No
 
 
 def fve_by_level(log: Sequence[Entry], prefix_sizes: Sequence[int]) -> tuple[list[int], list[list[float]]]:
-    """Tokens, and for each of them the FVE of every prefix: of training batches where the log has every level's error
-    there, else (sampled prefixes) as it was measured on held-out tokens in passing.
+    """Collect tokens, and for each of them the FVE of every prefix.
+
+    It is that of training batches where the log has every level's error there, else (sampled prefixes) as it was
+    measured on held-out tokens in passing.
     """
     batches = [entry for entry in log if len(entry.get("level_losses", ())) == len(prefix_sizes)]
     if batches:

@@ -50,8 +50,19 @@ class NoSAEError(InputError):
 
 @dataclass(frozen=True)
 class SAEEntry:
-    """What people choose an SAE by. `subfolder` is empty for one at the root; `l0` and `fve` are the whole
-    dictionary's on held-out tokens, None where they were not measured.
+    """What people choose an SAE by.
+
+    Args:
+        subfolder: Its folder; empty for one at the root.
+        site: The place in the language model.
+        base_model: The language model.
+        hidden_size: Size of the activations.
+        num_latents: Size of the dictionary.
+        prefix_sizes: Sizes of its nested prefixes.
+        k: Active latents per token, wanted.
+        activation: As in `MatryoshkaSAEConfig`.
+        l0: Active latents per token of the whole dictionary on held-out tokens; None where it was not measured.
+        fve: Fraction of variance explained by the whole dictionary there; None where it was not measured.
     """
 
     subfolder: str
@@ -120,10 +131,21 @@ def list_saes(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> list[SAEEntry]:
-    """The SAEs in a Hub repo or a folder, in the order of their subfolders.
+    """List the SAEs in a Hub repo or a folder.
 
-    Raises `NoSAEError` where there is no such repo or revision, or where it holds no Matryoshka SAE: then it says what
-    it holds.
+    Args:
+        source: The repo's id or the folder.
+        revision: Branch, tag or commit.
+        token: A token that may read; the one that is logged in by default.
+        cache_dir: The Hub's cache, where another than the usual one is meant.
+        local_files_only: Whether to read only what was downloaded before.
+
+    Returns:
+        Their entries, in the order of their subfolders, numbers by size.
+
+    Raises:
+        NoSAEError: There is no such repo or revision, or it holds no Matryoshka SAE; then the error says what it
+            holds, and what reads that.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     entries = find_entries(source, **hub)
@@ -133,7 +155,18 @@ def list_saes(
 
 
 def find_entries(source: str | Path, **hub: Any) -> list[SAEEntry]:
-    """The same, and none where there is none. `hub` are the other arguments of `list_saes`."""
+    """List SAEs as `list_saes` does, and none where there is none.
+
+    Args:
+        source: The repo's id or the folder.
+        hub: The other arguments of `list_saes`.
+
+    Returns:
+        Their entries.
+
+    Raises:
+        NoSAEError: There is no such repo or revision, or an SAE's configuration is damaged.
+    """
     if Path(source).is_dir():
         return _entries_of_folder(Path(source))
     with explained_refusals(source, hub.get("revision")):
@@ -193,7 +226,7 @@ def describe_contents(source: str | Path, **hub: Any) -> str:
 
 @contextmanager
 def explained_refusals(source: str | Path, revision: str | None) -> Iterator[None]:
-    """Turns the Hub's refusals to read into `NoSAEError`s that say what to do."""
+    """Turn the Hub's refusals to read into `NoSAEError`s that say what to do."""
     try:
         yield
     except HFValidationError as error:
@@ -227,15 +260,24 @@ def load_saes(
     local_files_only: bool = False,
     **kwargs: Any,
 ) -> dict[str, MatryoshkaSAE]:
-    """The SAEs of a Hub repo or a folder by their subfolders; the one at the root has the key "".
+    """Load the SAEs of a Hub repo or a folder.
 
     Args:
-        sites: only those at these sites, by their paths (`model.layers.12:output`) or short forms (`layers.12`,
+        source: The repo's id or the folder.
+        sites: Only those at these sites, by their paths (`model.layers.12:output`) or short forms (`layers.12`,
             `layers.12.mlp`, `layers.12.attn`, `embeddings`).
-        prefix: only the first latents of each.
-        kwargs: more for `MatryoshkaSAE.from_pretrained`, such as `device_map` and `dtype`.
+        prefix: Only the first latents of each.
+        revision: Branch, tag or commit.
+        token: A token that may read; the one that is logged in by default.
+        cache_dir: The Hub's cache, where another than the usual one is meant.
+        local_files_only: Whether to read only what was downloaded before.
+        kwargs: More for `MatryoshkaSAE.from_pretrained`, such as `device_map` and `dtype`.
 
-    Raises `NoSAEError` as `list_saes` does, and for a site that none of them reads.
+    Returns:
+        The SAEs by their subfolders; the one at the root has the key "".
+
+    Raises:
+        NoSAEError: As for `list_saes`, and for a site that none of them reads.
     """
     hub: dict[str, Any] = {
         "revision": revision,
@@ -253,7 +295,18 @@ def load_saes(
 
 
 def choose(entries: Sequence[SAEEntry], sites: str | Sequence[str] | None) -> list[SAEEntry]:
-    """The entries at some sites, or all. Raises `NoSAEError` for a site that none of them reads."""
+    """Choose the entries at some sites.
+
+    Args:
+        entries: What there is.
+        sites: As for `load_saes`; None for all.
+
+    Returns:
+        The chosen ones, in their order.
+
+    Raises:
+        NoSAEError: None of them reads one of the sites.
+    """
     if sites is None:
         return list(entries)
     chosen: set[str] = set()

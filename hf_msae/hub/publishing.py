@@ -68,13 +68,26 @@ def push(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Publish an SAE, as `MatryoshkaSAE.push_to_hub` documents; returns the address of the commit, or of the pull
-    request.
+    """Publish an SAE, as `MatryoshkaSAE.push_to_hub` documents.
 
     Where the SAE was loaded from the folder of a training run, the run's numbers come along.
 
-    Raises `PublishError`, a `ValueError`, in words: no token or none that may write, a bad id, a repo that is public
-    although `private` was asked for or that holds something else, a Hub that cannot be reached.
+    Args:
+        sae: The SAE.
+        repo_id: The repo, owner/name or a name of one's own; made where it is not there.
+        subfolder: Folder of the SAE in the repo; the root by default.
+        private: Whether a repo that is made is private. A public one that is there is refused with True.
+        revision: Branch; made where it is not there.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+        commit_message: Message of the commit.
+        token: A token that may write; the one that is logged in by default.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        PublishError: No token or none that may write, a bad id, a repo that is public although `private` was asked for
+            or that holds something else, a Hub that cannot be reached.
     """
     api = _checked_api(repo_id, token)
     with tempfile.TemporaryDirectory() as draft:
@@ -98,10 +111,28 @@ def push_folder(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Publish what a training run or `save_pretrained` left in a folder: one SAE, or a grid with a folder for each,
-    whose names become subfolders of the repo. Checkpoints and trackers stay at home.
+    """Publish what a training run or `save_pretrained` left in a folder.
 
-    Raises `PublishError` as `push` does, and `NoSAEError` where the folder holds no SAE.
+    That is one SAE, or a grid with a folder for each, whose names become subfolders of the repo. Checkpoints and
+    trackers stay at home, and so does what a link leads to outside of the folder.
+
+    Args:
+        folder: The folder.
+        repo_id: As for `push`, and so are the others.
+        subfolder: Folder in the repo, below which all is put.
+        private: As for `push`.
+        revision: As for `push`.
+        create_pr: As for `push`.
+        commit_message: As for `push`.
+        token: As for `push`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        PublishError: As for `push`.
+        NoSAEError: The folder holds no SAE, or a damaged one.
+        InputError: A file would be published that is a link out of the folder.
     """
     api = _checked_api(repo_id, token)
     folder, at = Path(folder), _checked_subfolder(subfolder)
@@ -117,10 +148,19 @@ def push_folder(
 
 
 def prepare_repo(repo_id: str, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Make the repo to which a later push will go, if it is not there, and return its whole id, owner/name.
+    """Make the repo to which a later push will go, if it is not there.
 
-    Raises `PublishError` where that push could not work, so that it is known before long work: no token, or one that
-    may not write there, a bad id, a public repo where `private` was asked for, a Hub that cannot be reached.
+    Args:
+        repo_id: The repo, owner/name or a name of one's own.
+        private: As for `push`.
+        token: As for `push`.
+
+    Returns:
+        Its whole id, owner/name.
+
+    Raises:
+        PublishError: That push could not work, so that it is known before long work: no token, or one that may not
+            write there, a bad id, a public repo where `private` was asked for, a Hub that cannot be reached.
     """
     api = _checked_api(repo_id, token)
 
@@ -175,8 +215,9 @@ def _push(
     create_pr: bool,
     commit_message: str | None,
 ) -> str:
-    """Push the SAEs of some subfolders (`results`) and other files by their paths in the repo; what passes by itself
-    is tried again.
+    """Push the SAEs of some subfolders (`results`) and other files by their paths in the repo.
+
+    What passes by itself is tried again.
     """
     message = commit_message or f"Upload {'a Matryoshka SAE' if len(results) == 1 else f'{len(results)} SAEs'}"
     weights = _additions(results, shared)
@@ -283,8 +324,9 @@ def _refuse_mixture(
 
 
 def _additions(results: Mapping[str, Result], shared: Mapping[str, Path]) -> list[CommitOperationAdd]:
-    """The files that do not depend on what the repo holds. They are kept over all attempts, so that what was uploaded
-    once is not uploaded again.
+    """List the files that do not depend on what the repo holds.
+
+    They are kept over all attempts, so that what was uploaded once is not uploaded again.
     """
     files: dict[str, Path | bytes] = dict(shared)
     for subfolder, result in results.items():
@@ -328,8 +370,9 @@ def _cards(
 def _merged(
     target: PushTarget, path: str, fresh: str, local: str | None, there: set[str], sha: str | None
 ) -> str | None:
-    """A card with what people wrote into the one on the Hub, or else into the one on this machine; None where the one
-    on the Hub needs no change.
+    """Merge a card with what people wrote into the one on the Hub, or else into the one on this machine.
+
+    None where the one on the Hub needs no change.
     """
     if path not in there:
         return fresh if local is None else merge_cards(local, fresh)

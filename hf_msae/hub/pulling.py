@@ -43,8 +43,14 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Pulled:
-    """One SAE that was fetched: where it lies, how many latents of how many, and bytes of its weights here and on the
-    Hub.
+    """One SAE that was fetched.
+
+    Args:
+        entry: What it is.
+        folder: Where it lies.
+        num_latents: How many of its latents were fetched.
+        num_bytes: Size of its weights here.
+        num_bytes_on_hub: Size of its weights on the Hub.
     """
 
     entry: SAEEntry
@@ -66,14 +72,25 @@ def pull(
 ) -> list[Pulled]:
     """Fetch a repo's SAEs, or some of them, into a new folder, which appears when everything is there.
 
-    An SAE chosen by `subfolder` becomes the folder itself; otherwise each keeps its folder. With `prefix`, only the
-    first latents of each are fetched, and a card is written for what then is a smaller SAE.
+    An SAE chosen by `subfolder` becomes the folder itself; otherwise each keeps its folder. Only what belongs to an
+    SAE is copied: people start Python in such a folder, and any file of code in it would be imported in place of the
+    module of its name. What was left out is logged.
 
-    Only what belongs to an SAE is copied: people start Python in such a folder, and any file of code in it would be
-    imported in place of the module of its name. What was left out is logged.
+    Args:
+        repo_id: The repo.
+        folder: Where to put them; absent or empty.
+        subfolder: Only the SAE in this folder of the repo.
+        sites: Only the SAEs at these sites, as for `load_saes`.
+        prefix: Only the first latents of each, with a card for what then is a smaller SAE.
+        revision: Branch, tag or commit.
+        token: A token that may read; the one that is logged in by default.
 
-    Raises `NoSAEError` for a repo, revision, subfolder or site that is not there, `ValueError` for a prefix that is no
-    prefix of one of them, and `FileExistsError` where the folder exists and is not empty.
+    Returns:
+        What was fetched.
+
+    Raises:
+        NoSAEError: A repo, revision, subfolder or site that is not there, or a prefix that is none of one of them.
+        OutputExistsError: The folder exists and is not empty.
     """
     target = Path(folder)
     hub: dict[str, Any] = {"revision": revision, "token": token}
@@ -109,8 +126,9 @@ def _chosen(repo_id: str, subfolder: str | None, sites: Sequence[str] | None, hu
 
 
 def _fetch_files(repo_id: str, places: Mapping[str, str], draft: Path, hub: Mapping[str, Any]) -> None:
-    """All files of some SAEs, whose folders here are given by those in the repo; and the root's, where all keep
-    theirs.
+    """Fetch all files of some SAEs, and the root's where all keep their folders.
+
+    `places` gives the folders here by those in the repo.
     """
     revision = HfApi(token=hub["token"]).model_info(repo_id, revision=hub["revision"]).sha
     names = HfApi(token=hub["token"]).list_repo_files(repo_id, revision=revision)

@@ -75,11 +75,20 @@ def grid_folders(folder: Path) -> dict[str, Path]:
 
 
 def read_result(folder: Path, beside: Path | None = None, root: Path | None = None) -> Result:
-    """Read one SAE's folder. `beside` is where it was loaded from, if the numbers of its run lie there instead. `root`
-    is the folder that the user named, where that is another one.
+    """Read one SAE's folder for publishing.
 
-    Raises `NoSAEError` where the folder lacks weights or code, or where the weights are truncated, and `InputError`
-    where a file is a link that leads out of the folder. Only the weights may be one: they are what is looked at whole.
+    Args:
+        folder: The SAE's folder.
+        beside: Where the SAE was loaded from, if the numbers of its run lie there instead.
+        root: The folder that the user named, where that is another one.
+
+    Returns:
+        What is published.
+
+    Raises:
+        NoSAEError: The folder lacks weights or code, or the weights are damaged.
+        InputError: A file is a link that leads out of the folder. Only the weights may be one: they are looked at
+            whole.
     """
     try:
         config = MatryoshkaSAEConfig.from_json_file(folder / CONFIG_NAME)
@@ -130,8 +139,9 @@ def read_result(folder: Path, beside: Path | None = None, root: Path | None = No
 
 
 def _read_statistics(folder: Path, config: MatryoshkaSAEConfig) -> tuple[Tensor, Tensor]:
-    """Maximum activation and firing rate per latent, (num_latents,), from weights that are whole and fit the
-    configuration.
+    """Read maximum activation and firing rate per latent, (num_latents,).
+
+    The weights must be whole and fit the configuration.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
@@ -163,8 +173,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _measured_by_run(metrics: Mapping[str, Any], config: MatryoshkaSAEConfig) -> Measurement | None:
-    """The run's numbers for the levels of this SAE, which may be a prefix of what was trained; None where they are not
-    of it.
+    """Give the run's numbers for the levels of this SAE, None where they are not of it.
+
+    The SAE may be a prefix of what was trained.
     """
     levels = [LevelMetrics(**level) for level in metrics.get("levels", ()) if level["prefix"] in config.prefix_sizes]
     recorded = (config.measured or {}).get("fve", ())

@@ -40,8 +40,17 @@ def space_folder() -> Path:
 def run_space(
     saes: Sequence[str], *, title: str = "Matryoshka SAE", meta_sae: str | None = None, port: int | None = None
 ) -> None:
-    """Serve the page until interrupted. Raises ValueError before loading anything where there is no such SAE, or no
-    Gradio.
+    """Serve the page until interrupted.
+
+    Args:
+        saes: SAEs to show: folders or repos.
+        title: Title of the page.
+        meta_sae: A meta-SAE to show beside them.
+        port: Port of the server; Gradio's by default.
+
+    Raises:
+        NoSAEError: There is no such SAE; nothing was loaded yet.
+        InputError: Gradio is not installed.
     """
     check_gradio()
     for source in filter(None, (*saes, meta_sae)):
