@@ -46,20 +46,19 @@ def write_saes(folder: Path, options: argparse.Namespace) -> None:
 def open_all(options: argparse.Namespace) -> list[float]:
     """Resident memory in MB, before anything is opened and after each SAE."""
     sys.path.insert(0, str(space_folder()))
+    from msae_space.latent_index import LatentIndex
     from msae_space.library import Library
-    from msae_space.meaning import Meanings
+    from msae_space.loaded_sae import Key
     from msae_space.reading import read
-    from msae_space.workbench import Key
 
     sources = tuple(str(options.folder / f"sae-{number}") for number in range(options.saes))
     library = Library(sources, budget=options.budget)
-    meanings = Meanings(library)
     found = [resident("VmRSS") / MB]
     for source in sources:
-        bench = library.open(Key(source))
-        meanings.of(bench).wait()
-        read(bench, "One day, a little girl went to the garden.")
-        del bench
+        loaded = library.open(Key(source))
+        library.companion(loaded, LatentIndex).wait()
+        read(loaded, "One day, a little girl went to the garden.")
+        del loaded
         gc.collect()
         found.append(resident("VmRSS") / MB)
     return found

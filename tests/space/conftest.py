@@ -19,9 +19,9 @@ from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 sys.path.insert(0, str(space_folder()))
 
 if TYPE_CHECKING:
+    from msae_space.latent_index import LatentIndex
     from msae_space.library import Library
-    from msae_space.meaning import Meaning
-    from msae_space.workbench import Workbench
+    from msae_space.loaded_sae import LoadedSAE
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,17 +80,17 @@ def library(story_sae: Path) -> "Library":
 
 
 @pytest.fixture(scope="session")
-def bench(library: "Library", story_sae: Path) -> "Workbench":
-    from msae_space.workbench import Key
+def loaded(library: "Library", story_sae: Path) -> "LoadedSAE":
+    from msae_space.loaded_sae import Key
 
     return library.open(Key(str(story_sae)))
 
 
 @pytest.fixture(scope="session")
-def meaning(bench: "Workbench") -> "Meaning":
-    from msae_space.meaning import Meaning
+def index(loaded: "LoadedSAE") -> "LatentIndex":
+    from msae_space.latent_index import LatentIndex
 
-    found = Meaning(bench)
+    found = LatentIndex(loaded)
     found.wait()
     assert found.progress == ""
     return found

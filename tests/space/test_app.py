@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from msae_space.dials import added, draw_dials, read_dials
 from msae_space.generation import Runs, stream
 from msae_space.links import View, as_python, read_query
-from msae_space.reading import MAX_TOKENS, activations, encode_text, read, read_levels, surprise
+from msae_space.loaded_sae import Key, Language, LoadedSAE, SpaceError
+from msae_space.reading import MAX_TOKENS, activations, continuation_loss, encode_text, read, read_levels
 from msae_space.strengths import FLUENT_SHARE, MAX_DIALS, Dial, edits, fluent_up_to, limit, starting_value
-from msae_space.workbench import Key, Language, SpaceError, Workbench
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.metrics import measure_cross_entropy
@@ -29,11 +29,11 @@ EVIL = '<img src=x onerror="alert(1)">${alert(2)}`{{value}}'
 
 
 def texts(
-    bench: Workbench, steering: Steering, *, seed: int = 0, tokens: int = 20, stopped=None, prompt: str = PROMPT
+    loaded: LoadedSAE, steering: Steering, *, seed: int = 0, tokens: int = 20, stopped=None, prompt: str = PROMPT
 ):
     """The last of a stream."""
     *_, last = stream(
-        bench,
+        loaded,
         prompt,
         steering,
         seed=seed,
@@ -47,11 +47,11 @@ def texts(
 # Reading
 
 
-def test_reading_is_what_the_sae_encodes(bench):
-    found = read(bench, TEXT)
-    ids = bench.tokenizer(TEXT, return_tensors="pt").input_ids
-    expected = bench.sae.encode(capture(bench.model, [bench.site], input_ids=ids)[bench.site][0])
-    assert "".join(found.pieces) == bench.tokenizer.decode(ids[0])
+def test_reading_is_what_the_sae_encodes(loaded):
+    found = read(loaded, TEXT)
+    ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
+    expected = loaded.sae.encode(capture(loaded.model, [loaded.site], input_ids=ids)[loaded.site][0])
+    assert "".join(found.pieces) == loaded.tokenizer.decode(ids[0])
     assert found.skipped == (True, *[False] * (ids.shape[1] - 1))
     assert found.active[0] == ()
     for row, active in zip(expected[1:], found.active[1:], strict=True):
@@ -61,14 +61,14 @@ def test_reading_is_what_the_sae_encodes(bench):
     assert found.values(strongest[0])[5] == strongest[1]
 
 
-def test_outliers_are_shown_without_latents_and_left_out_of_the_variance(bench):
+def test_outliers_are_shown_without_latents_and_left_out_of_the_variance(loaded):
     """Attention sinks, beyond the norm that the SAE's configuration names, are no part of what it was trained on."""
-    x, _ = activations(bench, encode_text(bench, TEXT))
+    x, _ = activations(loaded, encode_text(loaded, TEXT))
     norms = x.norm(dim=-1)
     limit_of_norm = norms[1:].median().item()
-    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**{**bench.sae.config.to_dict(), "norm_limit": limit_of_norm})).eval()
-    sae.load_state_dict(bench.sae.state_dict())
-    limited, plain = replace(bench, sae=sae), read(bench, TEXT)
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**{**loaded.sae.config.to_dict(), "norm_limit": limit_of_norm})).eval()
+    sae.load_state_dict(loaded.sae.state_dict())
+    limited, plain = replace(loaded, sae=sae), read(loaded, TEXT)
     found = read(limited, TEXT)
     inlying = norms <= limit_of_norm
     inlying[0] = False
@@ -80,28 +80,28 @@ def test_outliers_are_shown_without_latents_and_left_out_of_the_variance(bench):
     kept = x[inlying]
     with torch.no_grad():
         latents = sae.encode(kept)
-        error = [(kept - sae.decode(latents, size)).pow(2).sum() for size in bench.prefix_sizes]
+        error = [(kept - sae.decode(latents, size)).pow(2).sum() for size in loaded.prefix_sizes]
     expected = [1 - (one / (kept - kept.mean(0)).pow(2).sum()).item() for one in error]
     assert [level.fve for level in read_levels(limited, TEXT)[1]] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("share_of_outliers", [0.0, 0.3])
-def test_levels_agree_with_the_packages_own_measurement(bench, share_of_outliers):
+def test_levels_agree_with_the_packages_own_measurement(loaded, share_of_outliers):
     """Outliers are left as they are by both."""
     if share_of_outliers:
-        norms = activations(bench, encode_text(bench, TEXT))[0][1:].norm(dim=-1)
+        norms = activations(loaded, encode_text(loaded, TEXT))[0][1:].norm(dim=-1)
         limit_of_norm = norms.quantile(1 - share_of_outliers).item()
-        sae = MatryoshkaSAE(MatryoshkaSAEConfig(**{**bench.sae.config.to_dict(), "norm_limit": limit_of_norm})).eval()
-        sae.load_state_dict(bench.sae.state_dict())
-        bench = replace(bench, sae=sae)
-    pieces, levels = read_levels(bench, TEXT)
-    ids = bench.tokenizer(TEXT, return_tensors="pt").input_ids
+        sae = MatryoshkaSAE(MatryoshkaSAEConfig(**{**loaded.sae.config.to_dict(), "norm_limit": limit_of_norm})).eval()
+        sae.load_state_dict(loaded.sae.state_dict())
+        loaded = replace(loaded, sae=sae)
+    pieces, levels = read_levels(loaded, TEXT)
+    ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
     keep = torch.ones_like(ids, dtype=torch.bool)
     keep[0, 0] = False
     batch = {"input_ids": ids, "attention_mask": None, "keep": keep}
-    mean, norm_limit = torch.zeros(128), bench.sae.config.norm_limit
-    measured = measure_cross_entropy(bench.model, bench.site, bench.sae, mean, [batch], norm_limit)
-    x = capture(bench.model, [bench.site], input_ids=ids)[bench.site]
+    mean, norm_limit = torch.zeros(128), loaded.sae.config.norm_limit
+    measured = measure_cross_entropy(loaded.model, loaded.site, loaded.sae, mean, [batch], norm_limit)
+    x = capture(loaded.model, [loaded.site], input_ids=ids)[loaded.site]
     kept = (keep & within_limit(x, norm_limit))[0]
     counted = kept[:-1] & kept[1:]
     assert counted.sum() == (len(kept) - 2 if norm_limit is None else measured.ce_tokens) > 4
@@ -113,26 +113,26 @@ def test_levels_agree_with_the_packages_own_measurement(bench, share_of_outliers
         assert torch.tensor(level.kl[:-1])[counted].mean().item() == pytest.approx(other.kl, rel=1e-4)
         assert level.ce - level.ce_clean == pytest.approx(other.ce_increase, rel=1e-3)
     x = x[0, kept]
-    error = (x - bench.sae.decode(bench.sae.encode(x), 32)).square().sum()
+    error = (x - loaded.sae.decode(loaded.sae.encode(x), 32)).square().sum()
     assert levels[0].fve == pytest.approx(1 - (error / (x - x.mean(0)).square().sum()).item(), abs=1e-5)
     assert 0 < levels[0].fve < levels[-1].fve < 1
 
 
-def test_what_is_read_is_not_disturbed_by_others(bench):
+def test_what_is_read_is_not_disturbed_by_others(loaded):
     """Many read at once, and somebody else steers meanwhile: everybody gets what they would get alone."""
-    expected = activations(bench, encode_text(bench, TEXT))[0]
+    expected = activations(loaded, encode_text(loaded, TEXT))[0]
     other_text = "Lily went to the garden. " * 5
-    other = activations(bench, encode_text(bench, other_text))[0]
+    other = activations(loaded, encode_text(loaded, other_text))[0]
     problems: list[str] = []
     stopped = threading.Event()
 
     def read_often(text: str, wanted: torch.Tensor) -> None:
         for _ in range(20):
-            if not torch.equal(activations(bench, encode_text(bench, text))[0], wanted):
+            if not torch.equal(activations(loaded, encode_text(loaded, text))[0], wanted):
                 problems.append(text)
 
     def steer_on() -> None:
-        texts(bench, Steering([LatentEdit(3, 2.0)]), tokens=60, stopped=stopped)
+        texts(loaded, Steering([LatentEdit(3, 2.0)]), tokens=60, stopped=stopped)
 
     threads = [threading.Thread(target=read_often, args=pair) for pair in ((TEXT, expected), (other_text, other))]
     threads.append(threading.Thread(target=steer_on))
@@ -146,63 +146,63 @@ def test_what_is_read_is_not_disturbed_by_others(bench):
 @pytest.mark.parametrize(
     ("text", "words"), [("  ", "is empty"), ("owl " * MAX_TOKENS, f"reads up to {MAX_TOKENS}")], ids=["empty", "long"]
 )
-def test_texts_that_cannot_be_read(bench, text, words):
+def test_texts_that_cannot_be_read(loaded, text, words):
     with pytest.raises(SpaceError, match=words):
-        read(bench, text)
+        read(loaded, text)
 
 
-def test_surprise_is_the_loss_of_the_continuation(bench):
-    ids = bench.tokenizer(TEXT, return_tensors="pt").input_ids
-    before = len(bench.tokenizer(PROMPT).input_ids)
+def test_surprise_is_the_loss_of_the_continuation(loaded):
+    ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
+    before = len(loaded.tokenizer(PROMPT).input_ids)
     labels = ids.clone()
     labels[:, :before] = -100
     with torch.no_grad():
-        expected = bench.model(input_ids=ids, labels=labels).loss.item()
-    assert surprise(bench, PROMPT, TEXT.removeprefix(PROMPT)) == pytest.approx(expected, rel=1e-4)
-    assert surprise(bench, PROMPT, "") is None
+        expected = loaded.model(input_ids=ids, labels=labels).loss.item()
+    assert continuation_loss(loaded, PROMPT, TEXT.removeprefix(PROMPT)) == pytest.approx(expected, rel=1e-4)
+    assert continuation_loss(loaded, PROMPT, "") is None
 
 
 # Generation
 
 
-def test_no_strength_writes_the_default_text(bench):
-    found = texts(bench, Steering([LatentEdit(3, 0.0)]))
+def test_no_strength_writes_the_default_text(loaded):
+    found = texts(loaded, Steering([LatentEdit(3, 0.0)]))
     assert found.done
     assert found.steered == found.default != ""
 
 
-def test_text_streams_and_is_that_of_the_pipeline(bench):
+def test_text_streams_and_is_that_of_the_pipeline(loaded):
     steering = Steering([LatentEdit(3, 1.5), LatentEdit(40, -1.0)])
     grown = list(
-        stream(bench, PROMPT, steering, seed=4, temperature=0.7, max_new_tokens=20, stopped=threading.Event())
+        stream(loaded, PROMPT, steering, seed=4, temperature=0.7, max_new_tokens=20, stopped=threading.Event())
     )
     lengths = [len(found.steered) for found in grown]
     assert len(set(lengths)) > 5
     assert lengths == sorted(lengths)
     for name, what in (("steered", steering), ("default", Steering())):
-        pipe = SteeredPipeline(bench.model, bench.tokenizer, bench.sae, what)
+        pipe = SteeredPipeline(loaded.model, loaded.tokenizer, loaded.sae, what)
         answer = pipe(PROMPT, seed=4, temperature=0.7, max_new_tokens=20)[0]["generated_text"]
         assert PROMPT + getattr(grown[-1], name) == answer
     assert grown[-1].steered != grown[-1].default
 
 
-def test_the_first_new_word_keeps_its_space(bench, lm, tokenizer):
+def test_the_first_new_word_keeps_its_space(loaded, lm, tokenizer):
     """Many tokenizers drop the space before the first token that they decode, and transformers' pipeline with them."""
     sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[32], k=4, site="layers.0"))
-    other = replace(bench, key=Key("w"), sae=sae.eval(), language=Language.of(lm, tokenizer))
+    other = replace(loaded, key=Key("w"), sae=sae.eval(), language=Language.of(lm, tokenizer))
     *_, last = stream(other, "w1 w2 w3", Steering(), seed=0, temperature=0.7, max_new_tokens=8)
     pipe = SteeredPipeline(lm, tokenizer, sae, Steering())
     answer = pipe("w1 w2 w3", seed=0, temperature=0.7, max_new_tokens=8)[0]["generated_text"]
     assert last.default == f" {answer.removeprefix('w1 w2 w3')}"
 
 
-def test_streams_at_once_do_not_mix(bench):
+def test_streams_at_once_do_not_mix(loaded):
     wishes = [Steering([LatentEdit(latent, 2.0)]) for latent in (1, 5, 9)]
-    alone = [texts(bench, wish, seed=seed) for seed, wish in enumerate(wishes)]
+    alone = [texts(loaded, wish, seed=seed) for seed, wish in enumerate(wishes)]
     found: dict[int, object] = {}
 
     def write(seed: int) -> None:
-        found[seed] = texts(bench, wishes[seed], seed=seed)
+        found[seed] = texts(loaded, wishes[seed], seed=seed)
 
     threads = [threading.Thread(target=write, args=(seed,)) for seed in range(3)]
     for thread in threads:
@@ -212,21 +212,21 @@ def test_streams_at_once_do_not_mix(bench):
     assert [found[seed] for seed in range(3)] == alone
 
 
-def test_stopping_ends_both_texts_early(bench):
+def test_stopping_ends_both_texts_early(loaded):
     stopped = threading.Event()
-    for found in stream(bench, PROMPT, Steering(), seed=0, temperature=0.7, max_new_tokens=200, stopped=stopped):
+    for found in stream(loaded, PROMPT, Steering(), seed=0, temperature=0.7, max_new_tokens=200, stopped=stopped):
         last = found
         if len(found.default) > 20:
             stopped.set()
-    whole = texts(bench, Steering(), tokens=200)
+    whole = texts(loaded, Steering(), tokens=200)
     assert last.done
     assert len(last.default) < len(whole.default) / 2
     assert whole.default.startswith(last.default)
 
 
-def test_leaving_the_stream_ends_its_threads(bench):
+def test_leaving_the_stream_ends_its_threads(loaded):
     before, stopped = threading.active_count(), threading.Event()
-    running = stream(bench, PROMPT, Steering(), seed=0, temperature=0.7, max_new_tokens=200, stopped=stopped)
+    running = stream(loaded, PROMPT, Steering(), seed=0, temperature=0.7, max_new_tokens=200, stopped=stopped)
     next(running)
     assert threading.active_count() > before
     running.close()
@@ -234,9 +234,9 @@ def test_leaving_the_stream_ends_its_threads(bench):
     assert stopped.is_set()
 
 
-def test_what_goes_wrong_in_a_thread_is_raised(bench):
+def test_what_goes_wrong_in_a_thread_is_raised(loaded):
     with pytest.raises(ValueError, match="latent 999 is not there"):
-        texts(bench, Steering([LatentEdit(999, 1.0)]))
+        texts(loaded, Steering([LatentEdit(999, 1.0)]))
 
 
 def test_a_visitor_ends_only_their_own_run():
@@ -258,15 +258,15 @@ def test_a_visitor_ends_only_their_own_run():
 # Dials
 
 
-def test_the_band_is_a_share_of_the_activations_length(bench, meaning):
-    x, _ = activations(bench, encode_text(bench, TEXT))
-    assert bench.mean_norm == pytest.approx(x[1:].norm(dim=-1).mean().item(), rel=0.15)
-    norm, sae = bench.mean_norm, bench.sae
+def test_the_band_is_a_share_of_the_activations_length(loaded, index):
+    x, _ = activations(loaded, encode_text(loaded, TEXT))
+    assert loaded.mean_norm == pytest.approx(x[1:].norm(dim=-1).mean().item(), rel=0.15)
+    norm, sae = loaded.mean_norm, loaded.sae
     for latent in range(20):
-        shift = fluent_up_to(bench, latent) * (sae.max_activation[latent] * sae.W_dec[latent]).norm().item()
+        shift = fluent_up_to(loaded, latent) * (sae.max_activation[latent] * sae.W_dec[latent]).norm().item()
         assert shift == pytest.approx(FLUENT_SHARE * norm)
-        assert 0 < starting_value(bench, latent) < fluent_up_to(bench, latent) + 0.05
-        assert starting_value(bench, latent) < limit(bench, latent)
+        assert 0 < starting_value(loaded, latent) < fluent_up_to(loaded, latent) + 0.05
+        assert starting_value(loaded, latent) < limit(loaded, latent)
 
 
 @pytest.mark.parametrize(
@@ -281,24 +281,24 @@ def test_the_band_is_a_share_of_the_activations_length(bench, meaning):
         ({"dials": [{"latent": one, "value": 1} for one in range(MAX_DIALS + 1)]}, f"Up to {MAX_DIALS}"),
     ],
 )
-def test_dials_from_a_browser_are_checked(bench, value, words):
+def test_dials_from_a_browser_are_checked(loaded, value, words):
     with pytest.raises(SpaceError, match=words):
-        read_dials(value, bench)
+        read_dials(value, loaded)
 
 
-def test_latents_without_a_maximum_are_steered_in_shares_of_the_activation(bench, meaning):
+def test_latents_without_a_maximum_are_steered_in_shares_of_the_activation(loaded, index):
     """As those of checkpoints from other libraries, which do not say it."""
-    foreign = replace(bench, maxima=[0.0] * 256)
+    foreign = replace(loaded, maxima=[0.0] * 256)
     assert fluent_up_to(foreign, 3) == FLUENT_SHARE
     assert edits(foreign, [Dial(3, 0.4)], "add") == [LatentEdit(3, 0.4, "add", "norm")]
-    assert "× norm" in draw_dials(foreign, meaning, [Dial(3, 0.4)], "add")["html"]
+    assert "× norm" in draw_dials(foreign, index, [Dial(3, 0.4)], "add")["html"]
     code = as_python(foreign, View(foreign.key, prompt=PROMPT, dials=(Dial(3, 0.4),)))
     assert "LatentEdit(3, 0.4, method='add', units='norm')" in code
     # On tokens of mean length, the same shift.
-    strong = [fluent_up_to(one, 3) for one in (bench, foreign)]
+    strong = [fluent_up_to(one, 3) for one in (loaded, foreign)]
     shifts = [
-        strong[0] * (bench.sae.max_activation[3] * bench.sae.W_dec[3]).norm().item(),
-        strong[1] * bench.mean_norm,
+        strong[0] * (loaded.sae.max_activation[3] * loaded.sae.W_dec[3]).norm().item(),
+        strong[1] * loaded.mean_norm,
     ]
     assert shifts[0] == pytest.approx(shifts[1])
 
@@ -312,16 +312,16 @@ def test_dials_are_added_changed_and_full():
         added(dials, Dial(99, 1.0))
 
 
-def test_drawn_dials_are_read_back(bench, meaning):
+def test_drawn_dials_are_read_back(loaded, index):
     dials = [Dial(3, 0.25), Dial(200, -1.0)]
-    drawn = draw_dials(bench, meaning, dials, "add")
-    assert read_dials(drawn, bench) == dials
+    drawn = draw_dials(loaded, index, dials, "add")
+    assert read_dials(drawn, loaded) == dials
     assert drawn["html"].count('type="range"') == 2
-    assert "level 1" in drawn["html"]
-    assert "level 3" in drawn["html"]
-    assert edits(bench, dials, "clamp") == [LatentEdit(3, 0.25, "clamp"), LatentEdit(200, -1.0, "clamp")]
+    assert "level 0" in drawn["html"]
+    assert "level 2" in drawn["html"]
+    assert edits(loaded, dials, "clamp") == [LatentEdit(3, 0.25, "clamp"), LatentEdit(200, -1.0, "clamp")]
     with pytest.raises(SpaceError, match="no method 'shout'"):
-        edits(bench, dials, "shout")
+        edits(loaded, dials, "shout")
 
 
 # Links and code
@@ -343,7 +343,7 @@ VIEWS = st.builds(
     seed=st.integers(0, 2**31 - 1),
     text=st.text(max_size=50),
     latent=st.none() | st.integers(0, 10**6),
-    level=st.none() | st.integers(1, 9),
+    level=st.none() | st.integers(0, 9),
 )
 
 
@@ -364,20 +364,20 @@ def test_what_a_link_says_wrongly_is_named_and_left_out():
     assert read_query({"latents": "1:inf"}, Key("a/b")).problems == ("latents",)
 
 
-def test_copied_python_prints_the_steered_text(bench):
-    view = View(bench.key, prompt=PROMPT, dials=(Dial(3, 1.5), Dial(40, -1.0)), max_new_tokens=15, seed=4)
-    code = as_python(bench, view)
-    steering = Steering(edits(bench, view.dials, view.method))
-    expected = PROMPT + texts(bench, steering, seed=4, tokens=15).steered
+def test_copied_python_prints_the_steered_text(loaded):
+    view = View(loaded.key, prompt=PROMPT, dials=(Dial(3, 1.5), Dial(40, -1.0)), max_new_tokens=15, seed=4)
+    code = as_python(loaded, view)
+    steering = Steering(edits(loaded, view.dials, view.method))
+    expected = PROMPT + texts(loaded, steering, seed=4, tokens=15).steered
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {"__name__": "__main__"})  # it brings all that it needs
     assert printed.getvalue().strip() == expected.strip()
 
 
-def test_python_of_a_hub_model_loads_it_at_its_revision(bench):
-    config = MatryoshkaSAEConfig(**{**bench.sae.config.to_dict(), "base_model": "o/lm", "base_model_revision": "abc"})
+def test_python_of_a_hub_model_loads_it_at_its_revision(loaded):
+    config = MatryoshkaSAEConfig(**{**loaded.sae.config.to_dict(), "base_model": "o/lm", "base_model_revision": "abc"})
     sae = MatryoshkaSAE(config)
-    code = as_python(replace(bench, sae=sae, key=Key("me/sae", "l2")), View(Key("me/sae", "l2"), prompt=EVIL))
+    code = as_python(replace(loaded, sae=sae, key=Key("me/sae", "l2")), View(Key("me/sae", "l2"), prompt=EVIL))
     compile(code, "code", "exec")
     assert "AutoModelForCausalLM.from_pretrained('o/lm', revision='abc')" in code
     assert "MatryoshkaSAE.from_pretrained('me/sae', subfolder='l2')" in code

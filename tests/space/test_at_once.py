@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from msae_space import meaning as meanings
-from msae_space import trials
+from msae_space import latent_index, trials
 from msae_space.generation import stream
+from msae_space.latent_index import FAILED, NUM_TRIES, LatentIndex
 from msae_space.library import Library
-from msae_space.meaning import FAILED, NUM_TRIES, Meaning, Meanings
+from msae_space.loaded_sae import Key, LoadedSAE
 from msae_space.presets import by_promotion
-from msae_space.reading import read, read_levels, surprise
-from msae_space.workbench import Key, Workbench
+from msae_space.reading import continuation_loss, read, read_levels
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.interpret.pipeline import interpret
@@ -36,7 +35,7 @@ Action = Callable[[], Any]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> tuple[Library, list[Workbench]]:
+def two(tmp_path_factory) -> tuple[Library, list[LoadedSAE]]:
     """Two small SAEs of the story model, whose latents are activations on words, each with an interpretation."""
     model, tokenizer = load_story_lm()
     site = resolve_site(model, SITE)
@@ -62,7 +61,7 @@ def two(tmp_path_factory) -> tuple[Library, list[Workbench]]:
     return library, [library.open(Key(source)) for source in sources]
 
 
-def actions(library: Library, bench: Workbench, found: Meaning, folder: Path, text: str) -> dict[str, Action]:
+def actions(library: Library, loaded: LoadedSAE, found: LatentIndex, folder: Path, text: str) -> dict[str, Action]:
     """What visitors and the background do with one SAE, each with a result to compare. Small, for there are many."""
     steering = Steering([LatentEdit(3, 1.5), LatentEdit(20, -1.0)])
     stories = StoryWorld(seed=1).documents(3)
@@ -70,37 +69,37 @@ def actions(library: Library, bench: Workbench, found: Meaning, folder: Path, te
     assert found._found is not None
 
     def written() -> Any:
-        *_, last = stream(bench, text, steering, seed=3, temperature=0.7, max_new_tokens=3)
+        *_, last = stream(loaded, text, steering, seed=3, temperature=0.7, max_new_tokens=3)
         return last
 
     def interpreted() -> Any:
         place = folder / str(next(numbers))
-        made = interpret(found._model, bench.tokenizer, bench.sae, stories, place, max_tokens=NUM_TOKENS)
+        made = interpret(found._model, loaded.tokenizer, loaded.sae, stories, place, max_tokens=NUM_TOKENS)
         return made.names, made.column("promoted")
 
     def reopened() -> Any:
-        again = Library(library.own).open(bench.key)
+        again = Library(library.own).open(loaded.key)
         return again.mean_norm, again.maxima
 
     def learnt() -> Any:
-        again = Meaning(bench)
+        again = LatentIndex(loaded)
         again.wait()
         return again.progress, again.name(7), [asdict(one) for one in again.presets()]
 
-    pipe = SteeredPipeline(found._model, bench.tokenizer, bench.sae, Steering())
+    pipe = SteeredPipeline(found._model, loaded.tokenizer, loaded.sae, Steering())
     return {
         "open": reopened,
         "learn": learnt,
         "interpret": interpreted,
         "search": lambda: found.search("owl"),
-        "explore": lambda: (read(bench, text), found.page(12)),
-        "levels": lambda: read_levels(bench, text),
+        "explore": lambda: (read(loaded, text), found.page(12)),
+        "levels": lambda: read_levels(loaded, text),
         "tree": lambda: (found.roots()[:9], found.children(3), found.parents(20)),
-        "try out": lambda: trials.find_places(bench, found._model, [5, 9]),
-        "measure": lambda: trials._loss(bench, pipe, trials.Place(5, text, (), (), 0.0), steering),
-        "presets": lambda: [asdict(one) for one in by_promotion(bench, found._found)],
+        "try out": lambda: trials.find_trials(loaded, found._model, [5, 9]),
+        "measure": lambda: trials._loss(loaded, pipe, trials.Trial(5, text, (), (), 0.0), steering),
+        "presets": lambda: [asdict(one) for one in by_promotion(loaded, found._found)],
         "steer": written,
-        "surprise": lambda: surprise(bench, text, " She was happy."),
+        "continuation_loss": lambda: continuation_loss(loaded, text, " She was happy."),
     }
 
 
@@ -116,7 +115,7 @@ NAMES = (
     "measure",
     "presets",
     "steer",
-    "surprise",
+    "continuation_loss",
 )
 PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]
 
@@ -124,20 +123,20 @@ PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]
 @pytest.fixture(scope="module")
 def sides(two, tmp_path_factory) -> Iterator[list[dict[str, Action]]]:
     """The actions of two visitors, each of whom has an SAE open; threads change often."""
-    library, benches = two
+    library, all_loaded = two
     interval = sys.getswitchinterval()
     less = {"NUM_STORIES": 2, "NUM_SEEDS": 2, "NUM_TRIED": 1, "NUM_CANDIDATES": 2, "NUM_TEXTS": 2, "NUM_NEW_TOKENS": 2}
     with pytest.MonkeyPatch.context() as patch:
         for name, number in less.items():
             patch.setattr(trials, name, number)
-        known = [Meanings(library).of(bench) for bench in benches]
+        known = [library.companion(LatentIndex, loaded) for loaded in all_loaded]
         for one in known:
             one.wait()
             assert one.progress == ""
         sys.setswitchinterval(1e-4)
         yield [
-            actions(library, bench, one, tmp_path_factory.mktemp("made"), text)
-            for bench, one, text in zip(benches, known, TEXTS, strict=True)
+            actions(library, loaded, one, tmp_path_factory.mktemp("made"), text)
+            for loaded, one, text in zip(all_loaded, known, TEXTS, strict=True)
         ]
         sys.setswitchinterval(interval)
 
@@ -174,35 +173,35 @@ def test_two_actions_at_once_give_what_each_gives_alone(sides, alone, first, sec
 # What fails in the background
 
 
-def test_a_task_that_fails_once_is_done_all_the_same(bench, monkeypatch):
+def test_a_task_that_fails_once_is_done_all_the_same(loaded, monkeypatch):
     calls = []
 
-    def failing(bench: Workbench) -> list:
+    def failing(loaded: LoadedSAE) -> list:
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("the disk was busy")
         return []
 
-    monkeypatch.setattr(meanings, "published", failing)
-    found = Meaning(bench)
+    monkeypatch.setattr(latent_index, "published", failing)
+    found = LatentIndex(loaded)
     found.wait()
     assert len(calls) == 2
     assert found.progress == ""
     assert found.has_pages
 
 
-def test_a_task_that_keeps_failing_says_what_to_do_and_is_tried_for_the_next_visitor(bench, monkeypatch):
+def test_a_task_that_keeps_failing_says_what_to_do_and_is_tried_for_the_next_visitor(loaded, monkeypatch):
     calls = []
 
-    def failing(bench: Workbench) -> list:
+    def failing(loaded: LoadedSAE) -> list:
         calls.append(1)
         if len(calls) <= NUM_TRIES:
             raise RuntimeError("the disk is full\nand more")
         return []
 
-    monkeypatch.setattr(meanings, "published", failing)
-    monkeypatch.setattr(meanings, "REST_SECONDS", 0.0)
-    found = Meaning(bench)
+    monkeypatch.setattr(latent_index, "published", failing)
+    monkeypatch.setattr(latent_index, "REST_SECONDS", 0.0)
+    found = LatentIndex(loaded)
     found.wait()
     assert found.progress == FAILED.format("the disk is full.")
     assert "Reload" in found.progress

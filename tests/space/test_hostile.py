@@ -18,16 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msae_space.links import read_query
+from msae_space.loaded_sae import Key, SpaceError
 from msae_space.reading import MAX_PHRASE_TOKENS, MAX_PROMPT_TOKENS, read, read_levels
-from msae_space.workbench import Key, SpaceError
 from patience import HANG_SECONDS
 
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
 
 from msae_space.gate import MAX_BODY
+from msae_space.latent_index import THREAD_NAME
 from msae_space.links import View
 from msae_space.look import launch_options
-from msae_space.meaning import THREAD_NAME
 from msae_space.page import build
 from msae_space.settings import Settings
 from msae_space.shared import BROKEN
@@ -286,17 +286,17 @@ def too_long() -> list[str]:
 
 
 @pytest.mark.parametrize("text", too_long(), ids=["emoji", "letters", "tibetan"])
-def test_texts_of_many_tokens_never_reach_the_model(bench, meaning, text):
-    assert len(bench.tokenizer(text).input_ids) > MAX_PROMPT_TOKENS
+def test_texts_of_many_tokens_never_reach_the_model(loaded, index, text):
+    assert len(loaded.tokenizer(text).input_ids) > MAX_PROMPT_TOKENS
     runs = []
-    handles = [one.register_forward_pre_hook(lambda *_: runs.append(1)) for one in (bench.model, meaning._searched)]
+    handles = [one.register_forward_pre_hook(lambda *_: runs.append(1)) for one in (loaded.model, index._searched)]
     try:
-        view = View(bench.key, prompt=text)
+        view = View(loaded.key, prompt=text)
         for action in (
-            lambda: next(run(bench, view, "a")),
-            lambda: read(bench, text),
-            lambda: read_levels(bench, text),
-            lambda: meaning.search(text[: 3 * MAX_PHRASE_TOKENS]),
+            lambda: next(run(loaded, view, "a")),
+            lambda: read(loaded, text),
+            lambda: read_levels(loaded, text),
+            lambda: index.search(text[: 3 * MAX_PHRASE_TOKENS]),
         ):
             with pytest.raises(SpaceError, match="tokens"):
                 action()
@@ -306,14 +306,14 @@ def test_texts_of_many_tokens_never_reach_the_model(bench, meaning, text):
     assert runs == []
 
 
-def test_prompts_leave_room_for_what_is_written(bench):
+def test_prompts_leave_room_for_what_is_written(loaded):
     """The story model has 256 positions."""
-    assert bench.language.num_positions == 256
+    assert loaded.language.num_positions == 256
     prompt = "One day, Tom went to the garden. " * 20
-    number = len(bench.tokenizer(prompt).input_ids)
+    number = len(loaded.tokenizer(prompt).input_ids)
     assert 150 < number < 256
-    view = View(bench.key, prompt=prompt, max_new_tokens=256 - number)
-    assert next(run(bench, view, "a"))
-    longer = View(bench.key, prompt=prompt, max_new_tokens=257 - number)
+    view = View(loaded.key, prompt=prompt, max_new_tokens=256 - number)
+    assert next(run(loaded, view, "a"))
+    longer = View(loaded.key, prompt=prompt, max_new_tokens=257 - number)
     with pytest.raises(SpaceError, match=f"has {number} tokens"):
-        next(run(bench, longer, "a"))
+        next(run(loaded, longer, "a"))

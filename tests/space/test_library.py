@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from msae_space.latent_index import LatentIndex
 from msae_space.library import Library
-from msae_space.meaning import Meanings
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError, tensor_bytes
 from msae_space.reading import read, read_levels
-from msae_space.rehearsal import passage
-from msae_space.workbench import Key, SpaceError, Workbench, tensor_bytes
+from msae_space.smoke_test import sample_text
 from patience import HANG_SECONDS
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def folders(tmp_path_factory) -> tuple[str, ...]:
     return tuple(str(write_sae(root / str(size), num_latents=64 * 2**size)) for size in range(NUM_FOLDERS))
 
 
-def opened(library: Library, source: str) -> Workbench | None:
+def opened(library: Library, source: str) -> LoadedSAE | None:
     try:
         return library.open(Key(source))
     except SpaceError as error:
@@ -57,9 +57,9 @@ def sizes(folders) -> dict[str, int]:
     found = {}
     for source in folders:
         library = Library((source,))
-        bench = library.open(Key(source))
+        loaded = library.open(Key(source))
         found[source] = library.num_bytes
-        held = tensor_bytes(bench.sae) + tensor_bytes(bench.model)
+        held = tensor_bytes(loaded.sae) + tensor_bytes(loaded.model)
         assert found[source] >= held, "less was counted than tensors are held"
     return found
 
@@ -73,32 +73,31 @@ STEPS = st.lists(st.tuples(st.integers(0, NUM_FOLDERS - 1), st.booleans()), min_
 def test_what_is_open_fits_whatever_is_asked_for_and_what_is_used_stays(folders, sizes, steps, share):
     """Some of those opened are used on (held), the others are let go; no order brings more than there is room for."""
     library = Library(folders, budget=int(share * sizes[folders[3]]))
-    used: list[Workbench] = []
-    bench = None
+    used: list[LoadedSAE] = []
+    loaded = None
     for place, is_kept in steps:
-        del bench  # which would be used still
-        bench = opened(library, folders[place])
+        del loaded  # which would be used still
+        loaded = opened(library, folders[place])
         assert library.num_bytes <= library.budget
         for one in used:
             assert library.open(one.key).sae is one.sae, "what somebody used was closed"
-        if bench is not None and is_kept:
-            used.append(bench)
+        if loaded is not None and is_kept:
+            used.append(loaded)
         fits_alone = sizes[folders[place]] <= library.budget
-        assert bench is not None or used or not fits_alone, "it had room and was refused"
+        assert loaded is not None or used or not fits_alone, "it had room and was refused"
 
 
 def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monkeypatch):
-    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 12)
-    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 300)
+    monkeypatch.setattr("msae_space.latent_index.NUM_STORIES", 12)
+    monkeypatch.setattr("msae_space.latent_index.NUM_TOKENS", 300)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
     library = Library(folders, budget=sizes[folders[-1]] + 1)
-    meanings = Meanings(library)
-    bench = library.open(Key(folders[0]))
-    meaning = meanings.of(bench)
-    meaning.wait()
-    assert meaning.progress == "", "an SAE without measured maxima is tried out, too"
-    gone = [weakref.ref(one) for one in (bench.sae, meaning)]
-    del bench, meaning
+    loaded = library.open(Key(folders[0]))
+    index = library.companion(loaded, LatentIndex)
+    index.wait()
+    assert index.progress == "", "an SAE without measured maxima is tried out, too"
+    gone = [weakref.ref(one) for one in (loaded.sae, index)]
+    del loaded, index
     last = library.open(Key(folders[-1]))
     gc.collect()
     assert [one() for one in gone] == [None, None]
@@ -107,25 +106,25 @@ def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monk
 
 def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr("msae_space.meaning.NUM_STORIES", 12)
-    monkeypatch.setattr("msae_space.meaning.NUM_TOKENS", 300)
+    monkeypatch.setattr("msae_space.latent_index.NUM_STORIES", 12)
+    monkeypatch.setattr("msae_space.latent_index.NUM_TOKENS", 300)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
-    monkeypatch.setattr("msae_space.meaning.published", lambda bench: go_on.wait(HANG_SECONDS) and [])
+    monkeypatch.setattr("msae_space.latent_index.published", lambda loaded: go_on.wait(HANG_SECONDS) and [])
     library = Library(folders, budget=sizes[folders[-1]] + 1)
-    meaning = Meanings(library).of(library.open(Key(folders[0])))
-    assert meaning.is_working
+    index = library.companion(LatentIndex, library.open(Key(folders[0])))
+    assert index.is_working
     assert opened(library, folders[-1]) is None
     go_on.set()
-    meaning.wait()
+    index.wait()
     assert opened(library, folders[-1]) is not None
 
 
 def test_models_are_shared_while_any_sae_of_theirs_is_open(folders):
     library = Library(folders)
-    benches = [library.open(Key(source)) for source in folders]
-    assert all(bench.language is benches[0].language for bench in benches)
-    alone = sum(bench.num_bytes for bench in benches)
-    assert library.num_bytes == alone + benches[0].language.num_bytes
+    all_loaded = [library.open(Key(source)) for source in folders]
+    assert all(loaded.language is all_loaded[0].language for loaded in all_loaded)
+    alone = sum(loaded.num_bytes for loaded in all_loaded)
+    assert library.num_bytes == alone + all_loaded[0].language.num_bytes
 
 
 # At the door
@@ -178,19 +177,19 @@ def test_an_sae_that_opens_works_in_every_tab_and_any_other_is_refused(hub, lm, 
     kept = library.open(Key(str(folders["model.layers.0:output", 0])))  # so that its model is loaded once for all
     for (site, _), folder in folders.items():
         try:
-            bench = library.open(Key(str(folder)))
+            loaded = library.open(Key(str(folder)))
         except SpaceError as error:
             refusals.append(str(error))
             continue
         opens[site] = opens.get(site, 0) + 1
-        text = passage(bench)
-        assert any(read(bench, text).active)
-        assert len(read_levels(bench, text)[1]) == 2
+        text = sample_text(loaded)
+        assert any(read(loaded, text).active)
+        assert len(read_levels(loaded, text)[1]) == 2
         *_, last = stream(
-            bench, text, Steering([LatentEdit(3, 1.0, units="norm")]), seed=1, temperature=0.7, max_new_tokens=2
+            loaded, text, Steering([LatentEdit(3, 1.0, units="norm")]), seed=1, temperature=0.7, max_new_tokens=2
         )
         assert last.done
-    assert kept.language is bench.language
+    assert kept.language is loaded.language
     assert {"model.layers.0:output", "model.layers.0.mlp:output", "model.layers.0:input"} <= opens.keys()
     assert not any(site.startswith("lm_head:output") for site in opens)
     assert set(opens.values()) == {1}, "an SAE of another width was opened"

@@ -42,8 +42,8 @@ def answers(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server(story_sae: Path, meaning: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the page, which finds the presets that were tried out for `meaning`."""
+def server(story_sae: Path, index: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the page, which finds the presets that were tried out for `index`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -361,7 +361,7 @@ def test_tokens_are_coloured_by_level(visit):
     page.get_by_role("button", name="Read").click()
     page.wait_for_selector("#tokens button")
     page.locator("#colour input").click()
-    page.get_by_role("option", name="level 2").click()
+    page.get_by_role("option", name="level 1").click()
     page.wait_for_selector("#tokens .msae-hue-1")
     shares = page.locator("#tokens button").evaluate_all(
         "(all) => all.map((one) => Number(one.style.getPropertyValue('--a')))"
@@ -412,11 +412,11 @@ def test_levels_follow_the_slider(visit):
     assert rows.count() == 3
     page.locator("#level input[type=range]").focus()
     page.keyboard.press("End")
-    page.wait_for_selector("#levels-view tr[aria-current] th:text-is('3')")
+    page.wait_for_selector("#levels-view tr[aria-current] th:text-is('2')")
     fve = [float(rows.nth(index).locator("td").nth(1).inner_text()) for index in range(3)]
     assert fve == sorted(fve)
     assert 0 < fve[0] < fve[2] <= 1
-    assert "With the first 256 latents" in page.locator("#levels-view").inner_text()
+    assert "With level 2 · first 256 latents" in page.locator("#levels-view").inner_text()
 
 
 def test_two_levels_are_compared(visit):
@@ -424,16 +424,16 @@ def test_two_levels_are_compared(visit):
     go_to(page, "Compare")  # which begins with an example
     page.wait_for_selector("#compare-view table")
     titles = page.locator("#compare-view h3").all_inner_texts()
-    assert any("level 1" in title for title in titles)
-    assert any("level 3" in title for title in titles)
+    assert any("level 0" in title for title in titles)
+    assert any("level 2" in title for title in titles)
     cells = page.locator("#compare-view table").evaluate_all(
         "(all) => all.map((one) => one.querySelector('tbody td').textContent)"
     )
     assert cells == ["32"]
     assert page.locator("#compare-view tbody tr").first.locator("td").all_inner_texts() == ["32", "256"]
     page.locator("#left-level input").click()
-    page.get_by_role("option", name="level 2: first 128").click()
-    page.wait_for_selector("#compare-view h3:has-text('level 2')")
+    page.get_by_role("option", name="level 1 · first 128").click()
+    page.wait_for_selector("#compare-view h3:has-text('level 1')")
     number = page.locator("#compare-view button").first.get_attribute("data-id")
     page.locator("#compare-view button").first.click()
     page.wait_for_function(f"document.querySelector('#latent-page h2')?.textContent.includes('#{number} ')")

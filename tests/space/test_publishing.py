@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import HfApi
 from msae_space import drawing
 from msae_space.library import Library
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.settings import Settings, read_settings
-from msae_space.workbench import Key, SpaceError, Workbench
 from msae_space.zerogpu import on_gpu
 from patience import HANG_SECONDS
 
@@ -60,9 +60,9 @@ def test_hub_saes_open_with_their_model_and_code_is_never_run(hub, library, lm, 
         ("silent", None),
     ):
         MatryoshkaSAE(MatryoshkaSAEConfig(**shape, site="layers.0", base_model=base)).push_to_hub(f"tester/{name}")
-    bench = library.open(Key("tester/good"))
-    assert str(bench.site) == "model.layers.0:output"
-    assert bench.model.config.vocab_size == lm.config.vocab_size
+    loaded = library.open(Key("tester/good"))
+    assert str(loaded.site) == "model.layers.0:output"
+    assert loaded.model.config.vocab_size == lm.config.vocab_size
     for name, words in (
         ("gone", "'tester/none'.*cannot be loaded"),
         ("headless", "saved without a head"),
@@ -104,7 +104,7 @@ def test_nobody_waits_for_what_somebody_else_loads(story_sae, tmp_path):
     began, go_on = threading.Event(), threading.Event()
 
     class Slow(Library):
-        def load(self, key: Key) -> Workbench:
+        def load(self, key: Key) -> LoadedSAE:
             if key == slow:
                 began.set()
                 assert go_on.wait(HANG_SECONDS)
@@ -203,46 +203,46 @@ import json, sys
 import hf_msae, hf_msae.modeling, hf_msae.worlds.stories as stories
 from msae_space.library import Library
 from msae_space.links import View
-from msae_space.meaning import Meaning
+from msae_space.latent_index import LatentIndex
 from msae_space.reading import read, read_levels
 from msae_space.settings import read_settings
 from msae_space.strengths import Dial
 from msae_space.tab_compare import draw_parts
 from msae_space.tab_steer import RUNS, run
-from msae_space.workbench import Key
+from msae_space.loaded_sae import Key
 import spaces
 
 settings = read_settings()
 library = Library(settings.saes)
-bench = library.open(Key(settings.saes[0]))
-view = View(bench.key, prompt="One day", dials=(Dial(7, 1.5),), max_new_tokens=12)
-drawn = list(run(bench, view, "a"))
+loaded = library.open(Key(settings.saes[0]))
+view = View(loaded.key, prompt="One day", dials=(Dial(7, 1.5),), max_new_tokens=12)
+drawn = list(run(loaded, view, "a"))
 assert len(drawn) > 4 and "nats per token" in drawn[-1] and 'data-state="done"' in drawn[-1], drawn[-1]
 halted = []
-for one in run(bench, View(bench.key, prompt="One day", max_new_tokens=60), "b"):
+for one in run(loaded, View(loaded.key, prompt="One day", max_new_tokens=60), "b"):
     halted.append(one)
     if len(halted) == 3:
         RUNS.stop("b")
 assert len(halted) < 20 and 'data-state="done"' in halted[-1]
-meaning = Meaning(bench)
-meaning.wait()
-assert meaning.progress == "" and bench.mean_norm > 0
-assert any("owl" in hit.why for hit in meaning.search("owl"))
-assert "meta-latents" in draw_parts(bench, meaning, settings.meta_sae, 5)
-assert read(bench, "A little owl.").active and len(read_levels(bench, "A little owl.")[1]) == 3
+index = LatentIndex(loaded)
+index.wait()
+assert index.progress == "" and loaded.mean_norm > 0
+assert any("owl" in hit.why for hit in index.search("owl"))
+assert "meta-latents" in draw_parts(loaded, index, settings.meta_sae, 5)
+assert read(loaded, "A little owl.").active and len(read_levels(loaded, "A little owl.")[1]) == 3
 modules = [hf_msae, hf_msae.modeling, stories]
-print(json.dumps({"files": [one.__file__ for one in modules], "site": str(bench.site), "drawn": drawn[-1]}))
+print(json.dumps({"files": [one.__file__ for one in modules], "site": str(loaded.site), "drawn": drawn[-1]}))
 """
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory, bench, story_sae) -> dict[str, Any]:
+def pushed(tmp_path_factory, loaded, story_sae) -> dict[str, Any]:
     """What a Space says of itself that was published, and runs where ZeroGPU lends a GPU. As on the Hub, its folder is
     where Python looks first.
     """
     pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
     root = tmp_path_factory.mktemp("pushed")
-    train_meta_sae(bench.sae, num_latents=64, k=3, max_steps=10, random_control=False).sae.save_pretrained(
+    train_meta_sae(loaded.sae, num_latents=64, k=3, max_steps=10, random_control=False).sae.save_pretrained(
         root / "meta"
     )
     shutil.copytree(space_folder(), root / "space")
@@ -266,8 +266,8 @@ def pushed(tmp_path_factory, bench, story_sae) -> dict[str, Any]:
     return {**json.loads(ran.stdout.splitlines()[-1]), "package": root / "space" / "hf_msae"}
 
 
-def test_everything_works_in_the_processes_that_zerogpu_forks(pushed, bench):
-    pipe = SteeredPipeline(bench.model, bench.tokenizer, bench.sae, Steering([LatentEdit(7, 1.5)]))
+def test_everything_works_in_the_processes_that_zerogpu_forks(pushed, loaded):
+    pipe = SteeredPipeline(loaded.model, loaded.tokenizer, loaded.sae, Steering([LatentEdit(7, 1.5)]))
     expected = pipe("One day", seed=0, temperature=0.7, max_new_tokens=12)[0]["generated_text"]
     assert drawing.text(expected.removeprefix("One day")) in pushed["drawn"]
 

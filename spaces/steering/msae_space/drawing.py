@@ -42,20 +42,30 @@ def tokens(
     special: Sequence[bool] | None = None,
     clickable: bool = True,
 ) -> str:
-    """A text whose tokens are coloured by strengths in 0 … 1. `hue` is an index into the palette of levels."""
+    """A text whose tokens are coloured.
+
+    Args:
+        pieces: The tokens as text.
+        strengths: How strongly each is coloured, 0 … 1.
+        hue: Index into the palette of levels.
+        marked: The token that is underlined.
+        titles: What is said of each on hovering.
+        special: Which are special tokens.
+        clickable: Whether each is a button.
+    """
     parts = []
-    for place, (piece, strength) in enumerate(zip(pieces, strengths, strict=True)):
+    for position, (piece, strength) in enumerate(zip(pieces, strengths, strict=True)):
         # Outside of the token, so that a line does not begin with it.
         space = " " if piece.startswith(" ") and piece.strip() else ""
         shown = visible(piece.lstrip(" ") if space else piece)
-        title = f' title="{text(titles[place])}"' if titles else ""
-        look = "msae-token" + (" msae-special" if special and special[place] else "")
+        title = f' title="{text(titles[position])}"' if titles else ""
+        look = "msae-token" + (" msae-special" if special and special[position] else "")
         style = f'style="--a:{min(max(strength, 0.0), 1.0):.3f}"{title}'
         if clickable:
-            does = f'data-do="token" data-id="{place}" aria-pressed="{"true" if place == marked else "false"}"'
+            does = f'data-do="token" data-id="{position}" aria-pressed="{"true" if position == marked else "false"}"'
             parts.append(f'{space}<button type="button" class="{look}" {does} {style}>{shown}</button>')
         else:
-            mark = " msae-marked" if place == marked else ""
+            mark = " msae-marked" if position == marked else ""
             parts.append(f'{space}<span class="{look}{mark}" {style}>{shown}</span>')
         if piece.endswith("\n"):
             parts.append("<br>")
@@ -66,7 +76,7 @@ def latent_button(
     latent: int, name: str, level: int, *, extra: str = "", action: str | None = "latent", with_level: bool = True
 ) -> str:
     """A latent to choose: its level, number and name, and something beside it. Without an action it is only shown."""
-    where = f'<span class="msae-level">level {level + 1}</span>' if with_level else ""
+    where = f'<span class="msae-level">level {level}</span>' if with_level else ""
     beside = f'<span class="msae-extra">{text(extra)}</span>' if extra else ""
     inside = f'{where}<span class="msae-number">#{latent}</span><span class="msae-name">{text(name)}</span>{beside}'
     look = f'class="msae-latent msae-hue-{level % 6}"'
@@ -90,8 +100,13 @@ def listing(items: Iterable[str], empty: str) -> str:
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], chosen: int | None = None, *, of_words: bool = False
 ) -> str:
-    """Rows of text under a header, the first column a heading of its row. `of_words`: all but the last column hold
-    words rather than numbers.
+    """Rows of text under a header, the first column a heading of its row.
+
+    Args:
+        header: Of each column.
+        rows: Of as many cells each.
+        chosen: The row that is marked.
+        of_words: All but the last column hold words rather than numbers.
     """
     head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in header)
     body = ""

@@ -1,5 +1,6 @@
-"""What is let in before Gradio sees it: requests of this page's own and of programs, of the kinds and sizes that the
-page needs.
+"""What is let in before Gradio sees it.
+
+That is requests of this page's own and of programs, of the kinds and sizes that the page needs.
 
 Gradio has routes for whatever any app may need, such as for uploads of any size, and lets the pages of any other site
 ask a public one with its visitors' cookies.
@@ -28,14 +29,17 @@ NOT_FETCHED = {"upload_progress", "deep_link", "proxy", "file", "stream", "compo
 
 
 class Gate:
-    """ASGI middleware. Refuses requests of another site's pages (403), those that the page has no use for (404, 405),
-    those that are too large for it (413), and bodies that are no plain JSON (400).
+    """ASGI middleware that answers what it refuses with a sentence.
+
+    It refuses requests of another site's pages (403), those that the page has no use for (404, 405), those that are
+    too large for it (413), and bodies that are no plain JSON (400).
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request, as ASGI has it."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)

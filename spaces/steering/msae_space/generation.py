@@ -14,8 +14,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_msae.steering import SteeredPipeline, Steering
-from msae_space.reading import surprise
-from msae_space.workbench import Workbench
+from msae_space.loaded_sae import LoadedSAE
+from msae_space.reading import continuation_loss
 from msae_space.zerogpu import on_gpu
 
 PANES = ("default", "steered")
@@ -23,8 +23,13 @@ PANES = ("default", "steered")
 
 @dataclass
 class Texts:
-    """What has been generated so far (without the prompt), and whether that is all; then also by how many nats per
-    token each text surprises the unsteered model (None for an empty one).
+    """What has been generated so far, without the prompt.
+
+    Args:
+        default: The unsteered text.
+        steered: The steered text.
+        done: Whether that is all.
+        losses: When it is, the unsteered model's loss on each text, in nats per token; None for an empty one.
     """
 
     default: str = ""
@@ -43,7 +48,7 @@ class _Stop(StoppingCriteria):
 
 @dataclass
 class _Pane(BaseStreamer):
-    """Collects the tokens of one text, and says when there are more."""
+    """Collects the tokens of one text, and says when there are more; a streamer of transformers."""
 
     name: str
     news: "queue.SimpleQueue[tuple[str, BaseException | None]]"
@@ -51,6 +56,7 @@ class _Pane(BaseStreamer):
     ids: list[int] = field(default_factory=list)
 
     def put(self, value: Tensor) -> None:
+        """Takes the prompt first, then each new token."""
         if not self.prompt:  # `generate` begins with it
             self.prompt = value.flatten().tolist()
             return
@@ -58,11 +64,11 @@ class _Pane(BaseStreamer):
         self.news.put((self.name, None))
 
     def end(self) -> None:
-        pass
+        """Does nothing: the thread says when its text has ended."""
 
 
 def stream(
-    bench: Workbench,
+    loaded: LoadedSAE,
     prompt: str,
     steering: Steering,
     *,
@@ -71,13 +77,23 @@ def stream(
     max_new_tokens: int,
     stopped: threading.Event | None = None,
 ) -> Iterator[Texts]:
-    """The texts as they grow, the whole of them at last. Raises what the threads raise.
+    """Writes the default and the steered text at once, in a thread each. What a thread raises is raised here.
 
-    stopped: when set, the texts end where they are.
+    Args:
+        loaded: The SAE and its language model.
+        prompt: What both begin with.
+        steering: What is done to one of them.
+        seed: Of the randomness that both share.
+        temperature: Of the sampling; 0 takes the likeliest token.
+        max_new_tokens: Of each text.
+        stopped: When set, the texts end where they are.
+
+    Yields:
+        The texts as they grow, the whole of them at last.
     """
     stopped = stopped or threading.Event()
     news: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
-    pipe = SteeredPipeline(bench.model, bench.tokenizer, bench.sae, steering)
+    pipe = SteeredPipeline(loaded.model, loaded.tokenizer, loaded.sae, steering)
     panes = {name: _Pane(name, news) for name in PANES}
 
     def write(name: str) -> None:
@@ -104,9 +120,9 @@ def stream(
         while running:
             running -= _take(news)
             if running:
-                yield _texts(bench, panes)
-        texts = _texts(bench, panes)
-        losses = {name: surprise(bench, prompt, getattr(texts, name)) for name in PANES}
+                yield _texts(loaded, panes)
+        texts = _texts(loaded, panes)
+        losses = {name: continuation_loss(loaded, prompt, getattr(texts, name)) for name in PANES}
         yield replace(texts, done=True, losses=losses)
     finally:
         stopped.set()
@@ -129,14 +145,14 @@ def _take(news: "queue.SimpleQueue[tuple[str, BaseException | None]]") -> int:
     return ended
 
 
-def _texts(bench: Workbench, panes: dict[str, _Pane]) -> Texts:
-    return Texts(_text(bench, panes["default"]), _text(bench, panes["steered"]))
+def _texts(loaded: LoadedSAE, panes: dict[str, _Pane]) -> Texts:
+    return Texts(_text(loaded, panes["default"]), _text(loaded, panes["steered"]))
 
 
-def _text(bench: Workbench, pane: _Pane) -> str:
+def _text(loaded: LoadedSAE, pane: _Pane) -> str:
     """What follows the prompt. Decoded with it, because many tokenizers drop the space before the first token."""
-    before = bench.decode(pane.prompt, skip_special=True)
-    whole = bench.decode([*pane.prompt, *pane.ids], skip_special=True)
+    before = loaded.decode(pane.prompt, skip_special=True)
+    whole = loaded.decode([*pane.prompt, *pane.ids], skip_special=True)
     # A token may end inside a letter of several bytes, which then reads as this sign until the rest has come.
     return whole[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")
 

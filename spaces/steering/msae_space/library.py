@@ -1,5 +1,6 @@
-"""The SAEs that are open, each with its language model: loaded once, shared by all who look at them, and as many as
-the machine's memory has room for.
+"""The SAEs that are open, each with its language model.
+
+Each is loaded once and shared by all who look at it, and as many are kept as the machine's memory has room for.
 """
 
 import copyreg
@@ -29,39 +30,40 @@ from hf_msae.language_models import (
 )
 from hf_msae.sites import SiteError, resolve_site
 from hf_msae.worlds.stories import STORIES
+from msae_space.loaded_sae import Key, Language, LoadedSAE, SpaceError, first_line, sae_bytes
 from msae_space.memory import machine_bytes
-from msae_space.rehearsal import rehearse
-from msae_space.workbench import Key, Language, SpaceError, Workbench, first_line, sae_bytes
+from msae_space.smoke_test import smoke_test
 from msae_space.zerogpu import find_zerogpu
 
 # Room for activations and caches, and for what a file takes while it is read.
 SPARE_BYTES = 2 * 2**30
 BUSY = "Others are using what is open here, and there is no room beside it. Try again in a minute."
 
-_KNOWN: weakref.WeakValueDictionary[Key, Workbench] = weakref.WeakValueDictionary()
+_KNOWN: weakref.WeakValueDictionary[Key, LoadedSAE] = weakref.WeakValueDictionary()
 
 
-def _again(key: Key) -> Workbench:
+def _again(key: Key) -> LoadedSAE:
     return _KNOWN.get(key) or _reopened(key)
 
 
 @lru_cache(maxsize=1)
-def _reopened(key: Key) -> Workbench:
+def _reopened(key: Key) -> LoadedSAE:
     """One that was opened after this process was forked, and tried there."""
     return Library((key.source,)).load(key)
 
 
 # By name: models are too large to send to the process that ZeroGPU forks, and lie in its memory already.
-copyreg.pickle(Workbench, lambda bench: (_again, (bench.key,)))
+copyreg.pickle(LoadedSAE, lambda loaded: (_again, (loaded.key,)))
 
 
 class Companion(Protocol):
-    """What belongs to an open SAE, and is closed with it. is_working: it needs the SAE now, in the background."""
+    """What belongs to an open SAE, and is closed with it."""
 
-    def __init__(self, bench: Workbench) -> None: ...
+    def __init__(self, loaded: LoadedSAE) -> None: ...
 
     @property
-    def is_working(self) -> bool: ...
+    def is_working(self) -> bool:
+        """Whether it needs the SAE now, in the background."""
 
 
 Kind = TypeVar("Kind", bound=Companion)
@@ -71,8 +73,8 @@ Kind = TypeVar("Kind", bound=Companion)
 class _Opened:
     """A workbench, who has it now, and what goes with it."""
 
-    bench: Workbench
-    loans: "weakref.WeakSet[Workbench]" = field(default_factory=weakref.WeakSet)
+    loaded: LoadedSAE
+    loans: "weakref.WeakSet[LoadedSAE]" = field(default_factory=weakref.WeakSet)
     companion: "Companion | None" = None
 
     @property
@@ -81,11 +83,11 @@ class _Opened:
 
 
 class Library:
-    """Opens SAEs, and keeps them as long as there is room. `own` are those that the Space offers; others must be Hub
-    repos, so that a visitor reads no folder of the machine.
+    """Opens SAEs, and keeps them as long as there is room.
 
     Args:
-        budget: bytes for all that is open; by default the machine's memory but for SPARE_BYTES. Where there is no room
+        own: What the Space offers. Others must be Hub repos, so that a visitor reads no folder of the machine.
+        budget: Bytes for all that is open; by default the machine's memory but for SPARE_BYTES. Where there is no room
             for another SAE, those that nobody has asked for the longest are closed; what somebody uses is never.
     """
 
@@ -101,12 +103,17 @@ class Library:
     def num_bytes(self) -> int:
         """Of all that is open."""
         with self._lock:
-            benches = [one.bench for one in self._open.values()]
-        languages = {id(bench.language): bench.language.num_bytes for bench in benches}
-        return sum(bench.num_bytes for bench in benches) + sum(languages.values())
+            all_loaded = [one.loaded for one in self._open.values()]
+        languages = {id(loaded.language): loaded.language.num_bytes for loaded in all_loaded}
+        return sum(loaded.num_bytes for loaded in all_loaded) + sum(languages.values())
 
     def entries(self, source: str) -> list[SAEEntry]:
-        """The SAEs of a repo or folder. Raises SpaceError, or hf_msae's NoSAEError, in words."""
+        """The SAEs of a repo or folder.
+
+        Raises:
+            SpaceError: It is no Hub repo and not the Space's own, or cannot be read.
+            NoSAEError: There is no such repo, or no SAE in it.
+        """
         source = source.strip()
         if source not in self.own:
             try:
@@ -119,9 +126,14 @@ class Library:
                 raise SpaceError("This Space opens Hub repos only; write owner/name.")
         return _read(source, lambda: list_saes(source))
 
-    def open(self, key: Key) -> Workbench:
-        """The SAE with its language model, loaded at the first call. It stays open as long as somebody holds what is
-        returned. Raises SpaceError in words.
+    def open(self, key: Key) -> LoadedSAE:
+        """The SAE with its language model, loaded at the first call.
+
+        It stays open as long as somebody holds what is returned.
+
+        Raises:
+            SpaceError: It cannot be read or worked with, or there is no room for it.
+            NoSAEError: There is no such repo, or no SAE in it.
         """
         found = self._lent(key)
         if found is not None:
@@ -131,7 +143,7 @@ class Library:
             if found is not None:
                 return found
             loaded = _KNOWN[key] = self.load(key)
-            loaded = _KNOWN[key] = replace(loaded, mean_norm=rehearse(loaded))
+            loaded = _KNOWN[key] = replace(loaded, mean_norm=smoke_test(loaded))
             with self._lock:
                 self._open[key] = _Opened(loaded)
                 found = self._lent(key)
@@ -140,21 +152,21 @@ class Library:
                 raise SpaceError(f"The SAE {key.source} needs about {_size(loaded.num_bytes)}. {BUSY}")
             return found
 
-    def companion(self, bench: Workbench, kind: type[Kind]) -> Kind:
-        """What belongs to an SAE that `open` gave, made at the first call."""
+    def companion(self, loaded: LoadedSAE, kind: type[Kind]) -> Kind:
+        """What belongs to an SAE that `open` gave: an object of the kind, made at the first call."""
         with self._lock:
-            opened = self._open[bench.key]
+            opened = self._open[loaded.key]
             if not isinstance(opened.companion, kind):
                 # Of what is kept here rather than of a loan, which would count as use for ever.
-                opened.companion = kind(opened.bench)
+                opened.companion = kind(opened.loaded)
             return opened.companion
 
-    def _lent(self, key: Key) -> Workbench | None:
+    def _lent(self, key: Key) -> LoadedSAE | None:
         with self._lock:
             if key not in self._open:
                 return None
             self._open.move_to_end(key)
-            loan = replace(self._open[key].bench)
+            loan = replace(self._open[key].loaded)
             self._open[key].loans.add(loan)
             return loan
 
@@ -176,8 +188,8 @@ class Library:
         with self._lock:
             self._open.pop(key, None)
 
-    def load(self, key: Key) -> Workbench:
-        """The SAE and its language model as their files have them, not tried yet, for `open`. Raises SpaceError."""
+    def load(self, key: Key) -> LoadedSAE:
+        """The SAE and its language model as their files have them, not tried yet; raises as `open` does."""
         entries = {entry.subfolder: entry for entry in self.entries(key.source)}
         if key.subfolder not in entries:
             raise SpaceError(f"{key.source} has no SAE {key.subfolder[:100]!r}; there are {', '.join(entries)[:500]}.")
@@ -192,7 +204,7 @@ class Library:
             raise SpaceError(f"{key.source} does not say which language model it reads, so it cannot be shown.")
         if key.source not in self.own:
             _check_repo(name)
-        return _workbench(key, sae, self._language(name, revision, needed, key.source in self.own))
+        return _loaded_sae(key, sae, self._language(name, revision, needed, key.source in self.own))
 
     def _check_room(self, what: str, needed: int) -> None:
         """Before anything so large is read. Raises SpaceError where it has no room."""
@@ -205,9 +217,7 @@ class Library:
             raise SpaceError(f"{what} needs about {_size(needed)}. {BUSY}")
 
     def _language(self, name: str, revision: str | None, beside: int, is_own: bool) -> Language:
-        """The language model; `beside` bytes are taken by the SAE that reads it. Only the Space's own SAEs may name
-        folders.
-        """
+        """The language model. `beside` bytes are taken by the SAE that reads it; only an own one may name folders."""
         found = self._languages.get((name, revision))
         if found is not None:
             return found
@@ -238,7 +248,7 @@ class Library:
             ) from error
 
 
-def _workbench(key: Key, sae: MatryoshkaSAE, language: Language) -> Workbench:
+def _loaded_sae(key: Key, sae: MatryoshkaSAE, language: Language) -> LoadedSAE:
     tokenizer = language.tokenizer
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = frozenset(added | set(tokenizer.all_special_ids))
@@ -247,7 +257,7 @@ def _workbench(key: Key, sae: MatryoshkaSAE, language: Language) -> Workbench:
     except SiteError as error:
         raise SpaceError(f"{key.source} cannot be shown: {error}") from error
     numbers = (sae.max_activation.tolist(), sae.firing_rate.tolist(), sae.W_dec.norm(dim=-1).tolist())
-    return Workbench(key, sae.to(language.model.device), language, site, special, *numbers, mean_norm=1.0)
+    return LoadedSAE(key, sae.to(language.model.device), language, site, special, *numbers, mean_norm=1.0)
 
 
 Result = TypeVar("Result")

@@ -6,9 +6,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 from hf_msae.worlds.stories import STORIES
-from msae_space.asked import choice, number, whole, words
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, edits
-from msae_space.workbench import Key, SpaceError, Workbench
+from msae_space.validation import choice, number, whole, words
 
 POSITIONS = {"all": "prompt and new text", "generated": "new text only", "prompt": "prompt only"}
 MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_SEED = 200, 1.5, 2**31 - 1
@@ -79,7 +79,7 @@ def read_query(query: Mapping[str, str], default: Key) -> View:
         seed=read("seed", 0, lambda text: whole(int(text), "", 0, MAX_SEED)),
         text=read("text", "", lambda text: words(text, "")),
         latent=read("latent", None, lambda text: whole(int(text), "", 0, MAX_LATENT)),
-        level=read("level", None, lambda text: whole(int(text), "", 1, MAX_LEVEL)),
+        level=read("level", None, lambda text: whole(int(text), "", 0, MAX_LEVEL)),
         problems=tuple(problems),
     )
 
@@ -98,10 +98,10 @@ def _read_dials(text: str) -> tuple[Dial, ...]:
     )
 
 
-def as_python(bench: Workbench, view: View) -> str:
+def as_python(loaded: LoadedSAE, view: View) -> str:
     """A program that prints the steered text of this view."""
-    config = bench.sae.config
-    subfolder = f", subfolder={bench.key.subfolder!r}" if bench.key.subfolder else ""
+    config = loaded.sae.config
+    subfolder = f", subfolder={loaded.key.subfolder!r}" if loaded.key.subfolder else ""
     if config.base_model == STORIES:
         imports = "from hf_msae.worlds.stories import load_story_lm"
         load = "model, tokenizer = load_story_lm()"
@@ -114,7 +114,7 @@ def as_python(bench: Workbench, view: View) -> str:
         )
     written = [
         f"    LatentEdit({edit.latent}, {edit.value!r}, method={edit.method!r}, units={edit.units!r}),\n"
-        for edit in edits(bench, view.dials, view.method)
+        for edit in edits(loaded, view.dials, view.method)
     ]
     listed = f"[\n{''.join(written)}]" if written else "[]"
     first, *rest = sorted([imports, "from hf_msae import MatryoshkaSAE"], key=lambda line: "transformers" not in line)
@@ -123,7 +123,7 @@ def as_python(bench: Workbench, view: View) -> str:
         *rest,
         "from hf_msae.steering import LatentEdit, SteeredPipeline, Steering",
         "",
-        f"sae = MatryoshkaSAE.from_pretrained({bench.key.source!r}{subfolder})",
+        f"sae = MatryoshkaSAE.from_pretrained({loaded.key.source!r}{subfolder})",
         load,
         f"steering = Steering({listed}, positions={view.positions!r})",
         "pipe = SteeredPipeline(model, tokenizer, sae, steering)",

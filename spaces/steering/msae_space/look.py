@@ -29,8 +29,9 @@ def launch_options() -> dict[str, Any]:
 
 
 def _theme() -> gr.themes.Base:
-    """Labels and fields on the bare page, so that everything begins at the same line. The fonts are the visitor's own,
-    so that the page asks no other machine.
+    """Labels and fields on the bare page, so that everything begins at the same line.
+
+    The fonts are the visitor's own, so that the page asks no other machine.
     """
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=MONO_FONTS)
     return theme.set(

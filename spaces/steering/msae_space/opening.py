@@ -4,14 +4,14 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from hf_msae.hub.index import NoSAEError
+from hf_msae.errors import HfMsaeError
 from hf_msae.worlds.stories import STORIES
-from msae_space import asked, drawing, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
+from msae_space import drawing, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree, validation
 from msae_space.dials import draw_dials
 from msae_space.library import Library, short
 from msae_space.links import MAX_NAME, View
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.shared import Shared
-from msae_space.workbench import Key, SpaceError, Workbench
 
 Updates = dict[gr.blocks.Block, Any]
 
@@ -54,34 +54,34 @@ class Page(NamedTuple):
 
 def find(library: Library, source: Any, inside: Any) -> Key:
     """The SAE that was chosen, or the first of a repo. Raises SpaceError, or hf_msae's NoSAEError."""
-    source = asked.words(source, "The SAE", MAX_NAME).strip()
+    source = validation.words(source, "The SAE", MAX_NAME).strip()
     if not source:
         raise SpaceError("Choose an SAE, or paste the id of a Hub repo such as owner/name.")
     if inside is None:
         return Key(source, library.entries(source)[0].subfolder)
-    return Key(source, asked.words(inside, "The SAE's folder", MAX_NAME))
+    return Key(source, validation.words(inside, "The SAE's folder", MAX_NAME))
 
 
 def opened(page: Page, key: Key, method: str, dials: Any = ()) -> Updates:
     """The page with this SAE open. Raises SpaceError, or hf_msae's NoSAEError."""
     shared = page.shared
-    bench = shared.library.open(key)
-    meaning, here = shared.meanings.of(bench), [key.source, key.subfolder]
-    meaning.try_again()
+    loaded = shared.library.open(key)
+    index, here = shared.index_of(loaded), [key.source, key.subfolder]
+    index.try_again()
     for dial in dials:
-        bench.checked(dial.latent)
+        loaded.checked(dial.latent)
     names = [entry.subfolder for entry in shared.library.entries(key.source)]
-    levels = tab_compare.level_choices(bench)
+    levels = tab_compare.level_choices(loaded)
     left, right = page.compare.levels
     return {
         shared.key: here,
-        page.head.status: _status(bench),
+        page.head.status: _status(loaded),
         page.head.inside: gr.Dropdown(names, value=key.subfolder, visible=len(names) > 1),
-        shared.dials: draw_dials(bench, meaning, dials, method),
+        shared.dials: draw_dials(loaded, index, dials, method),
         page.steer.presets: tab_steer.draw_presets(shared, here),
-        page.explore.colour: gr.Dropdown(tab_explore.colour_choices(bench), value=tab_explore.ONE_LATENT),
-        page.tree.view: tab_tree.draw_walk(bench, meaning, []),
-        page.levels.level: gr.Slider(maximum=max(2, len(levels)), value=1),
+        page.explore.colour: gr.Dropdown(tab_explore.colour_choices(loaded), value=tab_explore.ONE_LATENT),
+        page.tree.view: tab_tree.draw_walk(loaded, index, []),
+        page.levels.level: gr.Slider(maximum=max(1, len(levels) - 1), value=0),
         left: gr.Dropdown(levels, value="0"),
         right: gr.Dropdown(levels, value=str(len(levels) - 1)),
     }
@@ -92,16 +92,16 @@ def restored(page: Page, view: View) -> Updates:
     shared, key, problems = page.shared, view.key, list(view.problems)
     try:
         updates = opened(page, key, view.method, view.dials)
-    except (SpaceError, NoSAEError) as error:
+    except HfMsaeError as error:
         problems.append(str(error))
         key = find(shared.library, shared.library.own[0], None)
         updates = opened(page, key, view.method)
     if problems:
         words = "Parts of the link could not be restored: " + "; ".join(problems)
         updates[page.head.status] += drawing.note(words, "problem")
-    bench = shared.library.open(key)
+    loaded = shared.library.open(key)
     if view.level is not None:
-        highest = max(2, len(bench.prefix_sizes))
+        highest = max(1, len(loaded.prefix_sizes) - 1)
         updates[page.levels.level] = gr.Slider(maximum=highest, value=min(view.level, highest))
     controls = page.steer.controls
     text = view.text or page.text
@@ -116,7 +116,7 @@ def restored(page: Page, view: View) -> Updates:
         controls.seed: view.seed,
         shared.tabs: gr.Tabs(selected=view.tab),
         page.head.tab: view.tab,
-        shared.latent: view.latent if (view.latent or 0) < bench.sae.config.num_latents else None,
+        shared.latent: view.latent if (view.latent or 0) < loaded.sae.config.num_latents else None,
         page.explore.text: text,
         page.levels.text: text,
         page.compare.text: text,
@@ -128,10 +128,10 @@ def choices(library: Library) -> list[tuple[str, str]]:
     return [(short(source), source) for source in library.own]
 
 
-def _status(bench: Workbench) -> str:
-    config = bench.sae.config
+def _status(loaded: LoadedSAE) -> str:
+    config = loaded.sae.config
     model = "the story model" if config.base_model == STORIES else config.base_model
-    sizes = ", ".join(f"{size:,}" for size in bench.prefix_sizes)
+    sizes = ", ".join(f"{size:,}" for size in loaded.prefix_sizes)
     measured = config.measured or {}
     fve = f" · FVE {measured['fve'][-1]:.3f}" if measured.get("fve") else ""
     facts = f"{config.num_latents:,} latents in levels of {sizes} · L0 {config.k:g}{fve}"

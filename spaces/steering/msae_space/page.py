@@ -6,15 +6,15 @@ from typing import Any
 import gradio as gr
 
 from hf_msae.worlds.stories import STORIES
-from msae_space import asked, drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree
+from msae_space import drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree, validation
+from msae_space.latent_index import LatentIndex
 from msae_space.library import Library
 from msae_space.links import MAX_LEVEL, TABS, read_query
-from msae_space.meaning import Meanings
+from msae_space.loaded_sae import Key
 from msae_space.opening import Head, Page
 from msae_space.settings import Settings
-from msae_space.shared import Blocks, Shared, told
+from msae_space.shared import Blocks, Shared, reports_errors
 from msae_space.tab_steer import RUNS, view_of
-from msae_space.workbench import Key
 
 STORY_PROMPT = "Once upon a time, there was a"
 STORY_TEXT = (
@@ -40,18 +40,17 @@ QUEUE_SIZE = 64
 def build(settings: Settings) -> gr.Blocks:
     """The app, its first SAE open and being read."""
     library = Library(settings.saes)
-    meanings = Meanings(library)
     first = opening.find(library, settings.saes[0], None)
-    bench = library.open(first)
-    meanings.of(bench)
-    stories = bench.sae.config.base_model == STORIES
+    loaded = library.open(first)
+    library.companion(loaded, LatentIndex)
+    stories = loaded.sae.config.base_model == STORIES
     prompt, text = (STORY_PROMPT, STORY_TEXT) if stories else (OTHER_PROMPT, OTHER_TEXT)
     with Blocks(title=settings.title, analytics_enabled=False, fill_width=False) as demo:
         key, latent = gr.State([first.source, first.subfolder]), gr.State(None)
         head = _head(settings.title, library, first)
         dials, method = tab_steer.build_dials()
         with gr.Tabs(selected="steer", elem_id="tabs") as tabs:
-            shared = Shared(library, meanings, key, latent, tabs, dials, method)
+            shared = Shared(library, key, latent, tabs, dials, method)
             with gr.Tab("Steer", id="steer"):
                 steer = tab_steer.build(shared, prompt)
             with gr.Tab("Explore", id="explore") as second:
@@ -98,7 +97,7 @@ def _open_others(page: Page) -> None:
     """Another SAE, or another one of the same repo."""
     head, shared = page.head, page.shared
 
-    @told
+    @reports_errors
     def open_sae(source: str, inside: str | None, method: str) -> opening.Updates:
         return opening.opened(page, opening.find(shared.library, source, inside), method)
 
@@ -114,21 +113,21 @@ def _open_others(page: Page) -> None:
 
 
 def _restore_links(page: Page, demo: gr.Blocks, first: Key) -> None:
-    @told
+    @reports_errors
     def restore(request: gr.Request) -> opening.Updates:
         return opening.restored(page, read_query(dict(request.query_params), first))
 
-    loaded = demo.load(restore, None, page.of_link(), show_progress="minimal", api_visibility="private")
-    loaded.then(fn=None, inputs=None, outputs=None, js=WRITE_AGAIN)
+    restoring = demo.load(restore, None, page.of_link(), show_progress="minimal", api_visibility="private")
+    restoring.then(fn=None, inputs=None, outputs=None, js=WRITE_AGAIN)
 
 
 def _share(page: Page) -> None:
     head, shared = page.head, page.shared
     inputs = [shared.key, head.tab, page.explore.text, shared.latent, page.levels.level, *page.steer.controls]
 
-    @told
+    @reports_errors
     def query(key: list[str], tab: str, text: str, latent: int | None, level: float, *run: Any) -> Any:
-        text, level = asked.words(text, "The text"), asked.whole(level, "The level", 1, MAX_LEVEL)
+        text, level = validation.words(text, "The text"), validation.whole(level, "The level", 0, MAX_LEVEL)
         view = replace(view_of(shared, key, *run), tab=tab, text=text, latent=latent, level=level)
         return gr.Textbox(view.query(), visible=True)
 
@@ -142,10 +141,10 @@ def _leave(request: gr.Request) -> None:
 
 
 def _remember_tab(tabs: gr.Tabs, tab: gr.State) -> None:
-    @told
+    @reports_errors
     def remember(event: gr.EventData) -> str:
         sent = event._data if isinstance(event._data, dict) else {}
-        return asked.choice(str(sent.get("value")).lower(), "tab", TABS)
+        return validation.choice(str(sent.get("value")).lower(), "tab", TABS)
 
     tabs.select(remember, None, tab, show_progress="hidden", api_visibility="private")
 
@@ -185,13 +184,13 @@ def _fill_in(shared: Shared, steer: tab_steer.SteerTab, tree: tab_tree.TreeTab) 
     """Looks now and then whether the latents have been read, and shows presets and the tree when they have."""
     timer, shown = gr.Timer(1.0), gr.State(None)
 
-    @told
+    @reports_errors
     def fill(key: list[str], walk: list[int], before: str | None) -> tuple[Any, ...]:
-        bench, meaning = shared.bench(key), shared.meaning(key)
-        progress, again = meaning.progress, gr.Timer(active=meaning.is_learning)
+        loaded, index = shared.loaded(key), shared.index(key)
+        progress, again = index.progress, gr.Timer(active=index.is_learning)
         if progress == before:  # drawing anew would take the keyboard from whoever is there
             return gr.skip(), gr.skip(), gr.skip(), again
-        drawn = tab_tree.draw_walk(bench, meaning, walk)
+        drawn = tab_tree.draw_walk(loaded, index, walk)
         return tab_steer.draw_presets(shared, key), drawn, progress, again
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

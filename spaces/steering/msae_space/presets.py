@@ -11,8 +11,8 @@ from typing import Any
 
 from hf_msae.interpret.store import Interpretation
 from hf_msae.steering import LatentEdit, Steering, SteeringError, load_steerings
+from msae_space.loaded_sae import LoadedSAE
 from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, starting_value
-from msae_space.workbench import Workbench
 
 NUM_PRESETS, PRESETS_PER_LEVEL = 8, 3
 # A latent that fires more or less often than this is no handle to try first.
@@ -22,7 +22,16 @@ NUM_WORDS, MIN_LETTERS = 3, 3
 
 @dataclass(frozen=True)
 class Preset:
-    """name: on its button. why: what speaks for it, shown on hovering. prompt, seed: None leaves the visitor's."""
+    """Dials, and perhaps a prompt, that one click sets.
+
+    Args:
+        name: On its button.
+        dials: The latents and their strengths.
+        method: What is done with them.
+        prompt: What is written on; None leaves the visitor's.
+        seed: Of the sampling; None leaves the visitor's.
+        why: What speaks for it, shown on hovering.
+    """
 
     name: str
     dials: tuple[Dial, ...]
@@ -32,45 +41,45 @@ class Preset:
     why: str = ""
 
 
-def published(bench: Workbench) -> list[Preset]:
+def published(loaded: LoadedSAE) -> list[Preset]:
     """The steerings beside the SAE, as far as sliders can show them: of this SAE, with one method for all latents."""
     try:
-        steerings = load_steerings(bench.key.source, subfolder=bench.key.subfolder)
+        steerings = load_steerings(loaded.key.source, subfolder=loaded.key.subfolder)
     except SteeringError:
         return []
-    return [preset for steering in steerings.values() if (preset := _from_steering(bench, steering)) is not None]
+    return [preset for steering in steerings.values() if (preset := _from_steering(loaded, steering)) is not None]
 
 
-def _from_steering(bench: Workbench, steering: Steering) -> Preset | None:
+def _from_steering(loaded: LoadedSAE, steering: Steering) -> Preset | None:
     edits = [edit for edit in steering.edits if isinstance(edit, LatentEdit) and edit.units in ("max", "absolute")]
     methods = {edit.method for edit in edits}
     if len(edits) != len(steering.edits) or len(methods) != 1 or not methods <= METHODS.keys():
         return None
-    if any(edit.sae or not 0 <= edit.latent < bench.sae.config.num_latents for edit in edits):
+    if any(edit.sae or not 0 <= edit.latent < loaded.sae.config.num_latents for edit in edits):
         return None
-    dials = tuple(Dial(edit.latent, _in_maxima(bench, edit)) for edit in edits)
+    dials = tuple(Dial(edit.latent, _in_maxima(loaded, edit)) for edit in edits)
     if len(dials) > MAX_DIALS or not all(abs(dial.value) <= MAX_STRENGTH for dial in dials):
         return None
     return Preset(steering.name, dials, methods.pop(), why=steering.description)
 
 
-def _in_maxima(bench: Workbench, edit: LatentEdit) -> float:
-    maximum = bench.maxima[edit.latent]
+def _in_maxima(loaded: LoadedSAE, edit: LatentEdit) -> float:
+    maximum = loaded.maxima[edit.latent]
     if edit.units == "max" or edit.method not in ("add", "clamp") or maximum <= 0:
         return edit.value
     return edit.value / maximum
 
 
-def by_promotion(bench: Workbench, found: Interpretation) -> list[Preset]:
+def by_promotion(loaded: LoadedSAE, found: Interpretation) -> list[Preset]:
     """The latents with the strongest direct effects on words, no two on the same word, of several levels."""
     chosen: list[Preset] = []
     seen: set[str] = set()
     levels: list[int] = []
-    for latent, words in promoting(bench, found):
-        level = bench.level_of(latent)
+    for latent, words in promoting(loaded, found):
+        level = loaded.level_of(latent)
         if len(words) < NUM_WORDS or seen & set(words) or levels.count(level) >= PRESETS_PER_LEVEL:
             continue
-        dial = Dial(latent, starting_value(bench, latent))
+        dial = Dial(latent, starting_value(loaded, latent))
         chosen.append(Preset(", ".join(words), (dial,), why="Promotes these words most; not tried out."))
         seen |= set(words)
         levels.append(level)
@@ -79,12 +88,13 @@ def by_promotion(bench: Workbench, found: Interpretation) -> list[Preset]:
     return chosen
 
 
-def promoting(bench: Workbench, found: Interpretation) -> list[tuple[int, list[str]]]:
-    """Latents that fire neither rarely nor everywhere, those with the largest effects on the logits at their maximum
-    first, each with the words among its most promoted tokens.
+def promoting(loaded: LoadedSAE, found: Interpretation) -> list[tuple[int, list[str]]]:
+    """Latents that fire neither rarely nor everywhere, those with the largest effects on the logits first.
+
+    The effects are those at a latent's maximum. Each comes with the words among its most promoted tokens.
     """
     densities, promoted = found.column("density"), found.column("promoted")
-    maxima = bench.maxima
+    maxima = loaded.maxima
     effects = {
         latent: tokens[0]["effect"] * maxima[latent]
         for latent, tokens in enumerate(promoted)

@@ -1,7 +1,7 @@
 """A text as the SAE reads it: which latents are active on which token, and what each level keeps.
 
 Many visitors share one model, and hooks are on the model. So activations are read by a hook that looks which thread
-runs it, and levels are put in place by `hf_msae.steering`, which looks, too.
+runs it, and levels are put in position by `hf_msae.steering`, which looks, too.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hf_msae.outliers import within_limit
 from hf_msae.sites import in_this_thread, replace
-from hf_msae.steering import steer
-from msae_space.workbench import Key, SpaceError, Workbench
+from hf_msae.steering import PrefixEdit, steering_context
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.zerogpu import on_gpu
 
 MAX_TOKENS, MAX_PROMPT_TOKENS, MAX_PHRASE_TOKENS = 256, 512, 64
@@ -22,8 +22,13 @@ NUM_GUESSES = 3
 
 @dataclass(frozen=True)
 class Reading:
-    """Of which SAE; tokens as text, which of them the SAE was never trained on (special tokens and outliers), and
-    per token its active latents with their activations, strongest first; none where it was not trained.
+    """A text as an SAE reads it.
+
+    Args:
+        key: Which SAE.
+        pieces: The tokens as text.
+        skipped: Which tokens the SAE was never trained on: special tokens and outliers.
+        active: Per token its active latents with their activations, strongest first; none where `skipped`.
     """
 
     key: Key
@@ -38,9 +43,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class LevelReading:
-    """What one level keeps of a text: the fraction of variance explained (over the text's own mean), the cross-entropy
-    with and without it in nats per token, the divergence of each token's prediction, and what is predicted now.
-    Special tokens and outliers are left as they are, and count in neither of the first two.
+    """What one level keeps of a text. Special tokens and outliers are left as they are.
+
+    Args:
+        prefix: Number of latents.
+        fve: Fraction of variance explained, over the text's own mean.
+        ce: Cross-entropy with reconstructions in place of activations, in nats per token. As in every metric, a
+            prediction counts where its token and the next one were replaced.
+        ce_clean: The same without replacing anything.
+        kl: Per token the divergence of the prediction after it, in nats.
+        guesses: Per token the likeliest next tokens.
+        guesses_clean: The same without replacing anything.
     """
 
     prefix: int
@@ -57,24 +70,32 @@ class LevelReading:
         return sum(now[0] != before[0] for now, before in zip(self.guesses, self.guesses_clean, strict=True))
 
 
-def encode_text(bench: Workbench, text: str, what: str = "The text", most: int = MAX_TOKENS) -> Tensor:
-    """Token ids (tokens,). Raises SpaceError for no text, and for more than `most` tokens or the model's positions."""
+def encode_text(loaded: LoadedSAE, text: str, what: str = "The text", most: int = MAX_TOKENS) -> Tensor:
+    """A text as token ids, of shape (tokens,).
+
+    Raises:
+        SpaceError: There is no text, or it has more than `most` tokens or more than the model has positions.
+    """
     if not text.strip():
         raise SpaceError(f"{what} is empty; type some words.")
-    ids = bench.tokenizer(text, return_tensors="pt").input_ids[0]
-    most = min(most, bench.language.num_positions or most)
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[0]
+    most = min(most, loaded.language.num_positions or most)
     if len(ids) > most:
         raise SpaceError(f"{what} has {len(ids)} tokens; this page reads up to {most} of this model. Shorten it.")
     if not len(ids):
         raise SpaceError(f"{what} has no tokens for this model; type some words.")
-    return ids.to(bench.model.device)
+    return ids.to(loaded.model.device)
 
 
-def check_prompt(bench: Workbench, prompt: str, max_new_tokens: int) -> None:
-    """Raises SpaceError for a prompt that is too long to go on from, in tokens; characters say little of those."""
-    room = (bench.language.num_positions or MAX_PROMPT_TOKENS + max_new_tokens) - max_new_tokens
+def check_prompt(loaded: LoadedSAE, prompt: str, max_new_tokens: int) -> None:
+    """Checks that a prompt leaves room for what is to be written, in tokens, of which characters say little.
+
+    Raises:
+        SpaceError: The prompt is too long, or has no tokens.
+    """
+    room = (loaded.language.num_positions or MAX_PROMPT_TOKENS + max_new_tokens) - max_new_tokens
     most = min(MAX_PROMPT_TOKENS, room)
-    number = len(bench.tokenizer(prompt).input_ids)
+    number = len(loaded.tokenizer(prompt).input_ids)
     if number > most:
         raise SpaceError(
             f"The prompt has {number:,} tokens; with {max_new_tokens} new ones, this page takes up to {most}. "
@@ -84,26 +105,29 @@ def check_prompt(bench: Workbench, prompt: str, max_new_tokens: int) -> None:
         raise SpaceError("The prompt has no tokens for this model; type some words.")
 
 
-def token_pieces(bench: Workbench, ids: Tensor) -> tuple[str, ...]:
+def token_pieces(loaded: LoadedSAE, ids: Tensor) -> tuple[str, ...]:
     """Each token as it reads in the text, spaces included."""
     listed, pieces = ids.tolist(), []
-    for place in range(len(listed)):
+    for position in range(len(listed)):
         # Decoded behind its predecessor, since many tokenizers drop the space before a text's first token.
-        before = bench.decode(listed[max(0, place - 1) : place])
-        both = bench.decode(listed[max(0, place - 1) : place + 1])
-        pieces.append(both[len(before) :] if both.startswith(before) else bench.decode(listed[place : place + 1]))
+        before = loaded.decode(listed[max(0, position - 1) : position])
+        both = loaded.decode(listed[max(0, position - 1) : position + 1])
+        alone = loaded.decode(listed[position : position + 1])
+        pieces.append(both[len(before) :] if both.startswith(before) else alone)
     return tuple(pieces)
 
 
-def are_special(bench: Workbench, pieces: Sequence[str]) -> list[bool]:
+def are_special(loaded: LoadedSAE, pieces: Sequence[str]) -> list[bool]:
     """Which pieces of a text are special tokens, written out."""
-    written = {bench.decode([token]) for token in bench.special_ids}
+    written = {loaded.decode([token]) for token in loaded.special_ids}
     return [piece in written for piece in pieces]
 
 
-def activations(bench: Workbench, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations at the SAE's site (tokens, hidden_size), and logits (tokens, vocabulary). Raises SpaceError for
-    activations of another width than the SAE's.
+def activations(loaded: LoadedSAE, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations at the SAE's site (tokens, hidden_size), and logits (tokens, vocabulary).
+
+    Raises:
+        SpaceError: The model never runs the site, or its activations have another width than the SAE's.
     """
     seen: list[Tensor] = []
 
@@ -111,75 +135,80 @@ def activations(bench: Workbench, ids: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(hidden.detach().clone())
         return hidden
 
-    with torch.inference_mode(), replace(bench.model, {bench.site: look}, in_this_thread()):
-        logits = bench.model(input_ids=ids[None], use_cache=False).logits[0]
+    with torch.inference_mode(), replace(loaded.model, {loaded.site: look}, in_this_thread()):
+        logits = loaded.model(input_ids=ids[None], use_cache=False).logits[0]
     if not seen:
-        raise SpaceError(f"The language model never runs {bench.site}, where the SAE reads.")
-    width, wanted = seen[0].shape[-1], bench.sae.config.hidden_size
+        raise SpaceError(f"The language model never runs {loaded.site}, where the SAE reads.")
+    width, wanted = seen[0].shape[-1], loaded.sae.config.hidden_size
     if width != wanted:
-        raise SpaceError(f"The SAE reads activations of width {wanted}, and those at {bench.site} have {width}.")
+        raise SpaceError(f"The SAE reads activations of width {wanted}, and those at {loaded.site} have {width}.")
     return seen[0][0].float(), logits.float()
 
 
-def are_ordinary(bench: Workbench, ids: Tensor, x: Tensor) -> Tensor:
-    """Which tokens are of the kind that the SAE was trained on, bool (tokens,): not the special ones, nor those whose
-    activations x (tokens, hidden_size) are outliers, such as attention sinks.
+def are_ordinary(loaded: LoadedSAE, ids: Tensor, x: Tensor) -> Tensor:
+    """Which tokens are of the kind that the SAE was trained on, bool (tokens,).
+
+    Those are neither the special ones, nor those whose activations x (tokens, hidden_size) are outliers, such as
+    attention sinks.
     """
-    special = torch.tensor([token in bench.special_ids for token in ids.tolist()], device=x.device)
-    return within_limit(x, bench.sae.config.norm_limit).to(x.device) & ~special
+    special = torch.tensor([token in loaded.special_ids for token in ids.tolist()], device=x.device)
+    return within_limit(x, loaded.sae.config.norm_limit).to(x.device) & ~special
 
 
 @on_gpu
-def mean_norm(bench: Workbench, text: str) -> float:
+def mean_norm(loaded: LoadedSAE, text: str) -> float:
     """The mean length of the activations at the SAE's site, over a text's ordinary tokens."""
-    ids = encode_text(bench, text)
-    x, _ = activations(bench, ids)
-    return x[are_ordinary(bench, ids, x)].norm(dim=-1).mean().item()
+    ids = encode_text(loaded, text)
+    x, _ = activations(loaded, ids)
+    return x[are_ordinary(loaded, ids, x)].norm(dim=-1).mean().item()
 
 
 @on_gpu
-def read(bench: Workbench, text: str) -> Reading:
+def read(loaded: LoadedSAE, text: str) -> Reading:
     """The text's tokens and latents."""
-    ids = encode_text(bench, text)
-    x, _ = activations(bench, ids)
-    skipped = tuple((~are_ordinary(bench, ids, x)).tolist())
+    ids = encode_text(loaded, text)
+    x, _ = activations(loaded, ids)
+    skipped = tuple((~are_ordinary(loaded, ids, x)).tolist())
     with torch.inference_mode():
-        latents = bench.sae.encode(x.to(bench.sae.device)).cpu()
+        latents = loaded.sae.encode(x.to(loaded.sae.device)).cpu()
     active = []
     for row, left_out in zip(latents, skipped, strict=True):
-        places = row.nonzero().squeeze(-1)
-        found = sorted(zip(places.tolist(), row[places].tolist(), strict=True), key=lambda pair: -pair[1])
+        positions = row.nonzero().squeeze(-1)
+        found = sorted(zip(positions.tolist(), row[positions].tolist(), strict=True), key=lambda pair: -pair[1])
         active.append(() if left_out else tuple(found))
-    return Reading(bench.key, token_pieces(bench, ids), skipped, tuple(active))
+    return Reading(loaded.key, token_pieces(loaded, ids), skipped, tuple(active))
 
 
 @on_gpu
-def read_levels(bench: Workbench, text: str) -> tuple[tuple[str, ...], list[LevelReading]]:
-    """The text's tokens, and what each level keeps of it. Raises SpaceError for a text without two ordinary tokens."""
-    ids = encode_text(bench, text)
-    x, clean = activations(bench, ids)
-    ordinary = are_ordinary(bench, ids, x)
+def read_levels(loaded: LoadedSAE, text: str) -> tuple[tuple[str, ...], list[LevelReading]]:
+    """The text's tokens, and what each level keeps of it.
+
+    Raises:
+        SpaceError: No two ordinary tokens follow one another in the text.
+    """
+    ids = encode_text(loaded, text)
+    x, clean = activations(loaded, ids)
+    ordinary = are_ordinary(loaded, ids, x)
     # As in every metric: a prediction counts where its token and the next one were replaced.
     counted = ordinary[:-1] & ordinary[1:]
     if not counted.any():
         raise SpaceError("The text is too short to predict anything; type a sentence.")
-    kept = x[ordinary].to(bench.sae.device)
+    kept = x[ordinary].to(loaded.sae.device)
     total = (kept - kept.mean(0)).pow(2).sum()
     levels = []
     with torch.inference_mode():
-        latents = bench.sae.encode(kept)
-        for level, prefix in enumerate(bench.prefix_sizes):
-            error = (kept - bench.sae.decode(latents, prefix)).pow(2).sum()
-            with steer(
-                bench.model, bench.sae, method="prefix", level=level, keep_error=False, special_ids=bench.special_ids
-            ):
-                logits = bench.model(input_ids=ids[None], use_cache=False).logits[0].float()
-            levels.append(_compare(bench, ids, counted, clean, logits, prefix, (1 - error / total).item()))
-    return token_pieces(bench, ids), levels
+        latents = loaded.sae.encode(kept)
+        for level, prefix in enumerate(loaded.prefix_sizes):
+            error = (kept - loaded.sae.decode(latents, prefix)).pow(2).sum()
+            edits = [PrefixEdit(level, keep_error=False)]
+            with steering_context(loaded.model, {"": loaded.sae}, edits, special_ids=loaded.special_ids):
+                logits = loaded.model(input_ids=ids[None], use_cache=False).logits[0].float()
+            levels.append(_compare(loaded, ids, counted, clean, logits, prefix, (1 - error / total).item()))
+    return token_pieces(loaded, ids), levels
 
 
 def _compare(
-    bench: Workbench, ids: Tensor, counted: Tensor, clean: Tensor, logits: Tensor, prefix: int, fve: float
+    loaded: LoadedSAE, ids: Tensor, counted: Tensor, clean: Tensor, logits: Tensor, prefix: int, fve: float
 ) -> LevelReading:
     log_p, log_q = clean.log_softmax(-1), logits.log_softmax(-1)
     where, following = counted.to(ids.device), ids[1:]
@@ -189,23 +218,23 @@ def _compare(
         ce=nn.functional.cross_entropy(logits[:-1][where], following[where]).item(),
         ce_clean=nn.functional.cross_entropy(clean[:-1][where], following[where]).item(),
         kl=tuple((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).tolist()),
-        guesses=_guesses(bench, logits),
-        guesses_clean=_guesses(bench, clean),
+        guesses=_guesses(loaded, logits),
+        guesses_clean=_guesses(loaded, clean),
     )
 
 
-def _guesses(bench: Workbench, logits: Tensor) -> tuple[tuple[str, ...], ...]:
+def _guesses(loaded: LoadedSAE, logits: Tensor) -> tuple[tuple[str, ...], ...]:
     return tuple(
-        tuple(bench.decode([token]) for token in row) for row in logits.topk(NUM_GUESSES, -1).indices.tolist()
+        tuple(loaded.decode([token]) for token in row) for row in logits.topk(NUM_GUESSES, -1).indices.tolist()
     )
 
 
-def surprise(bench: Workbench, prompt: str, text: str) -> float | None:
-    """Nats per token by which the unsteered model is surprised by `text` after `prompt`; None where there is none."""
-    before = len(bench.tokenizer(prompt).input_ids)
-    ids = bench.tokenizer(prompt + text, return_tensors="pt").input_ids[0].to(bench.model.device)
+def continuation_loss(loaded: LoadedSAE, prompt: str, text: str) -> float | None:
+    """The unsteered model's loss on `text` after `prompt`, in nats per token; None where there is no text."""
+    before = len(loaded.tokenizer(prompt).input_ids)
+    ids = loaded.tokenizer(prompt + text, return_tensors="pt").input_ids[0].to(loaded.model.device)
     if len(ids) <= before:
         return None
     with torch.inference_mode():
-        logits = bench.model(input_ids=ids[None], use_cache=False).logits[0].float()
+        logits = loaded.model(input_ids=ids[None], use_cache=False).logits[0].float()
     return nn.functional.cross_entropy(logits[before - 1 : -1], ids[before:]).item()

@@ -10,17 +10,12 @@ from typing import Any
 
 import gradio as gr
 
-from hf_msae.hub.index import NoSAEError
-from hf_msae.interpret.store import InterpretationError
-from hf_msae.sites import SiteError
-from hf_msae.steering import SteeringError
-from msae_space.asked import MAX_TEXT, UNREADABLE
+from hf_msae.errors import HfMsaeError
+from msae_space.latent_index import LatentIndex
 from msae_space.library import Library
-from msae_space.meaning import Meaning, Meanings
-from msae_space.workbench import Key, SpaceError, Workbench
+from msae_space.loaded_sae import Key, LoadedSAE
+from msae_space.validation import MAX_TEXT, UNREADABLE
 
-# What a visitor can mend. Anything else is a fault of ours: it is logged, and the page says only that.
-TOLD = (SpaceError, SteeringError, SiteError, NoSAEError, InterpretationError)
 BROKEN = (
     "Something broke here that is no fault of yours, and the Space's log says what. Try again; if it breaks again, "
     "reload the page."
@@ -30,25 +25,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Shared:
-    """key: State, [source, subfolder] of the open SAE. latent: State, the latent whose page is open. tabs: the row of
-    tabs, so that a button of one can lead to another. dials: the component of the steered latents.
+    """What all tabs read or write.
+
+    Args:
+        library: Where SAEs are opened.
+        key: State, [source, subfolder] of the open SAE.
+        latent: State, the latent whose page is open.
+        tabs: The row of tabs, so that a button of one can lead to another.
+        dials: The component of the steered latents.
+        method: What is done with them.
     """
 
     library: Library
-    meanings: Meanings
     key: gr.State
     latent: gr.State
     tabs: gr.Tabs
     dials: gr.HTML
     method: gr.Dropdown
 
-    def bench(self, key: list[str]) -> Workbench:
+    def loaded(self, key: list[str]) -> LoadedSAE:
         """The SAE that this visitor has open."""
         return self.library.open(Key(*key))
 
-    def meaning(self, key: list[str]) -> Meaning:
-        """What is known about its latents."""
-        return self.meanings.of(self.bench(key))
+    def index(self, key: list[str]) -> LatentIndex:
+        """What is known about the latents of the SAE that this visitor has open."""
+        return self.index_of(self.loaded(key))
+
+    def index_of(self, loaded: LoadedSAE) -> LatentIndex:
+        """What is known about an SAE's latents; it is found out in the background from the first call on."""
+        return self.library.companion(loaded, LatentIndex)
 
 
 def text_box(text: str, name: str, button: str) -> gr.Textbox:
@@ -57,9 +62,10 @@ def text_box(text: str, name: str, button: str) -> gr.Textbox:
 
 
 class Blocks(gr.Blocks):
-    """Gradio's, whose own complaints about what a browser sent are told in a sentence."""
+    """Gradio's, whose own complaints about what a browser sent reach the visitor as a sentence."""
 
     async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """As Gradio's, with the errors in a sentence."""
         try:
             return await super().preprocess_data(*args, **kwargs)
         except gr.Error as error:  # a number outside of its slider, a choice that is none
@@ -73,18 +79,21 @@ def refusal(words: str) -> gr.Error:
     return gr.Error(html.escape(words), duration=12, title="That did not work", print_exception=False)
 
 
-def told(function: Callable) -> Callable:
-    """The handler, whose refusals reach the visitor as a message. Its faults go to the log, and a message says so."""
+def reports_errors(function: Callable) -> Callable:
+    """The handler, whose errors reach the visitor as a message.
+
+    What a visitor can mend is told in its own words. Faults of this code go to the log, and a message says so.
+    """
 
     @contextmanager
-    def telling() -> Iterator[None]:
+    def reporting() -> Iterator[None]:
         try:
             yield
         except gr.Error:
             raise
-        except TOLD as error:
+        except HfMsaeError as error:
             raise refusal(str(error)) from error
-        except Exception as error:
+        except Exception as error:  # a fault of ours: the log has it, and the page says only that
             logger.exception("The page's handler %r failed.", function.__qualname__)
             raise refusal(BROKEN) from error
 
@@ -92,14 +101,14 @@ def told(function: Callable) -> Callable:
 
         @functools.wraps(function)
         def stream(*args: Any, **kwargs: Any) -> Any:
-            with telling():
+            with reporting():
                 yield from function(*args, **kwargs)
 
         return stream
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with telling():
+        with reporting():
             return function(*args, **kwargs)
 
     return call

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hf_msae.steering import LatentEdit
-from msae_space.asked import choice
-from msae_space.workbench import Workbench
+from msae_space.loaded_sae import LoadedSAE
+from msae_space.validation import choice
 
 METHODS = {
     "add": "Add: push every token",
@@ -34,39 +34,39 @@ class Dial(NamedTuple):
     value: float
 
 
-def has_maximum(bench: Workbench, latent: int) -> bool:
+def has_maximum(loaded: LoadedSAE, latent: int) -> bool:
     """Whether the latent's largest activation is known, and moves anything."""
-    moved = bench.maxima[latent] * bench.row_norms[latent]
+    moved = loaded.maxima[latent] * loaded.row_norms[latent]
     return 0 < moved < math.inf
 
 
-def strength(bench: Workbench, latent: int, share: float) -> float:
+def strength(loaded: LoadedSAE, latent: int, share: float) -> float:
     """The strength whose shift is this share of the activations' mean length, in the latent's unit."""
-    if not has_maximum(bench, latent):
+    if not has_maximum(loaded, latent):
         return share
-    return min(share * bench.mean_norm / (bench.maxima[latent] * bench.row_norms[latent]), MAX_STRENGTH)
+    return min(share * loaded.mean_norm / (loaded.maxima[latent] * loaded.row_norms[latent]), MAX_STRENGTH)
 
 
-def fluent_up_to(bench: Workbench, latent: int) -> float:
+def fluent_up_to(loaded: LoadedSAE, latent: int) -> float:
     """The largest strength at which text usually stays fluent."""
-    return strength(bench, latent, FLUENT_SHARE)
+    return strength(loaded, latent, FLUENT_SHARE)
 
 
-def limit(bench: Workbench, latent: int) -> float:
+def limit(loaded: LoadedSAE, latent: int) -> float:
     """Where the slider ends."""
-    return math.ceil(2 * strength(bench, latent, LIMIT_SHARE)) / 2
+    return math.ceil(2 * strength(loaded, latent, LIMIT_SHARE)) / 2
 
 
-def starting_value(bench: Workbench, latent: int, share: float = STARTING_SHARE) -> float:
+def starting_value(loaded: LoadedSAE, latent: int, share: float = STARTING_SHARE) -> float:
     """A first strength that shows something, as the slider can give it."""
     # Rounded down, so that it does not leave the band.
-    return round(max(STEP, math.floor(strength(bench, latent, share) / STEP) * STEP), 2)
+    return round(max(STEP, math.floor(strength(loaded, latent, share) / STEP) * STEP), 2)
 
 
-def edits(bench: Workbench, dials: Sequence[Dial], method: str) -> list[LatentEdit]:
+def edits(loaded: LoadedSAE, dials: Sequence[Dial], method: str) -> list[LatentEdit]:
     """What the dials mean for `hf_msae.steering`."""
     choice(method, "method", METHODS)
     return [
-        LatentEdit(latent, value, method, "max" if has_maximum(bench, latent) else "norm")  # type: ignore[arg-type]
+        LatentEdit(latent, value, method, "max" if has_maximum(loaded, latent) else "norm")  # type: ignore[arg-type]
         for latent, value in dials
     ]

@@ -12,14 +12,14 @@ import gradio as gr
 
 from hf_msae import MatryoshkaSAE
 from hf_msae.research.meta import Decomposition, decompose
-from msae_space import asked, drawing
+from msae_space import drawing, validation
 from msae_space.drawing import ON_CLICK
+from msae_space.latent_index import LatentIndex
 from msae_space.library import short
 from msae_space.links import MAX_NAME
-from msae_space.meaning import Meaning
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.reading import read, read_levels
-from msae_space.shared import Shared, text_box, told
-from msae_space.workbench import Key, SpaceError, Workbench
+from msae_space.shared import Shared, reports_errors, text_box
 from msae_space.zerogpu import on_gpu
 
 SAME = "the open one"
@@ -29,6 +29,8 @@ NUM_META, NUM_SHARING = 6, 5
 
 
 class CompareTab(NamedTuple):
+    """What the page wires up, and the handler that other events start, too."""
+
     text: gr.Textbox
     levels: tuple[gr.Dropdown, gr.Dropdown]
     view: gr.HTML
@@ -51,12 +53,12 @@ def build(shared: Shared, default_text: str, meta_sae: str | None) -> CompareTab
         right = gr.Dropdown([], label="Right: level", elem_id="right-level", filterable=False)
     view = gr.HTML(js_on_load=ON_CLICK, elem_id="compare-view")
 
-    @told
+    @reports_errors
     def compare(key: list[str], words: str, low: str, high: str, source: str | None) -> str:
-        bench, source = shared.bench(key), asked.words(source, "The SAE", MAX_NAME).strip()
-        words = asked.words(words, "The text")
-        against = bench if source in ("", SAME) else _other(shared, source)
-        return _side_by_side(shared, (bench, against), (_level(bench, low), _level(against, high)), words)
+        loaded, source = shared.loaded(key), validation.words(source, "The SAE", MAX_NAME).strip()
+        words = validation.words(words, "The text")
+        against = loaded if source in ("", SAME) else _other(shared, source)
+        return _side_by_side(shared, (loaded, against), (_level(loaded, low), _level(against, high)), words)
 
     inputs = [shared.key, text, left, right, other]
     text.submit(compare, inputs, view, show_progress="hidden", api_name="compare")
@@ -71,37 +73,37 @@ def build(shared: Shared, default_text: str, meta_sae: str | None) -> CompareTab
 def _open_pages(shared: Shared, view: gr.HTML) -> None:
     """A click on a latent opens its page."""
 
-    @told
+    @reports_errors
     def choose(key: list[str], event: gr.EventData) -> tuple[int, Any]:
-        return shared.bench(key).checked(asked.click(event._data, "latent").id), gr.Tabs(selected="explore")
+        return shared.loaded(key).checked(validation.click(event._data, "latent").id), gr.Tabs(selected="explore")
 
     view.click(choose, shared.key, [shared.latent, shared.tabs], show_progress="hidden", api_visibility="private")
 
 
-def level_choices(bench: Workbench) -> list[tuple[str, str]]:
+def level_choices(loaded: LoadedSAE) -> list[tuple[str, str]]:
     """The levels by their sizes."""
-    return [(f"level {level + 1}: first {size:,}", str(level)) for level, size in enumerate(bench.prefix_sizes)]
+    return [(loaded.level_name(level), str(level)) for level in range(len(loaded.prefix_sizes))]
 
 
-def _other(shared: Shared, source: str) -> Workbench:
+def _other(shared: Shared, source: str) -> LoadedSAE:
     entries = shared.library.entries(source)
     return shared.library.open(Key(source, entries[0].subfolder))
 
 
-def _level(bench: Workbench, chosen: str | None) -> int:
+def _level(loaded: LoadedSAE, chosen: str | None) -> int:
     """The level chosen, or the last where the other SAE has fewer."""
-    level = asked.decimal(asked.words(chosen, "A level", asked.MAX_WORDS))
+    level = validation.decimal(validation.words(chosen, "A level", validation.MAX_WORDS))
     if level is None:
         raise SpaceError("Choose a level on both sides.")
-    return min(level, len(bench.prefix_sizes) - 1)
+    return min(level, len(loaded.prefix_sizes) - 1)
 
 
-def _side_by_side(shared: Shared, benches: tuple[Workbench, Workbench], levels: tuple[int, int], words: str) -> str:
-    titles = [_title(bench, level) for bench, level in zip(benches, levels, strict=True)]
+def _side_by_side(shared: Shared, all_loaded: tuple[LoadedSAE, LoadedSAE], levels: tuple[int, int], words: str) -> str:
+    titles = [_title(loaded, level) for loaded, level in zip(all_loaded, levels, strict=True)]
     # A latent's page is one of the open SAE.
     sides = [
-        _side(shared, bench, level, words, "latent" if bench.key == benches[0].key else None)
-        for bench, level in zip(benches, levels, strict=True)
+        _side(shared, loaded, level, words, "latent" if loaded.key == all_loaded[0].key else None)
+        for loaded, level in zip(all_loaded, levels, strict=True)
     ]
     rows = [[name, left, right] for name, left, right in zip(FACTS, sides[0][0], sides[1][0], strict=True)]
     drawn = [f"<h3>{drawing.text(title)}</h3>{body}" for title, (_, body) in zip(titles, sides, strict=True)]
@@ -109,14 +111,14 @@ def _side_by_side(shared: Shared, benches: tuple[Workbench, Workbench], levels: 
     return drawing.table(["", *titles], rows) + note + drawing.columns(*drawn)
 
 
-def _title(bench: Workbench, level: int) -> str:
-    return f"{short(bench.key.source)}, level {level + 1}"
+def _title(loaded: LoadedSAE, level: int) -> str:
+    return f"{short(loaded.key.source)}, level {level}"
 
 
-def _side(shared: Shared, bench: Workbench, level: int, words: str, action: str | None) -> tuple[list[str], str]:
+def _side(shared: Shared, loaded: LoadedSAE, level: int, words: str, action: str | None) -> tuple[list[str], str]:
     """One side's numbers, in the order of FACTS, and its text and strongest latents."""
-    pieces, measured = read_levels(bench, words)
-    one, reading, size = measured[level], read(bench, words), bench.prefix_sizes[level]
+    pieces, measured = read_levels(loaded, words)
+    one, reading, size = measured[level], read(loaded, words), loaded.prefix_sizes[level]
     active = [[(latent, value) for latent, value in found if latent < size] for found in reading.active]
     number = sum(not skipped for skipped in reading.skipped)
     facts = [
@@ -128,23 +130,23 @@ def _side(shared: Shared, bench: Workbench, level: int, words: str, action: str 
     ]
     titles = [f"KL {value:.3f} nats" for value in one.kl]
     coloured = drawing.tokens(pieces, one.kl, hue=level, titles=titles, special=reading.skipped, clickable=False)
-    listed = drawing.listing(_strongest(bench, shared.meanings.of(bench), active, action), "None is active.")
+    listed = drawing.listing(_strongest(loaded, shared.index_of(loaded), active, action), "None is active.")
     return facts, coloured + drawing.section("Strongest latents in this text", listed)
 
 
 def _strongest(
-    bench: Workbench, meaning: Meaning, active: list[list[tuple[int, float]]], action: str | None
+    loaded: LoadedSAE, index: LatentIndex, active: list[list[tuple[int, float]]], action: str | None
 ) -> list[str]:
     peaks: dict[int, float] = {}
     for latent, value in (pair for found in active for pair in found):
-        share = value / (bench.maxima[latent] or 1.0)
+        share = value / (loaded.maxima[latent] or 1.0)
         peaks[latent] = max(peaks.get(latent, 0.0), share)
     order = sorted(peaks, key=lambda latent: -peaks[latent])[:NUM_LATENTS]
     return [
         drawing.latent_button(
             latent,
-            meaning.name(latent),
-            bench.level_of(latent),
+            index.name(latent),
+            loaded.level_of(latent),
             extra=f"{100 * peaks[latent]:.0f}% of max",
             action=action,
         )
@@ -158,10 +160,10 @@ def _build_meta(shared: Shared, source: str) -> None:
         view = gr.HTML(js_on_load=ON_CLICK, elem_id="meta-view")
         _open_pages(shared, view)
 
-    @told
+    @reports_errors
     def take_apart(key: list[str], words: str) -> str:
-        bench, meaning = shared.bench(key), shared.meaning(key)
-        return draw_parts(bench, meaning, source, meaning.number(asked.words(words, "The number")))
+        loaded, index = shared.loaded(key), shared.index(key)
+        return draw_parts(loaded, index, source, index.number(validation.words(words, "The number")))
 
     number.submit(take_apart, [shared.key, number], view, show_progress="hidden", api_name="meta")
 
@@ -173,29 +175,30 @@ def _meta_sae(source: str) -> MatryoshkaSAE:
 
 
 @on_gpu
-def _decompose(bench: Workbench, source: str, latent: int) -> Decomposition:
-    return decompose(_meta_sae(source), bench.sae, [latent], neighbours=NUM_SHARING)[0]
+def _decompose(loaded: LoadedSAE, source: str, latent: int) -> Decomposition:
+    return decompose(_meta_sae(source), loaded.sae, [latent], neighbours=NUM_SHARING)[0]
 
 
-def draw_parts(bench: Workbench, meaning: Meaning, source: str, latent: int) -> str:
+def draw_parts(loaded: LoadedSAE, index: LatentIndex, source: str, latent: int) -> str:
     """The meta-latents that a latent's decoder row is made of, and other latents that share each.
 
-    Raises SpaceError where the meta-SAE is of another width.
+    Raises:
+        SpaceError: The meta-SAE is of another width.
     """
     try:
-        found = _decompose(bench, source, latent)
+        found = _decompose(loaded, source, latent)
     except ValueError as error:
         raise SpaceError(str(error)) from error
     sections = []
     for part in found.parts[:NUM_META]:
         rows = [
-            drawing.latent_button(other, meaning.name(other), bench.level_of(other), extra=f"{value:.2f}")
+            drawing.latent_button(other, index.name(other), loaded.level_of(other), extra=f"{value:.2f}")
             for other, value in part.shared_with
         ]
         listed = drawing.listing(rows, "No other latent uses it.")
         sections.append(drawing.section(f"Meta-latent {part.meta_latent}, weight {part.activation:.2f}", listed))
     words = (
-        f"#{latent} ({meaning.name(latent)}) is written with {len(found.parts)} meta-latents; their sum has a cosine "
+        f"#{latent} ({index.name(latent)}) is written with {len(found.parts)} meta-latents; their sum has a cosine "
         f"of {found.cosine:.2f} with its direction. Under each: the other latents that use it most."
     )
     return drawing.note(words) + "".join(sections)

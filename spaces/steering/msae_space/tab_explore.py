@@ -7,19 +7,21 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from hf_msae.interpret.pages import LatentPage, TokenEffect
-from msae_space import asked, drawing
+from msae_space import drawing, validation
 from msae_space.dials import draw_with, read_dials
 from msae_space.drawing import ON_CLICK
-from msae_space.meaning import Hit, Meaning, strengths
+from msae_space.latent_index import Hit, LatentIndex, strengths
+from msae_space.loaded_sae import LoadedSAE
 from msae_space.reading import Reading, are_special, read
-from msae_space.shared import Shared, text_box, told
-from msae_space.workbench import Workbench
+from msae_space.shared import Shared, reports_errors, text_box
 
 ONE_LATENT = "one"
 NUM_SHOWN, NUM_CONTEXTS = 8, 8
 
 
 class ExploreTab(NamedTuple):
+    """What the page wires up, and the handlers that other events start, too."""
+
     text: gr.Textbox
     colour: gr.Dropdown
     tokens: gr.HTML
@@ -55,28 +57,28 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     shown = [tokens, details]
     state = [shared.key, reading, token, shared.latent, colour]
 
-    @told
-    def draw(key: list[str], found: Reading | None, place: int | None, latent: int | None, by: str) -> Any:
-        return draw_reading(shared.bench(key), shared.meaning(key), found, place, latent, by)
+    @reports_errors
+    def draw(key: list[str], found: Reading | None, position: int | None, latent: int | None, by: str) -> Any:
+        return draw_reading(shared.loaded(key), shared.index(key), found, position, latent, by)
 
-    @told
+    @reports_errors
     def read_text(key: list[str], words: str) -> tuple[Reading, None]:
-        return read(shared.bench(key), asked.words(words, "The text")), None
+        return read(shared.loaded(key), validation.words(words, "The text")), None
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     text.submit(read_text, [shared.key, text], [reading, token], **quiet).then(draw, state, shown, **quiet)
     colour.input(draw, state, shown, **quiet)
 
-    @told
+    @reports_errors
     def choose(key: list[str], value: Any, method: str, latent: int | None, event: gr.EventData) -> tuple[Any, ...]:
         """A click on a token, a latent or a button of a latent's page."""
-        clicked = asked.click(event._data, "token", "latent", "steer")
+        clicked = validation.click(event._data, "token", "latent", "steer")
         if clicked.action == "token":
             return clicked.id, latent, gr.skip(), gr.skip()
-        bench, meaning = shared.bench(key), shared.meaning(key)
-        chosen = bench.checked(clicked.id)
+        loaded, index = shared.loaded(key), shared.index(key)
+        chosen = loaded.checked(clicked.id)
         if clicked.action == "steer":
-            dials = draw_with(bench, meaning, read_dials(value, bench), chosen, method)
+            dials = draw_with(loaded, index, read_dials(value, loaded), chosen, method)
             return gr.skip(), latent, dials, gr.Tabs(selected="steer")
         return gr.skip(), chosen, gr.skip(), gr.skip()
 
@@ -88,92 +90,92 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
             **quiet,
         ).then(draw, state, shown, **quiet)
 
-    @told
+    @reports_errors
     def open_number(key: list[str], words: str) -> int:
-        return shared.meaning(key).number(asked.words(words, "The number"))
+        return shared.index(key).number(validation.words(words, "The number"))
 
     number.submit(open_number, [shared.key, number], shared.latent, **quiet)
 
-    @told
+    @reports_errors
     def open_page(key: list[str], latent: int | None) -> str:
-        return draw_page(shared.bench(key), shared.meaning(key), latent)
+        return draw_page(shared.loaded(key), shared.index(key), latent)
 
     shared.latent.change(open_page, [shared.key, shared.latent], page, show_progress="hidden", api_name="latent")
     shared.latent.change(draw, state, shown, **quiet)
     return ExploreTab(text, colour, tokens, details, page, reading, token, read_text, draw, state)
 
 
-def colour_choices(bench: Workbench) -> list[tuple[str, str]]:
+def colour_choices(loaded: LoadedSAE) -> list[tuple[str, str]]:
     """By the open latent, or by the latents that a level adds."""
-    sizes = [0, *bench.prefix_sizes]
+    sizes = [0, *loaded.prefix_sizes]
     levels = [
-        (f"level {level + 1}: latents {low:,} to {high - 1:,}", str(level))
+        (f"level {level} · latents {low:,} to {high - 1:,}", str(level))
         for level, (low, high) in enumerate(pairwise(sizes))
     ]
     return [("the latent whose page is open", ONE_LATENT), *levels]
 
 
 def draw_reading(
-    bench: Workbench, meaning: Meaning, found: Reading | None, place: int | None, latent: int | None, by: str
+    loaded: LoadedSAE, index: LatentIndex, found: Reading | None, position: int | None, latent: int | None, by: str
 ) -> tuple[str, str]:
     """The coloured tokens, and the latents of the token that was clicked."""
-    if found is None or found.key != bench.key:
+    if found is None or found.key != loaded.key:
         return "", drawing.note("Press Read to see the text as the SAE reads it.")
-    latent = bench.here(latent)
-    strengths, hue, titles = _strengths(bench, found, latent, by)
-    tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=place, titles=titles, special=found.skipped)
-    if place is None or not 0 <= place < len(found.pieces):
+    latent = loaded.here(latent)
+    strengths, hue, titles = _strengths(loaded, found, latent, by)
+    tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=position, titles=titles, special=found.skipped)
+    if position is None or not 0 <= position < len(found.pieces):
         return tokens, drawing.note("Click a token to list its latents.")
-    return tokens, _token_latents(bench, meaning, found, place)
+    return tokens, _token_latents(loaded, index, found, position)
 
 
 def _strengths(
-    bench: Workbench, found: Reading, latent: int | None, by: str
+    loaded: LoadedSAE, found: Reading, latent: int | None, by: str
 ) -> tuple[Sequence[float], int, Sequence[str]]:
     """Per token a colour in 0 … 1 and a title, and the hue."""
     if by == ONE_LATENT:
         values = [0.0] * len(found.pieces) if latent is None else found.values(latent)
-        hue = 0 if latent is None else bench.level_of(latent)
-        maximum = 0.0 if latent is None else bench.maxima[latent]
+        hue = 0 if latent is None else loaded.level_of(latent)
+        maximum = 0.0 if latent is None else loaded.maxima[latent]
         scale = maximum or max(values) or 1.0
         return [value / scale for value in values], hue, [f"{value:.2f}" for value in values]
-    level = int(asked.choice(by, "colour", [str(level) for level in range(len(bench.prefix_sizes))]))
-    sums = [sum(value for one, value in active if bench.level_of(one) == level) for active in found.active]
+    level = int(validation.choice(by, "colour", [str(level) for level in range(len(loaded.prefix_sizes))]))
+    sums = [sum(value for one, value in active if loaded.level_of(one) == level) for active in found.active]
     whole = [sum(value for _, value in active) or 1.0 for active in found.active]
     shares = [part / total for part, total in zip(sums, whole, strict=True)]
     return shares, level, [f"{100 * share:.0f}% of the activation is of this level" for share in shares]
 
 
-def _token_latents(bench: Workbench, meaning: Meaning, found: Reading, place: int) -> str:
+def _token_latents(loaded: LoadedSAE, index: LatentIndex, found: Reading, position: int) -> str:
     """The latents of a token, under the level that they belong to."""
-    if found.skipped[place]:
+    if found.skipped[position]:
         return drawing.note("A special token or an attention sink: the SAE never reads those.")
-    parts = [f"<h3>Latents on “{drawing.visible(found.pieces[place].strip() or found.pieces[place])}”</h3>"]
-    sizes = [0, *bench.prefix_sizes]
+    parts = [f"<h3>Latents on “{drawing.visible(found.pieces[position].strip() or found.pieces[position])}”</h3>"]
+    sizes = [0, *loaded.prefix_sizes]
     for level, (low, high) in enumerate(pairwise(sizes)):
-        here = [(latent, value) for latent, value in found.active[place] if low <= latent < high]
+        here = [(latent, value) for latent, value in found.active[position] if low <= latent < high]
         if not here:
             continue
         rows = [
-            drawing.latent_button(latent, meaning.name(latent), level, extra=f"{value:.2f}", with_level=False)
+            drawing.latent_button(latent, index.name(latent), level, extra=f"{value:.2f}", with_level=False)
             for latent, value in here[:NUM_SHOWN]
         ]
         more = f" (strongest {NUM_SHOWN} of {len(here)})" if len(here) > NUM_SHOWN else ""
-        parts.append(f"<h4>Level {level + 1}{more}</h4>{drawing.listing(rows, '')}")
+        parts.append(f"<h4>Level {level}{more}</h4>{drawing.listing(rows, '')}")
     return "".join(parts) if len(parts) > 1 else drawing.note("No latent is active on this token.")
 
 
-def draw_page(bench: Workbench, meaning: Meaning, latent: int | None) -> str:
+def draw_page(loaded: LoadedSAE, index: LatentIndex, latent: int | None) -> str:
     """One latent: what it fires on, what it promotes, its relatives."""
-    latent = bench.here(latent)
+    latent = loaded.here(latent)
     if latent is None:
         return drawing.note("No latent is open. Click one, or type its number.")
-    view = meaning.page(latent)
-    maximum, rate = bench.maxima[latent], bench.firing_rates[latent]
+    view = index.page(latent)
+    maximum, rate = loaded.maxima[latent], loaded.firing_rates[latent]
     facts = f"In training it fired on {100 * rate:.2g}% of tokens, with at most {maximum:.3g}."
-    head = draw_head(bench, meaning, latent, drawing.button("Steer with it", "steer", latent, primary=True))
+    head = draw_head(loaded, index, latent, drawing.button("Steer with it", "steer", latent, primary=True))
     if view is None:
-        return head + drawing.note(f"{facts} {meaning.progress}")
+        return head + drawing.note(f"{facts} {index.progress}")
     if view.is_dead:
         return head + drawing.note(f"{facts} It never fired on the text that was read.")
     score = (
@@ -185,30 +187,31 @@ def draw_page(bench: Workbench, meaning: Meaning, latent: int | None) -> str:
         [
             head,
             drawing.note(facts + score),
-            drawing.section("Where it fires most", draw_contexts(bench, view, NUM_CONTEXTS)),
+            drawing.section("Where it fires most", draw_contexts(loaded, view, NUM_CONTEXTS)),
             drawing.section(
                 "How strongly it fires",
                 drawing.bars(view.histogram, "0", f"{view.histogram_range:.3g}", "activation, where it fires"),
             ),
             drawing.columns(_tokens("Promotes", view.promoted), _tokens("Suppresses", view.suppressed)),
-            draw_relatives(bench, meaning, view),
-            drawing.section("Nearest by decoder cosine", draw_hits(bench, meaning, _nearest(view), "Nothing.")),
+            draw_relatives(loaded, index, view),
+            drawing.section("Nearest by decoder cosine", draw_hits(loaded, index, _nearest(view), "Nothing.")),
         ]
     )
 
 
-def draw_head(bench: Workbench, meaning: Meaning, latent: int, buttons: str) -> str:
+def draw_head(loaded: LoadedSAE, index: LatentIndex, latent: int, buttons: str) -> str:
     """A latent's level, number and name, and buttons."""
-    level = bench.level_of(latent)
+    level = loaded.level_of(latent)
+    where = f'<span class="msae-level">{loaded.level_name(level)}</span>'
     return (
-        f'<header class="msae-page-head msae-hue-{level % 6}"><span class="msae-level">level {level + 1}</span>'
-        f'<h2><span class="msae-number">#{latent}</span> {drawing.text(meaning.name(latent))}</h2>{buttons}</header>'
+        f'<header class="msae-page-head msae-hue-{level % 6}">{where}'
+        f'<h2><span class="msae-number">#{latent}</span> {drawing.text(index.name(latent))}</h2>{buttons}</header>'
     )
 
 
-def draw_contexts(bench: Workbench, view: LatentPage, number: int) -> str:
+def draw_contexts(loaded: LoadedSAE, view: LatentPage, number: int) -> str:
     """Stretches of text on which the latent is strongest."""
-    level = bench.level_of(view.latent)
+    level = loaded.level_of(view.latent)
     rows = "".join(
         "<li>"
         + drawing.tokens(
@@ -217,7 +220,7 @@ def draw_contexts(bench: Workbench, view: LatentPage, number: int) -> str:
             hue=level,
             marked=one.position,
             titles=[f"{value:.2f}" for value in one.activations],
-            special=are_special(bench, one.tokens),
+            special=are_special(loaded, one.tokens),
             clickable=False,
         )
         + "</li>"
@@ -226,20 +229,20 @@ def draw_contexts(bench: Workbench, view: LatentPage, number: int) -> str:
     return f'<ol class="msae-contexts">{rows}</ol>'
 
 
-def draw_hits(bench: Workbench, meaning: Meaning, hits: Sequence[Hit], empty: str) -> str:
+def draw_hits(loaded: LoadedSAE, index: LatentIndex, hits: Sequence[Hit], empty: str) -> str:
     """Latents to choose, each with why it is there."""
     rows = [
-        drawing.latent_button(one.latent, meaning.name(one.latent), bench.level_of(one.latent), extra=one.why)
+        drawing.latent_button(one.latent, index.name(one.latent), loaded.level_of(one.latent), extra=one.why)
         for one in hits
     ]
     return drawing.listing(rows, empty)
 
 
-def draw_relatives(bench: Workbench, meaning: Meaning, view: LatentPage) -> str:
+def draw_relatives(loaded: LoadedSAE, index: LatentIndex, view: LatentPage) -> str:
     """More general and more specific latents, beside each other where there are both."""
-    parents, children = meaning.parents(view.latent), meaning.children(view.latent)
-    up = drawing.section("More general", draw_hits(bench, meaning, parents, "Nothing above it."))
-    down = drawing.section("More specific", draw_hits(bench, meaning, children, "Nothing below it."))
+    parents, children = index.parents(view.latent), index.children(view.latent)
+    up = drawing.section("More general", draw_hits(loaded, index, parents, "Nothing above it."))
+    down = drawing.section("More specific", draw_hits(loaded, index, children, "Nothing below it."))
     if not parents and not children:
         return drawing.section("More general or specific", drawing.note("No other level has a relative of it."))
     return (drawing.columns(up, down) if parents and children else up + down) + drawing.note(

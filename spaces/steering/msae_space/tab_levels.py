@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from msae_space import asked, drawing
+from msae_space import drawing, validation
 from msae_space.links import MAX_LEVEL
+from msae_space.loaded_sae import Key, LoadedSAE
 from msae_space.reading import LevelReading, are_special, read_levels
-from msae_space.shared import Shared, text_box, told
-from msae_space.workbench import Key, Workbench
+from msae_space.shared import Shared, reports_errors, text_box
 
 EXPLANATION = (
     "The model's activations are replaced by what the first latents reconstruct, on every token but special ones and "
@@ -28,6 +28,8 @@ class Measured(NamedTuple):
 
 
 class LevelsTab(NamedTuple):
+    """What the page wires up, and the handlers that other events start, too."""
+
     text: gr.Textbox
     level: gr.Slider
     view: gr.HTML
@@ -43,17 +45,17 @@ def build(shared: Shared, default_text: str) -> LevelsTab:
         with gr.Column(scale=6, min_width=320):
             text = text_box(default_text, "levels-text", "Measure")
         with gr.Column(scale=6, min_width=320):
-            level = gr.Slider(1, 2, 1, step=1, label="Level", elem_id="level")
+            level = gr.Slider(0, 1, 0, step=1, label="Level", elem_id="level")
     gr.HTML(drawing.note(EXPLANATION))
     view = gr.HTML(elem_id="levels-view")
 
-    @told
+    @reports_errors
     def measure(key: list[str], words: str) -> Measured:
-        return Measured(Key(*key), *read_levels(shared.bench(key), asked.words(words, "The text")))
+        return Measured(Key(*key), *read_levels(shared.loaded(key), validation.words(words, "The text")))
 
-    @told
+    @reports_errors
     def draw(key: list[str], measured: Measured | None, chosen: float) -> str:
-        return draw_level(shared.bench(key), measured, asked.whole(chosen, "The level", 1, MAX_LEVEL))
+        return draw_level(shared.loaded(key), measured, validation.whole(chosen, "The level", 0, MAX_LEVEL))
 
     state = [shared.key, found, level]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -64,17 +66,17 @@ def build(shared: Shared, default_text: str) -> LevelsTab:
     return LevelsTab(text, level, view, found, measure, draw)
 
 
-def draw_level(bench: Workbench, measured: Measured | None, chosen: int) -> str:
-    """The table of all levels, and the text at the chosen one (from 1)."""
-    if measured is None or measured.key != bench.key:
+def draw_level(loaded: LoadedSAE, measured: Measured | None, chosen: int) -> str:
+    """The table of all levels, and the text at the chosen one."""
+    if measured is None or measured.key != loaded.key:
         return drawing.note("Press Measure to see what each level keeps of this text.")
     pieces, levels = measured.pieces, measured.levels
-    index = min(max(chosen, 1), len(levels)) - 1
-    held_out = (bench.sae.config.measured or {}).get("fve", [])
+    index = min(chosen, len(levels) - 1)
+    held_out = (loaded.sae.config.measured or {}).get("fve", [])
     header = ["level", "latents", "FVE here", "FVE held out", "ΔCE here (nats)", "next token changed"]
     rows = [
         [
-            str(number + 1),
+            str(number),
             f"{one.prefix:,}",
             f"{one.fve:.3f}",
             f"{held_out[number]:.3f}" if number < len(held_out) else "–",
@@ -85,39 +87,39 @@ def draw_level(bench: Workbench, measured: Measured | None, chosen: int) -> str:
     ]
     level = levels[index]
     titles = [f"KL {value:.3f} nats" for value in level.kl]
-    special = are_special(bench, pieces)
+    special = are_special(loaded, pieces)
     coloured = drawing.tokens(pieces, level.kl, hue=index, titles=titles, special=special, clickable=False)
     return (
         drawing.table(header, rows, chosen=index)
-        + drawing.section(f"With the first {level.prefix:,} latents", coloured)
+        + drawing.section(f"With {loaded.level_name(index)}", coloured)
         + drawing.section("Where the likeliest next token changes", _changes(pieces, special, level))
     )
 
 
 def _changes(pieces: tuple[str, ...], special: list[bool], level: LevelReading) -> str:
     changed = [
-        place
-        for place, (now, before) in enumerate(zip(level.guesses, level.guesses_clean, strict=True))
+        position
+        for position, (now, before) in enumerate(zip(level.guesses, level.guesses_clean, strict=True))
         if now[0] != before[0]
     ]
     # The furthest moved first.
-    shown = sorted(changed, key=lambda place: -level.kl[place])[:NUM_CHANGES]
+    shown = sorted(changed, key=lambda position: -level.kl[position])[:NUM_CHANGES]
     rows = [
         [
-            _before(pieces, special, place),
-            ", ".join(token.strip() or repr(token) for token in level.guesses_clean[place]),
-            ", ".join(token.strip() or repr(token) for token in level.guesses[place]),
-            f"{level.kl[place]:.2f}",
+            _before(pieces, special, position),
+            ", ".join(token.strip() or repr(token) for token in level.guesses_clean[position]),
+            ", ".join(token.strip() or repr(token) for token in level.guesses[position]),
+            f"{level.kl[position]:.2f}",
         ]
-        for place in shown
+        for position in shown
     ]
     if not rows:
         return drawing.note("Nowhere: after every token, the same next token stays the likeliest.")
     return drawing.table(["after", "the model says", "at this level", "KL"], rows, of_words=True)
 
 
-def _before(pieces: tuple[str, ...], special: list[bool], place: int) -> str:
+def _before(pieces: tuple[str, ...], special: list[bool], position: int) -> str:
     """The end of the text up to a token."""
-    first = max(0, place - 3)
-    words = "".join(piece for index, piece in enumerate(pieces[first : place + 1], first) if not special[index])
+    first = max(0, position - 3)
+    words = "".join(piece for index, piece in enumerate(pieces[first : position + 1], first) if not special[index])
     return words if first == 0 else f"… {words.lstrip(' .,')}"

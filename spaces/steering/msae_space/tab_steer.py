@@ -9,15 +9,15 @@ from uuid import uuid4
 import gradio as gr
 
 from hf_msae.steering import Steering
-from msae_space import asked, drawing
+from msae_space import drawing, validation
 from msae_space.dials import SCRIPT, TEMPLATE, draw_dials, draw_with, read_dials
 from msae_space.drawing import ON_CLICK
 from msae_space.generation import Runs, Texts, lent_stream
 from msae_space.links import MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, POSITIONS, View, as_python
+from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.reading import check_prompt
-from msae_space.shared import Shared, told
+from msae_space.shared import Shared, reports_errors
 from msae_space.strengths import METHODS, Dial, edits
-from msae_space.workbench import Key, SpaceError, Workbench
 from msae_space.zerogpu import find_zerogpu
 
 RUNS = Runs()
@@ -77,14 +77,14 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
                 label="Find latents",
                 placeholder="A word, a phrase, or a number such as 341",
                 elem_id="search",
-                max_length=asked.MAX_WORDS,
+                max_length=validation.MAX_WORDS,
                 submit_btn="Search",
             )
             results = gr.HTML(js_on_load=ON_CLICK, elem_id="results")
             shared.method.render()
         with gr.Column(scale=7, min_width=320):
             prompt = gr.Textbox(
-                default_prompt, label="Prompt", lines=2, max_lines=6, max_length=asked.MAX_TEXT, elem_id="prompt"
+                default_prompt, label="Prompt", lines=2, max_lines=6, max_length=validation.MAX_TEXT, elem_id="prompt"
             )
             with gr.Row(elem_id="go-row"):
                 go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
@@ -104,12 +104,12 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
     controls = Controls(prompt, shared.dials, shared.method, positions, temperature, length, seed)
     inputs, outputs = [shared.key, *controls], [texts, code]
 
-    @told
+    @reports_errors
     def generate(request: gr.Request, key: list[str], *values: Any) -> Iterator[tuple[str, str]]:
-        bench, view = shared.bench(key), view_of(shared, key, *values)
-        program = as_python(bench, view)
+        loaded, view = shared.loaded(key), view_of(shared, key, *values)
+        program = as_python(loaded, view)
         # A program that calls the page's API may have no session; its runs are nobody else's, either.
-        for drawn in run(bench, view, request.session_hash or uuid4().hex):
+        for drawn in run(loaded, view, request.session_hash or uuid4().hex):
             yield drawn, program
 
     running: dict[str, Any] = {
@@ -121,24 +121,24 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
     gr.on([go.click, prompt.submit, shared.dials.release], generate, inputs, outputs, api_name="steer", **running)
     stop.click(_stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
-    @told
+    @reports_errors
     def search(key: list[str], words: str) -> str:
         return _hits(shared, key, words)
 
     gr.on([query.submit], search, [shared.key, query], results, show_progress="hidden", api_name="search")
 
-    @told
+    @reports_errors
     def choose(key: list[str], value: Any, method: str, event: gr.EventData) -> tuple[Any, Any, Any]:
         """A click in the lists or on a dial: add the latent, remove it, or open its page."""
-        bench, meaning = shared.bench(key), shared.meaning(key)
-        clicked = asked.click(event._data, "latent", "remove", "add")
-        dials, latent = read_dials(value, bench), bench.checked(clicked.id)
+        loaded, index = shared.loaded(key), shared.index(key)
+        clicked = validation.click(event._data, "latent", "remove", "add")
+        dials, latent = read_dials(value, loaded), loaded.checked(clicked.id)
         if clicked.action == "latent":
             return gr.skip(), latent, gr.Tabs(selected="explore")
         if clicked.action == "remove":
             kept = [dial for dial in dials if dial.latent != latent]
-            return draw_dials(bench, meaning, kept, method), gr.skip(), gr.skip()
-        return draw_with(bench, meaning, dials, latent, method), gr.skip(), gr.skip()
+            return draw_dials(loaded, index, kept, method), gr.skip(), gr.skip()
+        return draw_with(loaded, index, dials, latent, method), gr.skip(), gr.skip()
 
     for component in (results, shared.dials):
         component.click(
@@ -149,15 +149,15 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
             api_visibility="private",
         )
 
-    @told
+    @reports_errors
     def take(key: list[str], event: gr.EventData) -> tuple[Any, str, Any, Any]:
         """A click on a preset: its sliders take the place of all others."""
-        bench, meaning = shared.bench(key), shared.meaning(key)
-        presets, chosen = meaning.presets(), asked.click(event._data, "take").id
+        loaded, index = shared.loaded(key), shared.index(key)
+        presets, chosen = index.presets(), validation.click(event._data, "take").id
         if not 0 <= chosen < len(presets):
             raise SpaceError("That preset is not there any more; reload the page.")
         preset = presets[chosen]
-        drawn = draw_dials(bench, meaning, preset.dials, preset.method)
+        drawn = draw_dials(loaded, index, preset.dials, preset.method)
         words, random = (gr.skip() if one is None else one for one in (preset.prompt, preset.seed))
         return drawn, preset.method, words, random
 
@@ -169,11 +169,11 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         api_visibility="private",
     ).success(generate, inputs, outputs, api_visibility="private", **running)
 
-    @told
+    @reports_errors
     def redraw(key: list[str], value: Any, method: str) -> Any:
-        bench, method = shared.bench(key), asked.choice(method, "method", METHODS)
-        dials = [Dial(latent, _fitting(value, method)) for latent, value in read_dials(value, bench)]
-        return draw_dials(bench, shared.meaning(key), dials, method)
+        loaded, method = shared.loaded(key), validation.choice(method, "method", METHODS)
+        dials = [Dial(latent, _fitting(value, method)) for latent, value in read_dials(value, loaded)]
+        return draw_dials(loaded, shared.index(key), dials, method)
 
     shared.method.input(
         redraw,
@@ -195,27 +195,27 @@ def view_of(shared: Shared, key: list[str], *values: Any) -> View:
     prompt, dials, method, positions, temperature, length, seed = values
     return View(
         Key(*key),
-        prompt=asked.words(prompt, "The prompt"),
-        dials=tuple(read_dials(dials, shared.bench(key))),
-        method=asked.choice(method, "method", METHODS),
-        positions=asked.choice(positions, "place", POSITIONS),
-        temperature=asked.number(temperature, "The temperature", 0, MAX_TEMPERATURE),
-        max_new_tokens=asked.whole(length, "The number of new tokens", 1, MAX_NEW_TOKENS),
-        seed=asked.whole(seed or 0, "The seed", 0, MAX_SEED),
+        prompt=validation.words(prompt, "The prompt"),
+        dials=tuple(read_dials(dials, shared.loaded(key))),
+        method=validation.choice(method, "method", METHODS),
+        positions=validation.choice(positions, "place", POSITIONS),
+        temperature=validation.number(temperature, "The temperature", 0, MAX_TEMPERATURE),
+        max_new_tokens=validation.whole(length, "The number of new tokens", 1, MAX_NEW_TOKENS),
+        seed=validation.whole(seed or 0, "The seed", 0, MAX_SEED),
     )
 
 
-def run(bench: Workbench, view: View, visitor: str) -> Iterator[str]:
+def run(loaded: LoadedSAE, view: View, visitor: str) -> Iterator[str]:
     """The two panes while the texts grow."""
     prompt, texts = view.prompt or " ", Texts()
-    check_prompt(bench, prompt, view.max_new_tokens)
+    check_prompt(loaded, prompt, view.max_new_tokens)
     stopped = RUNS.begin(visitor)
     try:
-        steering = Steering(edits(bench, view.dials, view.method), positions=view.positions)
+        steering = Steering(edits(loaded, view.dials, view.method), positions=view.positions)
         # An event cannot go to the process that ZeroGPU forks; there, whoever stops reading has stopped.
         event = stopped if find_zerogpu() is None else None
         for texts in lent_stream(
-            bench,
+            loaded,
             prompt,
             steering,
             seed=view.seed,
@@ -270,8 +270,8 @@ def _measure(words: str, texts: Texts, name: str) -> str:
 
 
 def _hits(shared: Shared, key: list[str], words: str) -> str:
-    bench, meaning = shared.bench(key), shared.meaning(key)
-    hits = meaning.search(asked.words(words, "The search", asked.MAX_WORDS))
+    loaded, index = shared.loaded(key), shared.index(key)
+    hits = index.search(validation.words(words, "The search", validation.MAX_WORDS))
     if not hits:
         return drawing.note("No latent was found. Try another word, a phrase, or the number of a latent.")
     titles = {
@@ -285,8 +285,8 @@ def _hits(shared: Shared, key: list[str], words: str) -> str:
         rows = [
             drawing.latent_button(
                 hit.latent,
-                (hit.promotes and meaning.promoted(hit.latent)) or meaning.name(hit.latent),
-                bench.level_of(hit.latent),
+                (hit.promotes and index.promoted(hit.latent)) or index.name(hit.latent),
+                loaded.level_of(hit.latent),
                 extra=hit.why,
                 action="add",
             )
@@ -300,13 +300,13 @@ def _hits(shared: Shared, key: list[str], words: str) -> str:
 
 def draw_presets(shared: Shared, key: list[str]) -> str:
     """What to begin with, as a row of buttons."""
-    meaning = shared.meaning(key)
-    bench = shared.bench(key)
+    index = shared.index(key)
+    loaded = shared.loaded(key)
     buttons = "".join(
-        f'<button type="button" class="msae-preset msae-hue-{bench.level_of(preset.dials[0].latent) % 6}" '
+        f'<button type="button" class="msae-preset msae-hue-{loaded.level_of(preset.dials[0].latent) % 6}" '
         f'data-do="take" data-id="{number}" title="{drawing.text(preset.why)}">{drawing.text(preset.name)}</button>'
-        for number, preset in enumerate(meaning.presets())
+        for number, preset in enumerate(index.presets())
     )
     label = '<span class="msae-label">Try steering towards</span>' if buttons else ""
-    words = drawing.note(meaning.progress) if meaning.progress else ""
+    words = drawing.note(index.progress) if index.progress else ""
     return f'<div class="msae-presets">{label}{buttons}</div>{words}'

@@ -1,6 +1,6 @@
 """ZeroGPU lends a GPU for one call at a time; everywhere else these functions are left as they are.
 
-A call that has a GPU runs in a forked process, so what it takes and gives is pickled: a `Workbench` goes over by its
+A call that has a GPU runs in a forked process, so what it takes and gives is pickled: a `LoadedSAE` goes over by its
 name (see `msae_space.library`), and nothing that belongs to a thread goes over at all.
 """
 

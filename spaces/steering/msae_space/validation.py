@@ -1,13 +1,14 @@
-"""What a browser sent, checked: whatever the page's own components give, anybody can send anything to any handler.
+"""What a browser sent, checked.
 
-Each function returns what was asked for or raises SpaceError in one sentence.
+Whatever the page's own components give, anybody can send anything to any handler. Each function returns what was asked
+for or raises SpaceError in one sentence.
 """
 
 import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from msae_space.workbench import SpaceError
+from msae_space.loaded_sae import SpaceError
 
 MAX_TEXT, MAX_WORDS = 2000, 200
 # Numbers that JavaScript keeps exactly; larger ones count nothing on this page.
@@ -64,9 +65,9 @@ class Click(NamedTuple):
 
 def click(sent: Any, *actions: str) -> Click:
     """The click that an event's data describe: one of the actions that the piece offers."""
-    action, place = (sent.get("action"), sent.get("id")) if isinstance(sent, dict) else (None, None)
-    if action not in actions or isinstance(place, bool) or not isinstance(place, int | float):
+    action, target = (sent.get("action"), sent.get("id")) if isinstance(sent, dict) else (None, None)
+    if action not in actions or isinstance(target, bool) or not isinstance(target, int | float):
         raise SpaceError(UNREADABLE)
-    if not math.isfinite(place) or place % 1 or abs(place) > MAX_NUMBER:
+    if not math.isfinite(target) or target % 1 or abs(target) > MAX_NUMBER:
         raise SpaceError(UNREADABLE)
-    return Click(action, int(place))
+    return Click(action, int(target))

@@ -1,4 +1,4 @@
-"""What the latents of an open SAE mean: made once in the background, then only looked up.
+"""Names, search, pages and hierarchy of an open SAE's latents: made once in the background, then only looked up.
 
 Where a folder or repo has an interpretation beside the SAE (`hf-msae interpret` makes one), it is loaded; for the
 story world one is made here, and kept in the user's cache. Without any, latents have only their numbers.
@@ -24,12 +24,11 @@ from hf_msae.interpret.pipeline import interpret
 from hf_msae.interpret.search import FiringHit, search_firing, search_labels, search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError
 from hf_msae.worlds.stories import STORIES, StoryWorld
-from msae_space import asked
-from msae_space.library import Library
+from msae_space import validation
+from msae_space.loaded_sae import LoadedSAE, SpaceError, first_line, own_modules
 from msae_space.presets import Preset, by_promotion, published, words_of
 from msae_space.reading import MAX_PHRASE_TOKENS, encode_text
-from msae_space.trials import tried
-from msae_space.workbench import SpaceError, Workbench, first_line, own_modules
+from msae_space.trials import presets_by_trial
 from msae_space.zerogpu import find_zerogpu, on_gpu
 
 logger = logging.getLogger(__name__)
@@ -50,24 +49,37 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class Hit:
-    """A latent that was found, and why. promotes: for what it makes likelier, rather than for where it fires."""
+    """A latent that was found.
+
+    Args:
+        latent: Its number.
+        why: What it was found for, in words.
+        promotes: It was found for what it makes likelier, rather than for where it fires.
+    """
 
     latent: int
     why: str
     promotes: bool = False
 
 
-class Meaning:
-    """Names, search, pages and the hierarchy of one SAE; safe to share. What is known comes in the background."""
+class LatentIndex:
+    """Names, search, pages and the hierarchy of one SAE's latents, which come in the background; safe to share.
 
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
+    Args:
+        loaded: The SAE.
+
+    Attributes:
+        progress: What is to be said to visitors while something is missing; empty when all is known.
+    """
+
+    def __init__(self, loaded: LoadedSAE) -> None:
+        self.loaded = loaded
         self.progress = READING
         self._found: Interpretation | None = None
         self._presets: list[Preset] = []
         self._names: list[str] = []
         self._promoted: list[str] = []
-        self._model, self._searched = (own_modules(bench.language.untouched) for _ in range(2))
+        self._model, self._searched = (own_modules(loaded.language.untouched) for _ in range(2))
         self._searching, self._starting = threading.Lock(), threading.Lock()
         self._failed, self._ended = False, 0.0
         self._thread = self._started()
@@ -100,22 +112,22 @@ class Meaning:
                 self.progress = self._found_out()
                 return
             except Exception as error:  # a thread's exception would reach nobody
-                logger.exception("The latents of %s could not be interpreted.", self.bench.key)
+                logger.exception("The latents of %s could not be interpreted.", self.loaded.key)
                 self._failed, self._ended = True, time.monotonic()
                 if not left:
                     self.progress = FAILED.format(first_line(error))
 
     def _found_out(self) -> str:
         """Finds out what is not known yet; what is to be said when that is done."""
-        self._presets = published(self.bench)
+        self._presets = published(self.loaded)
         if self._found is None:
-            found = _load(self.bench) or _make(self.bench, self._model)
+            found = _load(self.loaded) or _make(self.loaded, self._model)
             if found is None:
                 return NONE
-            if len(found) != self.bench.sae.config.num_latents:
+            if len(found) != self.loaded.sae.config.num_latents:
                 raise InterpretationError(
                     f"The interpretation beside this SAE has {len(found):,} latents, and the SAE has "
-                    f"{self.bench.sae.config.num_latents:,}."
+                    f"{self.loaded.sae.config.num_latents:,}."
                 )
             names, promoted = found.names, [", ".join(words_of(one)) for one in found.column("promoted")]
             self._names, self._promoted, self._found = names, promoted, found
@@ -124,11 +136,11 @@ class Meaning:
         return ""
 
     def _find_presets(self, found: Interpretation) -> list[Preset]:
-        if self.bench.sae.config.base_model != STORIES:
-            return by_promotion(self.bench, found)
-        path = cache_folder() / "presets" / f"{_fingerprint(self.bench)}-v{PRESETS_VERSION}.json"
+        if self.loaded.sae.config.base_model != STORIES:
+            return by_promotion(self.loaded, found)
+        path = cache_folder() / "presets" / f"{_fingerprint(self.loaded)}-v{PRESETS_VERSION}.json"
         with _ONE_AT_A_TIME:
-            return tried(self.bench, self._model, found, path) or by_promotion(self.bench, found)
+            return presets_by_trial(self.loaded, self._model, found, path) or by_promotion(self.loaded, found)
 
     @property
     def is_learning(self) -> bool:
@@ -151,34 +163,42 @@ class Meaning:
         return self._promoted[latent] if self._promoted else ""
 
     def number(self, words: str) -> int:
-        """The latent that a visitor typed. Raises SpaceError for what is no latent of this SAE."""
-        latent = asked.decimal(words.strip().lstrip("#").replace(",", ""))
+        """The latent that a visitor typed.
+
+        Raises:
+            SpaceError: It is no latent of this SAE.
+        """
+        latent = validation.decimal(words.strip().lstrip("#").replace(",", ""))
         if latent is None:
             raise SpaceError(f"{words.strip()[:40]!r} is not the number of a latent; type one such as 12.")
-        return self.bench.checked(latent)
+        return self.loaded.checked(latent)
 
     # Search
 
     def search(self, words: str) -> list[Hit]:
-        """Latents by number; else first those that promote the word, for they steer, and then those that fire on the
-        phrase more than usual or have it in their label. Raises SpaceError for a number that is no latent, and for
-        what cannot be looked for.
+        """Latents by their number, or by a word or phrase.
+
+        Those that promote the word come first, for they steer, and then those that fire on the phrase more than usual
+        or have it in their label.
+
+        Raises:
+            SpaceError: The number is no latent's, or the words cannot be looked for.
         """
-        words = asked.words(words, "The search", asked.MAX_WORDS).strip()
+        words = validation.words(words, "The search", validation.MAX_WORDS).strip()
         if not words:
             raise SpaceError("Type a word, a phrase, or the number of a latent.")
         if re.fullmatch(r"#?[\d,]+", words):
             return [Hit(self.number(words), "this number")]
         if self._found is None:
             raise SpaceError(f"Latents can only be found by their numbers now. {self.progress}")
-        encode_text(self.bench, words, "The search", MAX_PHRASE_TOKENS)
+        encode_text(self.loaded, words, "The search", MAX_PHRASE_TOKENS)
         try:
             return [*self._promoting(words, self._found), *self._firing(words, self._found)]
         except ValueError as error:
             raise SpaceError(str(error)) from error
 
     def _promoting(self, words: str, found: Interpretation) -> list[Hit]:
-        maxima = self.bench.maxima
+        maxima = self.loaded.maxima
         hits = search_promoting(words, found, most=len(found))
         # What counts is how much a latent can do, so effects are taken at its maximum.
         order = sorted(hits, key=lambda hit: -hit.effect * maxima[hit.latent])[:NUM_HITS]
@@ -193,9 +213,9 @@ class Meaning:
         phrase = f" {words}"  # as it stands inside a text; most tokenizers write a word at the beginning differently
         if find_zerogpu() is None:
             with self._searching:
-                firing = _fires(self.bench, self._searched, phrase, found)
+                firing = _fires(self.loaded, self._searched, phrase, found)
         else:
-            firing = _fires_lent(self.bench, phrase, found)
+            firing = _fires_lent(self.loaded, phrase, found)
         for hit in firing:
             reasons.setdefault(hit.latent, []).append(f"“{hit.token.strip()}” {100 * hit.relative:.0f}%")
         order = sorted(reasons, key=lambda latent: -len(reasons[latent]))
@@ -204,8 +224,12 @@ class Meaning:
     # Pages
 
     def page(self, latent: int) -> LatentPage | None:
-        """All that is known of a latent; None where nothing is, yet. Raises SpaceError for one that is not there."""
-        self.bench.checked(latent)
+        """All that is known of a latent; None where nothing is, yet.
+
+        Raises:
+            SpaceError: The SAE has no such latent.
+        """
+        self.loaded.checked(latent)
         return None if self._found is None else self._found.page(latent)
 
     # Hierarchy
@@ -250,45 +274,34 @@ class Meaning:
         return next((preset for preset in alone if preset.prompt is not None), None)
 
 
-class Meanings:
-    """One `Meaning` for each SAE that a library has open, which goes with it."""
-
-    def __init__(self, library: Library) -> None:
-        self.library = library
-
-    def of(self, bench: Workbench) -> Meaning:
-        """What is known of this SAE; reading begins at the first call."""
-        return self.library.companion(bench, Meaning)
-
-
 def strengths(context: Context, maximum: float) -> list[float]:
     """The activations of a context as shares of the latent's maximum."""
     return [value / maximum if maximum > 0 else 0.0 for value in context.activations]
 
 
-def _fires(bench: Workbench, model: PreTrainedModel, phrase: str, found: Interpretation) -> list[FiringHit]:
-    return search_firing(phrase, model, bench.tokenizer, bench.sae, found, most=NUM_HITS)
+def _fires(loaded: LoadedSAE, model: PreTrainedModel, phrase: str, found: Interpretation) -> list[FiringHit]:
+    return search_firing(phrase, model, loaded.tokenizer, loaded.sae, found, most=NUM_HITS)
 
 
 @on_gpu
-def _fires_lent(bench: Workbench, phrase: str, found: Interpretation) -> list[FiringHit]:
+def _fires_lent(loaded: LoadedSAE, phrase: str, found: Interpretation) -> list[FiringHit]:
     """In a process of its own, whose model nobody else uses."""
-    return _fires(bench, bench.model, phrase, found)
+    return _fires(loaded, loaded.model, phrase, found)
 
 
-def _load(bench: Workbench) -> Interpretation | None:
+def _load(loaded: LoadedSAE) -> Interpretation | None:
     try:
-        return Interpretation.load(bench.key.source, subfolder=bench.key.subfolder or None)
+        return Interpretation.load(loaded.key.source, subfolder=loaded.key.subfolder or None)
     except InterpretationError as error:
         logger.info("%s", error)
         return None
 
 
-def _make(bench: Workbench, model: PreTrainedModel) -> Interpretation | None:
+def _make(loaded: LoadedSAE, model: PreTrainedModel) -> Interpretation | None:
     """Of the story world, whose text is here; None for other models."""
-    if bench.sae.config.base_model != STORIES:
+    if loaded.sae.config.base_model != STORIES:
         return None
-    folder = cache_folder() / "interpretations" / _fingerprint(bench)
+    folder = cache_folder() / "interpretations" / _fingerprint(loaded)
     with _ONE_AT_A_TIME:
         if folder.is_dir():
             try:
@@ -296,12 +309,12 @@ def _make(bench: Workbench, model: PreTrainedModel) -> Interpretation | None:
             except ValueError:  # written by another version of hf_msae
                 shutil.rmtree(folder)
         stories = StoryWorld(seed=1).documents(NUM_STORIES)
-        return interpret(model, bench.tokenizer, bench.sae, stories, folder, max_tokens=NUM_TOKENS)
+        return interpret(model, loaded.tokenizer, loaded.sae, stories, folder, max_tokens=NUM_TOKENS)
 
 
-def _fingerprint(bench: Workbench) -> str:
+def _fingerprint(loaded: LoadedSAE) -> str:
     """Tells one SAE's weights from another's."""
     digest = hashlib.sha256()
-    for tensor in bench.sae.state_dict().values():
+    for tensor in loaded.sae.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What is open: an SAE with its language model, and whose words tell a visitor what cannot be had.
+"""An SAE that is open, with its language model; and the error that says what a visitor cannot have.
 
 Nothing here changes after it is loaded, so it is safe to share. What a visitor does is kept in the page's own state.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae import MatryoshkaSAE
+from hf_msae.errors import HfMsaeError
 from hf_msae.sites import Site
 
 # What Python takes for a module of a model, and for what is known of a latent (numbers, name, words, edges).
@@ -20,13 +21,18 @@ MODULE_BYTES, LATENT_BYTES = 8 << 10, 2 << 10
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
-class SpaceError(ValueError):
-    """What a visitor asked for and cannot have, in words."""
+class SpaceError(HfMsaeError, ValueError):
+    """A visitor asked for something that cannot be had."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """Which SAE: a Hub repo or a folder, and the subfolder in it."""
+    """Which SAE.
+
+    Args:
+        source: A Hub repo or a folder.
+        subfolder: The folder in it.
+    """
 
     source: str
     subfolder: str = ""
@@ -36,8 +42,11 @@ class Key:
 class Language:
     """A language model, for all SAEs that read it.
 
-    untouched: modules of its own with the same weights, which nobody runs, so that no hook of a visitor is ever on
-    them when others are made from them.
+    Args:
+        model: The model, which visitors share.
+        tokenizer: Its tokenizer.
+        untouched: Modules of its own with the same weights, which nobody runs, so that no hook of a visitor is ever on
+            them when others are made from them.
     """
 
     model: PreTrainedModel
@@ -51,6 +60,7 @@ class Language:
 
     @cached_property
     def num_bytes(self) -> int:
+        """Of its weights and modules."""
         return tensor_bytes(self.model) + 2 * modules_bytes(self.model)
 
     @cached_property
@@ -61,19 +71,29 @@ class Language:
 
 
 def own_modules(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with modules of its own and the same weights: hooks on one do not touch the other. Nobody may run the
-    model meanwhile.
+    """The model with modules of its own and the same weights, so that hooks on one do not touch the other.
+
+    Nobody may run the model meanwhile.
     """
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 @dataclass(frozen=True, eq=False)
-class Workbench:
+class LoadedSAE:
     """An SAE and the language model whose activations it reads.
 
-    maxima, firing_rates, row_norms: one a latent; in plain numbers, because on ZeroGPU the SAE's own can be read only
-    while a GPU is lent. mean_norm: the mean length of the activations at the site.
+    Args:
+        key: Where the SAE comes from.
+        sae: The SAE, in evaluation mode.
+        language: Its language model.
+        site: Where it reads, found in the model.
+        special_ids: Tokens that are never read or steered.
+        maxima: Each latent's largest activation in training. In plain numbers, as the next two, because on ZeroGPU the
+            SAE's own can be read only while a GPU is lent.
+        firing_rates: Share of tokens on which each latent fired in training.
+        row_norms: Length of each latent's decoder row.
+        mean_norm: Mean length of the activations at the site.
     """
 
     key: Key
@@ -88,14 +108,17 @@ class Workbench:
 
     @property
     def model(self) -> PreTrainedModel:
+        """The language model."""
         return self.language.model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's tokenizer."""
         return self.language.tokenizer
 
     @property
     def prefix_sizes(self) -> list[int]:
+        """Number of latents of each level."""
         return list(self.sae.config.prefix_sizes)
 
     @cached_property
@@ -105,15 +128,23 @@ class Workbench:
         return sae_bytes(tensor_bytes(self.sae), len(self.maxima)) + 2 * modules_bytes(self.model)
 
     def level_of(self, latent: int) -> int:
-        """The first level that has the latent."""
+        """The first level that has the latent, counted from 0."""
         return next(level for level, size in enumerate(self.prefix_sizes) if latent < size)
+
+    def level_name(self, level: int) -> str:
+        """A level's number, which counts from 0, and its size."""
+        return f"level {level} · first {self.prefix_sizes[level]:,} latents"
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Tokens as text."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def checked(self, latent: int) -> int:
-        """The latent; raises SpaceError where the SAE has none of that number."""
+        """The latent.
+
+        Raises:
+            SpaceError: The SAE has none of that number.
+        """
         if not 0 <= latent < self.sae.config.num_latents:
             raise SpaceError(f"This SAE has latents 0 to {self.sae.config.num_latents - 1:,}; there is no {latent:,}.")
         return latent

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msae_space import drawing
 from msae_space.dials import draw_dials
-from msae_space.meaning import READING, Meaning
+from msae_space.latent_index import READING, LatentIndex
+from msae_space.loaded_sae import Key, SpaceError, own_modules
 from msae_space.presets import Preset, by_promotion, published
 from msae_space.reading import activations, check_prompt, encode_text, read
 from msae_space.strengths import Dial, edits
-from msae_space.trials import MIN_MOVED, _kept, find_places
-from msae_space.workbench import Key, SpaceError, own_modules
+from msae_space.trials import MIN_MOVED, _kept, find_trials
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.space import space_folder
@@ -26,25 +26,25 @@ TEXT = "Once upon a time, there was a little owl. She lived in the forest with h
 EVIL = '<img src=x onerror="alert(1)">${alert(2)}`{{value}}'
 
 
-# Meaning
+# LatentIndex
 
 
-def test_names_and_pages_come_from_the_interpretation(bench, meaning):
-    page = meaning.page(5)
+def test_names_and_pages_come_from_the_interpretation(loaded, index):
+    page = index.page(5)
     assert page is not None
     assert page.latent == 5
-    assert meaning.name(5) == page.name
+    assert index.name(5) == page.name
     with pytest.raises(SpaceError, match="latents 0 to 255"):
-        meaning.page(256)
+        index.page(256)
 
 
-def test_search_begins_with_latents_that_promote_the_word(bench, meaning):
-    hits = meaning.search("owl")
+def test_search_begins_with_latents_that_promote_the_word(loaded, index):
+    hits = index.search("owl")
     assert [hit.promotes for hit in hits] == sorted((hit.promotes for hit in hits), reverse=True)
     effects = {
         page.latent: max(one.effect for one in page.promoted if one.token.strip() == "owl") * page_maximum
-        for page in (meaning.page(hit.latent) for hit in hits if hit.promotes)
-        for page_maximum in [bench.sae.max_activation[page.latent].item()]
+        for page in (index.page(hit.latent) for hit in hits if hit.promotes)
+        for page_maximum in [loaded.sae.max_activation[page.latent].item()]
     }
     assert list(effects.values()) == sorted(effects.values(), reverse=True)
     for hit in hits:
@@ -52,36 +52,36 @@ def test_search_begins_with_latents_that_promote_the_word(bench, meaning):
             assert hit.why == f"“owl” {effects[hit.latent]:+.1f}"
 
 
-def test_search_finds_latents_that_fire_on_a_word(bench, meaning):
-    hits = meaning.search("owl")
-    place = next(place for place, piece in enumerate(read(bench, TEXT).pieces) if piece.strip() == "owl")
-    firing = {latent for latent, _ in read(bench, TEXT).active[place]}
+def test_search_finds_latents_that_fire_on_a_word(loaded, index):
+    hits = index.search("owl")
+    place = next(place for place, piece in enumerate(read(loaded, TEXT).pieces) if piece.strip() == "owl")
+    firing = {latent for latent, _ in read(loaded, TEXT).active[place]}
     assert hits
     assert any("owl" in hit.why for hit in hits)
     assert {hit.latent for hit in hits if "“owl”" in hit.why} & firing
-    assert [hit.latent for hit in meaning.search("#12")] == [12]
+    assert [hit.latent for hit in index.search("#12")] == [12]
 
 
 @pytest.mark.parametrize(("words", "problem"), [("256", "0 to 255"), (" ", "Type a word"), ("...", "no words")])
-def test_searches_that_cannot_be_made(meaning, words, problem):
+def test_searches_that_cannot_be_made(index, words, problem):
     with pytest.raises(SpaceError, match=problem):
-        meaning.search(words)
+        index.search(words)
 
 
-def test_own_modules_share_weights_and_no_hooks(bench):
-    twin = own_modules(bench.model)
-    assert all(a is b for a, b in zip(twin.parameters(), bench.model.parameters(), strict=True))
-    handle = twin.get_submodule(bench.site.path).register_forward_hook(lambda *_: pytest.fail("the twin's hook ran"))
-    activations(bench, encode_text(bench, TEXT))
+def test_own_modules_share_weights_and_no_hooks(loaded):
+    twin = own_modules(loaded.model)
+    assert all(a is b for a, b in zip(twin.parameters(), loaded.model.parameters(), strict=True))
+    handle = twin.get_submodule(loaded.site.path).register_forward_hook(lambda *_: pytest.fail("the twin's hook ran"))
+    activations(loaded, encode_text(loaded, TEXT))
     handle.remove()
 
 
-def test_without_an_interpretation_only_numbers_are_found(bench, tmp_path):
-    bench.sae.save_pretrained(tmp_path / "bare")
+def test_without_an_interpretation_only_numbers_are_found(loaded, tmp_path):
+    loaded.sae.save_pretrained(tmp_path / "bare")
     config = MatryoshkaSAEConfig.from_pretrained(tmp_path / "bare")
     config.base_model = "somebody/lm"
     sae = MatryoshkaSAE.from_pretrained(tmp_path / "bare", config=config).eval()
-    bare = Meaning(replace(bench, sae=sae, key=Key(str(tmp_path / "bare"))))
+    bare = LatentIndex(replace(loaded, sae=sae, key=Key(str(tmp_path / "bare"))))
     bare.wait()
     assert bare.progress != READING
     assert "hf-msae interpret" in bare.progress
@@ -96,14 +96,14 @@ def test_without_an_interpretation_only_numbers_are_found(bench, tmp_path):
 # A meta-SAE
 
 
-def test_a_latent_is_taken_apart(bench, meaning, tmp_path):
+def test_a_latent_is_taken_apart(loaded, index, tmp_path):
     pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
     from msae_space.tab_compare import draw_parts
 
-    meta = train_meta_sae(bench.sae, num_latents=64, k=3, max_steps=30, random_control=False).sae.eval()
+    meta = train_meta_sae(loaded.sae, num_latents=64, k=3, max_steps=30, random_control=False).sae.eval()
     meta.save_pretrained(tmp_path / "meta")
-    (expected,) = decompose(meta, bench.sae, [5])
-    drawn = draw_parts(bench, meaning, str(tmp_path / "meta"), 5)
+    (expected,) = decompose(meta, loaded.sae, [5])
+    drawn = draw_parts(loaded, index, str(tmp_path / "meta"), 5)
     assert f"{len(expected.parts)} meta-latents" in drawn
     assert f"cosine of {expected.cosine:.2f}" in drawn
     for part in expected.parts:
@@ -112,26 +112,26 @@ def test_a_latent_is_taken_apart(bench, meaning, tmp_path):
     other = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=64, prefix_sizes=[64], k=4))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(SpaceError, match="16 dimensions"):
-        draw_parts(bench, meaning, str(tmp_path / "other"), 5)
+        draw_parts(loaded, index, str(tmp_path / "other"), 5)
 
 
 # Presets
 
 
-def test_tried_presets_do_what_they_say(bench, meaning):
+def test_tried_presets_do_what_they_say(loaded, index):
     """Recomputed here: the named words are likelier, by as much as is said."""
-    presets = meaning.presets()
+    presets = index.presets()
     assert presets
     for preset in presets[:3]:
         said = [int(number) / 100 for number in re.findall(r"(\d+)%", preset.why)]
-        ids = bench.tokenizer(preset.prompt, return_tensors="pt").input_ids
+        ids = loaded.tokenizer(preset.prompt, return_tensors="pt").input_ids
         words = [
-            bench.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in preset.name.split(", ")
+            loaded.tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in preset.name.split(", ")
         ]
         found = []
-        for steering in (Steering(edits(bench, preset.dials, preset.method)), Steering()):
-            with torch.no_grad(), steering.on(bench.model, bench.sae, bench.special_ids):
-                logits = bench.model(input_ids=ids).logits[0, -1]
+        for steering in (Steering(edits(loaded, preset.dials, preset.method)), Steering()):
+            with torch.no_grad(), steering.on(loaded.model, loaded.sae, loaded.special_ids):
+                logits = loaded.model(input_ids=ids).logits[0, -1]
             found.append(logits.softmax(-1)[words].sum().item())
         assert found == pytest.approx(said, abs=0.006)
         assert found[0] - found[1] >= MIN_MOVED
@@ -139,13 +139,13 @@ def test_tried_presets_do_what_they_say(bench, meaning):
     assert len(set(names)) == len(names), "two presets promise the same"
 
 
-def test_presets_are_kept_for_the_next_start(bench, meaning):
+def test_presets_are_kept_for_the_next_start(loaded, index):
     runs: list[int] = []
-    again = Meaning(bench)
+    again = LatentIndex(loaded)
     handle = again._model.register_forward_pre_hook(lambda *_: runs.append(1))
     again.wait()
     handle.remove()
-    assert again.presets() == meaning.presets()
+    assert again.presets() == index.presets()
     assert not runs, "they were tried out again"
 
 
@@ -160,45 +160,45 @@ DAMAGED = [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b"[[]]", b"3", b"null
 
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({name: st.just(value) | JSON for name, value in KEPT.items()}))
-def test_presets_of_a_damaged_file_can_be_shown_or_are_found_anew(bench, meaning, tmp_path_factory, values):
+def test_presets_of_a_damaged_file_can_be_shown_or_are_found_anew(loaded, index, tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "presets.json"
     path.write_text(json.dumps([values]))
-    for preset in _kept(bench, path) or []:
-        assert draw_dials(bench, meaning, preset.dials, preset.method)["dials"]
+    for preset in _kept(loaded, path) or []:
+        assert draw_dials(loaded, index, preset.dials, preset.method)["dials"]
         assert drawing.button(preset.name, "take", preset.dials[0].latent)
-        assert edits(bench, preset.dials, preset.method)
-        check_prompt(bench, preset.prompt or "A", 1)
+        assert edits(loaded, preset.dials, preset.method)
+        check_prompt(loaded, preset.prompt or "A", 1)
 
 
 @pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_file_that_holds_no_presets_is_as_good_as_none(bench, tmp_path, content):
+def test_a_file_that_holds_no_presets_is_as_good_as_none(loaded, tmp_path, content):
     (tmp_path / "presets.json").write_bytes(content)
-    assert _kept(bench, tmp_path / "presets.json") is None
+    assert _kept(loaded, tmp_path / "presets.json") is None
 
 
-def test_places_are_where_the_text_is_open(bench, meaning):
-    places = find_places(bench, meaning._model, range(32))
+def test_places_are_where_the_text_is_open(loaded, index):
+    places = find_trials(loaded, index._model, range(32))
     assert [place.moved for place in places] == sorted((place.moved for place in places), reverse=True)
     for place in places[:3]:
-        ids = bench.tokenizer(place.prompt, return_tensors="pt").input_ids
+        ids = loaded.tokenizer(place.prompt, return_tensors="pt").input_ids
         with torch.no_grad():
-            clean = bench.model(input_ids=ids).logits[0, -1].softmax(-1)
+            clean = loaded.model(input_ids=ids).logits[0, -1].softmax(-1)
         assert clean[list(place.tokens)].min() > 0.003, "a word that was out of order"
         assert not place.prompt.endswith((".", "!", "?"))
 
 
-def test_presets_by_promotion_share_no_word(bench, meaning):
-    presets = by_promotion(bench, meaning._found)
+def test_presets_by_promotion_share_no_word(loaded, index):
+    presets = by_promotion(loaded, index._found)
     words = [word for preset in presets for word in preset.name.split(", ")]
     assert len(words) == len(set(words)) == 3 * len(presets)
     for preset in presets:
-        promoted = [one.token.strip() for one in meaning.page(preset.dials[0].latent).promoted]
+        promoted = [one.token.strip() for one in index.page(preset.dials[0].latent).promoted]
         assert set(preset.name.split(", ")) <= set(promoted)
 
 
-def test_published_steerings_are_the_presets(bench, tmp_path):
-    bench.sae.save_pretrained(tmp_path)
-    maximum = bench.sae.max_activation[3].item()
+def test_published_steerings_are_the_presets(loaded, tmp_path):
+    loaded.sae.save_pretrained(tmp_path)
+    maximum = loaded.sae.max_activation[3].item()
     for steering in (
         Steering([LatentEdit(3, 1.5), LatentEdit(40, -1.0)], name="two", description="of them"),
         Steering([LatentEdit(3, 2 * maximum, units="absolute")], name="absolute"),
@@ -207,18 +207,18 @@ def test_published_steerings_are_the_presets(bench, tmp_path):
         Steering([LatentEdit(999, 1.0)], name="no such latent"),
     ):
         save_steering(steering, tmp_path)
-    found = published(replace(bench, key=Key(str(tmp_path))))
+    found = published(replace(loaded, key=Key(str(tmp_path))))
     assert found == [
         Preset("two", (Dial(3, 1.5), Dial(40, -1.0)), why="of them"),
         Preset("absolute", (Dial(3, pytest.approx(2.0)),)),
     ]
-    assert published(bench) == []
+    assert published(loaded) == []
 
 
 # Drawing
 
 
-def test_whatever_is_drawn_is_escaped(bench, meaning):
+def test_whatever_is_drawn_is_escaped(loaded, index):
     pieces = [
         drawing.text(EVIL),
         drawing.tokens([EVIL], [0.5], titles=[EVIL]),
