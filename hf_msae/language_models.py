@@ -134,15 +134,6 @@ def load_language_model(
     return model.eval(), tokenizer
 
 
-def find_language_model(name: str | Path, **hub: Any) -> Origin:
-    """What a name stands for: a model, or an adapter and the model below it. `hub` is of `from_pretrained`.
-
-    Raises:
-        InputError: There is no such model, or the adapter's configuration does not name the one below it.
-    """
-    return _find(name, hub)[0]
-
-
 def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig:
     """The configuration of a language model, named as for [`load_language_model`]: of an adapter, that of the model
     below it. `hub` is of `from_pretrained`.
@@ -164,7 +155,7 @@ def model_of(config: MatryoshkaSAEConfig) -> tuple[str | None, str | None]:
     """The name of the language model that an SAE reads, and its revision: those of the adapter where there is one.
 
     Returns:
-        As `find_language_model` takes them; two times None where the SAE does not say.
+        As `load_language_model` takes them; two times None where the SAE does not say.
     """
     if config.adapter is not None:
         return config.adapter, config.adapter_revision

@@ -129,7 +129,7 @@ def sides(two, tmp_path_factory) -> Iterator[list[dict[str, Action]]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, number in less.items():
             patch.setattr(trials, name, number)
-        known = [library.companion(LatentIndex, loaded) for loaded in all_loaded]
+        known = [library.companion(loaded, LatentIndex) for loaded in all_loaded]
         for one in known:
             one.wait()
             assert one.progress == ""

@@ -111,7 +111,7 @@ def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
     monkeypatch.setattr("msae_space.latent_index.published", lambda loaded: go_on.wait(HANG_SECONDS) and [])
     library = Library(folders, budget=sizes[folders[-1]] + 1)
-    index = library.companion(LatentIndex, library.open(Key(folders[0])))
+    index = library.companion(library.open(Key(folders[0])), LatentIndex)
     assert index.is_working
     assert opened(library, folders[-1]) is None
     go_on.set()

@@ -78,17 +78,27 @@ def browser(chromium):
     context.close()
 
 
-@pytest.fixture
-def visit(server: str, browser) -> Iterator[Callable]:
-    """Opens the page as another visitor each time; at the end, nothing may have gone wrong in any."""
-    pages, problems = [], []
+@pytest.fixture(scope="module")
+def problems() -> list[str]:
+    """Whatever goes wrong in a page."""
+    return []
 
-    def open_page(query: str = SHORT, viewport: dict = DESKTOP, scheme: str = "light"):
+
+@pytest.fixture(autouse=True)
+def unbroken(problems: list[str]) -> Iterator[None]:
+    """Nothing goes wrong in any page during a test."""
+    problems.clear()
+    yield
+    assert problems == []
+
+
+@pytest.fixture(scope="module")
+def opened(server: str, browser, problems: list[str]) -> Callable:
+    """Opens the page as another visitor, and watches it."""
+
+    def open_page(query: str = SHORT):
         page = browser.new_page()
-        pages.append(page)
         page.set_default_timeout(WAIT_MS)
-        page.set_viewport_size(viewport)
-        page.emulate_media(color_scheme=scheme)
         page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: (problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
@@ -102,10 +112,44 @@ def visit(server: str, browser) -> Iterator[Callable]:
         page.wait_for_selector("#presets button", state="attached")
         return page
 
+    return open_page
+
+
+@pytest.fixture
+def visit(opened: Callable) -> Iterator[Callable]:
+    """Opens the page as another visitor each time."""
+    pages = []
+
+    def open_page(query: str = SHORT):
+        pages.append(opened(query))
+        return pages[-1]
+
     yield open_page
     for page in pages:
         page.close()
-    assert problems == []
+
+
+@pytest.fixture(scope="module")
+def regular(opened: Callable):
+    """A visitor who stays: most of what a page costs is its opening."""
+    return opened()
+
+
+@pytest.fixture
+def page(regular):
+    """The page of the visitor who stays, on the Steer tab with nothing steered, as it is when it is opened."""
+    regular.set_viewport_size(DESKTOP)
+    regular.emulate_media(color_scheme="light")
+    go_to(regular, "Steer")
+    while number := regular.locator("#dials .msae-remove").count():
+        regular.locator("#dials .msae-remove").first.click()
+        regular.wait_for_function(f"document.querySelectorAll('#dials .msae-remove').length < {number}")
+    choose_method(regular, "Add")
+    fill_setting(regular, "Seed", 0)
+    fill_setting(regular, "number input for New tokens", 10)
+    regular.locator("#prompt textarea").fill("Once upon a time, there was a")
+    forget(regular)
+    return regular
 
 
 def go_to(page, tab: str) -> None:
@@ -113,8 +157,23 @@ def go_to(page, tab: str) -> None:
     page.get_by_role("tab", name=tab, selected=True).wait_for()
 
 
+def choose_method(page, name: str) -> None:
+    if not page.locator("#method input").input_value().startswith(name):
+        page.locator("#method input").click()
+        page.get_by_role("option", name=name).click()
+
+
+def fill_setting(page, label: str, value: int) -> None:
+    """One of the numbers under "More settings"."""
+    box = page.get_by_label(label)
+    if not box.is_visible():
+        page.get_by_role("button", name="More settings").click()
+    if box.input_value() != str(value):
+        box.fill(str(value))
+        box.press("Tab")
+
+
 def find(page, words: str) -> None:
-    """Search, and steer with the first latent that is found."""
     page.locator("#search :is(input, textarea)").fill(words)
     page.locator("#search :is(input, textarea)").press("Enter")
     page.wait_for_selector("#results button")
@@ -166,8 +225,8 @@ def expected(folder: Path, prompt: str, latents: dict[int, float], seed: int = 0
 # Steer
 
 
-def test_steering_streams_two_texts_of_one_seed(visit, story_sae):
-    page = visit("?tokens=24")
+def test_steering_streams_two_texts_of_one_seed(page, story_sae):
+    fill_setting(page, "number input for New tokens", 24)
     add_latent(page, 7)
     set_dial(page, 7, 1.5)
     finish(page)  # letting go of a slider writes at once
@@ -186,8 +245,7 @@ def test_steering_streams_two_texts_of_one_seed(visit, story_sae):
     assert re.search(r"Loss \d\.\d\d nats per token", page.locator("#steered-text .msae-measure").inner_text())
 
 
-def test_a_preset_is_one_click_to_its_words(visit):
-    page = visit()
+def test_a_preset_is_one_click_to_its_words(page):
     add_latent(page, 7)
     preset = page.locator("#presets button").first
     words, why = preset.inner_text().split(", "), preset.get_attribute("title")
@@ -204,11 +262,10 @@ def test_a_preset_is_one_click_to_its_words(visit):
     assert following[0] not in words
 
 
-def test_search_tells_what_steers_from_what_reads(visit):
-    page = visit()
+def test_search_tells_what_steers_from_what_reads(page):
     page.locator("#search :is(input, textarea)").fill("owl")
     page.get_by_role("button", name="Search").click()
-    page.wait_for_selector("#results button")
+    page.wait_for_selector("#results h4:has-text('Fire on it')")
     titles = page.locator("#results h4").all_inner_texts()
     assert titles[-1].startswith("Fire on it")
     number = page.locator("#results button").last.get_attribute("data-id")
@@ -216,8 +273,7 @@ def test_search_tells_what_steers_from_what_reads(visit):
     page.wait_for_selector(f"#dials input[data-id='{number}']")
 
 
-def test_presets_sliders_and_removal_by_keyboard(visit):
-    page = visit()
+def test_presets_sliders_and_removal_by_keyboard(page):
     page.locator("#presets button").first.focus()
     page.keyboard.press("Enter")
     slider = page.locator("#dials input[type=range]")
@@ -241,38 +297,32 @@ def test_presets_sliders_and_removal_by_keyboard(visit):
     page.wait_for_selector("#dials input[type=range]", state="detached")
 
 
-def test_stop_ends_the_texts(visit):
-    page = visit()
-    page.get_by_role("button", name="More settings").click()
-    page.get_by_label("number input for New tokens").fill("200")
-    page.get_by_label("number input for New tokens").press("Tab")
+def test_stop_ends_the_texts(page):
+    fill_setting(page, "number input for New tokens", 200)
+    forget(page)
     page.locator("#generate").click()
-    page.wait_for_function("document.querySelector('#default-text .msae-text')?.textContent.length > 60")
+    page.wait_for_function(
+        "document.querySelector('[data-state=waiting] #default-text .msae-text')?.textContent.length > 60"
+    )
     page.locator("#stop").click()
     default, _ = finish(page)
     assert len(default.split()) < 120
 
 
-def test_methods_redraw_the_dials(visit):
-    page = visit()
+def test_methods_redraw_the_dials(page):
     add_latent(page, 3)
-    page.locator("#method input").click()
-    page.get_by_role("option", name="Scale").click()
+    choose_method(page, "Scale")
     page.wait_for_selector("#dials input[min='0'][max='4']")
-    page.locator("#method input").click()
-    page.get_by_role("option", name="Ablate").click()
+    choose_method(page, "Ablate")
     page.wait_for_selector("#dials input[type=range]", state="hidden")
 
 
-def test_a_share_link_restores_everything(visit, story_sae):
-    page = visit()
+def test_a_share_link_restores_everything(page, visit, story_sae):
     add_latent(page, 7)
     set_dial(page, 7, 1.25)
     finish(page)
     add_latent(page, 40)
-    page.get_by_role("button", name="More settings").click()
-    page.get_by_label("Seed").fill("11")
-    page.get_by_label("Seed").press("Tab")
+    fill_setting(page, "Seed", 11)
     texts = generate(page, "Lily & Tom went to the")
     page.locator("#share").click()
     page.wait_for_function("document.querySelector('#link :is(input, textarea)')?.value.includes('latents=')")
@@ -301,8 +351,7 @@ def test_a_broken_link_opens_what_it_can(visit):
     assert page.locator("#dials input").count() == 0
 
 
-def test_copied_python_is_the_run_that_is_shown(visit):
-    page = visit()
+def test_copied_python_is_the_run_that_is_shown(page):
     add_latent(page, 7)
     generate(page, "One day")
     page.get_by_role("button", name="Copy as Python").click()
@@ -312,9 +361,9 @@ def test_copied_python_is_the_run_that_is_shown(visit):
     assert "prompt = 'One day'" in code
 
 
-def test_two_visitors_at_once_do_not_mix(visit, story_sae):
+def test_two_visitors_at_once_do_not_mix(page, visit, story_sae):
     wishes = [("Once upon a time, there was a", 7, 1.5), ("One day, Tom went to the", 3, -1.0)]
-    pages = [visit(), visit()]
+    pages = [page, visit()]
     for page, (prompt, latent, value) in zip(pages, wishes, strict=True):
         add_latent(page, latent)
         set_dial(page, latent, value)
@@ -331,8 +380,7 @@ def test_two_visitors_at_once_do_not_mix(visit, story_sae):
 # The other tabs
 
 
-def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(visit):
-    page = visit()
+def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(page):
     go_to(page, "Explore")
     page.wait_for_selector("#tokens button:text-is('Lily')")  # it begins with an example
     page.locator("#explore-text textarea").fill("Once upon a time, there was a little owl.")
@@ -345,8 +393,8 @@ def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(visit):
     assert page.locator("#token-latents h4").count() >= 2, "latents of several levels"
     number = page.locator("#token-latents button").first.get_attribute("data-id")
     page.locator("#token-latents button").first.click()
+    page.wait_for_function(f"document.querySelector('#latent-page h2')?.textContent.includes('#{number} ')")
     page.wait_for_selector("#latent-page .msae-contexts li")
-    assert f"#{number}" in page.locator("#latent-page h2").inner_text()
     assert page.locator("#latent-page svg rect").count() > 10
     page.wait_for_function(
         "[...document.querySelectorAll('#tokens button')].some((one) => Number(one.style.getPropertyValue('--a')) > 0)"
@@ -355,8 +403,7 @@ def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(visit):
     page.wait_for_selector(f"#dials input[data-id='{number}']")
 
 
-def test_tokens_are_coloured_by_level(visit):
-    page = visit()
+def test_tokens_are_coloured_by_level(page):
     go_to(page, "Explore")
     page.get_by_role("button", name="Read").click()
     page.wait_for_selector("#tokens button")
@@ -371,8 +418,7 @@ def test_tokens_are_coloured_by_level(visit):
     assert "of this level" in page.locator("#tokens button").nth(3).get_attribute("title")
 
 
-def test_one_latents_page_after_the_other(visit):
-    page = visit()
+def test_one_latents_page_after_the_other(page):
     go_to(page, "Explore")
     for number in (1, 40, 90, 200):
         page.locator("#latent-number :is(input, textarea)").fill(str(number))
@@ -380,8 +426,7 @@ def test_one_latents_page_after_the_other(visit):
         page.wait_for_function(f"document.querySelector('#latent-page h2')?.textContent.includes('#{number} ')")
 
 
-def test_the_tree_is_walked_down_and_up(visit):
-    page = visit()
+def test_the_tree_is_walked_down_and_up(page):
     go_to(page, "Tree")
     roots = page.locator("#tree .msae-latent")
     roots.first.or_(page.locator("#tree :text('No edge')")).wait_for()
@@ -403,8 +448,7 @@ def test_the_tree_is_walked_down_and_up(visit):
     page.wait_for_selector(f"#dials input[data-id='{root}']")
 
 
-def test_levels_follow_the_slider(visit):
-    page = visit()
+def test_levels_follow_the_slider(page):
     go_to(page, "Levels")
     page.get_by_role("button", name="Measure").click()
     page.wait_for_selector("#levels-view tr[aria-current]")
@@ -419,8 +463,7 @@ def test_levels_follow_the_slider(visit):
     assert "With level 2 · first 256 latents" in page.locator("#levels-view").inner_text()
 
 
-def test_two_levels_are_compared(visit):
-    page = visit()
+def test_two_levels_are_compared(page):
     go_to(page, "Compare")  # which begins with an example
     page.wait_for_selector("#compare-view table")
     titles = page.locator("#compare-view h3").all_inner_texts()
@@ -439,8 +482,7 @@ def test_two_levels_are_compared(visit):
     page.wait_for_function(f"document.querySelector('#latent-page h2')?.textContent.includes('#{number} ')")
 
 
-def test_refusals_are_told_and_harm_nothing(visit):
-    page = visit()
+def test_refusals_are_told_and_harm_nothing(page):
     page.locator("#search :is(input, textarea)").fill("9999")
     page.locator("#search :is(input, textarea)").press("Enter")
     page.wait_for_selector("text=This SAE has latents 0 to 255")
@@ -480,8 +522,7 @@ def test_a_pasted_repo_opens_with_its_model(visit, hub, lm, tokenizer):
 # Everywhere
 
 
-def test_markup_of_visitors_stays_text(visit):
-    page = visit()
+def test_markup_of_visitors_stays_text(page):
     default, steered = generate(page, EVIL)
     assert default.startswith(EVIL)
     assert steered.startswith(EVIL)
@@ -493,8 +534,9 @@ def test_markup_of_visitors_stays_text(visit):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_tab_is_wider_than_a_phone(visit, scheme):
-    page = visit(viewport=PHONE, scheme=scheme)
+def test_no_tab_is_wider_than_a_phone(page, scheme):
+    page.set_viewport_size(PHONE)
+    page.emulate_media(color_scheme=scheme)
     page.locator("#presets button").first.click()
     page.wait_for_selector("#dials input")
     generate(page)
@@ -508,9 +550,9 @@ def test_no_tab_is_wider_than_a_phone(visit, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast(visit, scheme):
+def test_text_has_contrast(page, scheme):
     """WCAG AA, 4.5 to 1, of the words that are our own against the page's background."""
-    page = visit(scheme=scheme)
+    page.emulate_media(color_scheme=scheme)
     page.locator("#presets button").first.click()
     page.wait_for_selector("#dials input")
     generate(page)

@@ -76,7 +76,7 @@ def test_hub_saes_open_with_their_model_and_code_is_never_run(hub, library, lm, 
     hub.put("tester/adapter", {"adapter_config.json": json.dumps(below).encode()})
     adapted = MatryoshkaSAEConfig(**shape, site="layers.0", base_model="tester/lm", adapter="tester/adapter")
     MatryoshkaSAE(adapted).push_to_hub("tester/adapted")
-    with pytest.raises(SpaceError, match="secret', which is not the id of a Hub repo"):
+    with pytest.raises(SpaceError, match=r"secret.* is a folder here"):
         library.open(Key("tester/adapted"))
     with pytest.raises(SpaceError, match="no SAE 'other'"):
         library.open(Key("tester/good", "other"))

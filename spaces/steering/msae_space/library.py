@@ -23,7 +23,6 @@ from hf_msae import MatryoshkaSAE, SAEEntry, list_saes
 from hf_msae.hub.index import NoSAEError
 from hf_msae.language_models import (
     count_parameters,
-    find_language_model,
     load_language_model,
     load_language_model_config,
     model_of,
@@ -204,7 +203,7 @@ class Library:
             raise SpaceError(f"{key.source} does not say which language model it reads, so it cannot be shown.")
         if key.source not in self.own:
             _check_repo(name)
-        return _loaded_sae(key, sae, self._language(name, revision, needed, key.source in self.own))
+        return _loaded_sae(key, sae, self._language(name, revision, needed))
 
     def _check_room(self, what: str, needed: int) -> None:
         """Before anything so large is read. Raises SpaceError where it has no room."""
@@ -216,25 +215,23 @@ class Library:
         if not self._make_room(needed):
             raise SpaceError(f"{what} needs about {_size(needed)}. {BUSY}")
 
-    def _language(self, name: str, revision: str | None, beside: int, is_own: bool) -> Language:
-        """The language model. `beside` bytes are taken by the SAE that reads it; only an own one may name folders."""
+    def _language(self, name: str, revision: str | None, beside: int) -> Language:
+        """The language model; `beside` bytes are taken by the SAE that reads it."""
         found = self._languages.get((name, revision))
         if found is not None:
             return found
-        model, tokenizer = self._load_language(name, revision, beside, is_own)
+        model, tokenizer = self._load_language(name, revision, beside)
         found = Language.of(model.to(_device(name)), tokenizer)  # type: ignore[arg-type]
         self._languages[name, revision] = found
         return found
 
     def _load_language(
-        self, name: str, revision: str | None, beside: int, is_own: bool
+        self, name: str, revision: str | None, beside: int
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         # The name comes out of somebody's configuration: its code is never run.
         hub: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         dtype = torch.bfloat16 if torch.cuda.is_available() and name != STORIES else torch.float32
         try:
-            if not is_own:  # an adapter names the model below it
-                _check_repo(find_language_model(name, **hub).name)
             number = count_parameters(name, load_language_model_config(name, **hub))
             self._check_room(f"{name} has {number / 1e9:.1f} billion parameters and", number * dtype.itemsize + beside)
             return load_language_model(name, dtype=dtype, needs_head=True, **hub)
