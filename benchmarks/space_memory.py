@@ -17,7 +17,7 @@ from pathlib import Path
 from train_step import resident
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.cli.space import space_folder
+from hf_msae.hub.spaces import space_folder
 from hf_msae.worlds.stories import story_lm_path
 
 MB = 1e6

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.cli.space import space_folder
+from hf_msae.hub.spaces import space_folder
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm

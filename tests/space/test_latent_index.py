@@ -18,7 +18,7 @@ from msae_space.strengths import Dial, edits
 from msae_space.trials import MIN_MOVED, _kept, find_trials
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.cli.space import space_folder
+from hf_msae.hub.spaces import space_folder
 from hf_msae.research.meta import decompose, train_meta_sae
 from hf_msae.steering import LatentEdit, PrefixEdit, Steering, save_steering
 
