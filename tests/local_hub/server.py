@@ -75,7 +75,8 @@ class LocalHub:
         self._servers: list[_Server] = []
         self._ports = [0, 0]
         self.start()
-        self.endpoint, self.cdn_endpoint = (f"http://127.0.0.1:{port}" for port in self._ports)
+        # Large files come from another host, as on the Hub: its client takes redirects on the same host for its own.
+        self.endpoint, self.cdn_endpoint = f"http://127.0.0.1:{self._ports[0]}", f"http://localhost:{self._ports[1]}"
         self.reset()
 
     def start(self) -> None:
