@@ -173,7 +173,7 @@ class ActivationLoader(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the batch after which `state` was taken."""
         self.epoch = state["epoch"]
-        self._earlier_outliers = state.get("outliers", 0)
+        self._earlier_outliers = state["outliers"]
         self._batches = None
         self._current().load_state_dict(state["batches"])
 

@@ -35,13 +35,13 @@ def make_trainer(
     lm,
     tokenizer,
     dataset: Any,
-    output_dir: Path,
+    folder: Path,
     sae: Any = None,
     eval_dataset: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> SAETrainer:
-    """A trainer that writes to `output_dir`, or where the changes to the settings say."""
-    args = SAETrainingArguments(**({"output_dir": str(output_dir)} | SETTINGS | changes))
+    """A trainer that writes to a folder, or where the changes to the settings say."""
+    args = SAETrainingArguments(**({"output_dir": str(folder)} | SETTINGS | changes))
     sae = make_sae() if sae is None else sae
     return SAETrainer(lm, sae, args, dataset, eval_dataset, processing_class=tokenizer, callbacks=callbacks)
