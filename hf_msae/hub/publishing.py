@@ -230,7 +230,7 @@ def _push(
 
 
 def _with_retries(api: HfApi, repo_id: str, revision: str | None, attempt: Callable[[], str]) -> str:
-    """The result of `attempt`, which is made again after errors that pass by themselves; others are told in words."""
+    """Give the result of `attempt`, made again after errors that pass by themselves; others become a sentence."""
     for number in range(ATTEMPTS):
         try:
             return attempt()

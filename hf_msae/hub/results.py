@@ -203,7 +203,7 @@ def _run_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was told, without places on the machine where it ran."""
+    """Give a run's arguments without places on the machine where it ran."""
     public = {name: value for name, value in arguments.items() if name not in PRIVATE_ARGUMENTS}
     return public | {name: public_name(public[name]) for name in ("init_from",) if public.get(name)}
 
