@@ -1,6 +1,6 @@
-"""Loading a language model by its name: which class of transformers it needs, what its checkpoint must have held, and
-the PEFT adapter on it.
+"""Loading a language model by its name.
 
+This is which class of transformers it needs, what its checkpoint must have held, and the PEFT adapter on it.
 transformers fills whatever a checkpoint lacks with random numbers. A random head would still give a cross-entropy, so
 a model without the weights of its head is loaded without a head; random layers would be trained on, so they are
 refused.
@@ -86,8 +86,9 @@ def load_language_model(
     needs_head: bool = False,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model in evaluation mode, with its head where that predicts the next token and was saved; and its
-    tokenizer.
+    """A language model in evaluation mode, and its tokenizer.
+
+    It has its head where that predicts the next token and was saved.
 
     Args:
         name: A Hub id or a folder, of a model or of a PEFT adapter on one; or "stories" for the story model, which
@@ -135,8 +136,9 @@ def load_language_model(
 
 
 def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig:
-    """The configuration of a language model, named as for [`load_language_model`]: of an adapter, that of the model
-    below it. `hub` is of `from_pretrained`.
+    """The configuration of a language model, named as for [`load_language_model`].
+
+    Of an adapter, it is that of the model below it. `hub` is of `from_pretrained`.
 
     Raises:
         InputError: There is no such model.
