@@ -310,18 +310,17 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             right = len(numbers) <= self.num_levels and all(isinstance(one, int | float | str) for one in numbers)
             if not right or (name in ("l0", "fve") and (type(value) is not list or str in map(type, value))):
                 raise SAEError(
-                    f"measured must hold the number of `tokens`, and lists of a number per level as `l0` and `fve`; "
+                    "measured must hold the number of `tokens`, and lists of a number per level as `l0` and `fve`; "
                     f"got {shown([repr(one)[:40] for one in numbers])} as {name}."
                 )
         if type(measured.get("tokens", 0)) is not int or len(measured.get("l0", ())) < len(measured.get("fve", ())):
-            raise SAEError("measured must hold a whole number of `tokens`, and as many numbers as `l0` as as `fve`.")
+            raise SAEError("measured must hold a whole number of `tokens`, and as many numbers in `l0` as in `fve`.")
 
     def validate_topk(self):
         """Refuse ranking where it has no meaning."""
         if "topk" in (self.activation, self.inference) and int(self.k) != self.k:
             raise SAEError(
-                f"activation='topk' and inference='topk' keep k latents of each token, so k must be whole; got "
-                f"{self.k}."
+                f"activation='topk' and inference='topk' keep k latents of a token, so k must be whole; got {self.k}."
             )
         if self.inference == "topk" and self.activation != "topk":
             raise SAEError(f"inference='topk' goes with activation='topk' only, got {self.activation!r}.")

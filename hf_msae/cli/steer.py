@@ -130,7 +130,7 @@ def find_latents(args: SteerArguments) -> list[str]:
         pages = Interpretation.load(args.sae, subfolder=args.subfolder or None)
     except InterpretationError as error:
         raise SteeringError(
-            f"--towards looks a word up in the SAE's interpretation, and there is none: run `hf-msae interpret "
+            "--towards looks a word up in the SAE's interpretation, and there is none: run `hf-msae interpret "
             f"{args.sae}` first, or give --latent. ({error})"
         ) from error
     found = []

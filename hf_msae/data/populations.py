@@ -60,7 +60,7 @@ def describe_difference(distance: float, trained_on: Any) -> str:
     return (
         f"What the SAE was measured on is of another kind than what it was trained on ({trained_on}): the means of "
         f"their activations are {distance:.3f} apart, in units of their variance, of which chance makes less than "
-        f"{DISTANCE}. "
-        "Give text of the same kind as eval_dataset, or mix the kinds: a stream that is sorted by kind is shuffled "
-        "within blocks of 10,000 rows only, so shuffle such data beforehand, or download it (streaming=False)."
+        f"{DISTANCE}. Give text of the same kind as eval_dataset, or mix the kinds: a stream that is sorted by kind "
+        "is shuffled within blocks of 10,000 rows only, so shuffle such data beforehand, or download it "
+        "(streaming=False)."
     )

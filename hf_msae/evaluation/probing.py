@@ -201,7 +201,7 @@ class ProbingMetric(Metric[ProbingResult]):
             return values
 
         note = (
-            f"Accuracy of probes on the k latents of a prefix that differ most with a concept, mean over "
+            "Accuracy of probes on the k latents of a prefix that differ most with a concept, mean over "
             f"{len(result.concepts)} concepts; 0.5 is chance. {result.description}; {result.train_examples:.0f} "
             f"examples of a concept to train on, {result.test_examples:.0f} to test on, from other documents. The "
             "next table has what a probe reaches without an SAE."

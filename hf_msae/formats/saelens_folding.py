@@ -81,7 +81,7 @@ def _recorded_scale(files: Files) -> float:
         return float(scale)
     raise FormatError(
         f"{files} was trained on activations times a factor (normalize_activations='expected_average_only_in') that "
-        f"its files do not tell. SAELens lists those of published SAEs as norm_scaling_factor; put the factor beside "
+        "its files do not tell. SAELens lists those of published SAEs as norm_scaling_factor; put the factor beside "
         f'{CONFIG}, as {{"scaling_factor": ...}} in {SCALER}.'
     )
 

@@ -170,7 +170,7 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
     config = sae.config
     if config.activation != "topk":
         raise InputError(
-            f"sparsify has only TopK SAEs, which keep the k largest of each token, and this one has "
+            "sparsify has only TopK SAEs, which keep the k largest of each token, and this one has "
             f"activation={config.activation!r}, which keeps what exceeds a threshold. Export it to SAELens "
             "(to_saelens), whose JumpReLU form says the same."
         )

@@ -338,7 +338,7 @@ def _points_table(result: ProgressiveResult, evaluation: Evaluation) -> Table:
             cells = [write_cell([vars(p)[name] for p in found], 3) for name in ("fve", "rsa", "cka")]
             rows.append([label, order, f"{prefix:,}", write_cell([p.l0 for p in found], 2), *cells])
     note = (
-        f"The first latents in the order of the file, and sorted by E[a²] (energy) and by how often they fire, on "
+        "The first latents in the order of the file, and sorted by E[a²] (energy) and by how often they fire, on "
         f"{result.tokens:,} tokens. Order is found on the tokens it is judged on, which favours sorted ones; and "
         "at equal size they have fewer active latents. RSA and CKA: how far reconstructions keep the relations "
         f"between tokens ({result.rsa_tokens:,} of them, three draws); the form of RSA is ours, as the paper "

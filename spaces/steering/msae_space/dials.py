@@ -135,7 +135,7 @@ def _draw(loaded: LoadedSAE, index: LatentIndex, dial: Dial, method: str) -> str
         f'<button type="button" class="msae-link" data-do="latent" data-id="{dial.latent}" '
         f'title="Open this latent\'s page"><span class="msae-level">level {level}</span>'
         f'<span class="msae-number">#{dial.latent}</span><span class="msae-name">{text(name)}</span></button>'
-        f"<output></output>"
+        "<output></output>"
         f'<button type="button" class="msae-remove" data-do="remove" data-id="{dial.latent}" '
         f'aria-label="Remove latent {dial.latent}">✕</button></div>{pushes}<div{hidden}>{slider}</div></div>'
     )

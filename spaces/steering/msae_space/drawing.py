@@ -129,7 +129,7 @@ def bars(counts: Sequence[float], low: str, high: str, label: str) -> str:
         for index, count in enumerate(counts)
     )
     return (
-        f'<figure class="msae-bars"><svg viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
+        '<figure class="msae-bars"><svg viewBox="0 0 100 40" preserveAspectRatio="none" role="img" '
         f'aria-label="{text(label)}">{drawn}</svg><figcaption><span>{text(low)}</span><span>{text(label)}</span>'
         f"<span>{text(high)}</span></figcaption></figure>"
     )

@@ -77,7 +77,7 @@ def draw_walk(loaded: LoadedSAE, index: LatentIndex, path: list[int]) -> str:
             "too, far more often than chance; it is evidence, not proof."
         ) + draw_hits(loaded, index, index.roots()[:NUM_ROOTS], "No edge between levels passed the tests.")
     crumbs = '<button type="button" class="msae-link" data-do="top" data-id="0">All roots</button>' + "".join(
-        f'<span aria-hidden="true">›</span><button type="button" class="msae-link" data-do="latent" '
+        '<span aria-hidden="true">›</span><button type="button" class="msae-link" data-do="latent" '
         f'data-id="{latent}">{drawing.text(index.name(latent))}</button>'
         for latent in path
     )
