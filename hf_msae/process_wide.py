@@ -36,6 +36,7 @@ class Held:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        """Keep the setting in force while the context is open."""
         with self._lock:
             if not self._num_holders:
                 self._in_force.enter_context(self._change())

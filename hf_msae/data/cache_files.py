@@ -44,6 +44,7 @@ def is_activation_cache(path: str | Path) -> bool:
 
 
 def shard_name(number: int) -> str:
+    """The name of a cache's file by its number."""
     return f"activations-{number:05d}.safetensors"
 
 

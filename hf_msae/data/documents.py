@@ -66,6 +66,7 @@ class Documents:
 
     @property
     def num_documents(self) -> int | None:
+        """The number of rows of this view, those held out among them; None where only reading would tell."""
         if self.source.num_documents is None:
             return None
         return len(range(self.rank, self.source.num_documents, self.world_size))

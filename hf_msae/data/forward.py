@@ -100,6 +100,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    """The windows, `size` at a time."""
     group: list[Window] = []
     for window in windows:
         group.append(window)
@@ -111,6 +112,7 @@ def groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
 
 
 def check_eval(model: PreTrainedModel) -> None:
+    """Raise `InputError` for a model in training mode."""
     if model.training:
         raise InputError(
             "the language model is in training mode, where dropout changes its activations; call model.eval() first"

@@ -43,6 +43,7 @@ class Split:
         return number < self.measuring or 1 - number <= self.calibration
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         return asdict(self)
 
 

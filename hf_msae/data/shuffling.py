@@ -39,17 +39,21 @@ class PermutedSource:
         self.order = torch.randperm(len(source.rows), generator=seeded_generator(seed, 0))
 
     def open(self, position: int | None = None) -> "PermutedCursor":
+        """As `Source.open`."""
         if position is not None and (type(position) is not int or position < 0):
             raise elsewhere(position, "a place in the order of its rows")
         return PermutedCursor(self, position or 0)
 
 
 class PermutedCursor:
+    """One pass over a sequence in a shuffled order."""
+
     def __init__(self, source: PermutedSource, index: int) -> None:
         self.source, self.index = source, index
         self.number: int | None = None
 
     def read(self) -> Any:
+        """As `Cursor.read`."""
         if self.index >= len(self.source.order):
             raise EOFError
         self.number = int(self.source.order[self.index])
@@ -57,9 +61,11 @@ class PermutedCursor:
         return self.source.source.open(self.number).read()
 
     def skip(self, count: int) -> None:
+        """As `Cursor.skip`."""
         self.index += count
 
     def position(self) -> int:
+        """As `Cursor.position`."""
         return self.index
 
 
@@ -75,6 +81,7 @@ class BlockSource:
         self.num_documents = source.num_documents
 
     def open(self, position: Mapping[str, Any] | None = None) -> "BlockCursor":
+        """As `Source.open`."""
         position = {"begin": None, "block": 0, "first": 0, "given": 0} if position is None else position
         counts = ("block", "first", "given")
         if not isinstance(position, dict) or position.keys() != {"begin", *counts}:
@@ -91,6 +98,8 @@ class _Block:
 
 
 class BlockCursor:
+    """One pass over a stream whose rows are shuffled block by block."""
+
     def __init__(self, source: BlockSource, position: Mapping[str, Any]) -> None:
         self.source = source
         self.begin, self.given = position["begin"], position["given"]
@@ -100,6 +109,7 @@ class BlockCursor:
         self.block: _Block | None = None
 
     def read(self) -> Any:
+        """As `Cursor.read`."""
         block = self._current()
         place = block.order[self.given]
         self.given += 1
@@ -110,6 +120,7 @@ class BlockCursor:
         return row
 
     def skip(self, count: int) -> None:
+        """As `Cursor.skip`."""
         while count:
             try:
                 block = self._current()
@@ -120,6 +131,7 @@ class BlockCursor:
             count -= passed
 
     def position(self) -> dict[str, Any]:
+        """As `Cursor.position`."""
         if self.block is not None and self.given == len(self.block.rows):
             begin, block, first, given = self.block.ends, self.block_number + 1, self.first + self.given, 0
         else:

@@ -70,12 +70,15 @@ class SequenceSource:
         self.num_documents: int | None = len(rows)
 
     def open(self, position: int | None = None) -> "SequenceCursor":
+        """As `Source.open`."""
         if position is not None and (type(position) is not int or position < 0):
             raise elsewhere(position, "a row's number")
         return SequenceCursor(self.rows, position or 0)
 
 
 class SequenceCursor:
+    """One pass over a sequence."""
+
     number: int | None = None
 
     def __init__(self, rows: Sequence[Any], index: int) -> None:
@@ -83,6 +86,7 @@ class SequenceCursor:
         self.index = index
 
     def read(self) -> Any:
+        """As `Cursor.read`."""
         if self.index >= len(self.rows):
             raise EOFError
         self.index += 1
@@ -92,9 +96,11 @@ class SequenceCursor:
             raise UnreadableRow(f"row {self.index - 1} raises {type(error).__name__}: {error}") from error
 
     def skip(self, count: int) -> None:
+        """As `Cursor.skip`."""
         self.index += count
 
     def position(self) -> int:
+        """As `Cursor.position`."""
         return self.index
 
 
@@ -121,6 +127,7 @@ class StreamSource:
         self.latest: StreamCursor | None = None
 
     def open(self, position: dict[str, Any] | None = None) -> "StreamCursor":
+        """As `Source.open`."""
         if not isinstance(position, dict | None):
             raise elsewhere(position, "a stream's state")
         self.latest = StreamCursor(self, self.start if position is None else position)
@@ -128,6 +135,8 @@ class StreamSource:
 
 
 class StreamCursor:
+    """One pass over a stream of `datasets`; what fails on the way is tried again."""
+
     number: int | None = None
 
     def __init__(self, source: StreamSource, position: dict[str, Any]) -> None:
@@ -138,6 +147,7 @@ class StreamCursor:
         self.rows = iter(source.dataset)
 
     def read(self) -> Any:
+        """As `Cursor.read`."""
         waits = iter(self.source.retry_waits)
         while True:
             try:
@@ -171,6 +181,7 @@ class StreamCursor:
         self.rows, self.opened_at, self.started = iter(self.source.dataset), position, False
 
     def skip(self, count: int) -> None:
+        """As `Cursor.skip`."""
         for _ in range(count):
             try:
                 self.read()
@@ -178,6 +189,7 @@ class StreamCursor:
                 return
 
     def position(self) -> dict[str, Any]:
+        """As `Cursor.position`."""
         if self.source.latest is not self:
             raise RuntimeError(
                 "a second pass over this streamed dataset has begun, so the first can no longer tell its position; "
@@ -187,6 +199,7 @@ class StreamCursor:
 
 
 def elsewhere(position: Any, expected: str) -> DatasetError:
+    """The error for a position that is not one of this data."""
     return DatasetError(
         f"the place {str(position)[:80]} is not one of this data, which goes on from {expected}; give the data that "
         "was read before"

@@ -40,6 +40,7 @@ class FileSource:
         return self._indexed
 
     def open(self, position: Sequence[int] | None = None) -> "FileCursor":
+        """As `Source.open`."""
         position = [0, 0] if position is None else position
         if not isinstance(position, list | tuple) or [type(number) for number in position] != [int, int]:
             raise elsewhere(position, "a file's number and a byte in it")
@@ -50,6 +51,8 @@ class FileSource:
 
 
 class FileCursor:
+    """One pass over files."""
+
     number: int | None = None
 
     def __init__(self, source: FileSource, file_number: int, offset: int) -> None:
@@ -60,10 +63,12 @@ class FileCursor:
         self.parse: Callable[[Path, Any, int], Any] = _parse_text
 
     def read(self) -> Any:
+        """As `Cursor.read`."""
         begin, piece = self._next_piece()
         return self.parse(self.source.paths[self.file_number], piece, begin)
 
     def skip(self, count: int) -> None:
+        """As `Cursor.skip`."""
         for _ in range(count):
             try:
                 self._next_piece()
@@ -71,6 +76,7 @@ class FileCursor:
                 return
 
     def position(self) -> list[int]:
+        """As `Cursor.position`."""
         return [self.file_number, self.offset]
 
     def _next_piece(self) -> tuple[int, Any]:

@@ -31,6 +31,7 @@ from hf_msae.data.rows import Chat, Document, TokenIds
 from hf_msae.data.sources import DatasetError, UnreadableRow
 from hf_msae.data.states import check_state
 from hf_msae.errors import InputError
+from hf_msae.special_tokens import special_token_ids
 
 DOCUMENTS_PER_BATCH = 256
 
@@ -89,14 +90,17 @@ class TokenWindows:
 
     @property
     def num_documents(self) -> int:
+        """Documents read in the latest pass, in whole batches."""
         return self._batch["num_documents"] + self._batch_documents
 
     @property
     def num_windows(self) -> int:
+        """Windows given in the latest pass."""
         return self._batch["num_windows"] + self._given
 
     @property
     def num_truncated(self) -> int:
+        """Tokens cut off from long documents in the latest pass."""
         return self._batch["num_truncated"] + self._batch_truncated
 
     def __iter__(self) -> Iterator[Window]:
@@ -201,8 +205,7 @@ class DocumentEncoder:
         start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         # A BOS that was added to a tokenizer and not to its model is none.
         self.start_id = start if start is None or vocab_size is None or start < vocab_size else None
-        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_ids = frozenset(special | set(tokenizer.all_special_ids))
+        self.special_ids = special_token_ids(tokenizer)
         self._special = torch.tensor(sorted(self.special_ids), dtype=torch.int64)
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
@@ -243,6 +246,7 @@ class DocumentEncoder:
         return self.start(ids)
 
     def window(self, ids: list[int]) -> Window:
+        """The window of some token ids."""
         input_ids = torch.tensor(ids, dtype=torch.int64)
         return Window(input_ids, ~torch.isin(input_ids, self._special))
 
@@ -371,5 +375,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def check_context_length(context_length: int) -> None:
+    """Raise `InputError` for a length in which no token fits behind BOS."""
     if context_length < 2:
         raise InputError(f"context_length must be at least 2 (BOS and one token), got {context_length}")

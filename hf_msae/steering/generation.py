@@ -43,6 +43,7 @@ class Request:
 
     @property
     def width(self) -> int:
+        """Tokens of the prompt, padding included."""
         return self.real.shape[1]
 
     def real_of(self, num_rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGeneratio
 
 from hf_msae.language_models import load_language_model, model_of
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.special_tokens import special_token_ids
 from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.sampling import seeded_sampling
 from hf_msae.steering.saved import Steering, load_steering
@@ -43,8 +44,7 @@ class SteeredPipeline(TextGenerationPipeline):
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         self.saes = dict(saes) if isinstance(saes, Mapping) else {"": saes}
         self.steering = steering
-        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_ids = added | set(tokenizer.all_special_ids)
+        self.special_ids = special_token_ids(tokenizer)
 
     @classmethod
     def from_pretrained(

@@ -28,6 +28,7 @@ from hf_msae.language_models import (
     model_of,
 )
 from hf_msae.sites import SiteError, resolve_site
+from hf_msae.special_tokens import special_token_ids
 from hf_msae.worlds.stories import STORIES
 from msae_space.loaded_sae import Key, Language, LoadedSAE, SpaceError, first_line, sae_bytes
 from msae_space.memory import machine_bytes
@@ -246,9 +247,7 @@ class Library:
 
 
 def _loaded_sae(key: Key, sae: MatryoshkaSAE, language: Language) -> LoadedSAE:
-    tokenizer = language.tokenizer
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = frozenset(added | set(tokenizer.all_special_ids))
+    special = special_token_ids(language.tokenizer)
     try:
         site = resolve_site(language.model, str(sae.config.site))
     except SiteError as error:
