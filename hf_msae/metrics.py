@@ -46,7 +46,11 @@ def predicts_next_token(model: PreTrainedModel) -> bool:
 
 
 def why_no_next_token(model: PreTrainedModel) -> str | None:
-    """Why a model's cross-entropy on the next token would mean nothing; None where it means something."""
+    """Why a model's cross-entropy on the next token would mean nothing; None where it means something.
+
+    Args:
+        model: the language model.
+    """
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
         return "the language model is an encoder–decoder"
@@ -58,9 +62,15 @@ def why_no_next_token(model: PreTrainedModel) -> str | None:
 
 
 def why_no_recovery(measured: "Measurement", model: PreTrainedModel) -> str | None:
-    """Why what is left of the language model's predictions means nothing: by itself it predicts no better than one
-    that knows nothing. So it is with a head that was never trained, which transformers makes where a checkpoint lacks
-    one, and which nothing tells from a trained head afterwards. None where it predicts better.
+    """Why what is left of the language model's predictions means nothing; None where it means something.
+
+    It means nothing where the model by itself predicts no better than one that knows nothing. So it is with a head
+    that was never trained, which transformers makes where a checkpoint lacks one, and which nothing tells from a
+    trained head afterwards.
+
+    Args:
+        measured: of which the model's own cross-entropy counts.
+        model: the language model.
     """
     size = model.config.get_text_config().vocab_size
     if measured.ce_clean is None or measured.ce_clean < GUESSING_SHARE * math.log(size):
@@ -72,7 +82,12 @@ def why_no_recovery(measured: "Measurement", model: PreTrainedModel) -> str | No
 
 
 def without_recovery(measured: "Measurement", reason: str) -> "Measurement":
-    """The same measurement without the numbers that compare with the language model as it is."""
+    """The same measurement without the numbers that compare with the language model as it is.
+
+    Args:
+        measured: what was measured.
+        reason: why they mean nothing.
+    """
     levels = [
         replace_fields(level, ce_recovered=None, ce_recovered_mean=None, ce_increase=None, kl=None)
         for level in measured.levels

@@ -76,7 +76,13 @@ class ToyArguments:
 
 
 def make_sae(toy: Toy, variant: str, activation: str) -> MatryoshkaSAE:
-    """The SAE of a variant, with the truth's L0 as its own."""
+    """The SAE of a variant, with the truth's L0 as its own.
+
+    Args:
+        toy: the world.
+        variant: of `VARIANTS`.
+        activation: as in `MatryoshkaSAEConfig`.
+    """
     world = toy.world
     options: dict[str, Any] = {"prefix_sizes": list(toy.prefix_sizes)} | VARIANTS[variant](toy)
     k = max(1, round(world.forest.l0)) if activation == "topk" else world.forest.l0
@@ -89,7 +95,12 @@ def make_sae(toy: Toy, variant: str, activation: str) -> MatryoshkaSAE:
 
 @torch.no_grad()
 def set_to_truth(sae: MatryoshkaSAE, toy: Toy) -> None:
-    """Latent i becomes feature i, encoder and decoder, where there are as many."""
+    """Make latent i stand for feature i, encoder and decoder, where there are as many.
+
+    Args:
+        sae: it is changed.
+        toy: the world.
+    """
     rows = min(toy.num_latents, toy.world.num_features)
     for weights in (sae.W_enc, sae.W_dec):
         weights[:rows] = toy.world.directions[:rows].to(weights)
@@ -97,7 +108,15 @@ def set_to_truth(sae: MatryoshkaSAE, toy: Toy) -> None:
 
 
 def train(sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: Callable[[], Any]) -> None:
-    """Train in place on fresh samples at every step; `advance` is called after each."""
+    """Train in place on fresh samples at every step.
+
+    Args:
+        sae: it is changed.
+        toy: the world.
+        args: how to train.
+        seed: of the samples.
+        advance: called after each step.
+    """
     options = SAETrainingArguments(
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -118,7 +137,13 @@ def train(sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: 
 
 
 def make_untrained(toy: Toy, args: ToyArguments, seed: int) -> MatryoshkaSAE:
-    """Random unit rows, and a threshold at which L0 is the truth's: what chance recovers."""
+    """Random unit rows, and a threshold at which L0 is the truth's: what chance recovers.
+
+    Args:
+        toy: the world.
+        args: of the experiment.
+        seed: of the rows and samples.
+    """
     torch.manual_seed(seed)
     sae = make_sae(toy, "vanilla", "batch_topk").eval()
     samples = toy.world.sample(EVALUATION_SAMPLES, torch.Generator().manual_seed(seed))
@@ -127,7 +152,14 @@ def make_untrained(toy: Toy, args: ToyArguments, seed: int) -> MatryoshkaSAE:
 
 
 def evaluate(sae: MatryoshkaSAE, toy: Toy, seed: int, shuffle: bool = False) -> Recovery:
-    """Measure on samples of their own; with `shuffle`, features swap their places in the hierarchy."""
+    """Measure an SAE on samples of their own.
+
+    Args:
+        sae: in evaluation mode.
+        toy: the world.
+        seed: of the samples.
+        shuffle: whether features swap their places in the hierarchy, as a control.
+    """
     world = toy.world
     samples = world.sample(EVALUATION_SAMPLES, torch.Generator().manual_seed(2_000_003 * (seed + 1)))
     places = wrong_places(world.forest, seed) if shuffle else torch.arange(world.num_features)
@@ -136,8 +168,16 @@ def evaluate(sae: MatryoshkaSAE, toy: Toy, seed: int, shuffle: bool = False) -> 
 
 
 def wrong_places(forest: Forest, seed: int) -> Tensor:
-    """A permutation of the features that makes every edge of the hierarchy wrong: the pair that takes an edge's place
-    is no edge.
+    """A permutation of the features that makes every edge of the hierarchy wrong.
+
+    The pair that takes an edge's place is no edge.
+
+    Args:
+        forest: of the features.
+        seed: of the permutation.
+
+    Returns:
+        (num_features,) int64.
     """
     generator = torch.Generator().manual_seed(seed)
     edges = set(forest.edges)
@@ -149,7 +189,13 @@ def wrong_places(forest: Forest, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ToyResults:
-    """Every variant's and control's measurements, one a seed, and the SAEs of the first seed with their world."""
+    """What an experiment measured.
+
+    Args:
+        toy: the world of the first seed.
+        recoveries: of every variant and control, one a seed.
+        saes: of the first seed, by variant and control.
+    """
 
     toy: Toy
     recoveries: dict[str, list[Recovery]]
@@ -157,7 +203,11 @@ class ToyResults:
 
 
 def run_toy(args: ToyArguments) -> ToyResults:
-    """Train and measure all variants and controls."""
+    """Train and measure all variants and controls.
+
+    Args:
+        args: what is trained on what.
+    """
     recoveries: dict[str, list[Recovery]] = {name: [] for name in (*args.variants, UNTRAINED, SHUFFLED)}
     saes: dict[str, MatryoshkaSAE] = {}
     judged = next((name for name in args.variants if name != "vanilla"), args.variants[0])
@@ -199,14 +249,23 @@ SIGNED = ("decoder", "encoder")
 
 
 def summarise(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds where there is a number; NaN where there are too few."""
+    """Mean and standard deviation over the seeds where there is a number; NaN where there are too few.
+
+    Args:
+        values: one a seed, NaN for none.
+    """
     known = [value for value in values if not math.isnan(value)]
     mean = statistics.fmean(known) if known else math.nan
     return mean, statistics.stdev(known) if len(known) > 1 else math.nan
 
 
 def format_cell(values: Sequence[float], signed: bool) -> str:
-    """Mean ± standard deviation, a dash for nothing. Zeros before the point are left out: seven columns must fit."""
+    """Mean ± standard deviation, a dash for nothing; zeros before the point are left out, as seven columns must fit.
+
+    Args:
+        values: one a seed, NaN for none.
+        signed: whether positive numbers get a sign, too.
+    """
     mean, spread = summarise(values)
     if math.isnan(mean):
         return "–"
@@ -216,7 +275,11 @@ def format_cell(values: Sequence[float], signed: bool) -> str:
 
 
 def make_rows(recoveries: dict[str, list[Recovery]]) -> dict[str, dict[str, str]]:
-    """The table's cells by column and then by variant; variants are its columns, so that it fits a terminal."""
+    """The table's cells by column and then by variant; variants are its columns, so that it fits a terminal.
+
+    Args:
+        recoveries: of every variant and control, one a seed.
+    """
     return {
         column: {
             name: format_cell([read(recovery) for recovery in runs], column.startswith(SIGNED))
@@ -227,7 +290,12 @@ def make_rows(recoveries: dict[str, list[Recovery]]) -> dict[str, dict[str, str]
 
 
 def to_json(args: ToyArguments, results: ToyResults) -> str:
-    """Arguments, every run's numbers, and their means; NaN is written as null."""
+    """Arguments, every run's numbers, and their means; NaN is written as null.
+
+    Args:
+        args: what was trained on what.
+        results: what was measured.
+    """
     runs = {name: [asdict(recovery) for recovery in runs] for name, runs in results.recoveries.items()}
     means = {
         name: {column: summarise([read(r) for r in runs]) for column, read in COLUMNS.items()}
