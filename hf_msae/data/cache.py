@@ -259,8 +259,10 @@ class CachedActivations(BatchIterator):
         return {"kind": "an activation cache", **of_files([self.directory / INDEX, *shards])}
 
     def norm_limit(self, site: Site) -> float | None:
-        """The largest norm that counted at a site when the cache was written, 0 where all did; None where an older
-        version wrote it and it is not known.
+        """The largest norm that counted at a site when the cache was written.
+
+        Returns:
+            0 where all counted; None where an older version wrote the cache and it is not known.
         """
         limits = self.index.get("norm_limits")
         return None if limits is None else limits.get(str(site), 0.0)

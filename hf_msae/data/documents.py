@@ -72,8 +72,10 @@ class Documents:
         return len(range(self.rank, self.source.num_documents, self.world_size))
 
     def shuffle(self, seed: int) -> "Documents":
-        """A view in an order that the seed fixes: any order of what has a length and of files; of a stream, whose rows
-        come one after another, only of the rows of each 10,000 or 64 MB.
+        """A view in an order that the seed fixes.
+
+        What has a length and files are put into any order; of a stream, whose rows come one after another, only the
+        rows of each 10,000 or 64 MB.
         """
         return self._view(order=seed)
 

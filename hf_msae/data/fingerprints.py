@@ -37,8 +37,9 @@ def fingerprint(data: Any) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, what of two fingerprints is not the same; empty where all is. A commit that is not known in both says
-    nothing.
+    """In words, what of two fingerprints is not the same; empty where all is.
+
+    A commit that is not known in both says nothing.
     """
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     if None in (then.get("commit"), now.get("commit")):

@@ -1,5 +1,6 @@
-"""One forward pass of the language model over token windows: the activations of the tokens that count, and the norm
-beyond which they are outliers.
+"""One forward pass of the language model over token windows.
+
+It gives the activations of the tokens that count, and the norm beyond which they are outliers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,8 +35,18 @@ def find_norm_limits(
     lm_batch_size: int = 16,
     pad_id: int = 0,
 ) -> dict[Site, float]:
-    """For each site the norm beyond which an activation is an outlier: `multiple` times the median of the first 10,000
-    tokens that count; 0, which is no limit, where `multiple` is None or 0.
+    """For each site the norm beyond which an activation is an outlier.
+
+    Args:
+        model: The language model, in eval mode.
+        sites: The sites.
+        windows: Token windows; no more are read than needed.
+        multiple: How many times the median norm of the first 10,000 tokens that count the limit is.
+        lm_batch_size: Windows per forward pass.
+        pad_id: The token that fills short windows.
+
+    Returns:
+        The limits; 0, which is none, where `multiple` is None or 0.
 
     Raises:
         ValueError: `multiple` is not above 1.

@@ -75,7 +75,14 @@ def hold_out(
         documents: `Documents` before sharding (every process holds out the same), or what `as_documents` takes.
         num_tokens: the least number of tokens that count; whole documents are taken until it is reached, or, of those
             longer than 8,192 tokens and `context_length`, that many from a place in them.
-        tokenizer, context_length, pack, vocab_size: as in `TokenWindows`.
+        tokenizer: as in `TokenWindows`.
+        context_length: as there.
+        pack: as there.
+        purpose: "measuring" or "calibration"; the two never share documents, see `split_of`.
+        vocab_size: as in `TokenWindows`.
+
+    Returns:
+        Their windows, and how they were found.
 
     Raises:
         ValueError: the documents are a shard, or something was held out of them already.
@@ -121,8 +128,9 @@ class _Search:
             share, stop = min(1.0, 2 * share), False
 
     def _gather(self, share: float, stop: bool) -> tuple[list[tuple[float, list[int]]], int]:
-        """(distance, token ids) of the documents within a share, and how many were read: until they are enough, or
-        all.
+        """(distance, token ids) of the documents within a share, and how many were read.
+
+        They are read until they are enough, or all.
         """
         found: list[tuple[float, list[int]]] = []
         tokens = read = 0

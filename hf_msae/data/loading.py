@@ -38,7 +38,8 @@ def as_documents(data: Any, *, text_column: str = "text", messages_column: str |
     Args:
         data: `Documents`, a `datasets.Dataset` or `IterableDataset`, or any `collections.abc.Sequence` of strings, of
             chats or of rows (dicts).
-        text_column, messages_column: as in `load_documents`; used where `data` has columns.
+        text_column: as in `load_documents`; used where `data` has columns.
+        messages_column: as there.
 
     Raises:
         DatasetError: `data` is something else, is empty or lacks the column.
@@ -212,8 +213,9 @@ def _datasets_source(tried: str, *args: Any, split: str = "train", streaming: bo
 
 
 def _with_column(source: Source, description: str, text_column: str, messages_column: str | None) -> Documents:
-    """`Documents` over the column that holds them, found in the first row that can be read; so that a wrong one is an
-    error at once.
+    """`Documents` over the column that holds them.
+
+    It is looked for in the first row that can be read, so that a wrong one is an error at once.
     """
     try:
         row = _first_row(source)

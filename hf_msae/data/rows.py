@@ -64,6 +64,7 @@ def to_document(row: Any, column: str | None, where: str, chats: bool) -> Docume
 
     Args:
         row: a row with columns, or the document itself where `column` is None.
+        column: the name of the column that holds the document.
         where: what to call it in an `UnreadableRow`, which is raised for what is no document.
         chats: whether text in this column is the JSON of a chat.
     """

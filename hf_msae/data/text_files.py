@@ -128,8 +128,12 @@ class IndexedFiles(Sequence[Any]):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How documents lie in a file: what cuts it into undecoded rows, each with the offset after it, what decodes one,
-    and what ends each (None where offsets are no bytes, because all is in memory).
+    """How documents lie in a file.
+
+    Args:
+        pieces: Cuts it into undecoded rows, each with the offset after it.
+        parse: Decodes one.
+        end: What ends each; None where offsets are no bytes, because all is in memory.
     """
 
     pieces: Callable[[BinaryIO, int], Iterator[tuple[Any, int]]]

@@ -209,8 +209,10 @@ class DocumentEncoder:
         self._special = torch.tensor(sorted(self.special_ids), dtype=torch.int64)
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Token ids of each document; those without any token that counts are left out. Raises `UnreadableRow` for one
-        that cannot be encoded.
+        """Token ids of each document; those without any token that counts are left out.
+
+        Raises:
+            UnreadableRow: one cannot be encoded.
         """
         encoded = self.encode_each(documents)
         for ids in encoded:

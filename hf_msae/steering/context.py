@@ -47,6 +47,8 @@ def steer(
     """Steer a model at the SAE's site while the context is open, in `forward` and in `generate`.
 
     Args:
+        model: the language model.
+        sae: the SAE, in evaluation mode; its configuration says where it reads.
         latents: the value of each latent; for "ablate", a list of latents will do.
         method: "add", "clamp", "ablate" or "scale" latents, or "prefix": keep only a level.
         units: of the values: "max" (the latent's largest activation in training; try 0.5 first, then 1, 2, 4),
@@ -185,8 +187,9 @@ def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], steered: Tensor)
 
 
 def _on_device_of(sae: MatryoshkaSAE, delta: DeltaFunction) -> DeltaFunction:
-    """The function on the SAE's device and in its precision, for activations of any; 0 for outliers, such as attention
-    sinks, of which the SAE has learnt nothing.
+    """The function on the SAE's device and in its precision, for activations of any.
+
+    It is 0 for outliers, such as attention sinks, of which the SAE has learnt nothing.
     """
 
     def moved(x: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class LatentDelta:
         return torch.where(at_value, torch.zeros_like(changed), changed)
 
     def activations(self, x: Tensor) -> Tensor:
-        """f (n, number of latents). Only their rows are multiplied, unless the SAE ranks all latents of a token."""
+        """Latent activations (n, number of latents); only their rows are multiplied, where no ranking needs all."""
         sae = self.sae
         if sae.config.inference == "topk":
             return sae.encode(x)[:, self.latents]

@@ -62,10 +62,17 @@ class SteeredPipeline(TextGenerationPipeline):
         """The steering `name` (or the only one) of a folder or Hub repo, with its SAEs and its language model.
 
         Args:
+            source: a folder or a Hub repo.
+            name: of the steering; None where there is one only.
             model: the language model or its name; by default the one that the SAE was trained on.
+            tokenizer: where `model` is no name.
+            subfolder: of the SAE in `source`.
+            revision: branch, tag or commit of the repo.
+            token: for private repos.
             kwargs: as for the pipeline.
 
-        Raises SteeringError where there is no such steering, or no language model is known.
+        Raises:
+            SteeringError: there is no such steering, or no language model is known.
         """
         hub: dict[str, Any] = {"revision": revision, "token": token}
         steering = load_steering(source, name, subfolder=subfolder, **hub)

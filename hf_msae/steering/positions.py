@@ -28,8 +28,15 @@ SPECIAL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass
 class _Call:
-    """One forward: its tokens (batch, time) if it got tokens; which are no padding, None where its mask does not say;
-    how many are in the cache; and the cache, None where none was passed.
+    """One forward.
+
+    Args:
+        input_ids: its tokens (batch, time), if it got tokens.
+        shape: (batch, time).
+        device: where they are.
+        real: which are no padding, bool (batch, time); None where its mask does not say.
+        past: how many are in the cache.
+        cache: None where none was passed.
     """
 
     input_ids: Tensor | None
@@ -99,8 +106,9 @@ class TokenTracker:
 
     @contextmanager
     def on_generate(self, request: Request) -> Iterator[None]:
-        """Around a call of `generate`. One inside another that goes on from its prompt (drafts of early layers) has
-        the same prompt.
+        """Around a call of `generate`.
+
+        One inside another that goes on from its prompt (drafts of early layers) has the same prompt.
         """
         outer: _Generation | None = self._seen.__dict__.get("generation")
         if outer is not None and request.goes_on_from(outer.request):
@@ -162,8 +170,11 @@ class TokenTracker:
         return nn.functional.pad(text.chosen, (0, 1))[:, places.clamp(max=text.width)]
 
     def _of_generation(self, generation: _Generation, call: _Call) -> _Text:
-        """The text of a call in `generate`. Raises SteeringError where it is another text than `generate` was given,
-        or one in which the prompt's tokens cannot be found.
+        """The text of a call in `generate`.
+
+        Raises:
+            SteeringError: it is another text than `generate` was given, or one in which the prompt's tokens cannot be
+                found.
         """
         request = generation.request
         if generation.text is not None:
