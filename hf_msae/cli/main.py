@@ -51,8 +51,12 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0, 2 for input that cannot be used, 130 after Ctrl-C, 143 after SIGTERM, 1 for anything
-    else.
+    """Run a command and exit.
+
+    0 is success, 2 input that cannot be used, 130 the end after Ctrl-C, 143 that after SIGTERM, 1 anything else.
+
+    Args:
+        argv: The arguments. Default: those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

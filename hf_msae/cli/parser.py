@@ -51,7 +51,7 @@ def parse_int(text: str) -> int:
 
 
 def parse_bool(text: str) -> bool:
-    """true or false, yes or no, 1 or 0."""
+    """A switch: true or false, yes or no, 1 or 0."""
     try:
         return BOOLS[text.strip().lower()]
     except KeyError:

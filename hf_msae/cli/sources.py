@@ -26,8 +26,9 @@ STORY_DOCUMENTS = 15_000
 def load_language_model(
     args: SourceArguments, tensor_parallel: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model on this process's device (or split by `device_map`, or over all processes), in evaluation mode, and
-    its tokenizer.
+    """The model in evaluation mode, and its tokenizer.
+
+    It is on this process's device, or split by `device_map` or over all processes.
     """
     hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     if tensor_parallel:
@@ -92,7 +93,7 @@ def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
 
 
 def _unescaped(separator: str | None) -> str | None:
-    """A shell hands over `\\n` as two characters; a line's end is what they mean."""
+    r"""A shell hands over `\n` as two characters; a line's end is what they mean."""
     if separator is None:
         return None
     for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t"), ("\\f", "\f")):

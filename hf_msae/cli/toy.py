@@ -22,6 +22,7 @@ TABLE_WIDTH = 100
 
 
 def make_table(args: ToyArguments, results: ToyResults) -> Table:
+    """What every variant and control reached, a column each."""
     title = f"{args.world}, {args.activation}, {args.steps:,} steps, {args.init} start; mean ± SD of {args.seeds} runs"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)

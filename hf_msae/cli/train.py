@@ -215,8 +215,9 @@ Next:
 
 
 def _given_again(sources: SourceArguments) -> str:
-    """The flags that name the data, and how the model is loaded; which one it is the SAE says. An activation cache
-    holds no text to read, so text is left for people to fill in.
+    """The flags that name the data, and how the model is loaded; which one it is the SAE says.
+
+    An activation cache holds no text to read, so text is left for people to fill in.
     """
     from hf_msae.data import is_activation_cache
 
