@@ -108,7 +108,8 @@ class Learner:
         max_steps: int,
         extensions: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        self.name, self.sae, self.site = name, sae.to(run.device).train(), site
+        sae.to(run.device)  # type: ignore[arg-type]  # transformers hides the signature
+        self.name, self.sae, self.site = name, sae.train(), site
         self.args, self.device, self.max_steps, self.extensions = run.args, run.device, max_steps, extensions
         if self.device.type == "cpu":
             sae.gradient_memory = GradientMemory()
@@ -116,7 +117,7 @@ class Learner:
         args, config, device = self.args, sae.config, self.device
         self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
         self.dead_after = args.dead_after_tokens or _default_dead_after(run.tokens_per_step, max_steps)
-        double = {"dtype": torch.float64, "device": device}
+        double: dict[str, Any] = {"dtype": torch.float64, "device": device}
         # Everything below is what a checkpoint must hold besides the weights.
         self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
         self.moments["sum"] = torch.zeros(config.hidden_size, **double)
@@ -222,7 +223,7 @@ class Learner:
         config.measured = None  # it was of the weights before this step
         x = self._all_activations(activations).to(torch.float32)
         self._update_moments(x)
-        options = {
+        options: dict[str, Any] = {
             "dead_latents": self.silent_tokens > self.dead_after,
             "prefix_sizes": None,
             "variance": self.variance.float(),
@@ -298,7 +299,7 @@ class Learner:
     # Logging
 
     def _reset_log(self) -> None:
-        double = {"dtype": torch.float64, "device": self.device}
+        double: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self._log_sums = torch.zeros(3, **double)
         self._log_levels = torch.zeros(self.sae.config.num_levels, **double)
         self._log_steps = 0
