@@ -45,7 +45,8 @@ def read_config_fields(without: frozenset[str] = frozenset()) -> list[tuple[str,
             name, written = node.target.id, ast.unparse(node.value) if node.value is not None else "None"
             default = "" if written == "None" else f" Default: {written.strip(chr(39)).replace(' / ', '/')}."
             metadata = {"help": f"{words[name]}{default}"}
-            found.append((name, TYPES[ast.unparse(node.annotation)], field(default=None, metadata=metadata)))
+            empty: Any = field(default=None, metadata=metadata)  # mypy takes it for its default
+            found.append((name, TYPES[ast.unparse(node.annotation)], empty))
     return found
 
 

@@ -103,9 +103,9 @@ def load_sae(name: str, subfolder: str, sources: SourceArguments) -> MatryoshkaS
     """The SAE in evaluation mode; `sources` gets the model that it was trained on where none was asked for."""
     check_sae_place(name)
     sae = MatryoshkaSAE.from_pretrained(name, subfolder=subfolder).eval()
-    name, revision = model_of(sae.config)
-    if sources.model == STORIES and name is not None:
-        sources.model, sources.model_revision = name, sources.model_revision or revision
+    model_name, revision = model_of(sae.config)
+    if sources.model == STORIES and model_name is not None:
+        sources.model, sources.model_revision = model_name, sources.model_revision or revision
     return sae
 
 

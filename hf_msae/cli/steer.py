@@ -87,10 +87,10 @@ def run(arguments: list[str]) -> None:
     for name, sae in saes.items():
         check_edits(sae, [edit for edit in steering.edits if edit.sae == name], name)
     config = next(iter(saes.values())).config
-    name, revision = (args.model, None) if args.model else model_of(config)
-    if name is None:
+    model_name, revision = (args.model, None) if args.model else model_of(config)
+    if model_name is None:
         raise SteeringError(f"{args.sae} does not say which language model it was trained on; give --model.")
-    source = SourceArguments(model=name, model_revision=revision, trust_remote_code=args.trust_remote_code)
+    source = SourceArguments(model=model_name, model_revision=revision, trust_remote_code=args.trust_remote_code)
     model, tokenizer = load_language_model(source)
     saes = {key: sae.to(model.device) for key, sae in saes.items()}
     show(SteeredPipeline(model, tokenizer, saes, steering), args)

@@ -57,11 +57,12 @@ def make_saes(
     for name in names or [middle_layer(model)]:
         site = resolve_site(model, name)
         values = options | {"site": str(site)}
+        ks: list[float | None] = list(k)
         if initial is None:
             values["hidden_size"] = site_width(model, site)
-            counts, ks = num_latents or [DEFAULT_EXPANSION * values["hidden_size"]], list(k) or [None]
+            counts, ks = num_latents or [DEFAULT_EXPANSION * values["hidden_size"]], ks or [None]
         else:
-            counts, ks = num_latents or [initial.num_latents], list(k) or [initial.k]
+            counts, ks = num_latents or [initial.num_latents], ks or [initial.k]
         for count, active in itertools.product(counts, ks):
             sizes = parse_prefix_sizes(prefix_sizes, count)
             if initial is None:
