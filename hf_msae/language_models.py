@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -298,14 +298,14 @@ def _with_adapter(model: PreTrainedModel, origin: Origin, hub: Mapping[str, Any]
     lost = {key for key, parameter in place.named_parameters() if parameter.is_meta and id(parameter) not in before}
     if lost:
         raise InputError(f"The adapter {name} lacks {_some(lost)}; save or fetch it again, whole.")
-    adapted = found.get_base_model()
+    adapted: Any = found.get_base_model()
     if found.active_peft_config.task_type in (None, TaskType.CAUSAL_LM):
-        return adapted
+        return cast(PreTrainedModel, adapted)
     logger.warning("%s was trained for %s: no cross-entropy is measured.", name, found.active_peft_config.task_type)
-    return adapted.base_model
+    return cast(PreTrainedModel, adapted.base_model)
 
 
-def _has_modules(model: PreTrainedModel, keys: Iterable[str]) -> bool:
+def _has_modules(model: nn.Module, keys: Iterable[str]) -> bool:
     """Whether an adapter's weights belong to modules that are there; those of a head that was trained may not."""
     roots = {name for name, _ in model.named_children()}
     return any(key.removeprefix("base_model.model.").partition(".")[0] in roots for key in keys)
