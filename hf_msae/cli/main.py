@@ -97,6 +97,8 @@ def in_words(error: Exception) -> str | None:
     None for any other error, also for a ValueError that nobody expected: it is a fault of this package, and its
     traceback is what a report needs.
     """
+    if isinstance(error, HfMsaeError):
+        return str(error)  # before anything heavy is imported: a mistyped flag is answered at once
     from huggingface_hub.errors import HFValidationError, StrictDataclassError
     from huggingface_hub.utils import httpx
 
@@ -108,5 +110,5 @@ def in_words(error: Exception) -> str | None:
         return f"the Hub cannot be reached ({error}). Check the network, or the name if it is meant as a folder."
     # Without a number of the system's, an OSError holds a sentence of transformers or of the Hub about what it lacks.
     of_files = isinstance(error, OSError) and (error.errno is None or error.filename is not None)
-    known = of_files or isinstance(error, (HfMsaeError, SAEError, HFValidationError))
+    known = of_files or isinstance(error, (SAEError, HFValidationError))
     return str(error) if known else None
