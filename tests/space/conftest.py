@@ -32,20 +32,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def small_trials() -> Iterator[None]:
-    """Presets are tried out on less than a Space does, and kept in the cache, where processes that tests start find
-    them.
-    """
-    from msae_space import trials
-
-    less = {"NUM_STORIES": 12, "NUM_CANDIDATES": 32, "NUM_TRIED": 6, "NUM_TEXTS": 2, "NUM_NEW_TOKENS": 10}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, number in less.items():
-            patch.setattr(trials, name, number)
-        yield
-
-
 @pytest.fixture(scope="session")
 def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an SAE of 256 latents in three levels."""
@@ -58,17 +44,17 @@ def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     args = SAETrainingArguments(
         output_dir=str(folder),
         max_steps=40,
-        per_device_train_batch_size=512,
+        per_device_train_batch_size=1024,
         eval_tokens=2_000,
         calibration_tokens=2_000,
         ce_tokens=500,
         save_steps=0,
         seed=0,
     )
-    stories = StoryWorld(seed=0).documents(300)
+    stories = StoryWorld(seed=0).documents(600)
     SAETrainer(model, sae, args, stories, processing_class=tokenizer).train()
     saved = MatryoshkaSAE.from_pretrained(folder).eval()
-    interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=8_000)
+    interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=15_000)
     return folder
 
 
