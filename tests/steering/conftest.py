@@ -1,58 +1,35 @@
 """Tiny random models of many architectures, and SAEs that fire on them."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny_models import tiny
+from transformers import PreTrainedModel
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import capture, resolve_site
 
-TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-PLAIN = {
-    **TOKENS,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-HEAD_DIM = {**PLAIN, "head_dim": 8}
-GPT = {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
-DECODERS: dict[str, dict[str, Any]] = {
-    "bloom": {**TOKENS, "hidden_size": 32, "n_layer": 3, "n_head": 4},
-    "cohere": PLAIN,
-    "falcon": PLAIN,
-    "gemma2": HEAD_DIM,
-    "gemma3_text": HEAD_DIM,
-    "gpt2": GPT,
-    "gpt_neox": PLAIN,
-    "gptj": {**GPT, "rotary_dim": 4},
-    "llama": PLAIN,
-    "mamba": {**TOKENS, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8},
-    "mistral": PLAIN,
-    "mixtral": {**PLAIN, "num_local_experts": 4},
-    "mpt": {**TOKENS, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
-    "olmo2": PLAIN,
-    "opt": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
-    "phi3": PLAIN,
-    "qwen3": HEAD_DIM,
-}
-
-
-@cache
-def build_model(name: str) -> PreTrainedModel:
-    """Weights wide enough that one layer's edit moves the greedy choice."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **DECODERS[name]))
-    torch.manual_seed(0)
-    for weight_name, weight in model.named_parameters():
-        if weight_name.endswith("weight") and weight.ndim == 2:
-            weight.data.normal_(std=0.3)
-    return model.eval()
+ARCHITECTURES = (
+    "bloom",
+    "cohere",
+    "falcon",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "mamba",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen3",
+)
 
 
 def build_sae(model: PreTrainedModel, site: str = "layers.1", seed: int = 0, **changes: Any) -> MatryoshkaSAE:
@@ -73,7 +50,7 @@ def build_sae(model: PreTrainedModel, site: str = "layers.1", seed: int = 0, **c
 @pytest.fixture(scope="session")
 def decoder() -> Callable[[str], PreTrainedModel]:
     """A tiny causal LM by the name of its architecture, the same object every time."""
-    return build_model
+    return tiny
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +60,7 @@ def make_sae() -> Callable[..., MatryoshkaSAE]:
 
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
-    return build_model("llama")
+    return tiny("llama")
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +69,7 @@ def sae(llama: PreTrainedModel) -> MatryoshkaSAE:
     return build_sae(llama)
 
 
-@pytest.fixture(params=sorted(DECODERS))
+@pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each of 17 architectures."""
     return request.param
