@@ -7,11 +7,11 @@ that is off by any factor shows.
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs_of_processes import launch
 from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -24,10 +24,6 @@ from hf_msae.data import (
     cache_activations,
 )
 from hf_msae.training import SAETrainer, SAETrainingArguments
-
-sys.path.append(str(Path(__file__).parent))
-
-from runs_of_processes import launch
 
 SHAPE = {"hidden_size": 16, "num_latents": 96, "prefix_sizes": [8, 24, 96], "k": 4, "site": "model.layers.0:output"}
 FORMS = {

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import make_sae, make_trainer
 from transformers import TrainerCallback
 
 from hf_msae.data import (
@@ -21,10 +20,6 @@ from hf_msae.data import (
 )
 from hf_msae.training import CheckpointError
 from hf_msae.training.checkpoints import STATE_NAME, _digest
-
-sys.path.append(str(Path(__file__).parent))
-
-from small_runs import make_sae, make_trainer
 
 
 class Stop(TrainerCallback):

@@ -9,23 +9,11 @@ from pathlib import Path
 
 import pytest
 from patience import HANG_SECONDS
-
-sys.path.append(str(Path(__file__).parent))
-
 from runs_of_processes import launch
-from small_runs import make_sae, make_trainer
+from small_runs import make_sae
 
 # How far the expected peak may be from the measured one, as a share of it.
 TOLERANCE = 0.2
-
-
-@pytest.fixture
-def trainer(tmp_path, lm, tokenizer, texts):
-    def make(sae=None, name="run", **changes):
-        changes = {"max_steps": 12, "logging_steps": 1} | changes
-        return make_trainer(lm, tokenizer, texts, tmp_path / name, sae, **changes)
-
-    return make
 
 
 def test_counts_follow_from_shapes(trainer):

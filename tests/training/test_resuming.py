@@ -1,7 +1,6 @@
 """Where a run goes on: for how long, on how many processes, and from checkpoints that other versions wrote."""
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,20 +14,6 @@ from hf_msae.training import CheckpointError, SAETrainingArguments
 from hf_msae.training.checkpoints import STATE_NAME
 from hf_msae.training.optimization import Length, learning_rate_factor
 from hf_msae.training.resuming import redistribute, resumed_length
-
-sys.path.append(str(Path(__file__).parent))
-
-from small_runs import make_trainer
-
-
-@pytest.fixture
-def trainer(tmp_path, lm, tokenizer, texts):
-    def make(sae=None, name="run", **changes):
-        changes = {"max_steps": 12, "logging_steps": 1} | changes
-        return make_trainer(lm, tokenizer, texts, tmp_path / name, sae, **changes)
-
-    return make
-
 
 # The length of a run
 

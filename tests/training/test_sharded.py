@@ -5,7 +5,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,14 @@ import torch
 from hf_msae.modeling.selection import SINGLE_PROCESS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs_of_processes import launch
 from safetensors.torch import load_file, save_file
+from test_distributed import FORMS, SETTINGS, SHAPE, assert_same_run, make_cache
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import CachedActivations
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
-
-sys.path.append(str(Path(__file__).parent))
-
-from runs_of_processes import launch
-from test_distributed import FORMS, SETTINGS, SHAPE, assert_same_run, make_cache
 
 SHARDED_SHAPE = SHAPE | {"num_latents": 97, "prefix_sizes": [8, 30, 97]}
 SAES = {form: SHARDED_SHAPE | options for form, options in FORMS.items()}

@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import make_sae, make_trainer
 from transformers import TrainerCallback
 
 from hf_msae import MatryoshkaSAE
@@ -15,10 +15,6 @@ from hf_msae.data import TokenWindows, as_documents, harvest
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainer, TrainingInterrupted
 from hf_msae.training.resuming import BY_SAVING
-
-sys.path.append(str(Path(__file__).parent))
-
-from small_runs import make_sae, make_trainer
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 
