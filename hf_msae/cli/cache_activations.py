@@ -12,9 +12,8 @@ from hf_msae.data import (
     TokenWindows,
     cache_activations,
     find_norm_limits,
-    hold_out,
+    hold_out_for_training,
     pad_id,
-    split_of,
     vocabulary,
 )
 from hf_msae.errors import InputError
@@ -68,10 +67,16 @@ def run(arguments: list[str]) -> None:
     filler = pad_id(tokenizer, rows)
     # What training on the same data holds out, and an evaluation measures on, is left out; the order makes the first
     # rows, which training on the cache holds out, as mixed as the rest.
-    common = (documents, tokenizer, args.context_length)
-    measuring = hold_out(*common, args.eval_tokens, args.packing, vocab_size=rows)
-    calibration = hold_out(*common, args.calibration_tokens, args.packing, purpose="calibration", vocab_size=rows)
-    mixed = documents.without(split_of(measuring, calibration, documents)).shuffle(args.seed)
+    held_out = hold_out_for_training(
+        documents,
+        tokenizer,
+        args.context_length,
+        args.eval_tokens,
+        args.calibration_tokens,
+        args.packing,
+        vocab_size=rows,
+    )
+    mixed = documents.without(held_out.split).shuffle(args.seed)
     windows = TokenWindows(mixed, tokenizer, context_length=args.context_length, pack=args.packing, vocab_size=rows)
     sites = [resolve_site(model, site) for site in args.site]
     options = {"lm_batch_size": args.lm_batch_size, "pad_id": filler}

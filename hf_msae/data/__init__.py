@@ -6,7 +6,7 @@ from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
 from hf_msae.data.forward import find_norm_limits, harvest
 from hf_msae.data.hash_split import Split
-from hf_msae.data.holding_out import HeldOutWindows, hold_out, split_of
+from hf_msae.data.holding_out import HeldOutWindows, TrainingHoldOut, hold_out, hold_out_for_training
 from hf_msae.data.loading import as_documents, load_documents
 from hf_msae.data.rows import Document
 from hf_msae.data.sources import DatasetError
@@ -27,6 +27,7 @@ __all__ = [
     "Split",
     "TokenBatch",
     "TokenWindows",
+    "TrainingHoldOut",
     "Window",
     "as_documents",
     "cache_activations",
@@ -37,9 +38,9 @@ __all__ = [
     "fingerprint",
     "harvest",
     "hold_out",
+    "hold_out_for_training",
     "is_activation_cache",
     "load_documents",
     "pad_id",
-    "split_of",
     "vocabulary",
 ]

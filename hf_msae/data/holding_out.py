@@ -7,13 +7,12 @@ documents that training passed over. Small data ends before: then the share is w
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_msae.data.documents import Documents
 from hf_msae.data.hash_split import Split, lot
 from hf_msae.data.loading import as_documents
 from hf_msae.data.sources import DatasetError, UnreadableRow
@@ -36,8 +35,6 @@ SEPARATOR_HINT = (
     "that does not occur the whole file."
 )
 
-Purpose = Literal["measuring", "calibration"]
-
 
 @dataclass(frozen=True)
 class HeldOutWindows:
@@ -59,6 +56,21 @@ class HeldOutWindows:
         return {"share": self.share, **counts}
 
 
+@dataclass(frozen=True)
+class TrainingHoldOut:
+    """What a training run holds out of its documents.
+
+    Attributes:
+        measuring: To measure on.
+        calibration: To set thresholds by; shares no document with `measuring`.
+        split: What training must leave out: train on `documents.without(split)`.
+    """
+
+    measuring: HeldOutWindows
+    calibration: HeldOutWindows
+    split: Split
+
+
 def hold_out(
     documents: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,10 +78,9 @@ def hold_out(
     num_tokens: int,
     pack: bool = True,
     *,
-    purpose: Purpose = "measuring",
     vocab_size: int | None = None,
 ) -> HeldOutWindows:
-    """Documents for measuring or for calibration; train on `documents.without(split)`, see `split_of`.
+    """Documents for measuring, the same that a training run on these documents measures on.
 
     Args:
         documents: `Documents` before sharding (every process holds out the same), or what `as_documents` takes.
@@ -78,7 +89,6 @@ def hold_out(
         tokenizer: as in `TokenWindows`.
         context_length: as there.
         pack: as there.
-        purpose: "measuring" or "calibration"; the two never share documents, see `split_of`.
         vocab_size: as in `TokenWindows`.
 
     Returns:
@@ -88,81 +98,132 @@ def hold_out(
         ValueError: the documents are a shard, or something was held out of them already.
         DatasetError: all documents together have fewer tokens.
     """
-    check_context_length(context_length)
-    documents = as_documents(documents)
-    if documents.world_size > 1 or documents.split:
-        raise InputError("hold out documents before sharding them, so that every process holds out the same ones")
-    return _Search(documents, DocumentEncoder(tokenizer, vocab_size), context_length, num_tokens, pack, purpose).run()
+    reader = _Reader(documents, tokenizer, context_length, pack, vocab_size)
+    (measuring,) = reader.find([_Purpose("measuring", num_tokens)])
+    return measuring
 
 
-def split_of(measuring: HeldOutWindows, calibration: HeldOutWindows, documents: Documents) -> Split:
-    """What training must leave out. Raises `DatasetError` where the two would share documents."""
+def hold_out_for_training(
+    documents: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    eval_tokens: int,
+    calibration_tokens: int,
+    pack: bool = True,
+    *,
+    vocab_size: int | None = None,
+) -> TrainingHoldOut:
+    """Documents for measuring and others for calibration, found in one pass.
+
+    Args:
+        documents: as in `hold_out`.
+        tokenizer: as there.
+        context_length: as there.
+        eval_tokens: the least number of tokens for measuring.
+        calibration_tokens: the least number of tokens for calibration.
+        pack: as there.
+        vocab_size: as there.
+
+    Returns:
+        Both, and what training must leave out.
+
+    Raises:
+        ValueError: as there.
+        DatasetError: there are too few documents for one of them, or for both.
+    """
+    reader = _Reader(documents, tokenizer, context_length, pack, vocab_size)
+    purposes = [_Purpose("measuring", eval_tokens), _Purpose("calibration", calibration_tokens)]
+    measuring, calibration = reader.find(purposes)
     if measuring.share + calibration.share > 1:
         raise DatasetError(
             f"cannot hold out {measuring.num_tokens:,} tokens to measure on and {calibration.num_tokens:,} for "
-            f"calibration: {documents.description} has too few documents for both. Hold out fewer (eval_tokens, "
-            "calibration_tokens), or use more data."
+            f"calibration: {reader.documents.description} has too few documents for both. Hold out fewer "
+            "(eval_tokens, calibration_tokens), or use more data."
         )
-    return Split(measuring.share, calibration.share)
+    return TrainingHoldOut(measuring, calibration, Split(measuring.share, calibration.share))
 
 
 @dataclass
-class _Search:
-    documents: Documents
-    encoder: DocumentEncoder
-    context_length: int
+class _Purpose:
+    """What documents are held out for, and those found so far."""
+
+    kind: Literal["measuring", "calibration"]
     num_tokens: int
-    pack: bool
-    purpose: Purpose
+    found: list[tuple[float, list[int]]] = field(default_factory=list)  # (distance, token ids)
+    tokens: int = 0
+    num_read: int = 0
 
-    def run(self) -> HeldOutWindows:
-        share, stop = BASE_SHARE, True
-        while True:
-            found, read = self._gather(share, stop)
-            tokens = sum(self.encoder.count(ids) for _, ids in found)
-            if tokens >= self.num_tokens:
-                return self._result(found, share, read) if stop else self._lowest(found, read)
+    @property
+    def enough(self) -> bool:
+        return self.tokens >= self.num_tokens
+
+    def distance(self, lot: float) -> float:
+        """From the end of the lots that this purpose takes."""
+        return lot if self.kind == "measuring" else 1 - lot
+
+    def holds(self, lot: float, share: float) -> bool:
+        return Split(**{self.kind: share}).holds(lot)
+
+
+class _Reader:
+    """Goes through documents for those that purposes take."""
+
+    def __init__(
+        self,
+        documents: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        pack: bool,
+        vocab_size: int | None,
+    ) -> None:
+        check_context_length(context_length)
+        self.documents = as_documents(documents)
+        if self.documents.world_size > 1 or self.documents.split:
+            raise InputError("hold out documents before sharding them, so that every process holds out the same ones")
+        self.encoder = DocumentEncoder(tokenizer, vocab_size)
+        self.context_length, self.pack = context_length, pack
+
+    def find(self, purposes: Sequence[_Purpose]) -> list[HeldOutWindows]:
+        """The windows of each purpose, read together as far as one of them needs more."""
+        self._gather(purposes, BASE_SHARE, stop=True)
+        return [
+            self._result(purpose, purpose.found, BASE_SHARE) if purpose.enough else self._of_small_data(purpose)
+            for purpose in purposes
+        ]
+
+    def _of_small_data(self, purpose: _Purpose) -> HeldOutWindows:
+        """All of the data is known, and small. First the base share again, for the order of lots."""
+        share = BASE_SHARE
+        while not purpose.enough:
             if share == 1:
-                raise self._too_few(tokens, read)
-            # The data has ended: all of it is known to be small. First the base share again, for the order of lots.
-            share, stop = min(1.0, 2 * share), False
+                raise self._too_few(purpose)
+            share = min(1.0, 2 * share)
+            self._gather([purpose], share, stop=False)
+        return self._lowest(purpose)
 
-    def _gather(self, share: float, stop: bool) -> tuple[list[tuple[float, list[int]]], int]:
-        """(distance, token ids) of the documents within a share, and how many were read.
-
-        They are read until they are enough, or all.
-        """
-        found: list[tuple[float, list[int]]] = []
-        tokens = read = 0
-        for distance, ids in self._encoded(share):
-            read += 1
-            if not ids:
-                continue
-            found.append((distance, ids))
-            tokens += self.encoder.count(ids)
-            if stop and tokens >= self.num_tokens:
-                break
-        return found, read
-
-    def _encoded(self, share: float) -> Iterator[tuple[float, list[int]]]:
-        """Every document's distance from the end of the lots that this purpose takes; token ids within the share."""
+    def _gather(self, purposes: Sequence[_Purpose], share: float, *, stop: bool) -> None:
+        """Read documents until each purpose has enough, or all; keep those within a share."""
+        for purpose in purposes:
+            purpose.found, purpose.tokens, purpose.num_read = [], 0, 0
         view = self.documents.shuffle(ORDER_SEED)
         reader = iter(view)
+        open_purposes = list(purposes)
         for document in reader:
             number = lot(document)
-            distance = number if self.purpose == "measuring" else 1 - number
-            if not self._holds(share, number):
-                yield distance, []
-                continue
-            ids = self.encoder.encode_each([document])[0]
-            if isinstance(ids, UnreadableRow):
-                view.skip_document(reader.number, ids)
-                ids = []
-            yield distance, self._piece(ids, number)
-
-    def _holds(self, share: float, number: float) -> bool:
-        split = Split(measuring=share) if self.purpose == "measuring" else Split(calibration=share)
-        return split.holds(number)
+            for purpose in open_purposes:
+                purpose.num_read += 1
+                if not purpose.holds(number, share):
+                    continue
+                ids = self.encoder.encode_each([document])[0]
+                if isinstance(ids, UnreadableRow):
+                    view.skip_document(reader.number, ids)
+                elif piece := self._piece(ids, number):
+                    purpose.found.append((purpose.distance(number), piece))
+                    purpose.tokens += self.encoder.count(piece)
+            if stop:
+                open_purposes = [purpose for purpose in open_purposes if not purpose.enough]
+                if not open_purposes:
+                    return
 
     def _piece(self, ids: list[int], number: float) -> list[int]:
         """Of a long document a part, from a place that its lot chooses: beginnings are unlike the rest."""
@@ -172,18 +233,18 @@ class _Search:
         begin = int(number * 2**32 % 1 * (len(ids) - most + 1)) if self.pack else 0
         return self.encoder.start(ids[begin : begin + most])
 
-    def _lowest(self, found: list[tuple[float, list[int]]], read: int) -> HeldOutWindows:
+    def _lowest(self, purpose: _Purpose) -> HeldOutWindows:
         """The nearest documents that have enough tokens, and the share that they are."""
         taken: list[tuple[float, list[int]]] = []
         tokens = 0
-        for item in sorted(found, key=lambda item: item[0]):
-            if tokens >= self.num_tokens:
+        for item in sorted(purpose.found, key=lambda item: item[0]):
+            if tokens >= purpose.num_tokens:
                 break
             taken.append(item)
             tokens += self.encoder.count(item[1])
-        return self._result(taken, math.nextafter(taken[-1][0], 2), read)
+        return self._result(purpose, taken, math.nextafter(taken[-1][0], 2))
 
-    def _result(self, found: list[tuple[float, list[int]]], share: float, read: int) -> HeldOutWindows:
+    def _result(self, purpose: _Purpose, found: list[tuple[float, list[int]]], share: float) -> HeldOutWindows:
         pieces = [ids for _, ids in found]
         if self.pack:
             windows, _ = self.encoder.pack([token for ids in pieces for token in ids], self.context_length, last=True)
@@ -198,11 +259,11 @@ class _Search:
                 tokens / len(found),
                 SEPARATOR_HINT,
             )
-        return HeldOutWindows(windows, share, len(found), read, tokens)
+        return HeldOutWindows(windows, share, len(found), purpose.num_read, tokens)
 
-    def _too_few(self, tokens: int, read: int) -> DatasetError:
+    def _too_few(self, purpose: _Purpose) -> DatasetError:
         long = f" (of a document at most {MOST_TOKENS:,} are taken)" if self.pack else ""
         return DatasetError(
-            f"cannot hold out {self.num_tokens:,} tokens: all {read:,} documents of {self.documents.description} have "
-            f"{tokens:,}{long}. Hold out fewer, or use more data. ({SEPARATOR_HINT})"
+            f"cannot hold out {purpose.num_tokens:,} tokens: all {purpose.num_read:,} documents of "
+            f"{self.documents.description} have {purpose.tokens:,}{long}. Hold out fewer, or use more data. ({SEPARATOR_HINT})"
         )

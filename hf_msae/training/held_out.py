@@ -30,8 +30,7 @@ from hf_msae.data import (
     collate,
     find_norm_limits,
     harvest,
-    hold_out,
-    split_of,
+    hold_out_for_training,
 )
 from hf_msae.data.populations import Population
 from hf_msae.errors import InputError
@@ -103,12 +102,16 @@ class HeldOutText(HeldOut):
 
     def __init__(self, source: TextSource, documents: Documents, args: SAETrainingArguments) -> None:
         self.source, self.args, self.tensor_parallel = source, args, source.tensor_parallel
-        common = (documents, source.tokenizer, source.context_length)
-        measuring = hold_out(*common, args.eval_tokens, args.packing, vocab_size=source.vocab_size)
-        calibration = hold_out(
-            *common, args.calibration_tokens, args.packing, purpose="calibration", vocab_size=source.vocab_size
+        held_out = hold_out_for_training(
+            documents,
+            source.tokenizer,
+            source.context_length,
+            args.eval_tokens,
+            args.calibration_tokens,
+            args.packing,
+            vocab_size=source.vocab_size,
         )
-        self.split = split_of(measuring, calibration, documents)
+        measuring, calibration, self.split = held_out.measuring, held_out.calibration, held_out.split
         self.facts = {"measuring": measuring.facts(), "calibration": calibration.facts()}
         self._evaluation, self._calibration = measuring.windows, calibration.windows
         self.why_no_tokens = None if args.ce_tokens else "ce_tokens is 0"

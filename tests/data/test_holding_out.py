@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hf_msae.data import DatasetError, Split, as_documents, hold_out, load_documents, split_of
+from hf_msae.data import DatasetError, Split, as_documents, hold_out, hold_out_for_training, load_documents
 from hf_msae.data.hash_split import lot
 from hf_msae.data.holding_out import BASE_SHARE, BASE_SPLIT, MOST_TOKENS, HeldOutWindows
 from hf_msae.data.windows import DocumentEncoder
@@ -47,20 +47,25 @@ def distinct(number: int, seed: int = 0) -> list[str]:
     seed=st.integers(0, 99),
     number=st.integers(20, 400),
     tokens=st.integers(1, 300),
+    more=st.integers(-200, 200),
     order=st.integers(0, 99),
     world_size=st.integers(1, 3),
     copies=st.booleans(),
 )
 def test_what_is_held_out_is_never_trained_on(
-    tokenizer, tmp_path_factory, kind, seed, number, tokens, order, world_size, copies
+    tokenizer, tmp_path_factory, kind, seed, number, tokens, more, order, world_size, copies
 ):
     texts = distinct(number, seed) * (1 + copies)
     documents = of_kind(kind, texts, tmp_path_factory.mktemp("data"))
-    measuring = hold_out(documents, tokenizer, 16, tokens)
-    calibration = hold_out(documents, tokenizer, 16, tokens, purpose="calibration")
-    assert min(measuring.num_tokens, calibration.num_tokens) >= tokens
-    assume(measuring.share + calibration.share <= 1)
-    split = split_of(measuring, calibration, documents)
+    try:
+        held_out = hold_out_for_training(documents, tokenizer, 16, tokens, max(1, tokens + more))
+    except DatasetError as error:
+        assume("too few documents for both" not in str(error))
+        raise
+    measuring, calibration, split = held_out.measuring, held_out.calibration, held_out.split
+    assert measuring.num_tokens >= tokens
+    assert calibration.num_tokens >= tokens + more
+    assert hold_out(documents, tokenizer, 16, tokens).facts() == measuring.facts(), "found alone and in one pass"
     view = documents.without(split).shuffle(order)
     trained = [text for rank in range(world_size) for text in view.shard(rank, world_size)]
     assert sorted(trained) == sorted(text for text in texts if not split.holds(lot(text)))
@@ -156,9 +161,8 @@ def test_what_cannot_be_held_out_is_told(tokenizer, texts):
         with pytest.raises(ValueError, match="before sharding"):
             hold_out(view, tokenizer, 16, 200)
     most = sum(len(text.split()) for text in texts) * 3 // 4
-    both = [hold_out(texts, tokenizer, 16, most, purpose=purpose) for purpose in ("measuring", "calibration")]
     with pytest.raises(DatasetError, match="too few documents for both"):
-        split_of(*both, documents)
+        hold_out_for_training(texts, tokenizer, 16, most, most)
 
 
 def test_the_state_of_other_held_out_documents_or_of_an_earlier_version_is_refused(texts):

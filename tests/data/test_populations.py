@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.cache_activations import run as cache_command
-from hf_msae.data import CachedActivations, as_documents, hold_out, split_of
+from hf_msae.data import CachedActivations, as_documents, hold_out, hold_out_for_training
 from hf_msae.data.populations import Population
 from hf_msae.interpret.scan import scan
 from hf_msae.training import SAETrainer, SAETrainingArguments
@@ -108,8 +108,6 @@ def test_a_cache_lacks_what_an_evaluation_measures_on(lm, tokenizer, tmp_path, e
     options = f"--model {tmp_path}/lm --dataset {tmp_path}/texts.jsonl --site layers.0 --output-dir {tmp_path}/cache"
     options += f" --max-tokens 10000 --batch-size 1 --eval-tokens {eval_tokens} --calibration-tokens 100"
     cache_command(f"{options} --context-length 16 --norm-outlier-multiple 0".split())
-    measured = hold_out(texts, tokenizer, 16, eval_tokens)
-    calibrated = hold_out(texts, tokenizer, 16, 100, purpose="calibration")
-    documents = as_documents(texts)
-    left = sum(len(text.split()) for text in documents.without(split_of(measured, calibrated, documents)))
+    split = hold_out_for_training(texts, tokenizer, 16, eval_tokens, 100).split
+    left = sum(len(text.split()) for text in as_documents(texts).without(split))
     assert CachedActivations(tmp_path / "cache", batch_size=1).num_available == left <= 300 * 25 - eval_tokens
