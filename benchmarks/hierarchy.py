@@ -37,7 +37,8 @@ from hf_msae.data.windows import DocumentEncoder, pad_id
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.edges import filter_edges, find_candidates
 from hf_msae.interpret.hierarchy import Edge, HierarchySettings
-from hf_msae.interpret.scan import find_site, scan
+from hf_msae.interpret.scan import scan
+from hf_msae.sites import find_site
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts
 
 LABEL_SEED, EDGE_SEED = 1_003, 1_004
@@ -73,7 +74,8 @@ class Row:
 def correlations(sae: MatryoshkaSAE, num_stories: int) -> Tensor:
     """Of every latent's activation with every concept's labels over some stories' tokens, (latents, concepts)."""
     model, tokenizer = load_story_lm()
-    site, encoder, names = find_site(model, sae), DocumentEncoder(tokenizer), {n: i for i, n in enumerate(CONCEPTS)}
+    site, encoder = find_site(model, sae.config), DocumentEncoder(tokenizer)
+    names = {n: i for i, n in enumerate(CONCEPTS)}
     shape = (sae.config.num_latents, len(names))
     together, of_latents, squares = torch.zeros(shape).double(), torch.zeros(shape[0]).double(), torch.zeros(shape[0])
     of_concepts, num_tokens = torch.zeros(shape[1]).double(), 0

@@ -61,6 +61,7 @@ NEIGHBOURS = {
         "hf_msae.formats",
         "hf_msae.interpret",
     ): "types alone: Neuronpedia shows an interpretation's pages",
+    ("hf_msae.sites", "hf_msae.modeling"): "types alone: an SAE's configuration says where it reads",
     ("hf_msae.hub", "hf_msae.formats"): "a repo without an SAE of ours may hold another library's",
     ("hf_msae.metrics", "hf_msae.data"): "a language model is measured on batches of token windows",
     ("hf_msae.hub", "hf_msae.metrics"): "a model card shows the table of a measurement",

@@ -14,7 +14,7 @@ from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
-from hf_msae.evaluation.activations import check_fits, collect
+from hf_msae.evaluation.activations import collect
 from hf_msae.evaluation.completing import complete
 from hf_msae.formats.conversion import (
     FORMATS,
@@ -26,7 +26,7 @@ from hf_msae.formats.conversion import (
 )
 from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.sites import resolve_site
+from hf_msae.sites import find_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.loaders import window_length
 
@@ -126,8 +126,7 @@ def _measure(sae: MatryoshkaSAE, args: ConvertArguments, sources: SourceArgument
     if isinstance(documents, CachedActivations):
         raise InputError(f"--dataset {sources.dataset} is an activation cache; give text.")
     model, tokenizer = load_language_model(sources)
-    site = resolve_site(model, place)
-    check_fits(model, site, sae, args.src)
+    site = find_site(model, config, place, called=args.src)
     length = window_length(model, SAETrainingArguments(context_length=config.context_length))
     source = documents if eval_documents is None else eval_documents
     text = collect(model, tokenizer, site, source, num_tokens=args.measure_tokens, context_length=length)

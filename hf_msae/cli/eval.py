@@ -20,7 +20,7 @@ from hf_msae.cli.sources import STORIES, load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
 from hf_msae.evaluation import DEFAULT_METRICS, METRICS, Evaluation, Subject, collect, evaluate, write_report
-from hf_msae.evaluation.activations import TextActivations, check_fits
+from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.baselines import BASELINES, TRAINED, check_baselines, make_baselines
 from hf_msae.evaluation.labelled import LabelledActivations, labelled_documents, read_labelled, story_examples
 from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
@@ -30,7 +30,7 @@ from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
-from hf_msae.sites import resolve_site
+from hf_msae.sites import find_site, resolve_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.loaders import window_length
 
@@ -157,7 +157,7 @@ def run(arguments: list[str]) -> None:
     model, tokenizer = load_language_model(sources)
     site = resolve_site(model, args.site or config.site or "")
     for subject in subjects:
-        check_fits(model, site, subject.sae, subject.name)
+        find_site(model, subject.sae.config, site, called=subject.name)
         subject.sae.to(PartialState().device)
     wanted = SAETrainingArguments(context_length=args.context_length or config.context_length)
     context_length = window_length(model, wanted)

@@ -17,11 +17,11 @@ from hf_msae.cli.parser import build_parser, parse
 from hf_msae.cli.sources import load_language_model, load_training_data
 from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
-from hf_msae.evaluation.activations import check_fits, collect
+from hf_msae.evaluation.activations import collect
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.research.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
 from hf_msae.research.meta_browser import render_browser, token_labels
-from hf_msae.sites import resolve_site
+from hf_msae.sites import find_site
 
 BROWSER_NAME, FACTS_NAME = "decompositions.html", "meta_sae.json"
 DEFAULT_CONTEXT_LENGTH = 256
@@ -123,8 +123,7 @@ def _labels(sources: SourceArguments, sae: MatryoshkaSAE, args: MetaArguments) -
     if sae.config.site is None:
         raise InputError(f"{args.sae} does not say which site it reads, so latents cannot be named: --label-tokens 0.")
     model, tokenizer = load_language_model(sources)
-    site = resolve_site(model, sae.config.site)
-    check_fits(model, site, sae, args.sae)
+    site = find_site(model, sae.config, called=args.sae)
     text = collect(
         model,
         tokenizer,

@@ -19,33 +19,11 @@ from hf_msae.data.forward import leave_out
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, norm_limit_of, within_limit
-from hf_msae.sites import Site, site_width
+from hf_msae.sites import Site
 from hf_msae.training.held_out import collated
 
 # Dense latents of a batch are at most this many numbers: 256 MB in float32.
 LATENTS_AT_ONCE = 2**26
-
-
-def check_fits(model: PreTrainedModel, site: Site, sae: MatryoshkaSAE, name: str) -> None:
-    """Check that an SAE reads this site of this model.
-
-    Args:
-        model: the language model.
-        site: where in it.
-        sae: the SAE.
-        name: what an error calls the SAE.
-
-    Raises:
-        InputError: the site's activations are of another width.
-    """
-    width = site_width(model, site)
-    if width != sae.config.hidden_size:
-        raise InputError(
-            f"The SAE {name} reads activations of {sae.config.hidden_size} dimensions, but those at {site} of "
-            f"{model.config.name_or_path or 'the model'} have {width}. It was trained on "
-            f"{sae.config.site or 'an unrecorded site'} of {sae.config.base_model or 'an unrecorded model'}; give "
-            "--model and --site accordingly."
-        )
 
 
 def tokens_at_once(sae: MatryoshkaSAE) -> int:

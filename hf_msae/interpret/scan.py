@@ -31,7 +31,7 @@ from hf_msae.interpret.contexts import (
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, check_multiple, norm_limit_of, within_limit
-from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.sites import find_site, resolve_site
 
 # Contexts end a little after the token they were taken for: a causal model has not read what comes later.
 SHARE_BEFORE = 3 / 4
@@ -144,7 +144,7 @@ def scan(
         if number < 1:
             raise InputError(f"{name} must be at least 1, got {number}")
     check_multiple(norm_outlier_multiple)
-    place, limit = find_site(model, sae, site), sae.config.norm_limit
+    place, limit = find_site(model, sae.config, site), sae.config.norm_limit
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
     rows = vocabulary(model)
     filler = pad_id(tokenizer, rows)
@@ -175,31 +175,6 @@ def scan(
     description = windows.documents.description
     firings = collector.firings()
     return Scan(collector.statistics, top, sampled, firings, references, description, length, limit, num_outliers)
-
-
-def find_site(model: PreTrainedModel, sae: MatryoshkaSAE, name: str | None = None) -> Site:
-    """The site where an SAE reads this model.
-
-    Args:
-        model: the language model.
-        sae: the SAE.
-        name: of the site; by default what the SAE's configuration records.
-
-    Raises:
-        InputError: there is no such site, or its width is not the SAE's.
-    """
-    recorded = name or sae.config.site
-    if recorded is None:
-        raise InputError("The SAE records no site; say where it reads the model, such as layers.12.")
-    place = resolve_site(model, recorded)
-    width = site_width(model, place)
-    if width != sae.config.hidden_size:
-        raise InputError(
-            f"The SAE reads activations of width {sae.config.hidden_size}, but those at {place} of "
-            f"{model.config.name_or_path or 'the model'} have {width}. It was trained on "
-            f"{sae.config.base_model or 'an unrecorded model'}; give that model, and its site."
-        )
-    return place
 
 
 class _Collector:

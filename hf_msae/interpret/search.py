@@ -108,7 +108,7 @@ def search_firing(
     Raises:
         InputError: the text has no token that counts, or the SAE does not fit the model.
     """
-    site, encoder = find_site(model, sae), DocumentEncoder(tokenizer, vocabulary(model))
+    site, encoder = find_site(model, sae.config), DocumentEncoder(tokenizer, vocabulary(model))
     encoded = encoder.encode([text])
     if not encoded:
         raise InputError(f"The text {text!r} has no token that counts; write a word or more.")

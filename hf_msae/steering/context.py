@@ -20,7 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
-from hf_msae.sites import Site, replace, resolve_site
+from hf_msae.sites import Site, check_width, recorded_site, replace, resolve_site
 from hf_msae.steering.directions import Direction
 from hf_msae.steering.edits import Edit, SteeringError, Units, check_edits, deltas, latent_edits
 from hf_msae.steering.generation import watched
@@ -92,8 +92,9 @@ def steering_context(
         of_sae = [edit for edit in edits if edit.sae == name]
         check_edits(sae, of_sae, name)
         if of_sae:
-            functions = [_on_device_of(sae, delta) for delta in deltas(sae, of_sae)]
-            by_site.setdefault(_site_of(model, sae), []).extend(functions)
+            site = resolve_site(model, recorded_site(sae.config, called=name, error=SteeringError))
+            functions = [_on_device_of(sae, delta, model, site, name) for delta in deltas(sae, of_sae)]
+            by_site.setdefault(site, []).extend(functions)
     with _steered(model, by_site, positions, special_ids):
         yield
 
@@ -186,25 +187,17 @@ def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], steered: Tensor)
     return torch.where(steered.unsqueeze(-1), new, hidden)
 
 
-def _on_device_of(sae: MatryoshkaSAE, delta: DeltaFunction) -> DeltaFunction:
+def _on_device_of(
+    sae: MatryoshkaSAE, delta: DeltaFunction, model: PreTrainedModel, site: Site, name: str
+) -> DeltaFunction:
     """The function on the SAE's device and in its precision, for activations of any.
 
     It is 0 for outliers, such as attention sinks, of which the SAE has learnt nothing.
     """
 
     def moved(x: Tensor) -> Tensor:
-        if x.shape[-1] != sae.config.hidden_size:
-            raise SteeringError(
-                f"the SAE reads activations of width {sae.config.hidden_size}, and those at {sae.config.site} of this "
-                f"model have {x.shape[-1]}; it was trained on {sae.config.base_model or 'another model'}."
-            )
+        check_width(x.shape[-1], sae.config, site, model, called=name, error=SteeringError)
         added = delta(x.to(sae.device, sae.W_dec.dtype)).to(x.device)
         return torch.where(within_limit(x, sae.config.norm_limit).unsqueeze(-1), added, 0)
 
     return moved
-
-
-def _site_of(model: PreTrainedModel, sae: MatryoshkaSAE) -> Site:
-    if sae.config.site is None:
-        raise SteeringError("the SAE does not say where it reads; set sae.config.site, for example to 'layers.12'.")
-    return resolve_site(model, sae.config.site)

@@ -23,7 +23,7 @@ from hf_msae.data import CachedActivations, as_documents
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, origin_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.sites import Site, resolve_site, site_width
+from hf_msae.sites import Site, find_site, recorded_site
 from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
 from hf_msae.training.loaders import (
     ActivationLoader,
@@ -84,23 +84,14 @@ def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSA
         Sites by the SAEs' names.
 
     Raises:
-        InputError: Where an SAE has no site, or another width than the model has there.
-        SiteError: Where the model has no such site.
+        SiteError: Where an SAE has no site, the model has no such site, or another width there.
     """
     sites = {}
     for name, sae in saes.items():
-        if sae.config.site is None:
-            raise InputError(f"The SAE {name!r} has no site. Set config.site, for example to 'layers.12'.")
         if model is None:
-            sites[name] = Site.parse(sae.config.site)
+            sites[name] = Site.parse(recorded_site(sae.config, called=name))
             continue
-        sites[name] = resolve_site(model, sae.config.site)
-        width = site_width(model.eval(), sites[name])
-        if width != sae.config.hidden_size:
-            raise InputError(
-                f"The activations at {sites[name]} have {width} dimensions, but the SAE {name!r} was made for "
-                f"hidden_size={sae.config.hidden_size}. Make it with hidden_size={width}."
-            )
+        sites[name] = find_site(model.eval(), sae.config, called=name)
         if sae.config.k > sae.config.prefix_sizes[0] / 2:
             logger.warning(
                 "%s: k=%g is more than half of the first prefix of %d latents, which leaves that level hardly "

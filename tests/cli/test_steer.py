@@ -132,8 +132,9 @@ def test_a_model_without_a_tokenizer_or_of_another_shape_is_told_in_words(folder
     sae.config.site = "layers.1"
     sae.save_pretrained(folder)
     assert run(*given) == 2
-    said = "the SAE reads activations of width 128, and those at layers.1 of this model have 16; it was trained on"
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "reads activations of 128 dimensions, but those at model.layers.1:output of" in said
+    assert "have 16. It was made for layers.1 of" in said
 
 
 def test_a_word_finds_the_latent_that_promotes_it(folder, capsys):

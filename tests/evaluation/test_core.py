@@ -8,7 +8,7 @@ from small_saes import copying_sae
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import hold_out
-from hf_msae.evaluation.activations import check_fits, collect
+from hf_msae.evaluation.activations import collect
 from hf_msae.evaluation.baselines import build_pca
 from hf_msae.evaluation.core import DENSITY_EDGES, density, description_bits, measure_core, rate_distortion
 from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
@@ -166,14 +166,6 @@ def test_principal_components_explain_their_eigenvalues():
     for level, components in zip(meter.levels(), (1, 3, 16), strict=True):
         assert level.fve == pytest.approx((values[:components].sum() / values.sum()).item(), abs=1e-5)
         assert level.l0 == pytest.approx(components, abs=0.02)
-
-
-def test_an_sae_of_another_width_is_refused_in_words(lm, sae):
-    site = resolve_site(lm, "layers.0")
-    wrong = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=8, num_latents=32, k=2))
-    with pytest.raises(ValueError, match=r"reads activations of 8 dimensions, but those at .* have 16"):
-        check_fits(lm, site, wrong, "wrong")
-    check_fits(lm, site, sae, "right")
 
 
 def test_an_ablation_that_changes_nothing_leaves_nothing_to_recover(lm, tokenizer, texts):

@@ -132,7 +132,7 @@ def test_mistakes_are_told_before_anything_is_read(known, lm, tokenizer):
     model, texts = known.model, known.texts
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         scan(model, tokenizer, known.sae, texts, max_tokens=0)
-    with pytest.raises(ValueError, match=r"width 24, but those at .* have 16"):
+    with pytest.raises(ValueError, match=r"24 dimensions, but those at .* have 16"):
         scan(lm, tokenizer, known.sae, texts, max_tokens=10)
     nameless = copy.deepcopy(known.sae)
     nameless.config.site = None

@@ -567,7 +567,7 @@ def test_an_sae_that_does_not_fit_is_refused(llama, sae, make_sae, decoder):
     inner = make_sae(llama, "layers.1.mlp.down_proj:input")
     inner.config.site = "layers.1"
     with (
-        pytest.raises(SteeringError, match=r"of width 48, and those at layers.1 .* have 32"),
+        pytest.raises(SteeringError, match=r"of 48 dimensions, but those at .*layers.1:output .* have 32"),
         steer(llama, inner, {2: 1.0}),
     ):
         logits(llama)

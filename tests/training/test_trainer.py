@@ -260,7 +260,7 @@ def test_resuming_with_other_arguments_is_refused(train):
 def test_bad_input_is_refused_before_any_work(train, tmp_path):
     with pytest.raises(SiteError, match=r"layers\.7"):
         train(make_sae(site="layers.7"))
-    with pytest.raises(ValueError, match=r"16 dimensions.*hidden_size=16"):
+    with pytest.raises(ValueError, match=r"have 16\..*hidden_size=16"):
         train(make_sae(hidden_size=8, num_aux_latents=4))
     with pytest.raises(ValueError, match="context_length=65 is more than the 64 positions"):
         train(context_length=65)

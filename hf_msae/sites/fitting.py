@@ -1,0 +1,83 @@
+"""Whether an SAE fits a site of a language model: the one place that asks, for training, measuring, reading, steering.
+
+An SAE's configuration records where it reads and how wide the activations there are. Both can be wrong for the model
+at hand: another model was given, or another site. Whoever runs an SAE on a model asks here first.
+"""
+
+from transformers import PreTrainedModel
+
+from hf_msae.errors import InputError
+from hf_msae.modeling import MatryoshkaSAEConfig
+from hf_msae.sites.hooks import site_width
+from hf_msae.sites.names import Site, SiteError, resolve_site
+
+
+def find_site(
+    model: PreTrainedModel, config: MatryoshkaSAEConfig, site: str | Site | None = None, *, called: str = ""
+) -> Site:
+    """The site where an SAE reads a language model, which is found and measured there.
+
+    Args:
+        model: the language model, in evaluation mode.
+        config: the SAE's.
+        site: where in the model; by default what the configuration records.
+        called: the SAE's name in errors.
+
+    Returns:
+        The site, with the path that it has in this model.
+
+    Raises:
+        SiteError: no site is given or recorded, the model has no such site, or its activations have another width
+            than those that the SAE reads.
+    """
+    found = resolve_site(model, site or recorded_site(config, called=called))
+    check_width(site_width(model, found), config, found, model, called=called)
+    return found
+
+
+def recorded_site(config: MatryoshkaSAEConfig, *, called: str = "", error: type[InputError] = SiteError) -> str:
+    """The site that an SAE's configuration records.
+
+    Args:
+        config: the SAE's.
+        called: the SAE's name in errors.
+        error: what is raised where it records none.
+    """
+    if config.site is None:
+        raise error(
+            f"{_name(called)} records no site, so it is not known where in the language model it reads. Give the site "
+            "or set config.site, for example to 'layers.12'."
+        )
+    return config.site
+
+
+def check_width(
+    width: int,
+    config: MatryoshkaSAEConfig,
+    site: Site,
+    model: PreTrainedModel,
+    *,
+    called: str = "",
+    error: type[InputError] = SiteError,
+) -> None:
+    """Check that activations are as wide as those that an SAE reads.
+
+    Args:
+        width: of the activations.
+        config: the SAE's.
+        site: where the activations are.
+        model: in which language model.
+        called: the SAE's name in errors.
+        error: what is raised where the widths differ.
+    """
+    if width != config.hidden_size:
+        raise error(
+            f"{_name(called)} reads activations of {config.hidden_size} dimensions, but those at {site} of "
+            f"{model.config.name_or_path or 'the model'} have {width}. It was made for "
+            f"{config.site or 'an unrecorded site'} of {config.base_model or 'an unrecorded model'}: give these, or "
+            f"make an SAE with hidden_size={width}."
+        )
+
+
+def _name(called: str) -> str:
+    return f"The SAE {called}" if called else "The SAE"
