@@ -265,5 +265,6 @@ class _Reader:
         long = f" (of a document at most {MOST_TOKENS:,} are taken)" if self.pack else ""
         return DatasetError(
             f"cannot hold out {purpose.num_tokens:,} tokens: all {purpose.num_read:,} documents of "
-            f"{self.documents.description} have {purpose.tokens:,}{long}. Hold out fewer, or use more data. ({SEPARATOR_HINT})"
+            f"{self.documents.description} have {purpose.tokens:,}{long}. Hold out fewer, or use more data. "
+            f"({SEPARATOR_HINT})"
         )
