@@ -102,6 +102,13 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         (arXiv:2505.11756; 0.75 is a good first try). Excludes `level_weights`.
     detach_prefixes (`bool`, *optional*, defaults to `False`):
         Stop each level's gradient from reaching the latents of the levels inside it.
+    inner_decoder_share (`float`, *optional*, defaults to 1.0):
+        Share of the gradient of all levels but the whole dictionary's that reaches `W_dec` and `b_dec`. With 0 the
+        decoder follows the whole dictionary's error alone: a narrow prefix alone is best off where a parent's row
+        mixes in its children's (hedging, arXiv:2505.11756), and the whole is not. A trainer keeps 1 until
+        `inner_share_start`, because at the beginning inner levels decide which latents become the general ones.
+    inner_activation_share (`float`, *optional*, defaults to 1.0):
+        The same of the gradient that reaches latent activations, and through them the encoder.
     log_loss (`bool`, *optional*, defaults to `False`):
         Take the logarithm of each level's error before weighing.
     prefix_sampling (`str`, *optional*, defaults to `"fixed"`):
@@ -156,6 +163,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     level_weights: str | list[float | int] | tuple[float | int, ...] = "uniform"
     balance: float | int | None = None
     detach_prefixes: bool = False
+    inner_decoder_share: float | int = 1.0
+    inner_activation_share: float | int = 1.0
     log_loss: bool = False
     prefix_sampling: str = "fixed"
     num_sampled_prefixes: int = 10
@@ -289,6 +298,18 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             )
         if self.prefix_sampling == "pareto" and (weights != "uniform" or self.balance is not None):
             raise SAEError("prefix_sampling='pareto' draws new levels every step, so it takes only uniform weights.")
+
+    def validate_inner_shares(self):
+        """Refuse shares that are none, and those of a gradient that is stopped anyway."""
+        for name in ("inner_decoder_share", "inner_activation_share"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise SAEError(f"{name} must be from 0 to 1, got {share}; 1 is the whole gradient of inner levels.")
+            if share < 1 and self.detach_prefixes:
+                raise SAEError(
+                    f"Give {name}={share} or detach_prefixes=True, not both: each changes where gradients of inner "
+                    "levels go, and together inner latents would hardly learn."
+                )
 
     def validate_ranges(self):
         """Refuse numbers out of their range."""

@@ -22,6 +22,7 @@ inactive.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ from .selection import SINGLE_PROCESS, ProcessGroup, among_largest, sum_over
 # the value, so 20 of the 31 bits make a histogram with a relative resolution of 1/4096 over all magnitudes.
 HISTOGRAM_SHIFT = 11
 HISTOGRAM_BINS = 1 << (31 - HISTOGRAM_SHIFT)
+
+
+class InnerShares(NamedTuple):
+    """Which share of inner levels' gradients is passed on: to the decoder and its bias, and to latent activations."""
+
+    decoder: float = 1.0
+    activations: float = 1.0
+
+
+ALL_GRADIENTS = InnerShares()
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -70,6 +81,21 @@ def select_above(pre: Tensor, threshold: Tensor) -> Tensor:
     a whole step of values, some percent of all active latents.
     """
     return torch.where(pre > threshold, torch.relu(pre), torch.zeros_like(pre))
+
+
+class ScaleGradient(torch.autograd.Function):
+    """A tensor as it is, of whose gradient only a share is passed on."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, share: float) -> Tensor:
+        """Give the same values."""
+        ctx.share = share
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """Give the share of the gradient."""
+        return ctx.share * grad, None
 
 
 class JumpReLU(torch.autograd.Function):
@@ -119,6 +145,26 @@ def decode_levels(
         # Under autocast the product is of half precision, and the sum stays what it was.
         reconstruction = before + sum_over(latents[:, low:high] @ W_dec[low:high], ranks)
         yield reconstruction
+
+
+def decode_inner_levels(
+    latents: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    prefix_sizes: Sequence[int],
+    shares: InnerShares,
+    ranks: ProcessGroup = SINGLE_PROCESS,
+) -> Iterator[Tensor]:
+    """As `decode_levels`, but only these shares of the gradients of all levels but the last are passed on.
+
+    x̂_l = Σ_{j<m_l} ‹f_j›_α ‹W_j›_δ + ‹b_dec›_δ for l < G, where ‹y›_s = s·y + (1 − s)·stop_gradient(y), with α the
+    share of latent activations and δ that of the decoder. The last level is decoded again.
+    """
+    inner = ScaleGradient.apply(latents, shares.activations)
+    rows, bias = (ScaleGradient.apply(tensor, shares.decoder) for tensor in (W_dec, b_dec))
+    yield from list(decode_levels(inner, rows, bias, prefix_sizes, ranks=ranks))[:-1]
+    *_, whole = decode_levels(latents, W_dec, b_dec, prefix_sizes, ranks=ranks)
+    yield whole
 
 
 def decode_dead(residual: Tensor, pre: Tensor, W_dec: Tensor, k: int, ranks: ProcessGroup = SINGLE_PROCESS) -> Tensor:

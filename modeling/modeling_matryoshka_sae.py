@@ -41,6 +41,7 @@ from transformers.utils import ModelOutput
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .dense_ops import (
     HISTOGRAM_BINS,
+    InnerShares,
     activation_histogram,
     count_above,
     decode,
@@ -258,6 +259,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         sparsity_weight: Tensor | float | None = None,
         return_latents: bool = True,
         batch: BatchContext | None = None,
+        inner_shares: InnerShares | None = None,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations at every level and give the loss.
 
@@ -271,6 +273,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             sparsity_weight: Weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
             return_latents: Whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
             batch: Where these activations are a part of a batch only, what it must know of the whole (see `select`).
+            inner_shares: Shares of inner levels' gradients of this step in place of the configuration's (schedule).
 
         Returns:
             The loss and what it is made of.
@@ -285,14 +288,17 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         sizes, weights = self._levels_of_step(prefix_sizes)
         # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
         batch = batch or BatchContext()
+        shares = self.inner_shares if inner_shares is None else inner_shares
         active = batch.active
         if active is None and (self.training or not torch.is_grad_enabled()):
             active = self._select(x, k, variance)
         latents: Tensor | None
         if active is None:
-            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance, batch)
+            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance, batch, shares)
         else:
-            errors, reconstruction, active, sparsity_loss = self._sparse_errors(x, active, k, sizes, variance, batch)
+            errors, reconstruction, active, sparsity_loss = self._sparse_errors(
+                x, active, k, sizes, variance, batch, shares
+            )
             latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
         level_losses = errors / variance
         losses = level_losses

@@ -27,8 +27,11 @@ from torch import Tensor
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .dense_ops import (
+    ALL_GRADIENTS,
+    InnerShares,
     JumpReLU,
     decode_dead,
+    decode_inner_levels,
     decode_levels,
     pre_activations,
     select_above,
@@ -157,6 +160,11 @@ class ObjectiveMixin:
             return self._dense_errors(x, k, sizes, variance, BatchContext())[0]
         return self._sparse_errors(x, active, k, sizes, variance, BatchContext())[0]
 
+    @property
+    def inner_shares(self) -> InnerShares:
+        """The shares of inner levels' gradients that the configuration lets through."""
+        return InnerShares(float(self.config.inner_decoder_share), float(self.config.inner_activation_share))
+
     def _subtracted_bias(self) -> Tensor | None:
         """What is subtracted from activations before they are encoded."""
         return self.b_dec if self.config.apply_b_dec_to_input else None
@@ -190,6 +198,7 @@ class ObjectiveMixin:
         sizes: Sequence[int],
         variance: Tensor | float,
         batch: BatchContext,
+        shares: InnerShares = ALL_GRADIENTS,
     ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
         """Compute the loss's parts on the sparse path.
 
@@ -201,7 +210,7 @@ class ObjectiveMixin:
         values, sparsity_loss = self._activate(pre, places, x, k, variance, batch)
         detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
         errors, reconstruction = LevelErrors.apply(
-            x, values, self.W_dec, self.b_dec, sizes_here, detach, memory, self.ranks, *places
+            x, values, self.W_dec, self.b_dec, sizes_here, detach, shares, memory, self.ranks, *places
         )
         values = values.detach()
         active = ActiveLatents(places.tokens, places.latents, values)
@@ -239,7 +248,13 @@ class ObjectiveMixin:
         return self.config.jumprelu_bandwidth * self._scale(variance, like)
 
     def _dense_errors(
-        self, x: Tensor, k: float, sizes: Sequence[int], variance: Tensor | float, batch: BatchContext
+        self,
+        x: Tensor,
+        k: float,
+        sizes: Sequence[int],
+        variance: Tensor | float,
+        batch: BatchContext,
+        shares: InnerShares = ALL_GRADIENTS,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, latent activations (B, F), and the sparsity penalty."""
         pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
@@ -247,7 +262,10 @@ class ObjectiveMixin:
         errors, reconstruction = [], x
         detach, width = self.config.detach_prefixes, latents.shape[1]
         sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
-        for reconstruction in decode_levels(latents, self.W_dec, self.b_dec, sizes_here, detach, self.ranks):
+        levels = decode_levels(latents, self.W_dec, self.b_dec, sizes_here, detach, self.ranks)
+        if shares != ALL_GRADIENTS:
+            levels = decode_inner_levels(latents, self.W_dec, self.b_dec, sizes_here, shares, self.ranks)
+        for reconstruction in levels:
             errors.append((x - reconstruction).pow(2).sum(-1).mean())
         return torch.stack(errors), reconstruction, latents, sparsity_loss
 
@@ -266,7 +284,7 @@ class ObjectiveMixin:
         values = PreActivations.apply(x, W_enc, b_enc, bias, active.values, None, *places)
         nothing = torch.zeros_like(self.b_dec)
         errors, _ = LevelErrors.apply(
-            residual.detach(), values, W_dec, nothing, [dead.numel()], False, None, self.ranks, *places
+            residual.detach(), values, W_dec, nothing, [dead.numel()], False, ALL_GRADIENTS, None, self.ranks, *places
         )
         return errors[0]
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .dense_ops import InnerShares
 from .selection import ProcessGroup
 from .sparse_encoder import ActiveLatents, has_kernels
 
@@ -166,10 +167,11 @@ class LevelErrors(torch.autograd.Function):
     """Mean squared error of every level, (G,), from latent activations (n,) at some places.
 
     forward takes x (B, d), the latent activations, W_dec, b_dec, the nested sizes, whether a level's gradient stays in
-    the group that it adds, the memory for W_dec's gradient or None, the processes that hold other latents of the same
-    dictionary, and the `ActiveIndices`; it gives the errors, and the whole reconstruction (B, d), which takes no
-    gradient. With other latents elsewhere, their part of every group's sum is added, and nothing needs to be sent
-    backward: all processes know every level's error, from which each has the gradients of its own latents.
+    the group that it adds, which shares of inner levels' gradients are passed on, the memory for W_dec's gradient or
+    None, the processes that hold other latents of the same dictionary, and the `ActiveIndices`; it gives the errors,
+    and the whole reconstruction (B, d), which takes no gradient. With other latents elsewhere, their part of every
+    group's sum is added, and nothing needs to be sent backward: all processes know every level's error, from which
+    each has the gradients of its own latents.
     """
 
     @staticmethod
@@ -181,12 +183,13 @@ class LevelErrors(torch.autograd.Function):
         b_dec: Tensor,
         sizes: Sequence[int],
         detach: bool,
+        shares: InnerShares,
         memory: GradientMemory | None,
         ranks: ProcessGroup,
         *places: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Compute the errors of the levels (G,), and the whole reconstruction (B, d)."""
-        tokens, latents, order, first = places
+        tokens, latents, *_ = places
         bags, begins = _bags(tokens, latents, sizes, x.shape[0])
         excess = ranks.sum(_segment_sum(W_dec, latents, values, begins).to(x.dtype))
         excess = excess.view(x.shape[0], len(sizes), x.shape[1])
@@ -196,15 +199,15 @@ class LevelErrors(torch.autograd.Function):
             excess[:, group] += excess[:, group - 1]
         errors = torch.stack([excess[:, group].square().sum() for group in range(len(sizes))]) / x.shape[0]
         reconstruction = x + excess[:, -1]
-        ctx.save_for_backward(W_dec, excess, bags, begins, values, latents, order, first)
-        ctx.detach, ctx.memory = detach, memory
+        ctx.save_for_backward(W_dec, excess, bags, begins, values, *places)
+        ctx.detach, ctx.shares, ctx.memory = detach, shares, memory
         ctx.mark_non_differentiable(reconstruction)
         return errors, reconstruction
 
     @staticmethod
     def backward(ctx, grad_errors: Tensor, _):
         """Give the gradients of latent activations, decoder and its bias."""
-        W_dec, excess, bags, begins, values, latents, order, first = ctx.saved_tensors
+        W_dec, excess, bags, begins, values, tokens, latents, order, first = ctx.saved_tensors
         num_tokens, num_groups, hidden_size = excess.shape
         # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.
         grads = excess * (2 / num_tokens * grad_errors).view(1, -1, 1)
@@ -212,12 +215,29 @@ class LevelErrors(torch.autograd.Function):
         if not ctx.detach:
             for group in range(num_groups - 2, -1, -1):
                 grads[:, group] += grads[:, group + 1]
-        grad_b_dec = grads[:, 0].sum(0)
-        grads = grads.view(-1, hidden_size)
+        of_decoder, rows = grads, bags
+        if ctx.shares.decoder == 0:
+            of_decoder, rows = grads[:, -1:], tokens  # one gradient a token serves all of its latents
+        elif ctx.shares.decoder < 1:
+            of_decoder = _toward_whole(grads.clone(), ctx.shares.decoder)
+        grad_b_dec = of_decoder[:, 0].sum(0)
+        of_decoder = of_decoder.reshape(-1, hidden_size)
+        grad_W_dec = _parameter_gradient(ctx.memory, W_dec, of_decoder, rows[order], values[order], first)
         # The gradient of a latent activation: its decoder row times its group's gradient.
+        grads = _toward_whole(grads, ctx.shares.activations).view(-1, hidden_size)
         grad_values = _segment_dot(grads, W_dec, latents, begins, bags).to(values.dtype)
-        grad_W_dec = _parameter_gradient(ctx.memory, W_dec, grads, bags[order], values[order], first)
-        return grad_x, grad_values, grad_W_dec, grad_b_dec, *[None] * 8
+        return grad_x, grad_values, grad_W_dec, grad_b_dec, *[None] * 9
+
+
+def _toward_whole(grads: Tensor, share: float) -> Tensor:
+    """Keep a share of what inner levels ask for in groups' gradients (B, G, d), in place.
+
+    The last group's gradient is what the whole dictionary asks for, and part of every other's.
+    """
+    if share < 1:
+        for group in range(grads.shape[1] - 1):
+            grads[:, group].lerp_(grads[:, -1], 1 - share)
+    return grads
 
 
 def _bags(tokens: Tensor, latents: Tensor, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:

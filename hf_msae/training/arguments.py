@@ -69,6 +69,8 @@ class SAETrainingArguments:
         decay_steps: Steps of decay at the end; 1 or below: as a share of all steps.
         k_anneal_steps: Steps over which k falls from `k_initial` to k; below 1: as a share of all steps.
         k_initial: Where k-annealing starts. Default: 8 times k, at most a quarter of the latents.
+        inner_share_start: Step from which `inner_decoder_share` and `inner_activation_share` of the SAE hold, inner
+            levels' gradients being whole before; below 1: as a share of all steps.
         adam_beta1: Adam's first beta.
         adam_beta2: Adam's second beta.
         adam_epsilon: Adam's epsilon.
@@ -124,6 +126,7 @@ class SAETrainingArguments:
     decay_steps: float = 0.6
     k_anneal_steps: float = 0.0
     k_initial: float | None = None
+    inner_share_start: float = 0.25
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-8
@@ -178,7 +181,8 @@ class SAETrainingArguments:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("warmup_steps", "decay_steps", "k_anneal_steps", "max_grad_norm", "save_steps", "ce_tokens"):
+        steps = ("warmup_steps", "decay_steps", "k_anneal_steps", "inner_share_start", "save_steps")
+        for name in (*steps, "max_grad_norm", "ce_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.learning_rate is not None and self.learning_rate <= 0:

@@ -34,6 +34,7 @@ from hf_msae.training.optimization import (
     Length,
     annealed_k,
     default_learning_rate,
+    inner_shares,
     learning_rate_factor,
     sample_prefix_sizes,
 )
@@ -229,6 +230,7 @@ class Learner:
             "variance": self.variance.float(),
             "k": annealed_k(step, self.max_steps, config, self.args),
             "sparsity_weight": self.sparsity_weight,
+            "inner_shares": inner_shares(step, self.max_steps, config, self.args),
             "return_latents": False,
         }
         if config.prefix_sampling == "pareto":

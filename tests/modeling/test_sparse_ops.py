@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from hf_msae.modeling import sparse_encoder, sparse_ops
+from hf_msae.modeling.dense_ops import InnerShares
 from hf_msae.modeling.sparse_encoder import select_exceeding, select_largest, select_largest_per_token
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hypothesis import given, settings
@@ -192,13 +193,71 @@ def reference(sae: MatryoshkaSAE, x: Tensor, variance: float) -> Tensor:
         gate = gate - near.detach() * (sae.threshold - sae.threshold.detach())
         f = pre * (pre > sae.threshold) + sae.threshold.detach() * (gate - gate.detach())
         penalty = (gate.sum() / (len(x) * config.k) - 1) ** 2
-    loss, low, reconstruction = config.sparsity_weight * penalty, 0, sae.b_dec.expand_as(x)
+    loss = config.sparsity_weight * penalty
+    if not config.detach_prefixes:
+        return loss + inner_levels_with_shares(sae, x, f, variance)
+    low, reconstruction = 0, sae.b_dec.expand_as(x)
     for size, weight in zip(config.prefix_sizes, config.normalized_level_weights, strict=True):
-        before = reconstruction.detach() if config.detach_prefixes and low else reconstruction
+        before = reconstruction.detach() if low else reconstruction
         reconstruction = before + f[:, low:size] @ sae.W_dec[low:size]
         loss = loss + weight * (x - reconstruction).pow(2).sum(-1).mean() / variance
         low = size
     return loss
+
+
+def inner_levels_with_shares(sae: MatryoshkaSAE, x: Tensor, f: Tensor, variance: float) -> Tensor:
+    """The levels' errors, of whose gradient a share reaches decoder and latent activations, but for the last."""
+    config, loss = sae.config, torch.zeros((), dtype=x.dtype)
+
+    def passing(tensor: Tensor, share: float) -> Tensor:
+        return share * tensor + (1 - share) * tensor.detach()
+
+    for size, weight in zip(config.prefix_sizes, config.normalized_level_weights, strict=True):
+        inner = size < config.num_latents
+        of_latents, of_decoder = (config.inner_activation_share, config.inner_decoder_share) if inner else (1, 1)
+        product = passing(f[:, :size], of_latents) @ passing(sae.W_dec[:size], of_decoder)
+        error = (x - passing(sae.b_dec, of_decoder) - product).pow(2).sum(-1).mean()
+        loss = loss + weight * ((error / variance).log() if config.log_loss else error / variance)
+    return loss
+
+
+SHARES = st.sampled_from([0.0, 0.25, 0.7, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("activation", "path"), [*((name, "sparse") for name in ACTIVATIONS), ("relu", "dense"), ("jumprelu", "dense")]
+)
+@given(
+    sizes=st.lists(st.integers(3, 60), min_size=1, max_size=8, unique=True).map(sorted),
+    tokens=st.integers(1, 9),
+    hidden_size=st.integers(1, 7),
+    shares=st.tuples(SHARES, SHARES),
+    balance=st.sampled_from([None, 0.5]),
+    log_loss=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_shares_of_inner_gradients_are_those_of_the_formula(
+    activation, path, sizes, tokens, hidden_size, shares, balance, log_loss, seed
+):
+    """Both paths, any shares: the loss stays, and every gradient is what autograd makes of the formula."""
+    options = {"inner_decoder_share": shares[0], "inner_activation_share": shares[1], "sparsity_weight": 0.3}
+    sae = make(activation, sizes, hidden_size, seed, balance=balance, log_loss=log_loss, **options)
+    x = draw(tokens, hidden_size, seed=seed + 20).requires_grad_()
+    inputs = [x, *sae.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_encoder, "DENSE_SHARE", 1.0 if path == "sparse" else -1.0)
+        output = sae(x, variance=1.0)
+        whole = sae(x, variance=1.0, inner_shares=InnerShares())
+    assert (output.active is None) == (path == "dense")
+    assert output.loss.item() == whole.loss.item()
+    expected = reference(sae, x, 1.0)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-10, atol=1e-10)
+    ours = torch.autograd.grad(output.loss, inputs, allow_unused=True)
+    theirs = torch.autograd.grad(expected, inputs, allow_unused=True)
+    for one, other, tensor in zip(ours, theirs, inputs, strict=True):
+        one, other = (torch.zeros_like(tensor) if grad is None else grad for grad in (one, other))
+        torch.testing.assert_close(one.to(tensor.dtype), other.to(tensor.dtype), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
