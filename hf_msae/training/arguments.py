@@ -71,6 +71,8 @@ class SAETrainingArguments:
         k_initial: Where k-annealing starts. Default: 8 times k, at most a quarter of the latents.
         inner_share_start: Step from which `inner_decoder_share` and `inner_activation_share` of the SAE hold, inner
             levels' gradients being whole before; below 1: as a share of all steps.
+        sort_latents_at: Step before which latents, and all that training keeps of them, are put in order of their mean
+            squared activation, the largest first; below 1: as a share of all steps. Default: never.
         adam_beta1: Adam's first beta.
         adam_beta2: Adam's second beta.
         adam_epsilon: Adam's epsilon.
@@ -127,6 +129,7 @@ class SAETrainingArguments:
     k_anneal_steps: float = 0.0
     k_initial: float | None = None
     inner_share_start: float = 0.25
+    sort_latents_at: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-8
@@ -185,6 +188,10 @@ class SAETrainingArguments:
         for name in (*steps, "max_grad_norm", "ce_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.sort_latents_at is not None and self.sort_latents_at <= 0:
+            raise InputError(
+                f"sort_latents_at must be above 0, got {self.sort_latents_at}; leave it out where latents are to stay."
+            )
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.max_tokens is not None and self.max_tokens < self.per_device_train_batch_size:

@@ -25,6 +25,7 @@ from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.modeling.sparse_ops import GradientMemory
+from hf_msae.modeling.untrusted import PER_LATENT
 from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
 from hf_msae.training.checkpoints import read_tensors, write_tensors
@@ -37,6 +38,7 @@ from hf_msae.training.optimization import (
     inner_shares,
     learning_rate_factor,
     sample_prefix_sizes,
+    sorting_steps,
 )
 from hf_msae.training.run import Run
 from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
@@ -46,6 +48,8 @@ CONTROLLER_RATE = 0.03
 # Encoder rows start as this times the decoder rows. k unit rows together would reconstruct an activation several times
 # over; starting low costs nothing and gave 0.015 more FVE at the last level after 730 steps (docs/training.md).
 INITIAL_ENCODER_SCALE = 0.3
+# Columns of a matrix whose rows change places at once.
+SORTED_COLUMNS = 64
 # Beside the SAE in a checkpoint: what has a row for each latent, and the rest.
 ROWS_NAME = "learner.safetensors"
 STATE_NAME = "learner.pt"
@@ -54,22 +58,26 @@ STATE_NAME = "learner.pt"
 class _StepStatistics:
     """What logs and counters want of a step, in one tensor, so that it travels in one message.
 
-    That is how often each latent was active, how many losses were not finite, the loss and the auxiliary loss, and the
-    error of each level.
+    That is how often each latent was active, how many losses were not finite, the loss and the auxiliary loss, the
+    error of each level, and, where latents are to be sorted by it, each latent's sum of squared activations.
     """
 
-    def __init__(self, num_latents: int, num_levels: int, device: torch.device) -> None:
-        self.sizes = [num_latents, 1, 2, num_levels]
+    def __init__(self, num_latents: int, num_levels: int, device: torch.device, energies: bool = False) -> None:
+        self.sizes = [num_latents, 1, 2, num_levels, num_latents if energies else 0]
         self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, output: Any, weight: float) -> None:
         """Take in a micro-batch's `MatryoshkaSAEOutput`; losses count by its weight in the mean."""
-        counts, bad, losses, levels = self.sums.split(self.sizes)
+        counts, bad, losses, levels, energies = self.sums.split(self.sizes)
         if output.active is not None:
             counts += torch.bincount(output.active.latents, minlength=self.sizes[0])
         else:
             counts += (output.latents > 0).sum(0)
+        if energies.numel() and output.active is not None:
+            energies.index_add_(0, output.active.latents, output.active.values.double().square())
+        elif energies.numel():
+            energies += output.latents.double().square().sum(0)
         bad += ~output.loss.isfinite()
         losses += weight * torch.stack([output.loss, output.aux_loss])
         if output.level_losses.shape == levels.shape:  # not where other levels are drawn every step
@@ -97,6 +105,8 @@ class Learner:
         learning_rate: The peak.
         dead_after: Tokens for which a dead latent was silent.
         silent_tokens: For each latent of this process, the tokens since it was last active, (n,) int64.
+        energies: For each latent of this process, the sum of its squared activations over the steps that count for
+            the order of latents, (n,) float64.
         bad_step: The first step whose loss was not finite, -1 for none; a scalar on the device.
     """
 
@@ -123,6 +133,7 @@ class Learner:
         self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
         self.moments["sum"] = torch.zeros(config.hidden_size, **double)
         self.silent_tokens = torch.zeros(sae.W_dec.shape[0], dtype=torch.int64, device=device)
+        self.energies = torch.zeros(sae.W_dec.shape[0], **double)
         self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer: DictionaryAdam | None = None
@@ -222,6 +233,9 @@ class Learner:
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
         config.measured = None  # it was of the weights before this step
+        sorting = sorting_steps(self.max_steps, self.args)
+        if step == sorting.stop:
+            self._sort_latents()
         x = self._all_activations(activations).to(torch.float32)
         self._update_moments(x)
         options: dict[str, Any] = {
@@ -235,7 +249,7 @@ class Learner:
         }
         if config.prefix_sampling == "pareto":
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
-        statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device)
+        statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, step in sorting)
         parts = x.split(-(-x.shape[0] // self.args.gradient_accumulation_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             contexts = self._batch_contexts(x, parts, options)
@@ -287,7 +301,9 @@ class Learner:
         """`num_tokens` are those of all processes."""
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)
-        counts, bad, losses, levels = statistics.reduce(self.data_parallel)
+        counts, bad, losses, levels, energies = statistics.reduce(self.data_parallel)
+        if energies.numel():
+            self.energies += energies
         self.silent_tokens += num_tokens
         self.silent_tokens[counts > 0] = 0
         l0 = self.sae.ranks.sum(counts.sum()) / num_tokens
@@ -297,6 +313,23 @@ class Learner:
         self._log_sums += torch.cat([losses, l0[None]])
         self._log_levels += levels
         self._log_steps += 1
+
+    @torch.no_grad()
+    def _sort_latents(self) -> None:
+        """Put the latents with the largest energies first, with all that a checkpoint holds of them."""
+        sae = self.sae
+        energies = sae.gather_rows(self.energies) if isinstance(sae, ShardedSAE) else self.energies
+        order = energies.argsort(descending=True, stable=True)
+        rows = [tensor for name, tensor in sae.state_dict().items() if name in PER_LATENT]
+        rows += [self.silent_tokens, self.energies]
+        for name, parameter in sae.named_parameters():
+            if name in PER_LATENT:
+                rows += self._averages(parameter).values()
+        for tensor in rows:
+            # A few columns at a time, because a process that has a part of the latents needs all of a column's.
+            for columns in tensor.view(tensor.shape[0], -1).split(SORTED_COLUMNS, dim=1):
+                whole = sae.gather_rows(columns.contiguous()) if isinstance(sae, ShardedSAE) else columns
+                columns.copy_(whole[order[self.rows]])
 
     # Logging
 
@@ -370,6 +403,8 @@ class Learner:
     def latent_state(self) -> dict[str, Tensor]:
         """What the next step depends on besides the SAE's weights, and has a row for each latent that is here."""
         rows = {"threshold": self.sae.threshold.detach(), "silent_tokens": self.silent_tokens}
+        if self.args.sort_latents_at is not None:
+            rows["energies"] = self.energies
         for name, parameter in self.sae.named_parameters():
             if name != "b_dec":
                 rows |= {f"{name}.{key}": value for key, value in self._averages(parameter).items()}
@@ -406,6 +441,8 @@ class Learner:
         device = self.device
         self.sae.threshold.data.copy_(rows["threshold"])
         self.silent_tokens = rows["silent_tokens"].to(device)
+        if "energies" in rows:
+            self.energies = rows["energies"].to(device)
         self.moments = {name: value.to(device) for name, value in state["moments"].items()}
         self.sparsity_weight = state["sparsity_weight"].to(device)
         self.optimizer = self._make_optimizer()

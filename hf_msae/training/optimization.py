@@ -219,6 +219,24 @@ def inner_shares(step: int, max_steps: int, config: MatryoshkaSAEConfig, args: S
     return InnerShares(float(config.inner_decoder_share), float(config.inner_activation_share))
 
 
+def sorting_steps(max_steps: int, args: SAETrainingArguments) -> range:
+    """Give the steps whose activations count for the order that latents get in the step after them.
+
+    They are the second half of those before, because the first latents to learn are not the ones that stay large.
+
+    Args:
+        max_steps: Length of the run.
+        args: The arguments of the run.
+
+    Returns:
+        The steps; `stop` is -1 where latents are never sorted.
+    """
+    if args.sort_latents_at is None:
+        return range(-1, -1)
+    stop = max(1, math.ceil(_steps(args.sort_latents_at, max_steps, share_up_to=1 - 1e-9)))
+    return range(stop // 2, stop)
+
+
 def sample_prefix_sizes(step: int, config: MatryoshkaSAEConfig, seed: int) -> list[int]:
     """Draw the levels of a step without replacement, small ones more often, and the whole dictionary.
 

@@ -101,16 +101,16 @@ class ShardedSAE(MatryoshkaSAE):
         """Bring together what each process has for its latents.
 
         Args:
-            rows: A number for each latent of this process, (n,).
+            rows: Something for each latent of this process, (n, ...).
 
         Returns:
-            A number for each latent, (num_latents,).
+            The same for each latent, (num_latents, ...).
         """
         sizes = [
             (rank + 1) * self.config.num_latents // self.ranks.size - rank * self.config.num_latents // self.ranks.size
             for rank in range(self.ranks.size)
         ]
-        padded = rows.new_zeros(max(sizes))
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         gathered = self.ranks.gather(padded)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])

@@ -254,6 +254,13 @@ def test_the_loss_is_described(options: dict[str, Any], said: str) -> None:
     assert dict(read_tables(render(**options).text)[1])["level weights"] == said
 
 
+def test_what_inner_levels_pass_on_is_described() -> None:
+    row = "share of inner levels' gradients"
+    assert row not in dict(read_tables(render().text)[1])
+    said = dict(read_tables(render(inner_decoder_share=0.0, inner_activation_share=0.25).text)[1])[row]
+    assert said == "0 to the decoder, 0.25 to latent activations"
+
+
 # The snippet
 
 

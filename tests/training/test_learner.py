@@ -14,7 +14,11 @@ from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
+SAE_OPTIONS = ("k", "prefix_sampling", "log_loss", "inner_decoder_share", "inner_activation_share")
 SITE = Site("layers.0")
+# Parents without their children: held back from step 4 on, sorted before step 6.
+HELD_BACK = {"inner_decoder_share": 0.0, "inner_activation_share": 0.25, "inner_share_start": 4}
+SORTED = {"sort_latents_at": 6}
 
 
 def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -26,7 +30,7 @@ def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
 def make_learner(activation: str = "batch_topk", max_steps: int = 20, sharded: bool = False, **changes) -> Learner:
     torch.manual_seed(0)
     options = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 24, 64], "k": 4, "activation": activation}
-    sae_options = {name: changes.pop(name) for name in list(changes) if name in ("k", "prefix_sampling", "log_loss")}
+    sae_options = {name: changes.pop(name) for name in list(changes) if name in SAE_OPTIONS}
     sae = MatryoshkaSAE(MatryoshkaSAEConfig(**(options | sae_options)))
     settings = {"per_device_train_batch_size": 96, "use_cpu": True, "shard_latents": sharded} | changes
     run = Run(SAETrainingArguments(**settings))
@@ -98,10 +102,17 @@ def assert_nearly_the_same(one: Learner, other: Learner) -> None:
         assert ((mine - its).abs() > 1e-3 * its.abs().max()).float().mean() < 0.02, name
 
 
-@pytest.mark.parametrize("form", [*ACTIVATIONS, "log_loss", "pareto"])
+FORMS = {
+    "log_loss": {"log_loss": True},
+    "pareto": {"prefix_sampling": "pareto"},
+    "held back": HELD_BACK | {"inner_share_start": 2},
+    "sorted": SORTED | {"sort_latents_at": 3},
+}
+
+
+@pytest.mark.parametrize("form", [*ACTIVATIONS, *FORMS])
 def test_micro_batches_are_one_batch(form):
-    options = {"log_loss": True} if form == "log_loss" else {}
-    options |= {"prefix_sampling": "pareto"} if form == "pareto" else {}
+    options = FORMS.get(form, {})
     activation = form if form in ACTIVATIONS else "batch_topk"
     whole = train(make_learner(activation, **options), range(6))
     sizes = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4}
@@ -120,16 +131,61 @@ def test_all_latents_as_a_single_part_are_the_whole(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_single_part_is_held_back_and_sorted_as_the_whole_is(activation):
+    settings = HELD_BACK | SORTED | {"inner_share_start": 1, "sort_latents_at": 3}
+    whole = train(make_learner(activation, **settings), range(6))
+    assert_nearly_the_same(train(make_learner(activation, sharded=True, **settings), range(6)), whole)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_held_back_gradients_change_nothing_before_their_step(activation):
+    plain, held = (make_learner(activation, **settings) for settings in ({}, HELD_BACK))
+    for step, x in enumerate(batches(8)):
+        if step == 0:
+            plain.start(x), held.start(x)
+        plain.step(x, step), held.step(x, step)
+        assert torch.equal(plain.sae.W_dec, held.sae.W_dec) == (step < 4)
+        assert torch.equal(plain.sae.W_enc, held.sae.W_enc) == (step < 4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sorting_moves_latents_and_all_that_belongs_to_them(activation):
+    """Put back into the old order, everything has the bits that it had before."""
+    learner = train(make_learner(activation, **SORTED), range(6))
+    before = {name: value.clone() for name, value in (learner.sae.state_dict() | learner.latent_state()).items()}
+    assert before["energies"].sum() > 0
+    learner._sort_latents()
+    after = learner.sae.state_dict() | learner.latent_state()
+    assert (after["energies"].diff() <= 0).all()
+    order = before["energies"].argsort(descending=True, stable=True)
+    assert not torch.equal(order, order.sort().values)
+    for name, value in after.items():
+        assert torch.equal(value, before[name] if name == "b_dec" else before[name][order]), name
+
+
+def test_latents_are_sorted_by_their_squared_activations():
+    learner = train(make_learner("topk", learning_rate=1e-12, sort_latents_at=6), range(6))
+    learner.sae.train()
+    f = learner.sae.encode(torch.cat(batches(6)[3:])).double()
+    torch.testing.assert_close(learner.energies, f.square().sum(0).detach(), rtol=1e-4, atol=1e-4)
+    learner.step(batches(7)[6], 6)
+    again = learner.sae.encode(torch.cat(batches(6)[3:])).double().square().sum(0)
+    assert (again.diff() <= 1e-3 * again.max()).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
-def test_what_is_written_goes_on_to_the_same_bits(tmp_path, activation, sharded):
-    settings = {"sharded": sharded, "k_anneal_steps": 8, "dead_after_tokens": 100}
+@pytest.mark.parametrize("saved_after", [2, 5, 8], ids=["before", "between", "after"])
+def test_what_is_written_goes_on_to_the_same_bits(tmp_path, activation, sharded, saved_after):
+    """Also across the step from which gradients are held back, and that before which latents are sorted."""
+    settings = {"sharded": sharded, "k_anneal_steps": 8, "dead_after_tokens": 100} | HELD_BACK | SORTED
     whole = train(make_learner(activation, **settings), range(10))
-    half = train(make_learner(activation, **settings), range(5))
+    half = train(make_learner(activation, **settings), range(saved_after))
     half.write_model(tmp_path)
     half.write_state(tmp_path)
     resumed = make_learner(activation, **settings)
     resumed.read(tmp_path)
-    train(resumed, range(5, 10))
+    train(resumed, range(saved_after, 10))
     for name, tensor in whole.sae.state_dict().items():
         assert torch.equal(resumed.sae.state_dict()[name], tensor), name
     assert torch.equal(resumed.silent_tokens, whole.silent_tokens)

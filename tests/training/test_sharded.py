@@ -101,6 +101,20 @@ def test_micro_batches_of_all_processes_are_one_batch(folder, tmp_path):
 
 
 @pytest.mark.parametrize("shard_latents", [False, True])
+def test_latents_are_sorted_across_processes(folder, tmp_path, shard_latents, monkeypatch):
+    """97 latents on two processes change places as on one, a few columns at a time."""
+    monkeypatch.setattr("hf_msae.training.learner.SORTED_COLUMNS", 5)
+    saes = {form: SAES[form] for form in ("batch_topk", "jumprelu", "held_back")}
+    run(1, folder / "cache", tmp_path / "1", saes, sort_latents_at=0.4)
+    sizes = {"shard_latents": shard_latents, "sort_latents_at": 0.4}
+    run(2, folder / "cache", tmp_path / "2", saes, **sizes)
+    for form in saes:
+        assert_same_run(tmp_path / "2", tmp_path / "1", form)
+    ours, plain = (load_file(path / "batch_topk" / "model.safetensors") for path in (tmp_path / "1", folder / "1"))
+    assert not torch.allclose(ours["W_dec"], plain["W_dec"])
+
+
+@pytest.mark.parametrize("shard_latents", [False, True])
 def test_messages_of_any_size_carry_the_same(folder, tmp_path, shard_latents):
     """With 700 the matrices' gradients travel by themselves, as those of real dictionaries do, and the vectors' share
     a message; rows come a few at a time to the process that writes.
