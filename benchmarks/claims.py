@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hierarchy import EDGE_SEED, correlations, judge, match, possible_pairs
+from hierarchy import EDGE_SEED, correlations, judge, label_tokens, match, possible_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -55,7 +55,7 @@ from hf_msae.worlds.stories import StoryWorld, load_story_lm
 MATRYOSHKA, PLAIN = "Matryoshka", "BatchTopK"
 CONTEXT_LENGTH = 256
 COUNT = 10  # latents ablated for the erasure scores
-LABEL_STORIES, EDGE_TOKENS, MIN_CORRELATION = 600, 120_000, 0.4
+LABEL_STORIES, EDGE_TOKENS, MIN_CORRELATION = 600, 120_000, 0.5
 
 
 def parse() -> argparse.Namespace:
@@ -183,7 +183,7 @@ def _concept_numbers(result: Evaluation, name: str, prefix: int) -> dict[str, fl
 
 def measure_edges(world: World, sae: MatryoshkaSAE) -> dict[str, float]:
     """Precision and recall of the edges between levels against the concept tree, as in `hierarchy.py`."""
-    concept_of = match(correlations(sae, LABEL_STORIES), MIN_CORRELATION)
+    concept_of = match(correlations(sae, label_tokens(world.site, LABEL_STORIES)), MIN_CORRELATION)
     texts = StoryWorld(seed=EDGE_SEED).documents(EDGE_TOKENS // 50)
     limits = {"max_tokens": EDGE_TOKENS, "record_tokens": EDGE_TOKENS, "top_contexts": 1, "sampled_contexts": 0}
     found = scan(world.model, world.tokenizer, sae, texts, **limits)
@@ -194,9 +194,9 @@ def measure_edges(world: World, sae: MatryoshkaSAE) -> dict[str, float]:
     passed = filter_edges(candidates, settings).values()
     alive = [all(of_edge) for of_edge in zip(*passed, strict=True)]
     kept = [edge for edge, passes in zip(candidates.edges, alive, strict=True) if passes]
-    row = judge(kept, concept_of, possible)
+    row = judge(kept, concept_of, possible, found.num_tokens)
     concepts = len(set(concept_of.values()))
-    return {"edges": row.edges, "edge_precision": row.distinct_precision, "edge_recall": row.recall} | {
+    return {"edges": row.edges, "edge_precision": row.precision, "edge_recall": row.recall} | {
         "concepts": concepts,
         "right_edges": row.right,
     }

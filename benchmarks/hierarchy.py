@@ -9,13 +9,13 @@ has seen, if the correlation is at least `--min-correlation`; other latents stan
 stories, without labels. An edge between two latents that stand for concepts is right if the parent's concept is above
 the child's in the tree. Edges with a latent that stands for no concept cannot be judged; how many there are is shown.
 
-Precision: of the edges that can be judged, the share that is right. An edge between two latents of the same concept
-counts as wrong, although the child may well be a narrower sense that the tree does not have; `distinct` is the
-precision without such edges. Recall: of all pairs of a concept and one above it
-that the dictionary could show (both have a latent, in this order of levels), the share that some right edge shows.
-Beside each stand two controls: all pairs in the right order of levels that fire often enough (chance), and the edges
-with parents exchanged at random among the children of the same level (shuffled), which keeps how many children each
-parent has.
+Precision: of the edges between latents of different concepts, the share that is right. Edges between two latents of
+the same concept are counted by themselves, because the tree cannot judge them; those whose child is a part of its
+parent are splits, a narrower sense that the tree does not have. `strict_precision` counts all of them as wrong.
+Recall: of all pairs of a concept and one above it that the dictionary could show (both have a latent, in this order of
+levels), the share that some right edge shows. Beside each stand two controls: all pairs in the right order of levels
+that fire often enough (chance), and the edges with parents exchanged at random among the children (shuffled), which
+keeps how many children each parent has.
 """
 
 import argparse
@@ -38,11 +38,14 @@ from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.edges import filter_edges, find_candidates
 from hf_msae.interpret.hierarchy import Edge, HierarchySettings
 from hf_msae.interpret.scan import scan
-from hf_msae.sites import find_site
+from hf_msae.sites import Site, find_site
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts
 
 LABEL_SEED, EDGE_SEED = 1_003, 1_004
 STORIES_AT_ONCE = 16
+PLACES_AT_ONCE = 1 << 15
+# A child is a part of its parent that shares so much of its tokens with it, and has at most so many for one of its.
+PART_COVERAGE, PART_SIZE = 0.9, 0.5
 SHUFFLES = 20
 
 
@@ -51,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sae", required=True, help="folder of an SAE of the story model")
     parser.add_argument("--label-stories", type=int, default=1500, help="stories to match latents and concepts on")
     parser.add_argument("--tokens", type=int, default=300_000, help="tokens to find edges in")
-    parser.add_argument("--min-correlation", type=float, default=0.4)
+    parser.add_argument("--min-correlation", type=float, default=0.5)
     parser.add_argument("--json", help="write the numbers here")
     return parser.parse_args()
 
@@ -64,44 +67,59 @@ class Row:
     judged: int
     right: int
     same_concept: int
+    splits: int
     precision: float
-    distinct_precision: float
+    strict_precision: float
     shuffled_precision: float
     recall: float
     recall_of_tree_edges: float
 
 
-def correlations(sae: MatryoshkaSAE, num_stories: int) -> Tensor:
-    """Of every latent's activation with every concept's labels over some stories' tokens, (latents, concepts)."""
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Activations of stories' tokens, (n, hidden_size), their concepts, (n, concepts), and their ids, (n,)."""
+
+    x: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
+def label_tokens(site: Site, num_stories: int) -> LabelledTokens:
+    """The tokens of stories that neither the language model nor an SAE has seen."""
     model, tokenizer = load_story_lm()
-    site, encoder = find_site(model, sae.config), DocumentEncoder(tokenizer)
-    names = {n: i for i, n in enumerate(CONCEPTS)}
-    shape = (sae.config.num_latents, len(names))
-    together, of_latents, squares = torch.zeros(shape).double(), torch.zeros(shape[0]).double(), torch.zeros(shape[0])
-    of_concepts, num_tokens = torch.zeros(shape[1]).double(), 0
+    encoder, names = DocumentEncoder(tokenizer), {name: number for number, name in enumerate(CONCEPTS)}
+    parts, ids, rows, columns, count = [], [], [], [], 0
     texts = StoryWorld(seed=LABEL_SEED).documents(num_stories)
     for start in range(0, num_stories, STORIES_AT_ONCE):
         part = list(texts[start : start + STORIES_AT_ONCE])
-        windows = [encoder.window(ids) for ids in encoder.encode(part)]
+        windows = [encoder.window(of_story) for of_story in encoder.encode(part)]
         captured = capture_counted(model, [site], windows, pad_id(tokenizer))
         assert captured is not None
-        kept = [
-            labels
-            for text, window in zip(part, windows, strict=True)
-            for labels, keep in zip(token_concepts(text, tokenizer), window.keep.tolist(), strict=True)
-            if keep
-        ]
-        labels = torch.zeros(len(kept), shape[1])
-        for row, concepts in enumerate(kept):
-            labels[row, [names[name] for name in concepts]] = 1
-        active = active_latents(sae, captured[site])
-        together.index_add_(0, active.latents, (active.values[:, None] * labels[active.tokens]).double())
-        of_latents.index_add_(0, active.latents, active.values.double())
-        squares.index_add_(0, active.latents, active.values.square())
-        of_concepts += labels.double().sum(0)
-        num_tokens += len(kept)
-    means, shares = of_latents / num_tokens, of_concepts / num_tokens
-    spread = (squares.double() / num_tokens - means.square()).clamp_min(0).sqrt()
+        parts.append(captured[site])
+        for text, window in zip(part, windows, strict=True):
+            ids.append(window.input_ids[window.keep])
+            for concepts, keep in zip(token_concepts(text, tokenizer), window.keep.tolist(), strict=True):
+                if keep:
+                    rows += [count] * len(concepts)
+                    columns += [names[name] for name in concepts]
+                    count += 1
+    labels = torch.zeros(count, len(names))
+    labels[rows, columns] = 1
+    return LabelledTokens(torch.cat(parts), labels, torch.cat(ids))
+
+
+def correlations(sae: MatryoshkaSAE, tokens: LabelledTokens) -> Tensor:
+    """Of every latent's activation with every concept's labels, (latents, concepts)."""
+    num_tokens, active = len(tokens.x), active_latents(sae, tokens.x)
+    values = active.values.double()
+    together = torch.zeros(sae.config.num_latents, tokens.labels.shape[1]).double()
+    for part in torch.arange(len(values)).split(PLACES_AT_ONCE):
+        labels = tokens.labels[active.tokens[part]].double()
+        together.index_add_(0, active.latents[part], values[part, None] * labels)
+    sums = torch.zeros(2, sae.config.num_latents).double()
+    sums.index_add_(1, active.latents, torch.stack([values, values.square()]))
+    (means, squares), shares = sums / num_tokens, tokens.labels.double().mean(0)
+    spread = (squares - means.square()).clamp_min(0).sqrt()
     covariance = together / num_tokens - means[:, None] * shares
     return covariance / (spread[:, None] * (shares * (1 - shares)).sqrt()).clamp_min(1e-12)
 
@@ -137,23 +155,31 @@ def possible_pairs(concept_of: dict[int, str], sizes: Sequence[int], eligible: S
     return pairs, right / max(1, total)
 
 
-def judge(edges: Sequence[Edge], concept_of: dict[int, str], possible: set[tuple[str, str]]) -> Row:
+def judge(edges: Sequence[Edge], concept_of: dict[int, str], possible: set[tuple[str, str]], num_tokens: int) -> Row:
     judged = [edge for edge in edges if edge.parent in concept_of and edge.child in concept_of]
     pairs = [(concept_of[edge.parent], concept_of[edge.child]) for edge in judged]
-    right = [pair for pair in pairs if pair[0] in ancestors(pair[1])]
+    distinct = [pair for pair in pairs if pair[0] != pair[1]]
+    right = [pair for pair in distinct if pair[0] in ancestors(pair[1])]
+    same = [edge for edge, (parent, child) in zip(judged, pairs, strict=True) if parent == child]
     direct = {pair for pair in possible if CONCEPTS[pair[1]].parent == pair[0]}
-    distinct = sum(parent != child for parent, child in pairs)
     return Row(
         edges=len(edges),
-        judged=len(judged),
+        judged=len(distinct),
         right=len(right),
-        same_concept=len(judged) - distinct,
-        precision=len(right) / len(judged) if judged else math.nan,
-        distinct_precision=len(right) / distinct if distinct else math.nan,
-        shuffled_precision=shuffled_precision(pairs),
+        same_concept=len(same),
+        splits=sum(is_split(edge, num_tokens) for edge in same),
+        precision=len(right) / len(distinct) if distinct else math.nan,
+        strict_precision=len(right) / len(judged) if judged else math.nan,
+        shuffled_precision=shuffled_precision(distinct),
         recall=len(possible & set(right)) / len(possible) if possible else math.nan,
         recall_of_tree_edges=len(direct & set(right)) / len(direct) if direct else math.nan,
     )
+
+
+def is_split(edge: Edge, num_tokens: int) -> bool:
+    """Whether the child is a part of the parent: it fires hardly anywhere else, and on at most half as many tokens."""
+    parent, child = edge.parent_firing_rate * num_tokens, edge.shared / edge.coverage
+    return edge.coverage >= PART_COVERAGE and child <= PART_SIZE * parent
 
 
 def shuffled_precision(pairs: Sequence[tuple[str, str]]) -> float:
@@ -172,8 +198,9 @@ def shuffled_precision(pairs: Sequence[tuple[str, str]]) -> float:
 def main() -> None:
     args = parse()
     sae = MatryoshkaSAE.from_pretrained(args.sae).eval()
-    concept_of = match(correlations(sae, args.label_stories), args.min_correlation)
     model, tokenizer = load_story_lm()
+    tokens = label_tokens(find_site(model, sae.config), args.label_stories)
+    concept_of = match(correlations(sae, tokens), args.min_correlation)
     # About 100 tokens a story, with some to spare.
     texts = StoryWorld(seed=EDGE_SEED).documents(max(100, args.tokens // 50))
     found = scan(
@@ -190,11 +217,14 @@ def main() -> None:
     candidates = find_candidates(sae, found.firings, settings)
     eligible = [count >= settings.min_firings for count in candidates.counts]
     possible, chance = possible_pairs(concept_of, sae.config.prefix_sizes, eligible)
-    rows, alive = {"coverage": judge(candidates.edges, concept_of, possible)}, [True] * len(candidates.edges)
+    rows, alive = (
+        {"coverage": judge(candidates.edges, concept_of, possible, found.num_tokens)},
+        [True] * len(candidates.edges),
+    )
     for name, passes in filter_edges(candidates, settings).items():
         alive = [was and now for was, now in zip(alive, passes, strict=True)]
         kept = [edge for edge, passed in zip(candidates.edges, alive, strict=True) if passed]
-        rows[name] = judge(kept, concept_of, possible)
+        rows[name] = judge(kept, concept_of, possible, found.num_tokens)
     by_level: dict[int, int] = defaultdict(int)
     for latent in concept_of:
         by_level[next(i for i, size in enumerate(sae.config.prefix_sizes) if latent < size)] += 1
@@ -208,11 +238,16 @@ def main() -> None:
         "precision_by_chance": chance,
     }
     print(json.dumps(facts))
-    columns = ("precision", "distinct_precision", "shuffled_precision", "recall", "recall_of_tree_edges")
-    print(f"{'filter':10} {'edges':>7} {'judged':>7} {'right':>6}", *(f"{name:>20}" for name in columns))
+    columns = ("precision", "strict_precision", "shuffled_precision", "recall", "recall_of_tree_edges")
+    print(
+        f"{'filter':10} {'edges':>7} {'judged':>7} {'right':>6} {'same':>5} {'splits':>6}",
+        *(f"{name:>20}" for name in columns),
+    )
     for name, row in rows.items():
         shares = (f"{asdict(row)[column]:20.3f}" for column in columns)
-        print(f"{name:10} {row.edges:7,} {row.judged:7,} {row.right:6,}", *shares)
+        print(
+            f"{name:10} {row.edges:7,} {row.judged:7,} {row.right:6,} {row.same_concept:5,} {row.splits:6,}", *shares
+        )
     if args.json:
         Path(args.json).write_text(json.dumps({**facts, "rows": {name: asdict(row) for name, row in rows.items()}}))
 

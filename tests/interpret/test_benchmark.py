@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,17 @@ def test_edges_are_judged_by_the_concept_tree(benchmark):
     # In the order of levels: animal and person above bird; they and bird above owl, bird, girl.
     assert possible == {("animal", "bird"), ("animal", "owl"), ("bird", "owl"), ("person", "girl")}
     assert chance == 5 / 11
-    row = benchmark.judge(edges((0, 4), (0, 5), (1, 5), (4, 6), (0, 7), (2, 5)), CONCEPT_OF, possible)
-    assert (row.edges, row.judged, row.right, row.same_concept) == (6, 5, 2, 1)
-    assert (row.precision, row.distinct_precision) == (2 / 5, 2 / 4)
+    # Each child fires on 50 / 0.9 tokens, each parent on a tenth of all.
+    some = edges((0, 4), (0, 5), (1, 5), (4, 6), (0, 7), (2, 5))
+    row = benchmark.judge(some, CONCEPT_OF, possible, 2_000)
+    assert (row.edges, row.judged, row.right, row.same_concept, row.splits) == (6, 4, 2, 1, 1)
+    assert (row.strict_precision, row.precision) == (2 / 5, 2 / 4)
+    assert benchmark.judge(some, CONCEPT_OF, possible, 1_000).splits == 0  # then the child is more than half of it
+    assert not benchmark.is_split(replace(some[3], coverage=0.8), 2_000)  # and here it fires too often elsewhere
     assert row.recall == 2 / 4
     # Of animal > bird and bird > owl, which are the tree's own steps, the first is shown; person > female > girl.
     assert row.recall_of_tree_edges == 1 / 2
-    nothing = benchmark.judge([], CONCEPT_OF, possible)
+    nothing = benchmark.judge([], CONCEPT_OF, possible, 1_000)
     assert (nothing.judged, nothing.recall) == (0, 0.0)
     assert math.isnan(nothing.precision)
 
@@ -62,15 +67,20 @@ def test_correlations_equal_those_of_dense_activations(benchmark, story_world_sa
     from hf_msae.sites import capture, resolve_site
     from hf_msae.worlds.stories import StoryWorld, load_story_lm, token_concepts
 
-    found = benchmark.correlations(story_world_sae, 20)
     model, tokenizer = load_story_lm()
     site, encoder = resolve_site(model, "layers.2"), DocumentEncoder(tokenizer)
-    latents, labels = [], []
+    tokens = benchmark.label_tokens(site, 20)
+    found = benchmark.correlations(story_world_sae, tokens)
+    latents, labels, kept, ids = [], [], [], []
     for text in StoryWorld(seed=benchmark.LABEL_SEED).documents(20):
         window = encoder.window(encoder.encode([text])[0])
         x = capture(model, [site], input_ids=window.input_ids[None])[site][0]
+        kept.append(x[window.keep])
+        ids.append(window.input_ids[window.keep])
         latents.append(story_world_sae.encode(x[window.keep]).detach())
         labels += [("animal" in concepts) for concepts in token_concepts(text, tokenizer)][1:]
+    assert torch.allclose(tokens.x, torch.cat(kept), atol=1e-4)
+    assert torch.equal(tokens.ids, torch.cat(ids))
     dense, animal = torch.cat(latents), torch.tensor(labels).float()
     column = list(CONCEPTS).index("animal")
     for latent in range(8):
