@@ -10,13 +10,16 @@ from importlib import import_module
 from typing import Any
 
 
-def moved(old: str, new: str, names: Collection[str] | None = None) -> Callable[[str], Any]:
+def moved(
+    old: str, new: str, names: Collection[str] | None = None, otherwise: Callable[[str], Any] | None = None
+) -> Callable[[str], Any]:
     """A module's `__getattr__` that takes what it is asked for from another module, with a `DeprecationWarning`.
 
     Args:
         old: the module that it is for, its `__name__`.
         new: the full name of the module that has the names now.
         names: what moved; by default everything.
+        otherwise: the `__getattr__` that knows the other names, where the module has one.
 
     Returns:
         The function to call `__getattr__` in the old module.
@@ -25,6 +28,8 @@ def moved(old: str, new: str, names: Collection[str] | None = None) -> Callable[
     def look_up(name: str) -> Any:
         # Python itself asks every module for names such as `__path__`, which say what that module is.
         if name.startswith("__") or (names is not None and name not in names):
+            if otherwise is not None:
+                return otherwise(name)
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         found = getattr(import_module(new), name)
         warnings.warn(

@@ -5,20 +5,7 @@ from dataclasses import dataclass, field
 
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import load_language_model, load_training_data
-from hf_msae.data import (
-    ActivationStream,
-    CachedActivations,
-    TokenWindows,
-    cache_activations,
-    find_norm_limits,
-    hold_out_for_training,
-    pad_id,
-    vocabulary,
-)
-from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
-from hf_msae.sites import resolve_site
 
 DESCRIPTION = """\
 Write activations to disk once, shuffled, and train from them with `hf-msae train --dataset DIR --model ...`. A token
@@ -58,43 +45,16 @@ def run(arguments: list[str]) -> None:
     """Parse, write, say where."""
     parser = build_parser("cache-activations", DESCRIPTION, (SourceArguments, CacheArguments))
     sources, args = parse(parser, arguments)
+
+    from hf_msae.cli.sources import load_language_model, load_text
+    from hf_msae.data import make_activation_cache
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    documents, _ = load_training_data(sources)
-    if isinstance(documents, CachedActivations):
-        raise InputError(f"--dataset {sources.dataset} is an activation cache already; give text.")
+    documents, _ = load_text(sources)
     model, tokenizer = load_language_model(sources)
-    rows = vocabulary(model)
-    filler = pad_id(tokenizer, rows)
-    # What training on the same data holds out, and an evaluation measures on, is left out; the order makes the first
-    # rows, which training on the cache holds out, as mixed as the rest.
-    held_out = hold_out_for_training(
-        documents,
-        tokenizer,
-        args.context_length,
-        args.eval_tokens,
-        args.calibration_tokens,
-        args.packing,
-        vocab_size=rows,
-    )
-    mixed = documents.without(held_out.split).shuffle(args.seed)
-    windows = TokenWindows(mixed, tokenizer, context_length=args.context_length, pack=args.packing, vocab_size=rows)
-    sites = [resolve_site(model, site) for site in args.site]
-    options = {"lm_batch_size": args.lm_batch_size, "pad_id": filler}
-    limits = find_norm_limits(model, sites, windows, multiple=args.norm_outlier_multiple, **options)
-    stream = ActivationStream(
-        model,
-        sites,
-        windows,
-        batch_size=args.batch_size,
-        block_tokens=args.block_tokens,
-        lm_batch_size=args.lm_batch_size,
-        seed=args.seed,
-        norm_limits=limits,
-        pad_id=filler,
-    )
-    folder = cache_activations(stream, args.output_dir, max_tokens=args.max_tokens, shard_tokens=args.shard_tokens)
-    index = CachedActivations(folder, batch_size=1)
-    outliers = index.index["num_outliers"]
+    options = {name: value for name, value in vars(args).items() if name not in ("site", "output_dir")}
+    cache = make_activation_cache(model, tokenizer, args.site, documents, args.output_dir, **options)
+    outliers = cache.index["num_outliers"]
     left_out = f" ({outliers:,} outliers were left out)" if outliers else ""
-    print(f"Wrote {index.num_available:,} tokens to {folder}{left_out}.")
-    print(f"Train on them with: hf-msae train --dataset {folder}")
+    print(f"Wrote {cache.num_available:,} tokens to {cache.directory}{left_out}.")
+    print(f"Train on them with: hf-msae train --dataset {cache.directory}")

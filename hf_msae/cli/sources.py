@@ -15,8 +15,10 @@ from transformers.distributed import DistributedConfig
 
 from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.data import CachedActivations, as_documents, is_activation_cache, load_documents
+from hf_msae.data import CachedActivations, Documents, as_documents, is_activation_cache, load_documents
 from hf_msae.errors import InputError
+from hf_msae.language_models import model_of
+from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.worlds.stories import STORIES, StoryWorld
 
 # As many stories as `hf-msae train` reads when no dataset is given: about 1.6 million tokens.
@@ -70,7 +72,17 @@ def check_sae_place(name: str) -> None:
         raise InputError(f"There is no folder {name}. Give a folder that holds an SAE, or a Hub repo.")
 
 
-def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
+def load_sae(name: str, subfolder: str, args: SourceArguments) -> MatryoshkaSAE:
+    """The SAE in evaluation mode; `args` gets the model that it was trained on where none was asked for."""
+    check_sae_place(name)
+    sae = MatryoshkaSAE.from_pretrained(name, subfolder=subfolder).eval()
+    model_name, revision = model_of(sae.config)
+    if args.model == STORIES and model_name is not None:
+        args.model, args.model_revision = model_name, args.model_revision or revision
+    return sae
+
+
+def load_training_data(args: SourceArguments) -> tuple[Documents | CachedActivations, Documents | None]:
     """What `SAETrainer` takes as `train_dataset` and `eval_dataset`."""
     if args.dataset is None:
         if args.model != STORIES:
@@ -92,6 +104,27 @@ def load_training_data(args: SourceArguments) -> tuple[Any, Any]:
     return documents, _eval_data(args)
 
 
+def load_text(args: SourceArguments) -> tuple[Documents, Documents | None]:
+    """The documents, and those to measure on. Raises InputError for an activation cache, which has no text."""
+    documents, eval_documents = load_training_data(args)
+    if isinstance(documents, CachedActivations):
+        raise InputError(f"--dataset {args.dataset} is an activation cache and holds no text; give text.")
+    return documents, eval_documents
+
+
+def complete_model(args: SourceArguments, config: MatryoshkaSAEConfig, called: str) -> None:
+    """Where no language model is asked for, it is the one that an SAE reads.
+
+    Raises InputError where the SAE does not say which that is.
+    """
+    if args.model:
+        return
+    name, revision = model_of(config)
+    if name is None:
+        raise InputError(f"{called} does not say which language model it is of; give --model.")
+    args.model, args.model_revision = name, args.model_revision or revision
+
+
 def _unescaped(separator: str | None) -> str | None:
     r"""A shell hands over `\n` as two characters; a line's end is what they mean."""
     if separator is None:
@@ -103,7 +136,7 @@ def _unescaped(separator: str | None) -> str | None:
     return separator
 
 
-def _eval_data(args: SourceArguments) -> Any:
+def _eval_data(args: SourceArguments) -> Documents | None:
     if args.eval_dataset is None and args.eval_split is None:
         return None
     source = args.eval_dataset or args.dataset

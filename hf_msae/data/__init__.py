@@ -2,6 +2,7 @@
 
 from hf_msae.data.cache import CachedActivations, cache_activations
 from hf_msae.data.cache_files import CacheError, is_activation_cache
+from hf_msae.data.caching import make_activation_cache
 from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
 from hf_msae.data.forward import find_norm_limits, harvest
@@ -41,6 +42,7 @@ __all__ = [
     "hold_out_for_training",
     "is_activation_cache",
     "load_documents",
+    "make_activation_cache",
     "pad_id",
     "vocabulary",
 ]

@@ -4,11 +4,18 @@ People steer in units of a latent's largest activation, and choose latents by ho
 that was saved without a threshold computes nothing for a token alone, until one is set on text.
 """
 
-import torch
+from typing import Any
 
-from hf_msae.evaluation.activations import TextActivations
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.metrics import Measurement, ReconstructionMeter, measured_facts, merge
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import find_site
+from hf_msae.training import SAETrainingArguments
+from hf_msae.training.loaders import window_length
 
 
 def lacks_threshold(sae: MatryoshkaSAE) -> bool:
@@ -47,4 +54,44 @@ def complete(sae: MatryoshkaSAE, text: TextActivations) -> Measurement:
     measurement = merge(meter, None)
     sae.config.measured = measured_facts(measurement)
     sae.config.norm_limit = text.norm_limit
+    return measurement
+
+
+def complete_on_text(
+    sae: MatryoshkaSAE,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Any,
+    *,
+    site: str | None = None,
+    num_tokens: int = 200_000,
+    called: str = "",
+) -> Measurement:
+    """Run a language model over text and record in an SAE what it tells: see [`complete`].
+
+    The configuration gets the site and the language model, too, where it does not say.
+
+    Args:
+        sae: it is changed, and brought to the device of the process.
+        model: the language model.
+        tokenizer: its own.
+        documents: `Documents`, or what `as_documents` takes.
+        site: where in the model, if the SAE does not say.
+        num_tokens: how many tokens to read.
+        called: the SAE's name in errors.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        InputError: the SAE does not fit the site, or an activation is NaN or infinite.
+        DatasetError: the documents have fewer tokens.
+    """
+    config = sae.config
+    found = find_site(model, config, site, called=called)
+    length = window_length(model, SAETrainingArguments(context_length=config.context_length))
+    text = collect(model, tokenizer, found, documents, num_tokens=num_tokens, context_length=length)
+    measurement = complete(sae.to(PartialState().device).eval(), text)  # type: ignore[arg-type]
+    config.site = config.site or str(found)
+    config.base_model = config.base_model or model.config.name_or_path or None
     return measurement

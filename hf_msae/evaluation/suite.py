@@ -17,6 +17,7 @@ from hf_msae.evaluation.erasure import ErasureMetric
 from hf_msae.evaluation.geometry import GeometryMetric
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Subject
+from hf_msae.evaluation.names import DEFAULT_METRICS, METRICS
 from hf_msae.evaluation.probing import ProbingMetric
 
 CORE = CoreMetric()
@@ -28,9 +29,6 @@ _RESEARCH = {
     "meta": ("hf_msae.research.meta", "MetaMetric"),
     "hedging": ("hf_msae.research.hedging", "HedgingMetric"),
 }
-METRICS = (*(metric.name for metric in _OWN), *_RESEARCH)
-# The others train SAEs of their own, or take long.
-DEFAULT_METRICS = ("core", "geometry", "probing", "absorption", "erasure", "progressive")
 
 
 def find_metrics(metrics: Sequence[str | Metric[Any]]) -> list[Metric[Any]]:
