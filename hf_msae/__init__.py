@@ -13,9 +13,10 @@ __version__ = "0.1.0"
 install()
 
 if TYPE_CHECKING:
-    from hf_msae.data import CachedActivations, cache_activations, load_documents
+    from hf_msae.data import CachedActivations, cache_activations, load_documents, make_activation_cache
     from hf_msae.errors import HfMsaeError
-    from hf_msae.evaluation import collect, evaluate
+    from hf_msae.evaluation import EvaluationArguments, collect, evaluate, run_evaluation
+    from hf_msae.formats import convert
     from hf_msae.hub import SAEEntry, list_saes, load_saes, pull, push_folder
     from hf_msae.interpret import Interpretation, find_hierarchy, interpret, scan
     from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from hf_msae.training import SAETrainer, SAETrainingArguments
 else:
     _HOMES = {
-        "hf_msae.data": ("CachedActivations", "cache_activations", "load_documents"),
+        "hf_msae.data": ("CachedActivations", "cache_activations", "load_documents", "make_activation_cache"),
         "hf_msae.errors": ("HfMsaeError",),
-        "hf_msae.evaluation": ("collect", "evaluate"),
+        "hf_msae.evaluation": ("EvaluationArguments", "collect", "evaluate", "run_evaluation"),
+        "hf_msae.formats": ("convert",),
         "hf_msae.hub": ("SAEEntry", "list_saes", "load_saes", "pull", "push_folder"),
         "hf_msae.interpret": ("Interpretation", "find_hierarchy", "interpret", "scan"),  # a room that can be called
         "hf_msae.modeling": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
@@ -38,6 +40,7 @@ else:
 
 __all__ = [
     "CachedActivations",
+    "EvaluationArguments",
     "HfMsaeError",
     "Interpretation",
     "MatryoshkaSAE",
@@ -52,6 +55,7 @@ __all__ = [
     "cache_activations",
     "capture",
     "collect",
+    "convert",
     "evaluate",
     "find_hierarchy",
     "interpret",
@@ -59,9 +63,11 @@ __all__ = [
     "load_documents",
     "load_saes",
     "load_steering",
+    "make_activation_cache",
     "pull",
     "push_folder",
     "resolve_site",
+    "run_evaluation",
     "save_steering",
     "scan",
     "steer",

@@ -3,32 +3,15 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from accelerate import PartialState
-from rich.console import Console
-
-from hf_msae.atomic_files import atomic_folder
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import load_language_model, load_training_data
-from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
-from hf_msae.evaluation.activations import collect
-from hf_msae.evaluation.completing import complete
-from hf_msae.formats.conversion import (
-    FORMATS,
-    WRITABLE,
-    load_library_checkpoint,
-    locate,
-    recognise,
-    write_library_checkpoint,
-)
-from hf_msae.language_models import model_of
-from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.sites import find_site
-from hf_msae.training import SAETrainingArguments
-from hf_msae.training.loaders import window_length
+from hf_msae.formats import FORMATS, WRITABLE
+
+if TYPE_CHECKING:
+    from hf_msae.modeling import MatryoshkaSAE
 
 DESCRIPTION = f"""\
 Convert SRC, a folder or a Hub repo, into the folder DEST. SRC is a checkpoint of {", ".join(FORMATS[:-1])} or
@@ -81,55 +64,44 @@ def run(arguments: list[str]) -> None:
     """Parse, convert, say what came out."""
     parser = build_parser("convert", DESCRIPTION, (ConvertArguments, MeasuringSourceArguments))
     args, sources = parse(parser, arguments)
+
+    from rich.console import Console
+
+    from hf_msae.formats import convert
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    destination = Path(args.dest)
-    if destination.exists():
-        raise InputError(f"{destination} exists already; give a folder that does not, or delete it.")
-    sae = _load(args)
-    if args.measure:
-        _measure(sae, args, sources)
-    if args.to == "hf_msae":
-        with atomic_folder(destination) as draft:
-            sae.save_pretrained(draft)
-    else:
-        write_library_checkpoint(sae, destination, args.to)
+    sae = convert(
+        args.src,
+        args.dest,
+        to=args.to,
+        name=args.format,
+        prefix_sizes=args.prefix_sizes or None,
+        prefix=args.prefix,
+        complete=(lambda sae: _measure(sae, args, sources)) if args.measure else None,
+        subfolder=args.subfolder,
+        revision=args.revision,
+    )
     config = sae.config
     Console(highlight=False).print(
         f"{config.num_latents:,} latents of width {config.hidden_size}, prefixes "
         f"{', '.join(map(str, config.prefix_sizes))}, at {config.site or 'an unrecorded site'} of "
-        f"{config.base_model or 'an unrecorded model'}\nSaved to {destination}",
+        f"{config.base_model or 'an unrecorded model'}\nSaved to {Path(args.dest)}",
         soft_wrap=True,
     )
 
 
-def _load(args: ConvertArguments) -> MatryoshkaSAE:
-    sizes = args.prefix_sizes or None
-    hub = {"subfolder": args.subfolder, "revision": args.revision}
-    if args.format is not None or (args.measure and recognise(locate(args.src, **hub)) is not None):
-        sae = load_library_checkpoint(MatryoshkaSAE, args.src, args.format, sizes, calibrating=args.measure, **hub)
-        return sae if args.prefix is None else sae.truncate(args.prefix)
-    options = {} if sizes is None else {"prefix_sizes": sizes}
-    return MatryoshkaSAE.from_pretrained(args.src, prefix=args.prefix, **hub, **options)
+def _measure(sae: "MatryoshkaSAE", args: ConvertArguments, sources: SourceArguments) -> None:
+    """Have the language model read text, and record in the SAE what that tells."""
+    from accelerate import PartialState
 
+    from hf_msae.cli.sources import complete_model, load_language_model, load_text
+    from hf_msae.evaluation import complete_on_text
+    from hf_msae.sites import recorded_site
 
-def _measure(sae: MatryoshkaSAE, args: ConvertArguments, sources: SourceArguments) -> None:
-    """Read text and record in the SAE what it tells. Raises ValueError where model, site or text are not known."""
-    config = sae.config
-    sources.model = sources.model or model_of(config)[0] or ""
-    if not sources.model:
-        raise InputError(f"{args.src} does not say which language model it is of; give --model.")
-    place = args.site or config.site
-    if place is None:
-        raise InputError(f"{args.src} does not say where in the model it is from; give --site, such as layers.12.")
+    complete_model(sources, sae.config, args.src)
+    site = args.site or recorded_site(sae.config, called=args.src)
     PartialState(cpu=args.use_cpu)
-    documents, eval_documents = load_training_data(sources)
-    if isinstance(documents, CachedActivations):
-        raise InputError(f"--dataset {sources.dataset} is an activation cache; give text.")
+    documents, eval_documents = load_text(sources)
     model, tokenizer = load_language_model(sources)
-    site = find_site(model, config, place, called=args.src)
-    length = window_length(model, SAETrainingArguments(context_length=config.context_length))
     source = documents if eval_documents is None else eval_documents
-    text = collect(model, tokenizer, site, source, num_tokens=args.measure_tokens, context_length=length)
-    complete(sae.to(PartialState().device).eval(), text)  # type: ignore[arg-type]
-    config.site = config.site or str(site)
-    config.base_model = config.base_model or model.config.name_or_path or None
+    complete_on_text(sae, model, tokenizer, source, site=site, num_tokens=args.measure_tokens, called=args.src)

@@ -1,34 +1,18 @@
 """`hf-msae interpret`: a page for every latent of an SAE, written as Parquet beside it."""
 
 import logging
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
-from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import (
-    STORIES,
-    check_sae_place,
-    load_language_model,
-    load_training_data,
-)
-from hf_msae.data import CachedActivations, Documents
 from hf_msae.errors import InputError
-from hf_msae.interpret.labels import LabelError, Labeller
-from hf_msae.interpret.pages import Label
-from hf_msae.interpret.pipeline import interpret
-from hf_msae.interpret.store import Interpretation
-from hf_msae.interpret.writing import FOLDER_NAME
-from hf_msae.language_models import model_of
-from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.untrusted import inside
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
+
+if TYPE_CHECKING:
+    from hf_msae.interpret import Interpretation, Labeller
 
 DESCRIPTION = """\
 Read text once and write what each latent of SAE (a folder or a Hub repo) reacts to and says: contexts from the top and
@@ -36,8 +20,6 @@ from all quantiles, density, histogram, promoted tokens, nearest latents, parent
 are those that the SAE was trained on, unless given."""
 
 NUM_SHOWN = 6
-# Pages whose contexts stand for "not this latent" in the tests of a label.
-NUM_OTHERS = 12
 
 
 @dataclass
@@ -52,7 +34,7 @@ class InterpretArguments:
     site: str | None = field(default=None, metadata={"help": "Site, where the SAE does not record one."})
     max_tokens: int = field(default=500_000, metadata={"help": "Tokens to read."})
     output_dir: str | None = field(
-        default=None, metadata={"help": f"Folder to make. Default: {FOLDER_NAME} in the SAE's folder."}
+        default=None, metadata={"help": "Folder to make. Default: interpretation in the SAE's folder."}
     )
     context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: the SAE's."})
     packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
@@ -74,12 +56,16 @@ def run(arguments: list[str]) -> None:
     """Parse, read, write, show a few pages."""
     parser = build_parser("interpret", DESCRIPTION, (InterpretArguments, SourceArguments))
     args, sources = parse(parser, arguments)
+
+    from hf_msae.cli.sources import check_sae_place, load_language_model, load_sae, load_text
+    from hf_msae.interpret import interpret, write_labels
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     check_sae_place(args.sae)
     folder = _output_folder(args)
     labeller = None if args.labels_model is None else load_labeller(args.labels_model)
     sae = load_sae(args.sae, args.subfolder, sources)
-    documents = load_text(sources)
+    documents, _ = load_text(sources)
     model, tokenizer = load_language_model(sources)
     interpretation = interpret(
         model,
@@ -99,26 +85,11 @@ def run(arguments: list[str]) -> None:
     _show(interpretation, args.sae)
 
 
-def load_sae(name: str, subfolder: str, sources: SourceArguments) -> MatryoshkaSAE:
-    """The SAE in evaluation mode; `sources` gets the model that it was trained on where none was asked for."""
-    check_sae_place(name)
-    sae = MatryoshkaSAE.from_pretrained(name, subfolder=subfolder).eval()
-    model_name, revision = model_of(sae.config)
-    if sources.model == STORIES and model_name is not None:
-        sources.model, sources.model_revision = model_name, sources.model_revision or revision
-    return sae
-
-
-def load_text(sources: SourceArguments) -> Documents:
-    """The documents. Raises ValueError for an activation cache, which has no text."""
-    documents, _ = load_training_data(sources)
-    if isinstance(documents, CachedActivations):
-        raise InputError(f"--dataset {sources.dataset} is an activation cache and holds no text; give text.")
-    return documents
-
-
-def load_labeller(name: str) -> Labeller:
+def load_labeller(name: str) -> "Labeller":
     """A chat model from the Hub or a folder. Raises ValueError where it cannot be loaded or is none."""
+    from hf_msae import language_models
+    from hf_msae.interpret import Labeller
+
     try:
         model, tokenizer = language_models.load_language_model(name, needs_head=True)
     except InputError as error:
@@ -126,23 +97,10 @@ def load_labeller(name: str) -> Labeller:
     return Labeller(model, tokenizer)
 
 
-def write_labels(labeller: Labeller, interpretation: Interpretation, num_labels: int) -> None:
-    """Name the first latents that fire, test the names, and keep both; names so far are kept if it is interrupted."""
-    density = interpretation.column("density")
-    firing = [latent for latent, share in enumerate(density) if share > 0]
-    chosen = random.Random(labeller.seed).sample(firing, min(NUM_OTHERS, len(firing)))
-    others = [interpretation.page(latent) for latent in chosen]
-    for latent in firing[:num_labels]:
-        page = interpretation.page(latent)
-        try:
-            label: Label = labeller.label_and_score(page, others)
-        except LabelError as error:
-            logging.getLogger(__name__).warning("Latent %d stays without a label: %s", latent, error)
-            continue
-        interpretation.save_labels({latent: label})
-
-
 def _output_folder(args: InterpretArguments) -> Path:
+    from hf_msae.interpret.writing import FOLDER_NAME
+    from hf_msae.modeling.untrusted import inside
+
     if args.output_dir is None and not Path(args.sae).is_dir():
         raise InputError(f"{args.sae} is a Hub repo; say where to write with --output-dir.")
     folder = Path(args.output_dir) if args.output_dir else Path(args.sae) / inside(args.subfolder) / FOLDER_NAME
@@ -151,8 +109,11 @@ def _output_folder(args: InterpretArguments) -> Path:
     return folder
 
 
-def _show(interpretation: Interpretation, sae: str) -> None:
+def _show(interpretation: "Interpretation", sae: str) -> None:
     """A few latents of each level, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
     source = interpretation.source
     left_out = f" ({source.num_outliers:,} with outlying norms left out)" if source.num_outliers else ""
     table = Table(title=f"{source.num_tokens:,} tokens of {source.dataset}{left_out}")

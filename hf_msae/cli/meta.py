@@ -1,36 +1,26 @@
 """`hf-msae meta`: what the latents of an SAE are made of."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.tree import Tree
-
-from hf_msae.atomic_files import atomic_folder
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import load_language_model, load_training_data
-from hf_msae.data import CachedActivations
 from hf_msae.errors import InputError
-from hf_msae.evaluation.activations import collect
-from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.research.meta import Decomposition, MetaResult, decompose, is_meta_sae, train_meta_sae, unit_rows
-from hf_msae.research.meta_browser import render_browser, token_labels
-from hf_msae.sites import find_site
 
-BROWSER_NAME, FACTS_NAME = "decompositions.html", "meta_sae.json"
-DEFAULT_CONTEXT_LENGTH = 256
+if TYPE_CHECKING:
+    from rich.tree import Tree
 
-DESCRIPTION = f"""\
+    from hf_msae.modeling import MatryoshkaSAE
+    from hf_msae.research.meta import Decomposition, MetaResult
+
+DESCRIPTION = """\
 Train a meta-SAE, an SAE on the decoder rows of SAE (a folder or a Hub repo), and print what latents are made of: each
 one's meta-latents, and the other latents that share them. The folder gets the meta-SAE, its numbers, and
-{BROWSER_NAME}, in which all latents can be looked up. With --meta-sae, nothing is trained: the decompositions of one
-that was are printed. Latents are named by the tokens on which they are most active in --dataset."""
+decompositions.html, in which all latents can be looked up. With --meta-sae, nothing is trained: the decompositions of
+one that was are printed. Latents are named by the tokens on which they are most active in --dataset."""
 
 
 @dataclass
@@ -71,80 +61,61 @@ class MetaArguments:
 
 
 def run(arguments: list[str]) -> None:
-    """Parse, train or load, print, save."""
+    """Parse, train or load, print."""
     sources, args = parse(build_parser("meta", DESCRIPTION, (SourceArguments, MetaArguments)), arguments)
+
+    from rich.console import Console
+
+    from hf_msae.modeling import MatryoshkaSAE
+    from hf_msae.research.meta_pipeline import (
+        BROWSER_NAME,
+        check_output,
+        choose_decompositions,
+        load_meta_sae,
+        make_meta_sae,
+    )
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     folder = Path(args.output_dir or f"{Path(args.sae).resolve().name}-meta-sae")
-    if args.meta_sae is None and folder.exists():
-        raise InputError(f"{folder} exists already; give another --output-dir, or show it with --meta-sae {folder}.")
+    if args.meta_sae is None:
+        check_output(folder)  # before anything is loaded
     sae = MatryoshkaSAE.from_pretrained(args.sae).eval()
-    _check_latents(sae, args.latents)
-    labels = _labels(sources, sae, args) if args.label_tokens else []
+    if any(not 0 <= latent < sae.config.num_latents for latent in args.latents):
+        raise InputError(f"--latents: there are latents 0 to {sae.config.num_latents - 1}; got {args.latents}.")
+    labels = _name_latents(sources, sae, args) if args.label_tokens else []
     console = Console(highlight=False)
     if args.meta_sae is not None:
-        meta = MatryoshkaSAE.from_pretrained(args.meta_sae).eval()
-        if not is_meta_sae(meta):
-            raise InputError(f"{args.meta_sae} is an SAE of activations, not a meta-SAE; make one without --meta-sae.")
+        meta = load_meta_sae(args.meta_sae)
     else:
-        result = train_meta_sae(
-            sae,
-            num_latents=args.num_latents,
-            k=args.k,
-            prefix_sizes=args.prefix_sizes,
-            max_steps=args.max_steps,
-            learning_rate=args.learning_rate,
-            seed=args.seed,
-            name=args.sae,
-            random_control=args.random_control,
-            use_cpu=args.use_cpu,
-        )
+        names = ("num_latents", "k", "prefix_sizes", "max_steps", "learning_rate", "seed", "random_control", "use_cpu")
+        options = {name: getattr(args, name) for name in names}
+        result = make_meta_sae(sae, folder, labels=labels, name=args.sae, **options)
         meta = result.sae
         console.print(_summary(result), soft_wrap=True)
-    sae = sae.to(meta.device)
-    for item in _chosen(meta, sae, args):
+    for item in choose_decompositions(meta, sae, args.latents, most=args.show, neighbours=args.neighbours):
         console.print(_tree(item, labels))
     if args.meta_sae is None:
-        _save(folder, result, sae, _facts(result, args), labels)
         console.print(f"Saved to {folder}; look through all latents in {folder / BROWSER_NAME}", soft_wrap=True)
 
 
-def _check_latents(sae: MatryoshkaSAE, latents: Sequence[int]) -> None:
-    if any(not 0 <= latent < sae.config.num_latents for latent in latents):
-        raise InputError(f"--latents: there are latents 0 to {sae.config.num_latents - 1}; got {list(latents)}.")
+def _name_latents(sources: SourceArguments, sae: "MatryoshkaSAE", args: MetaArguments) -> list[str]:
+    from hf_msae.cli.sources import load_language_model, load_text
+    from hf_msae.research.meta_pipeline import name_latents
+    from hf_msae.sites import recorded_site
 
-
-def _labels(sources: SourceArguments, sae: MatryoshkaSAE, args: MetaArguments) -> list[str]:
-    documents, _ = load_training_data(sources)
-    if isinstance(documents, CachedActivations):
-        raise InputError(
-            f"--dataset {sources.dataset} is an activation cache, which has no tokens to name latents by; give text, "
-            "or --label-tokens 0."
-        )
-    if sae.config.site is None:
-        raise InputError(f"{args.sae} does not say which site it reads, so latents cannot be named: --label-tokens 0.")
+    try:
+        documents, _ = load_text(sources)
+        recorded_site(sae.config, called=args.sae)
+    except InputError as error:
+        raise InputError(f"{error} Or leave latents without names: --label-tokens 0.") from error
     model, tokenizer = load_language_model(sources)
-    site = find_site(model, sae.config, called=args.sae)
-    text = collect(
-        model,
-        tokenizer,
-        site,
-        documents,
-        num_tokens=args.label_tokens,
-        context_length=sae.config.context_length or DEFAULT_CONTEXT_LENGTH,
-    )
-    return token_labels(text, tokenizer, sae)
+    return name_latents(model, tokenizer, sae, documents, num_tokens=args.label_tokens, called=args.sae)
 
 
-def _chosen(meta: MatryoshkaSAE, sae: MatryoshkaSAE, args: MetaArguments) -> list[Decomposition]:
-    """The latents asked for, or those of at least two parts that are explained best."""
-    if args.latents:
-        return decompose(meta, sae, args.latents, neighbours=args.neighbours)
-    found = decompose(meta, sae, unit_rows(sae)[0].tolist(), neighbours=0)
-    composed = sorted((item for item in found if len(item.parts) > 1), key=lambda item: -item.cosine)
-    return decompose(meta, sae, [item.latent for item in composed[: args.show]], neighbours=args.neighbours)
+def _tree(item: "Decomposition", labels: Sequence[str]) -> "Tree":
+    from rich.markup import escape
+    from rich.tree import Tree
 
-
-def _tree(item: Decomposition, labels: Sequence[str]) -> Tree:
     def name(latent: int) -> str:
         return f"{latent}" + (f" [dim]{escape(labels[latent])}[/dim]" if labels and labels[latent] else "")
 
@@ -156,7 +127,7 @@ def _tree(item: Decomposition, labels: Sequence[str]) -> Tree:
     return tree
 
 
-def _summary(result: MetaResult) -> str:
+def _summary(result: "MetaResult") -> str:
     floor = (
         "" if result.explained_random is None else f" (of as many random directions: {result.explained_random:.1%})"
     )
@@ -164,26 +135,3 @@ def _summary(result: MetaResult) -> str:
         f"{result.sae.config.num_latents:,} meta-latents, {result.l0:.2f} per latent, explain {result.explained:.1%} "
         f"of the variance of {len(result.rows):,} decoder rows{floor}. Unused meta-latents: {result.dead:.1%}."
     )
-
-
-def _facts(result: MetaResult, args: MetaArguments) -> dict[str, Any]:
-    return {
-        "SAE": args.sae,
-        "rows": len(result.rows),
-        "meta-latents": result.sae.config.num_latents,
-        "k": args.k,
-        "L0": round(result.l0, 3),
-        "explained": round(result.explained, 4),
-        "explained of random rows": None if result.explained_random is None else round(result.explained_random, 4),
-        "unused": round(result.dead, 4),
-        "steps": args.max_steps,
-        "seed": args.seed,
-    }
-
-
-def _save(folder: Path, result: MetaResult, sae: MatryoshkaSAE, facts: dict[str, Any], labels: Sequence[str]) -> None:
-    with atomic_folder(folder) as draft:
-        result.sae.save_pretrained(draft)
-        (draft / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n")
-        page = render_browser(result.sae, sae, facts, labels)
-        (draft / BROWSER_NAME).write_text(page, encoding="utf-8")

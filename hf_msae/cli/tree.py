@@ -4,22 +4,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
-from rich.tree import Tree
+from typing import TYPE_CHECKING
 
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.cli.interpret import load_sae, load_text
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import check_sae_place, load_language_model
 from hf_msae.errors import InputError
-from hf_msae.interpret.edges import find_hierarchy
-from hf_msae.interpret.effects import decode_tokens
-from hf_msae.interpret.hierarchy import Hierarchy
-from hf_msae.interpret.pages import name_of
-from hf_msae.interpret.scan import Scan, scan
-from hf_msae.interpret.store import Interpretation, InterpretationError
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from hf_msae.interpret import Hierarchy
 
 DESCRIPTION = """\
 Print the hierarchy between the levels of SAE (a folder or a Hub repo): children fire where their parent fires, far
@@ -52,13 +46,19 @@ class TreeArguments:
 def run(arguments: list[str]) -> None:
     """Parse, find or read the edges, print."""
     args, sources = parse(build_parser("tree", DESCRIPTION, (TreeArguments, SourceArguments)), arguments)
+
+    from rich.console import Console
+
+    from hf_msae.cli.sources import check_sae_place
+    from hf_msae.interpret import read_hierarchy
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if args.depth < 1 or args.max_children < 1:
         raise InputError(f"--depth and --max-children must be at least 1, got {args.depth} and {args.max_children}.")
     if args.output is not None and Path(args.output).suffix not in (".json", ".dot", ".gv"):
         raise InputError(f"--output {args.output} must end in .json, .dot or .gv.")
     check_sae_place(args.sae)
-    found = None if sources.dataset is not None else _read(args)
+    found = None if sources.dataset is not None else read_hierarchy(args.sae, args.subfolder or None)
     hierarchy, names = _measure(args, sources) if found is None else found
     if args.root is not None and not 0 <= args.root < hierarchy.prefix_sizes[-1]:
         raise InputError(f"--root {args.root} is no latent; they are 0 to {hierarchy.prefix_sizes[-1] - 1:,}.")
@@ -74,42 +74,21 @@ def run(arguments: list[str]) -> None:
         print(f"Wrote {len(shown.edges):,} edges to {path}")
 
 
-def _read(args: TreeArguments) -> tuple[Hierarchy, Sequence[str]] | None:
-    """From the interpretation beside the SAE; None where there is none."""
-    try:
-        interpretation = Interpretation.load(args.sae, subfolder=args.subfolder or None)
-    except InterpretationError:
-        return None
-    return None if interpretation.hierarchy is None else (interpretation.hierarchy, interpretation.names)
+def _measure(args: TreeArguments, sources: SourceArguments) -> "tuple[Hierarchy, Sequence[str]]":
+    from hf_msae.cli.sources import load_language_model, load_sae, load_text
+    from hf_msae.interpret.trees import check_levels, measure_hierarchy
 
-
-def _measure(args: TreeArguments, sources: SourceArguments) -> tuple[Hierarchy, Sequence[str]]:
     sae = load_sae(args.sae, args.subfolder, sources)
-    if len(sae.config.prefix_sizes) < 2:
-        raise InputError(f"{args.sae} has one level only, and a tree needs two: it is a plain SAE.")
-    documents = load_text(sources)
+    check_levels(sae, args.sae)  # before anything else is loaded
+    documents, _ = load_text(sources)
     model, tokenizer = load_language_model(sources)
-    found = scan(
-        model,
-        tokenizer,
-        sae.to(model.device),  # type: ignore[arg-type]
-        documents,
-        max_tokens=args.max_tokens,
-        record_tokens=args.max_tokens,
-        site=args.site,
-        sampled_contexts=0,
+    sae = sae.to(model.device)  # type: ignore[arg-type]
+    return measure_hierarchy(
+        model, tokenizer, sae, documents, max_tokens=args.max_tokens, site=args.site, called=args.sae
     )
-    texts = [decode_tokens(tokenizer, _peak_ids(found, latent)) for latent in range(sae.config.num_latents)]
-    names = [name_of(list(dict.fromkeys(tokens))) for tokens in texts]
-    return find_hierarchy(sae, found.firings), names
 
 
-def _peak_ids(found: Scan, latent: int) -> list[int]:
-    contexts = found.top.of(latent)
-    return contexts.token_ids.gather(1, contexts.position.unsqueeze(1))[:, 0].tolist()
-
-
-def summary(hierarchy: Hierarchy) -> list[str]:
+def summary(hierarchy: "Hierarchy") -> list[str]:
     """What was looked at, and what the filters left."""
     steps = " → ".join(f"{number:,} {name}" for name, number in hierarchy.survivors.items())
     lines = [
@@ -123,8 +102,13 @@ def summary(hierarchy: Hierarchy) -> list[str]:
     return lines
 
 
-def draw(hierarchy: Hierarchy, names: Sequence[str], root: int | None, depth: int, max_children: int) -> list[Tree]:
+def draw(
+    hierarchy: "Hierarchy", names: Sequence[str], root: int | None, depth: int, max_children: int
+) -> "list[Tree]":
     """The trees below one latent, or below all roots, the easiest to understand first."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
     roots = hierarchy.roots(names) if root is None else [root]
     direct = hierarchy.reduced()
 

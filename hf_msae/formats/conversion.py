@@ -6,7 +6,7 @@ lies above it, so it knows this module by its name, which importing hf_msae give
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
+from hf_msae.atomic_files import atomic_folder
+from hf_msae.errors import OutputExistsError
 from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError
+from hf_msae.formats.libraries import FORMATS, WRITABLE
 from hf_msae.formats.naming import describe_absence, describe_name, first_few, natural_order
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
-# Modules of hf_msae.formats, in the order in which they are asked whether a checkpoint is theirs.
-FORMATS = ("saelens", "dictionary_learning", "sparsify", "gemma_scope", "bussmann", "openmoss")
-WRITABLE = ("saelens", "sparsify")
 OURS = MatryoshkaSAEConfig.model_type
 # What ends the name of a file of weights, where a user gives one in place of its folder.
 WEIGHTS = (".pt", ".npz", ".safetensors")
@@ -36,6 +36,57 @@ def _format(name: str) -> ModuleType:
     if name not in FORMATS:
         raise FormatError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
     return importlib.import_module(f"hf_msae.formats.{name}")
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    to: str = "hf_msae",
+    name: str | None = None,
+    prefix_sizes: Sequence[int] | None = None,
+    prefix: int | None = None,
+    complete: Callable[[MatryoshkaSAE], object] | None = None,
+    **hub: Any,
+) -> MatryoshkaSAE:
+    """Read another library's checkpoint, or one of ours, and write it for us, or for another library.
+
+    Args:
+        source: A folder, a repo of the Hub, or a file of weights.
+        folder: Where to; it must not exist yet, and appears when it is whole.
+        to: "hf_msae", or one of `WRITABLE`.
+        name: The form of the source, of `FORMATS`; None for whichever it is.
+        prefix_sizes: The nested sizes, where the files do not record them.
+        prefix: Keep only the first latents.
+        complete: Called with the SAE before it is written, to record what the files do not, such as
+            `hf_msae.evaluation.complete_on_text`; an SAE that lacks a threshold is then read without one.
+        hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        The SAE that was written.
+
+    Raises:
+        OutputExistsError: The folder exists.
+        FormatError: The source is no SAE that is known, or has no equal here.
+        InputError: The other library cannot express this SAE.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise OutputExistsError(f"{folder} exists already; give a folder that does not, or delete it.")
+    if name is not None or (complete is not None and recognise(locate(source, **hub)) is not None):
+        sae = load_library_checkpoint(MatryoshkaSAE, source, name, prefix_sizes, complete is not None, **hub)
+        sae = sae if prefix is None else sae.truncate(prefix)
+    else:
+        options: dict[str, Any] = {} if prefix_sizes is None else {"prefix_sizes": prefix_sizes}
+        sae = MatryoshkaSAE.from_pretrained(source, prefix=prefix, **hub, **options)
+    if complete is not None:
+        complete(sae)
+    if to == "hf_msae":
+        with atomic_folder(folder) as draft:
+            sae.save_pretrained(draft)
+    else:
+        write_library_checkpoint(sae, folder, to)
+    return sae
 
 
 def recognise(files: Files) -> str | None:

@@ -8,10 +8,11 @@ from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.hierarchy import Edge, Hierarchy, HierarchySettings
 from hf_msae.interpret.labels import LabelError, Labeller
 from hf_msae.interpret.pages import Context, Label, LatentPage
-from hf_msae.interpret.pipeline import interpret
+from hf_msae.interpret.pipeline import interpret, write_labels
 from hf_msae.interpret.scan import Scan, scan
 from hf_msae.interpret.search import search_firing, search_labels, search_promoting
 from hf_msae.interpret.store import Interpretation, InterpretationError, stream_pages
+from hf_msae.interpret.trees import measure_hierarchy, read_hierarchy
 
 
 class _Room(ModuleType):
@@ -37,9 +38,12 @@ __all__ = [
     "Scan",
     "find_hierarchy",
     "interpret",
+    "measure_hierarchy",
+    "read_hierarchy",
     "scan",
     "search_firing",
     "search_labels",
     "search_promoting",
     "stream_pages",
+    "write_labels",
 ]

@@ -1,5 +1,7 @@
 """All of it at once: read, find the hierarchy, take the effects on the output, write."""
 
+import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,17 @@ from hf_msae.errors import OutputExistsError
 from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.effects import LogitEffects
 from hf_msae.interpret.hierarchy import HierarchySettings
+from hf_msae.interpret.labels import LabelError, Labeller
+from hf_msae.interpret.pages import Label
 from hf_msae.interpret.scan import Scan, scan
 from hf_msae.interpret.store import Interpretation
 from hf_msae.interpret.writing import write_interpretation
 from hf_msae.modeling import MatryoshkaSAE
+
+logger = logging.getLogger(__name__)
+
+# Pages whose contexts stand for "not this latent" in the tests of a label.
+NUM_OTHERS = 12
 
 
 def interpret(
@@ -70,3 +79,27 @@ def logit_effects(model: PreTrainedModel, sae: MatryoshkaSAE, collected: Scan) -
     if model.get_output_embeddings() is None or width != sae.config.hidden_size:
         return None
     return LogitEffects(model, sae.W_dec.to(collected.references.device), collected.references)
+
+
+def write_labels(labeller: Labeller, interpretation: Interpretation, num_labels: int = 100) -> None:
+    """Name the first latents that fire, test the names, and keep both with the interpretation.
+
+    Names so far are kept if it is interrupted. A latent for which the model finds no name is said to have none.
+
+    Args:
+        labeller: the chat model that names and is tested.
+        interpretation: with the pages; it is written to.
+        num_labels: how many latents are named.
+    """
+    density = interpretation.column("density")
+    firing = [latent for latent, share in enumerate(density) if share > 0]
+    chosen = random.Random(labeller.seed).sample(firing, min(NUM_OTHERS, len(firing)))
+    others = [interpretation.page(latent) for latent in chosen]
+    for latent in firing[:num_labels]:
+        page = interpretation.page(latent)
+        try:
+            label: Label = labeller.label_and_score(page, others)
+        except LabelError as error:
+            logger.warning("Latent %d stays without a label: %s", latent, error)
+            continue
+        interpretation.save_labels({latent: label})
