@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from patience import HANG_SECONDS
 
 import hf_msae
+from hf_msae.cli.main import COMMANDS
 from hf_msae.importing import Finder, lazy_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,12 +55,34 @@ def heavy_after(code: str, status: int = 0) -> set[str]:
         ("import hf_msae; dir(hf_msae); hf_msae.HfMsaeError", 0),
         ("from hf_msae.cli.main import main; main(['--help'])", 0),
         ("from hf_msae.cli.main import main; main(['--version'])", 0),
-        ("from hf_msae.cli.main import main; main(['train', '--help'])", 0),
-        ("from hf_msae.cli.main import main; main(['train', '--num-latnets', '8'])", 2),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code, status):
     assert heavy_after(code, status) == set()
+
+
+@pytest.fixture(scope="module")
+def heavy_of_commands() -> dict[str, list[list[str]]]:
+    """Of every command, how it ends and what is imported after `--help` and after a mistyped flag, in one process."""
+    code = f"""
+import contextlib, io, json, sys
+from hf_msae.cli.main import COMMANDS, main
+found = {{}}
+for command in COMMANDS:
+    for flag in ("--help", "--no-such-flag"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                main([command, flag])
+            except SystemExit as end:
+                found.setdefault(command, []).append([end.code, *sorted(set(sys.modules) & set({HEAVY!r}))])
+print(json.dumps(found))
+"""
+    return json.loads(python(code))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_read_before_anything_heavy_is_imported(heavy_of_commands, command):
+    assert heavy_of_commands[command] == [[0], [2]]
 
 
 CONFIG = "hidden_size=8, num_latents=64"

@@ -8,11 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_msae.cli.parser import build_parser, by_place, parse
-from hf_msae.hub import cache_folder
-from hf_msae.hub.spaces import check_gradio, run_space
-from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 
 DESCRIPTION = """\
 Look inside an SAE of the story model in the browser, and steer with it. Needs no network. The first start trains the
@@ -37,6 +32,9 @@ class DemoArguments:
 def run(arguments: list[str]) -> None:
     """Parse, train where there is nothing yet, serve."""
     (args,) = parse(build_parser("demo", DESCRIPTION, (DemoArguments,)), by_place("demo", arguments))
+
+    from hf_msae.hub.spaces import check_gradio, run_space
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     check_gradio()
     if args.sae is not None:
@@ -47,6 +45,8 @@ def run(arguments: list[str]) -> None:
 
 def story_sae() -> Path:
     """The folder of the demo's SAE, trained now if it is not there. It appears when it is complete."""
+    from hf_msae.hub import cache_folder
+
     folder = cache_folder() / "demo" / RECIPE
     if (folder / "config.json").is_file():
         return folder
@@ -65,6 +65,10 @@ def story_sae() -> Path:
 
 def train_story_sae(folder: Path, max_tokens: int = MAX_TOKENS) -> None:
     """Train the demo's SAE into a new folder."""
+    from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+    from hf_msae.training import SAETrainer, SAETrainingArguments
+    from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
+
     model, tokenizer = load_story_lm()
     model.config.name_or_path = STORIES  # what the SAE records as its model
     config = MatryoshkaSAEConfig(

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.cli.sources import check_sae_place
 from hf_msae.errors import InputError
-from hf_msae.formats.neuronpedia import NeuronpediaNames, layer_of, write_neuronpedia
-from hf_msae.formats.saelens_names import model_in_lens
-from hf_msae.interpret.store import Interpretation
+
+if TYPE_CHECKING:
+    from hf_msae.formats.neuronpedia import NeuronpediaNames
+    from hf_msae.interpret import Interpretation
 
 DESCRIPTION = """\
 Write the interpretation of SAE (a folder or a Hub repo, read by `hf-msae interpret` before) for Neuronpedia's
@@ -46,13 +45,23 @@ class NeuronpediaArguments:
 def run(arguments: list[str]) -> None:
     """Parse, write, say where."""
     (args,) = parse(build_parser("neuronpedia", DESCRIPTION, (NeuronpediaArguments,)), arguments)
+
+    from rich.console import Console
+
+    from hf_msae.cli.sources import check_sae_place
+    from hf_msae.formats.neuronpedia import write_neuronpedia
+    from hf_msae.interpret import Interpretation
+
     check_sae_place(args.sae)
     interpretation = Interpretation.load(args.sae, subfolder=args.subfolder or None)
     place = write_neuronpedia(interpretation, _names(args, interpretation), args.dest)
     Console(highlight=False).print(f"Wrote {len(interpretation):,} latents to {place}", soft_wrap=True)
 
 
-def _names(args: NeuronpediaArguments, interpretation: Interpretation) -> NeuronpediaNames:
+def _names(args: NeuronpediaArguments, interpretation: "Interpretation") -> "NeuronpediaNames":
+    from hf_msae.formats.neuronpedia import NeuronpediaNames, layer_of
+    from hf_msae.formats.saelens_names import model_in_lens
+
     base, site = interpretation.source.base_model, interpretation.source.site
     model = args.model_name or model_in_lens(base or "") or (base or "").rpartition("/")[2].lower()
     if not model:

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass, field
 
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.hub.pulling import pull
 
 DESCRIPTION = """\
 Fetch the SAEs of a repo into a folder from which they load like any other. With --prefix, only the first latents of
@@ -32,6 +31,9 @@ class PullArguments:
 def run(arguments: list[str]) -> None:
     """Parse, fetch, say what."""
     (args,) = parse(build_parser("pull", DESCRIPTION, (PullArguments,)), arguments)
+
+    from hf_msae.hub import pull
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     folder = args.dir or args.repo.rstrip("/").split("/")[-1]
     fetched = pull(

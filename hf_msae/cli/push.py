@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass, field
 
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.hub.publishing import push_folder
 
 DESCRIPTION = """\
 Publish a folder that `hf-msae train`, `hf-msae convert` or save_pretrained left: one SAE, or a grid, each of whose
@@ -33,6 +32,9 @@ class PushArguments:
 def run(arguments: list[str]) -> None:
     """Parse, push, say where."""
     (args,) = parse(build_parser("push", DESCRIPTION, (PushArguments,)), arguments)
+
+    from hf_msae.hub import push_folder
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     url = push_folder(
         args.dir,

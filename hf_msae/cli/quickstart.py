@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.interpret.search import search_promoting
-from hf_msae.interpret.store import Interpretation
 
 DESCRIPTION = """\
 Train a small Matryoshka SAE on the story model that ships with the package, print its table by level, read what its
@@ -47,6 +45,8 @@ def run(arguments: list[str]) -> None:
 
 def commands(args: QuickstartArguments) -> Iterator[list[str]]:
     """The commands; the last one is known when the others have run."""
+    from hf_msae.interpret import Interpretation, search_promoting
+
     folder = args.output_dir
     yield ["train", *SAE, "--max-tokens", args.max_tokens, "--output-dir", folder, "--overwrite-output-dir"]
     yield ["interpret", folder, "--max-tokens", args.interpret_tokens]

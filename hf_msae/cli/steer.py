@@ -4,23 +4,14 @@ import argparse
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Literal
 
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, by_place, parse, parse_float
-from hf_msae.cli.sources import check_sae_place, load_language_model
-from hf_msae.interpret.search import search_promoting
-from hf_msae.interpret.store import Interpretation, InterpretationError
-from hf_msae.language_models import model_of
-from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.untrusted import inside
-from hf_msae.steering import LatentEdit, PrefixEdit, SteeredPipeline, Steering, SteeringError, load_steering
-from hf_msae.steering.edits import Edit, Units, check_edits
-from hf_msae.steering.saved import STEERING_NAME
+
+if TYPE_CHECKING:
+    from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
+    from hf_msae.steering.edits import Edit, Units
 
 DESCRIPTION = """\
 Continue a prompt as the language model would, and steered by latents of an SAE, with the same randomness. Without
@@ -76,6 +67,13 @@ class SteerArguments:
 def run(arguments: list[str]) -> None:
     """Parse, load, write both texts."""
     (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
+
+    from hf_msae.cli.sources import check_sae_place, load_language_model
+    from hf_msae.language_models import model_of
+    from hf_msae.modeling import MatryoshkaSAE
+    from hf_msae.steering import SteeredPipeline, SteeringError
+    from hf_msae.steering.edits import check_edits
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     check_sae_place(args.sae)
     steering = read_steering(args)
@@ -96,8 +94,13 @@ def run(arguments: list[str]) -> None:
     show(SteeredPipeline(model, tokenizer, saes, steering), args)
 
 
-def read_steering(args: SteerArguments) -> Steering:
+def read_steering(args: SteerArguments) -> "Steering":
     """The steering that the flags describe, or the one saved beside the SAE."""
+    from hf_msae.modeling import MatryoshkaSAE
+    from hf_msae.modeling.untrusted import inside
+    from hf_msae.steering import PrefixEdit, Steering, SteeringError, load_steering
+    from hf_msae.steering.saved import STEERING_NAME
+
     edits: list[Edit] = [read_latent(text, args.method, args.units) for text in args.latent]
     edits += [read_latent(text, args.method, args.units) for text in find_latents(args)]
     if args.level is not None:
@@ -126,6 +129,9 @@ def find_latents(args: SteerArguments) -> list[str]:
     """
     if not args.towards:
         return []
+    from hf_msae.interpret import Interpretation, InterpretationError, search_promoting
+    from hf_msae.steering import SteeringError
+
     try:
         pages = Interpretation.load(args.sae, subfolder=args.subfolder or None)
     except InterpretationError as error:
@@ -146,8 +152,10 @@ def find_latents(args: SteerArguments) -> list[str]:
     return found
 
 
-def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: Units) -> LatentEdit:
+def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: "Units") -> "LatentEdit":
     """`12=4` or `40=ablate`. Raises SteeringError for anything else."""
+    from hf_msae.steering import LatentEdit, SteeringError
+
     index, _, value = text.partition("=")
     try:
         if value == "ablate":
@@ -159,8 +167,14 @@ def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: Unit
         raise SteeringError(f"--latent {text}: expected INDEX=VALUE or INDEX=ablate, such as 12=4.") from error
 
 
-def show(pipeline: SteeredPipeline, args: SteerArguments) -> None:
+def show(pipeline: "SteeredPipeline", args: SteerArguments) -> None:
     """Both continuations of each prompt, next to each other."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from hf_msae.steering import Steering
+
     console = Console(highlight=False)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     for prompt in args.prompt:

@@ -3,15 +3,16 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from hf_msae.atomic_files import atomic_file
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.research.heatmaps import draw_heatmaps
-from hf_msae.research.toys.experiment import SHUFFLED, UNTRAINED, ToyArguments, ToyResults, make_rows, run_toy, to_json
+from hf_msae.research.toys.arguments import SHUFFLED, UNTRAINED, ToyArguments
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hf_msae.research.toys.experiment import ToyResults
 
 DESCRIPTION = """\
 Train SAEs on activations made of known features in a known hierarchy, and print how well each variant recovers them:
@@ -21,8 +22,13 @@ go into the output directory. docs/toys.md explains every column."""
 TABLE_WIDTH = 100
 
 
-def make_table(args: ToyArguments, results: ToyResults) -> Table:
+def make_table(args: ToyArguments, results: "ToyResults") -> "Table":
     """What every variant and control reached, a column each."""
+    from rich import box
+    from rich.table import Table
+
+    from hf_msae.research.toys.experiment import make_rows
+
     title = f"{args.world}, {args.activation}, {args.steps:,} steps, {args.init} start; mean ± SD of {args.seeds} runs"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
@@ -36,6 +42,12 @@ def make_table(args: ToyArguments, results: ToyResults) -> Table:
 def run(arguments: list[str]) -> None:
     """Parse, train, print the table, write numbers and pictures."""
     (args,) = parse(build_parser("toy", DESCRIPTION, (ToyArguments,)), arguments)
+
+    from rich.console import Console
+
+    from hf_msae.research.heatmaps import draw_heatmaps
+    from hf_msae.research.toys.experiment import run_toy, to_json
+
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     args = replace(args, variants=list(dict.fromkeys(args.variants)))
     folder = Path(args.output_dir)
