@@ -129,6 +129,8 @@ def sides(two, tmp_path_factory) -> Iterator[list[dict[str, Action]]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, number in less.items():
             patch.setattr(trials, name, number)
+        # Presets that so little trying out finds, or does not find, are not those of other tests.
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         known = [library.companion(loaded, LatentIndex) for loaded in all_loaded]
         for one in known:
             one.wait()

@@ -87,7 +87,8 @@ def test_what_is_open_fits_whatever_is_asked_for_and_what_is_used_stays(folders,
         assert loaded is not None or used or not fits_alone, "it had room and was refused"
 
 
-def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monkeypatch):
+def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("msae_space.latent_index.NUM_STORIES", 12)
     monkeypatch.setattr("msae_space.latent_index.NUM_TOKENS", 300)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
@@ -104,8 +105,9 @@ def test_what_is_closed_is_gone_with_all_that_belongs_to_it(folders, sizes, monk
     assert last.num_bytes < library.num_bytes <= library.budget
 
 
-def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch):
+def test_what_reads_in_the_background_is_not_closed(folders, sizes, monkeypatch, tmp_path):
     go_on = threading.Event()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("msae_space.latent_index.NUM_STORIES", 12)
     monkeypatch.setattr("msae_space.latent_index.NUM_TOKENS", 300)
     monkeypatch.setattr("msae_space.trials.NUM_CANDIDATES", 2)
