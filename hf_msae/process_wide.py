@@ -24,8 +24,8 @@ _FORWARD_MODE = threading.RLock()
 loading = threading.RLock()
 
 
-class Held:
-    """A setting that is in force while anybody holds it: `with held(): ...`.
+class SharedSetting:
+    """A setting that is in force while anybody holds it: `with setting(): ...`.
 
     change: makes the context manager that sets it and puts back what was there.
     """
@@ -91,9 +91,9 @@ def _without_data_warning() -> Iterator[None]:
 # Every compiled function runs as it was written. Torch compiles a model without a look at hooks that come later
 # (`torch._dynamo.config.skip_nnmodule_hook_guards`), so where hooks are to act, nothing compiled may run. Other
 # threads' compiled models run uncompiled meanwhile, and give the same up to rounding.
-eager = Held(lambda: torch.compiler.set_stance("force_eager"))
+eager = SharedSetting(lambda: torch.compiler.set_stance("force_eager"))
 # Bars that would tear the caller's own apart.
-no_transformers_bars = Held(_without_transformers_bars)
-no_datasets_bars = Held(_without_datasets_bars)
+no_transformers_bars = SharedSetting(_without_transformers_bars)
+no_datasets_bars = SharedSetting(_without_datasets_bars)
 # The Hub's client warns of data beside a model, which is as it should be where an interpretation is pushed.
-no_data_warning = Held(_without_data_warning)
+no_data_warning = SharedSetting(_without_data_warning)

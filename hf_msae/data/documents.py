@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hf_msae.data.hash_split import EVERYTHING, Split, lot
+from hf_msae.data.hash_split import EVERYTHING, Split, hash_value
 from hf_msae.data.rows import Document, to_document
 from hf_msae.data.shuffling import shuffled
 from hf_msae.data.sources import Cursor, DatasetError, Source, UnreadableRow
@@ -190,7 +190,7 @@ class Pass(Iterator[Document]):
             except UnreadableRow as error:
                 self.documents.skip_document(self.number, error)
                 continue
-            if not self.documents.split or not self.documents.split.holds(lot(document)):
+            if not self.documents.split or not self.documents.split.holds(hash_value(document)):
                 return document
 
     def _read(self) -> Document:

@@ -1,6 +1,6 @@
 """Which documents are held out: those whose contents say so.
 
-A document's lot is a number from 0 to 1 that a hash of its contents fixes. Measuring takes the lowest lots,
+A document's hash value is a number from 0 to 1 that its contents fix. Measuring takes the lowest hash values,
 calibration the highest, training what is between. So every process, and every later evaluation of the same data, holds
 out the same documents, in whatever order and form they are stored; copies of a document are on one side; and text from
 all parts of the data is held out.
@@ -16,7 +16,7 @@ from hf_msae.data.rows import Chat, Document
 SALT = b"hf_msae held out"  # another salt holds out other documents
 
 
-def lot(document: Document) -> float:
+def hash_value(document: Document) -> float:
     """From 0 (included) to 1 (not included), uniform over documents that differ."""
     if isinstance(document, str):
         contents = document
@@ -30,7 +30,7 @@ def lot(document: Document) -> float:
 
 @dataclass(frozen=True)
 class Split:
-    """Shares of the documents: `measuring` of the lowest lots, `calibration` of the highest."""
+    """Shares of the documents: `measuring` of the lowest hash values, `calibration` of the highest."""
 
     measuring: float = 0.0
     calibration: float = 0.0
@@ -38,9 +38,9 @@ class Split:
     def __bool__(self) -> bool:
         return bool(self.measuring or self.calibration)
 
-    def holds(self, number: float) -> bool:
-        """Whether a document of this lot is held out."""
-        return number < self.measuring or 1 - number <= self.calibration
+    def holds(self, value: float) -> bool:
+        """Whether a document of this hash value is held out."""
+        return value < self.measuring or 1 - value <= self.calibration
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -1,8 +1,9 @@
 """Held-out text: whole documents that the hash of their contents chose (see `hash_split`), from all parts of the data.
 
-The documents are gone through in one order, the same for every run, until those with lots in the base share have
-enough tokens; so a stream is read no further than needed, and what more text a later evaluation asks for comes from
-documents that training passed over. Small data ends before: then the share is what has enough tokens, no more.
+The documents are gone through in one order, the same for every run, until those whose hash values are in the base
+share have enough tokens; so a stream is read no further than needed, and what more text a later evaluation asks for
+comes from documents that training passed over. Small data ends before: then the share is what has enough tokens, no
+more.
 """
 
 import logging
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_msae.data.hash_split import Split, lot
+from hf_msae.data.hash_split import Split, hash_value
 from hf_msae.data.loading import as_documents
 from hf_msae.data.sources import DatasetError, UnreadableRow
 from hf_msae.data.windows import DocumentEncoder, Window, check_context_length
@@ -40,8 +41,8 @@ SEPARATOR_HINT = (
 class HeldOutWindows:
     """Windows of held-out documents, and how they were found.
 
-    share: documents of this purpose with lots up to here are held out. num_documents: those that were taken; num_read:
-    those that were gone through; num_tokens: those that count.
+    share: documents of this purpose with hash values up to here are held out. num_documents: those that were taken;
+    num_read: those that were gone through; num_tokens: those that count.
     """
 
     windows: list[Window]
@@ -157,12 +158,12 @@ class _Purpose:
     def enough(self) -> bool:
         return self.tokens >= self.num_tokens
 
-    def distance(self, lot: float) -> float:
-        """From the end of the lots that this purpose takes."""
-        return lot if self.kind == "measuring" else 1 - lot
+    def distance(self, value: float) -> float:
+        """From the end of the hash values that this purpose takes."""
+        return value if self.kind == "measuring" else 1 - value
 
-    def holds(self, lot: float, share: float) -> bool:
-        return Split(**{self.kind: share}).holds(lot)
+    def holds(self, value: float, share: float) -> bool:
+        return Split(**{self.kind: share}).holds(value)
 
 
 class _Reader:
@@ -192,7 +193,7 @@ class _Reader:
         ]
 
     def _of_small_data(self, purpose: _Purpose) -> HeldOutWindows:
-        """All of the data is known, and small. First the base share again, for the order of lots."""
+        """All of the data is known, and small. First the base share again, for the order of hash values."""
         share = BASE_SHARE
         while not purpose.enough:
             if share == 1:
@@ -209,7 +210,7 @@ class _Reader:
         reader = iter(view)
         open_purposes = list(purposes)
         for document in reader:
-            number = lot(document)
+            number = hash_value(document)
             for purpose in open_purposes:
                 purpose.num_read += 1
                 if not purpose.holds(number, share):
@@ -226,7 +227,7 @@ class _Reader:
                     return
 
     def _piece(self, ids: list[int], number: float) -> list[int]:
-        """Of a long document a part, from a place that its lot chooses: beginnings are unlike the rest."""
+        """Of a long document a part, from a place that its hash value chooses: beginnings are unlike the rest."""
         most = max(MOST_TOKENS, self.context_length) if self.pack else self.context_length
         if len(ids) <= most:
             return ids

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_msae.data.randomness import seeded_generator
-from hf_msae.data.sources import Cursor, DatasetError, SequenceSource, Source, UnreadableRow, elsewhere
+from hf_msae.data.sources import Cursor, DatasetError, SequenceSource, Source, UnreadableRow, unknown_position
 from hf_msae.data.states import check_state
 from hf_msae.data.text_files import FileSource
 
@@ -41,7 +41,7 @@ class PermutedSource:
     def open(self, position: int | None = None) -> "PermutedCursor":
         """As `Source.open`."""
         if position is not None and (type(position) is not int or position < 0):
-            raise elsewhere(position, "a place in the order of its rows")
+            raise unknown_position(position, "a place in the order of its rows")
         return PermutedCursor(self, position or 0)
 
 
@@ -85,7 +85,7 @@ class BlockSource:
         position = {"begin": None, "block": 0, "first": 0, "given": 0} if position is None else position
         counts = ("block", "first", "given")
         if not isinstance(position, dict) or position.keys() != {"begin", *counts}:
-            raise elsewhere(position, "a block of a stream that is shuffled")
+            raise unknown_position(position, "a block of a stream that is shuffled")
         check_state(position, *counts)
         return BlockCursor(self, position)
 

@@ -72,7 +72,7 @@ class SequenceSource:
     def open(self, position: int | None = None) -> "SequenceCursor":
         """As `Source.open`."""
         if position is not None and (type(position) is not int or position < 0):
-            raise elsewhere(position, "a row's number")
+            raise unknown_position(position, "a row's number")
         return SequenceCursor(self.rows, position or 0)
 
 
@@ -129,7 +129,7 @@ class StreamSource:
     def open(self, position: dict[str, Any] | None = None) -> "StreamCursor":
         """As `Source.open`."""
         if not isinstance(position, dict | None):
-            raise elsewhere(position, "a stream's state")
+            raise unknown_position(position, "a stream's state")
         self.latest = StreamCursor(self, self.start if position is None else position)
         return self.latest
 
@@ -198,7 +198,7 @@ class StreamCursor:
         return self.source.dataset.state_dict() if self.started else self.opened_at
 
 
-def elsewhere(position: Any, expected: str) -> DatasetError:
+def unknown_position(position: Any, expected: str) -> DatasetError:
     """The error for a position that is not one of this data."""
     return DatasetError(
         f"the place {str(position)[:80]} is not one of this data, which goes on from {expected}; give the data that "

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hf_msae.data.sources import DatasetError, UnreadableRow, elsewhere
+from hf_msae.data.sources import DatasetError, UnreadableRow, unknown_position
 
 END_OF_TEXT = "<|endoftext|>"
 CHUNK_BYTES = 1 << 20
@@ -43,10 +43,10 @@ class FileSource:
         """As `Source.open`."""
         position = [0, 0] if position is None else position
         if not isinstance(position, list | tuple) or [type(number) for number in position] != [int, int]:
-            raise elsewhere(position, "a file's number and a byte in it")
+            raise unknown_position(position, "a file's number and a byte in it")
         file_number, offset = position
         if offset < 0 or not 0 <= file_number < len(self.paths):
-            raise elsewhere(position, f"a place in one of {len(self.paths)} files")
+            raise unknown_position(position, f"a place in one of {len(self.paths)} files")
         return FileCursor(self, file_number, offset)
 
 

@@ -23,7 +23,7 @@ _LEAK = 0.25
 class Layout:
     """Follows the calls of a model, and gives an activation the shape of the tokens. Calls are kept per thread."""
 
-    _seen: threading.local = field(default_factory=threading.local)
+    _per_thread: threading.local = field(default_factory=threading.local)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A model, or one inside it, is called."""
@@ -41,7 +41,7 @@ class Layout:
 
     def enter_layer(self, hidden: Any) -> None:
         """The layer around the site is given `hidden`. It counts only where no call of a model is under way."""
-        self._seen.layer = _leading(hidden) if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
+        self._per_thread.layer = _leading(hidden) if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
 
     def per_token(self, value: Any) -> Tensor | None:
         """An activation as (batch, sequence, hidden); None where it is not one floating-point vector a token."""
@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def _calls(self) -> list[tuple[nn.Module, list[torch.Size]]]:
-        return self._seen.__dict__.setdefault("calls", [])
+        return self._per_thread.__dict__.setdefault("calls", [])
 
     def _called(self) -> list[torch.Size]:
         """The tokens of the innermost call that has any: `inputs_embeds` may be longer than the outer `input_ids`."""
@@ -70,7 +70,7 @@ class Layout:
 
     def _shapes(self) -> list[torch.Size]:
         # A layer runs outside of any call where gradient checkpointing runs it again.
-        layer = self._seen.__dict__.get("layer")
+        layer = self._per_thread.__dict__.get("layer")
         return self._called() or ([] if layer is None else [layer])
 
 

@@ -102,7 +102,7 @@ class TokenTracker:
 
     positions: Positions
     special_ids: Tensor
-    _seen: threading.local = field(default_factory=threading.local)
+    _per_thread: threading.local = field(default_factory=threading.local)
 
     @contextmanager
     def on_generate(self, request: Request) -> Iterator[None]:
@@ -110,34 +110,34 @@ class TokenTracker:
 
         One inside another that goes on from its prompt (drafts of early layers) has the same prompt.
         """
-        outer: _Generation | None = self._seen.__dict__.get("generation")
+        outer: _Generation | None = self._per_thread.__dict__.get("generation")
         if outer is not None and request.goes_on_from(outer.request):
             request = replace(outer.request, num_cached=request.num_cached)
-        self._seen.generation = _Generation(request)
+        self._per_thread.generation = _Generation(request)
         try:
             yield
         finally:
-            self._seen.generation = outer
+            self._per_thread.generation = outer
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_outermost: bool) -> None:
         """Read a call of the model or of a model inside it: some heads pass over the base model, to a decoder."""
         given = call_arguments(module, args, kwargs)
         input_ids = given.get("input_ids")
-        if not is_outermost and (input_ids is None or input_ids is self._seen.__dict__.get("input_ids")):
+        if not is_outermost and (input_ids is None or input_ids is self._per_thread.__dict__.get("input_ids")):
             return
-        call = _read_call(given, num_seen=self._seen.__dict__.get("num_columns", 0))
+        call = _read_call(given, num_seen=self._per_thread.__dict__.get("num_columns", 0))
         allowed = self._real_by_request(call) if call.real is None else call.real
         if input_ids is not None:
             allowed = allowed & ~torch.isin(input_ids, self.special_ids.to(input_ids.device))
-        self._seen.steered = allowed & self._selected(call)
-        self._seen.num_columns, self._seen.input_ids = call.num_columns, input_ids
+        self._per_thread.steered = allowed & self._selected(call)
+        self._per_thread.num_columns, self._per_thread.input_ids = call.num_columns, input_ids
 
     def steered(self, hidden: Tensor) -> Tensor:
         """Which tokens of an activation (batch, time, hidden_size) are steered, (batch, time), in this forward.
 
         Raises SteeringError where the model was not called as a whole, or splits its tokens differently at the site.
         """
-        steered = self._seen.__dict__.get("steered")
+        steered = self._per_thread.__dict__.get("steered")
         if steered is None or steered.shape != hidden.shape[:2]:
             shape = None if steered is None else tuple(steered.shape)
             raise SteeringError(
@@ -149,7 +149,7 @@ class TokenTracker:
     def _real_by_request(self, call: _Call) -> Tensor:
         """Which tokens (batch, time) are no padding by what `generate` was given; all of them outside of it."""
         real = torch.ones(call.shape, dtype=torch.bool, device=call.device)
-        generation: _Generation | None = self._seen.__dict__.get("generation")
+        generation: _Generation | None = self._per_thread.__dict__.get("generation")
         if generation is not None:
             prompt = generation.request.real_of(call.shape[0])[:, call.past : call.num_columns]
             real[:, : prompt.shape[1]] = prompt.to(call.device)
@@ -159,7 +159,7 @@ class TokenTracker:
         """Which tokens of a call (batch, time) the positions mean, padding or not."""
         if isinstance(self.positions, str) and self.positions == "all":
             return torch.ones(call.shape, dtype=torch.bool, device=call.device)
-        generation: _Generation | None = self._seen.__dict__.get("generation")
+        generation: _Generation | None = self._per_thread.__dict__.get("generation")
         text = self._of_forward(call) if generation is None else self._of_generation(generation, call)
         text.end = call.num_columns
         places = torch.arange(call.past, call.num_columns, device=call.device) - text.first
@@ -195,7 +195,7 @@ class TokenTracker:
 
     def _of_forward(self, call: _Call) -> _Text:
         """The text of a call outside of `generate`."""
-        text: _Text | None = self._seen.__dict__.get("text")
+        text: _Text | None = self._per_thread.__dict__.get("text")
         if not call.past:
             real = call.real
             if real is None and isinstance(self.positions, slice):
@@ -211,7 +211,7 @@ class TokenTracker:
                 "of the prompt or generated is not known; begin with an empty cache inside the steering and go on by "
                 "single tokens, use generate, or steer positions='all'."
             )
-        self._seen.text = text
+        self._per_thread.text = text
         return text
 
     def _begin(self, call: _Call, real: Tensor, first: int) -> _Text:

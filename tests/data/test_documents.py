@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_msae.data import DatasetError, Documents, Split, as_documents, load_documents
-from hf_msae.data.hash_split import lot
+from hf_msae.data.hash_split import hash_value
 from hf_msae.data.sources import StreamSource
 
 TEXTS = [f"document {i}\nwith ünïcode and a second line" + " word" * (i % 5) for i in range(23)]
@@ -90,7 +90,7 @@ def test_resumed_equals_uninterrupted(stored, kind, stop, seed, share, rank):
 
     expected = list(fresh())
     if seed is None:
-        assert expected == [text for text in TEXTS[rank::3] if not Split(share, share).holds(lot(text))]
+        assert expected == [text for text in TEXTS[rank::3] if not Split(share, share).holds(hash_value(text))]
     documents = fresh()
     reader = iter(documents)
     seen = [text for _, text in zip(range(stop), reader, strict=False)]
@@ -113,7 +113,9 @@ def test_shards_are_a_partition_of_what_is_not_held_out(total, split, world_size
     shards = [as_documents(texts).without(split).shard(rank, world_size) for rank in range(world_size)]
     given_out = [list(shard) for shard in shards]
     assert sum(shard.num_documents for shard in shards) == total
-    assert sorted(text for part in given_out for text in part) == sorted(t for t in texts if not split.holds(lot(t)))
+    assert sorted(text for part in given_out for text in part) == sorted(
+        t for t in texts if not split.holds(hash_value(t))
+    )
     assert all(int(text) % world_size == rank for rank, part in enumerate(given_out) for text in part)
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_msae.data import DatasetError, Split, as_documents, hold_out, hold_out_for_training, load_documents
-from hf_msae.data.hash_split import lot
+from hf_msae.data.hash_split import hash_value
 from hf_msae.data.holding_out import BASE_SHARE, BASE_SPLIT, MOST_TOKENS, HeldOutWindows
 from hf_msae.data.windows import DocumentEncoder
 
@@ -68,10 +68,10 @@ def test_what_is_held_out_is_never_trained_on(
     assert hold_out(documents, tokenizer, 16, tokens).facts() == measuring.facts(), "found alone and in one pass"
     view = documents.without(split).shuffle(order)
     trained = [text for rank in range(world_size) for text in view.shard(rank, world_size)]
-    assert sorted(trained) == sorted(text for text in texts if not split.holds(lot(text)))
-    left_out = [text for text in texts if split.holds(lot(text))]
+    assert sorted(trained) == sorted(text for text in texts if not split.holds(hash_value(text)))
+    left_out = [text for text in texts if split.holds(hash_value(text))]
     assert measuring.num_tokens + calibration.num_tokens <= sum(len(text.split()) for text in left_out)
-    alone = [lot(text) < measuring.share for text in left_out]
+    alone = [hash_value(text) < measuring.share for text in left_out]
     ids = {token for text, own in zip(left_out, alone, strict=True) if own for token in text_ids(tokenizer, text)}
     assert set(words(measuring)) <= ids
     # Every later evaluation, of as much text or less, of the same data in another order, stays within that.
@@ -119,10 +119,10 @@ def test_a_stream_is_read_until_there_is_enough(tokenizer, monkeypatch):
 def test_small_data_gives_no_more_than_needed(tokenizer):
     texts = distinct(100)
     found = hold_out(texts, tokenizer, 16, 200)
-    nearest = sorted(texts, key=lot)[: found.num_documents]
+    nearest = sorted(texts, key=hash_value)[: found.num_documents]
     lengths = [len(text.split()) for text in nearest]
     assert sum(lengths[:-1]) < 200 <= sum(lengths) == found.num_tokens
-    assert [text for text in sorted(texts, key=lot) if lot(text) < found.share] == nearest
+    assert [text for text in sorted(texts, key=hash_value) if hash_value(text) < found.share] == nearest
     assert found.num_read == 100
 
 
@@ -145,12 +145,12 @@ def test_pieces_of_long_documents_come_from_all_parts_of_them(tokenizer):
 
 
 def test_lots_are_uniform_and_of_contents():
-    numbers = torch.tensor([lot(f"text {i}") for i in range(20_000)])
+    numbers = torch.tensor([hash_value(f"text {i}") for i in range(20_000)])
     assert (numbers.sort().values - torch.arange(20_000) / 20_000).abs().max() < 0.015  # Kolmogorov and Smirnov
-    assert lot("a") != lot("b")
+    assert hash_value("a") != hash_value("b")
     chats = as_documents([[{"role": "user", "content": "a"}], [{"content": "a", "role": "user"}]])
-    assert len({lot(document) for document in chats}) == 1
-    assert lot("\ud800") != lot("\ud801")
+    assert len({hash_value(document) for document in chats}) == 1
+    assert hash_value("\ud800") != hash_value("\ud801")
 
 
 def test_what_cannot_be_held_out_is_told(tokenizer, texts):

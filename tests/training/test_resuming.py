@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_msae.data import as_documents
-from hf_msae.data.hash_split import lot
+from hf_msae.data.hash_split import hash_value
 from hf_msae.training import CheckpointError, SAETrainingArguments
 from hf_msae.training.checkpoints import STATE_NAME
 from hf_msae.training.optimization import Length, learning_rate_factor
@@ -103,7 +103,9 @@ def test_documents_are_dealt_anew_and_none_is_left_out(trainer, texts, num_proce
         loader.load_state_dict(state)
         assert next(loader)[run.sites[next(iter(run.sites))]].shape == (64, 16)
     order = list(as_documents(texts).shuffle(states[0]["batches"]["settings"]["seed"]))
-    assert sorted(read) == sorted(text for text in order[first:] if not run.evaluator.held_out.split.holds(lot(text)))
+    assert sorted(read) == sorted(
+        text for text in order[first:] if not run.evaluator.held_out.split.holds(hash_value(text))
+    )
     used = [state["batches"]["position"] for state in states]
     assert f"{used[1]:,} tokens after them" in words
     assert f"{len(states[0]['batches']['windows']['batch']['carry']):,} tokens before" in words

@@ -11,7 +11,7 @@ from transformers import AutoModel, TrainerCallback
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import DatasetError
-from hf_msae.data.hash_split import lot
+from hf_msae.data.hash_split import hash_value
 from hf_msae.sites import SiteError
 from hf_msae.training import (
     CheckpointError,
@@ -287,7 +287,7 @@ def test_data_that_ends_early_begins_again(train, texts, caplog):
 def test_one_pass_is_the_default(train, texts, tokenizer):
     trainer, _ = train(max_steps=-1, save_steps=0)
     split = trainer.evaluator.held_out.split
-    tokens = sum(len(text.split()) for text in texts if not split.holds(lot(text)))
+    tokens = sum(len(text.split()) for text in texts if not split.holds(hash_value(text)))
     assert trainer.state.max_steps == tokens // 64
     assert trainer.loader.epoch == 0
 
