@@ -48,7 +48,7 @@ test: $(DEVELOP)  ## Run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
-	$(PEERS_VENV)/bin/python -m pytest tests/formats
+	$(PEERS_VENV)/bin/python -m pytest tests/formats tests/research/test_synth_bench_peers.py
 
 quality: $(DEVELOP)  ## Lint, formatting, types, and transformers' rules for Hub code
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from hf_msae.importing import lazy_names
 if TYPE_CHECKING:
     from hf_msae.research.toys.arguments import ToyArguments
     from hf_msae.research.toys.sampling import FeatureWorld, Samples, make_directions
+    from hf_msae.research.toys.synth_bench import SynthBenchSettings, SynthBenchWorld
     from hf_msae.research.toys.toys import TOYS, Toy
     from hf_msae.research.toys.trees import Forest, Node, group, random_forest
 else:
@@ -14,6 +15,7 @@ else:
     _HOMES = {
         "hf_msae.research.toys.arguments": ("ToyArguments",),
         "hf_msae.research.toys.sampling": ("FeatureWorld", "Samples", "make_directions"),
+        "hf_msae.research.toys.synth_bench": ("SynthBenchSettings", "SynthBenchWorld"),
         "hf_msae.research.toys.toys": ("TOYS", "Toy"),
         "hf_msae.research.toys.trees": ("Forest", "Node", "group", "random_forest"),
     }
@@ -25,6 +27,8 @@ __all__ = [
     "Forest",
     "Node",
     "Samples",
+    "SynthBenchSettings",
+    "SynthBenchWorld",
     "Toy",
     "ToyArguments",
     "group",
