@@ -23,8 +23,9 @@ from hf_msae.hub.index import (
     format_index,
     list_saes,
 )
-from hf_msae.hub.results import CARD_NAME, CODE_NAMES, GENERATED, WEIGHTS_NAME, read_result, save_quietly
+from hf_msae.hub.results import CARD_NAME, CODE_NAMES, GENERATED, read_result, save_quietly
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.prefix_loading import WEIGHTS_NAME
 from hf_msae.modeling.untrusted import inside, shown
 
 logger = logging.getLogger(__name__)

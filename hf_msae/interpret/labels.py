@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data.stream import seeded_generator
+from hf_msae.data.randomness import seeded_generator
 from hf_msae.errors import InputError
 from hf_msae.interpret.pages import Context, Label, LatentPage
 

@@ -18,10 +18,10 @@ from hf_msae.data.windows import DocumentEncoder, pad_id, vocabulary
 from hf_msae.errors import InputError
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.effects import decode_tokens
-from hf_msae.interpret.scan import find_site
 from hf_msae.interpret.store import Interpretation
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
+from hf_msae.sites import find_site
 
 
 @dataclass(frozen=True)

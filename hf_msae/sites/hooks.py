@@ -243,18 +243,20 @@ class _Tap:
 
     # Torch marks a hook as taking `kwargs` only once it is on the module, and unmarks it only when it is off. So
     # another thread's forward may call it without them; it is never active there.
-    def on_call(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is not None and self.is_active():
             self.layout.enter(module, args, kwargs)
 
     def on_return(self, module: nn.Module, *_: Any) -> None:
         self.layout.leave(module)
 
-    def on_layer(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def on_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is not None and self.is_active():
             self.layout.enter_layer(args[0] if args else kwargs.get("hidden_states"))
 
-    def on_input(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    def on_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs is None:
             return None
         new = self._show(args[0] if args else kwargs.get("hidden_states"))
@@ -262,7 +264,7 @@ class _Tap:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         new = self._show(output[0] if isinstance(output, tuple) else output)
         if new is None:
             return None

@@ -30,6 +30,7 @@ from hf_msae.hub.publishing import prepare_repo, push_folder
 from hf_msae.hub.results import public_arguments
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.prefix_loading import WEIGHTS_NAME
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import (
     STATE_NAME,
@@ -46,7 +47,6 @@ from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner
 from hf_msae.training.preparation import from_anywhere
 from hf_msae.training.run import Run
-from hf_msae.training.sharded import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -79,7 +79,7 @@ def refusal(words: str) -> gr.Error:
     return gr.Error(html.escape(words), duration=12, title="That did not work", print_exception=False)
 
 
-def reports_errors(function: Callable) -> Callable:
+def reports_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """The handler, whose errors reach the visitor as a message.
 
     What a visitor can mend is told in its own words. Faults of this code go to the log, and a message says so.
@@ -114,5 +114,5 @@ def reports_errors(function: Callable) -> Callable:
     return call
 
 
-def _is_generator(function: Callable) -> bool:
+def _is_generator(function: Callable[..., Any]) -> bool:
     return bool(function.__code__.co_flags & 0x20)
