@@ -13,6 +13,8 @@ latents mean, print the tree of concepts, and steer a story. Two minutes on two 
 a command of its own, and is shown."""
 # Sparser and with a narrower first level than the defaults: a latent then more often stands for one concept.
 SAE = ("--num-latents", "1024", "--prefix-sizes", "32", "128", "1024", "--k", "8")
+# Half of the defaults, since finding such text is a good part of so short a run.
+HELD_OUT = ("--eval-tokens", "50k", "--calibration-tokens", "50k")
 # Words to steer towards, and beginnings in which they have a place. Only these are steered, so the rest stays a story.
 BEGINNINGS = {
     "angry": "It was a cold day, and Ben was very",
@@ -48,7 +50,7 @@ def commands(args: QuickstartArguments) -> Iterator[list[str]]:
     from hf_msae.interpret import Interpretation, search_promoting
 
     folder = args.output_dir
-    yield ["train", *SAE, "--max-tokens", args.max_tokens, "--output-dir", folder, "--overwrite-output-dir"]
+    yield ["train", *SAE, *HELD_OUT, "--max-tokens", args.max_tokens, "--output-dir", folder, "--overwrite-output-dir"]
     yield ["interpret", folder, "--max-tokens", args.interpret_tokens]
     yield ["tree", folder, "--depth", "2", "--max-children", "10"]
     pages = Interpretation.load(folder)
