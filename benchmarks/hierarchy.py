@@ -36,7 +36,7 @@ from hf_msae.data.forward import capture_counted
 from hf_msae.data.windows import DocumentEncoder, pad_id
 from hf_msae.interpret.activity import active_latents
 from hf_msae.interpret.edges import filter_edges, find_candidates
-from hf_msae.interpret.hierarchy import Edge, HierarchySettings
+from hf_msae.interpret.hierarchy import PART_COVERAGE, PART_SIZE, Edge, HierarchySettings
 from hf_msae.interpret.scan import scan
 from hf_msae.sites import Site, find_site
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts
@@ -44,8 +44,6 @@ from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_l
 LABEL_SEED, EDGE_SEED = 1_003, 1_004
 STORIES_AT_ONCE = 16
 PLACES_AT_ONCE = 1 << 15
-# A child is a part of its parent that shares so much of its tokens with it, and has at most so many for one of its.
-PART_COVERAGE, PART_SIZE = 0.9, 0.5
 SHUFFLES = 20
 
 

@@ -117,7 +117,8 @@ def draw(
         if not left:
             return
         for edge in edges[:max_children]:
-            grow(tree.add(line(edge.child, f"{hierarchy.share(edge):.0%}")), edge.child, left - 1)
+            split = ", a split" if hierarchy.is_split(edge, names) else ""
+            grow(tree.add(line(edge.child, f"{hierarchy.share(edge):.0%}{split}")), edge.child, left - 1)
         if len(edges) > max_children:
             tree.add(f"… and {len(edges) - max_children:,} more")
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_msae.errors import InputError
+from hf_msae.interpret.function_words import is_function_word
 from hf_msae.modeling.untrusted import parse_json
 
 # So many of a latent's children tell whether it is the sum of a few kinds.
 NUM_LARGEST = 5
+# A child is a part of its parent that has so much of its firings there, and at most so many for one of the parent's.
+PART_COVERAGE, PART_SIZE = 0.9, 0.5
 # What fields are called in the files, where that is another word.
 KEYS = {
     "parent_firing_rate": "base_rate",
@@ -153,11 +156,11 @@ class Hierarchy:
         Args:
             names: of all latents. Children whose names begin alike then count as one, and those whose names begin as
                 their parent's not at all, because a latent that splits into contexts of one word says less than one
-                that splits into kinds.
+                that splits into kinds. Roots that are named by function words or punctuation come last.
         """
 
         def kind(latent: int) -> str:
-            return str(latent) if names is None else names[latent].casefold().partition(",")[0]
+            return str(latent) if names is None else _kind(names[latent])
 
         with_parents = {edge.child for edge in self.edges}
         explained: dict[int, float] = {}
@@ -167,7 +170,20 @@ class Hierarchy:
                 kinds.setdefault(kind(edge.child), self.share(edge))
             kinds.pop(kind(root), None)
             explained[root] = sum(list(kinds.values())[:NUM_LARGEST])
-        return sorted(explained, key=lambda latent: (-explained[latent], latent))
+        return sorted(explained, key=lambda latent: (is_function_word(kind(latent)), -explained[latent], latent))
+
+    def is_split(self, edge: Edge, names: Sequence[str]) -> bool:
+        """Whether a child is a part of what its parent stands for, and no other thing.
+
+        Their names begin alike, the child fires hardly anywhere else, and on at most half as many tokens.
+
+        Args:
+            edge: between them.
+            names: of all latents.
+        """
+        alike = _kind(names[edge.parent]) == _kind(names[edge.child])
+        small = self.counts[edge.child] <= PART_SIZE * self.counts[edge.parent]
+        return alike and small and edge.coverage >= PART_COVERAGE
 
     def descendants(self) -> dict[int, set[int]]:
         """All latents below each latent that has children."""
@@ -264,6 +280,11 @@ class Hierarchy:
             lines.append("  }")
         lines += [f"  {e.parent} -> {e.child} [penwidth={0.5 + 2.5 * e.score:.2f}];" for e in self.edges]
         return "\n".join([*lines, "}"]) + "\n"
+
+
+def _kind(name: str) -> str:
+    """The first word of a latent's name."""
+    return name.casefold().partition(",")[0]
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -205,8 +205,22 @@ def test_roots_that_a_few_kinds_make_up_come_first():
     # Contexts of the root's own word are none.
     names[1], names[20], names[21] = "owl, robin", "Owl", "owl"
     assert hierarchy.roots(names) == [0, 2, 1]
+    # Function words and punctuation come last, whatever their children make up.
+    names[22], names[23] = "wing", "beak"
+    assert hierarchy.roots(names) == [2, 0, 1]
+    names[0], names[2] = " and, or", ".,"
+    assert hierarchy.roots(names) == [1, 2, 0]
     assert [edge.child for edge in hierarchy.children(1)] == [21, 20]
     assert hierarchy.share(hierarchy.children(1)[0]) == 0.4
+
+
+def test_splits_are_parts_of_their_parent_and_named_like_it():
+    names = ["owl, robin", "x", "y", "Owl", "owl, wing", "duck", "owl"]
+    found = [edge(0, 3, 0.9), edge(0, 4, 0.9), edge(0, 5, 0.9), replace(edge(0, 6, 0.9), coverage=0.8)]
+    found = [replace(one, coverage=0.95) if one.child < 6 else one for one in found]
+    hierarchy = Hierarchy(found, [3, 7], [100, 9, 9, 50, 51, 20, 20], 1000, {}, 0.0, [])
+    # The second fires on more than half as many tokens, the third has another name, the last fires elsewhere, too.
+    assert [hierarchy.is_split(one, names) for one in found] == [True, False, False, False]
 
 
 def test_what_has_no_hierarchy_is_refused(known):

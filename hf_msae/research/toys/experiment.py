@@ -63,7 +63,9 @@ def set_to_truth(sae: MatryoshkaSAE, toy: Toy) -> None:
     sae.b_dec.zero_()
 
 
-def train(sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: Callable[[], Any]) -> None:
+def train(
+    sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: Callable[[], Any], **changes: Any
+) -> None:
     """Train in place on fresh samples at every step.
 
     Args:
@@ -72,6 +74,7 @@ def train(sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: 
         args: how to train.
         seed: of the samples.
         advance: called after each step.
+        **changes: further training arguments, such as schedules.
     """
     options = SAETrainingArguments(
         max_steps=args.steps,
@@ -79,6 +82,7 @@ def train(sae: MatryoshkaSAE, toy: Toy, args: ToyArguments, seed: int, advance: 
         learning_rate=args.learning_rate,
         seed=seed,
         use_cpu=True,  # twenty latents are no work for anything else
+        **changes,
     )
     learner = Learner("toy", sae, Site("features"), Run(options), args.steps)
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
