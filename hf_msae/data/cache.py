@@ -139,7 +139,7 @@ class _CacheWriter:
         self.hidden_sizes, self.dtypes = progress["hidden_sizes"], progress["dtypes"]
         try:
             self.stream.load_state_dict(progress["stream"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except InputError as error:
             raise CacheError(
                 f"{progress_file} does not say where the data goes on ({error!s:.200}). Remove the folder "
                 f"{self.unfinished} to begin anew."

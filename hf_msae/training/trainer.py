@@ -22,7 +22,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_msae.data import ActivationError, DatasetError, fingerprint
 from hf_msae.data.populations import describe_difference
-from hf_msae.errors import HfMsaeError
+from hf_msae.errors import HfMsaeError, InputError
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
@@ -385,7 +385,7 @@ class SAETrainer:
         if same_data:
             try:
                 resume_loader(self.loader, state["feeds"])
-            except (ValueError, TypeError, LookupError) as error:
+            except InputError as error:
                 raise CheckpointError(
                     f"{path} does not say where in the data the run goes on: {error}. Resume from another checkpoint."
                 ) from error
