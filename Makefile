@@ -9,7 +9,7 @@ PEERS_VENV := .venv-peers
 PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test peers quality format clean
+.PHONY: help install quickstart demo fast test peers quality format clean
 
 help:  ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,11 @@ quickstart: $(INSTALLED)  ## Train an SAE of the story model, print its tree of 
 demo: $(DEMO)  ## Look inside it in the browser: steer, explore, walk the tree (offline)
 	$(BIN)/hf-msae demo
 
+fast: $(DEVELOP)  ## Run the tests of a minute: no process is started, no browser
+	$(BIN)/python -m pytest -n auto -m "not slow" --durations=25
+
 test: $(DEVELOP)  ## Run all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
 
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest tests/formats tests/research/test_synth_bench_peers.py

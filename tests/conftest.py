@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 sys.path.append(str(Path(__file__).parent))  # for what lies here: pytest's importlib mode adds nothing
 
 from local_hub.server import LocalHub
+from slow_tests import pytest_collection_modifyitems, pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 _HUB = LocalHub()
 _HF_HOME = tempfile.mkdtemp(prefix="hf-msae-tests-")

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from patience import HANG_SECONDS
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--batch-size", "64", "--hidden-size", "16", "--num-latents", "512", "--k", "4", "--threads", "1"]
 PEERS = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}

@@ -36,6 +36,8 @@ from hf_msae.research.novelty import measure_level_novelty
 from hf_msae.sites import resolve_site
 from hf_msae.training.collectives import row_pieces
 
+pytestmark = pytest.mark.slow
+
 SIZES = (1, 7, 100, 1000, 1 << 40)
 # What a name must end in to be the size of a block.
 ENDINGS = ("AT_ONCE", "CHUNK", "CHUNK_BYTES", "PACK", "PIECE_BYTES", "PER_BATCH", "TILE", "TILE_TOKENS")

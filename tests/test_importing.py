@@ -29,9 +29,9 @@ HEAVY = (
 )
 
 
-def python(code: str, status: int = 0) -> str:
+def python(code: str, *arguments: str, status: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -45,9 +45,10 @@ def python(code: str, status: int = 0) -> str:
 def heavy_after(code: str, status: int = 0) -> set[str]:
     """Which of the heavy packages are imported when the code has ended with this status."""
     shown = f"import sys, atexit; atexit.register(lambda: print('heavy:', *(set(sys.modules) & set({HEAVY!r}))))"
-    return set(python(f"{shown}\n{code}", status).rpartition("heavy:")[2].split())
+    return set(python(f"{shown}\n{code}", status=status).rpartition("heavy:")[2].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "status"),
     [
@@ -80,6 +81,7 @@ print(json.dumps(found))
     return json.loads(python(code))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_flags_are_read_before_anything_heavy_is_imported(heavy_of_commands, command):
     assert heavy_of_commands[command] == [[0], [2]]
@@ -88,33 +90,73 @@ def test_flags_are_read_before_anything_heavy_is_imported(heavy_of_commands, com
 CONFIG = "hidden_size=8, num_latents=64"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import hf_msae; from transformers import AutoConfig, AutoModel",
-        "from transformers import AutoConfig, AutoModel; import hf_msae",
-        "import transformers; import hf_msae; from transformers import AutoConfig, AutoModel",
-        "import hf_msae; import transformers.models.auto as a; AutoConfig, AutoModel = a.AutoConfig, a.AutoModel",
-        "import hf_msae.modeling; from transformers import AutoConfig, AutoModel",
-        "from hf_msae.sites import Site; from transformers import AutoConfig, AutoModel",
-        "import importlib.util as u; import hf_msae; u.find_spec('transformers'); "
-        "from transformers import AutoConfig, AutoModel",
-        "import hf_msae, importlib; AutoModel = importlib.import_module('transformers').AutoModel; "
-        "from transformers import AutoConfig",
-    ],
+ORDERS = (
+    "import hf_msae; from transformers import AutoConfig, AutoModel",
+    "from transformers import AutoConfig, AutoModel; import hf_msae",
+    "import transformers; import hf_msae; from transformers import AutoConfig, AutoModel",
+    "import hf_msae; import transformers.models.auto as a; AutoConfig, AutoModel = a.AutoConfig, a.AutoModel",
+    "import hf_msae.modeling; from transformers import AutoConfig, AutoModel",
+    "from hf_msae.sites import Site; from transformers import AutoConfig, AutoModel",
+    "import importlib.util as u; import hf_msae; u.find_spec('transformers'); "
+    "from transformers import AutoConfig, AutoModel",
+    "import hf_msae, importlib; AutoModel = importlib.import_module('transformers').AutoModel; "
+    "from transformers import AutoConfig",
 )
-def test_the_model_is_registered_in_whatever_order_things_are_imported(imports):
-    code = f"{imports}; model = AutoModel.from_config(AutoConfig.for_model('matryoshka_sae', {CONFIG})); "
-    assert python(f"{code} print(type(model).__module__, model.publishing_module)") == (
-        "hf_msae.modeling.modeling_matryoshka_sae hf_msae.hub.publishing"
-    )
+REGISTERED = f"""
+model = AutoModel.from_config(AutoConfig.for_model('matryoshka_sae', {CONFIG}))
+print(type(model).__module__, model.publishing_module)
+"""
+LOADERS = "t = transformers; print(*(type(one).__name__ for one in (t, t.__spec__.loader, t.__loader__)))"
+# Executes each code that it is given in a process of its own, forked when torch is there, and hf_msae and transformers
+# are not: torch takes seconds, and what the order of imports changes is between the other two.
+EACH_APART = """
+import json, os, sys, tempfile, torch
+assert not {"hf_msae", "transformers"} & set(sys.modules)
+printed = []
+for code in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile("w+") as file:
+        child = os.fork()
+        if child == 0:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            exec(code, {"__name__": "__main__"})
+            sys.stdout.flush()
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        file.seek(0)
+        printed.append([status, file.read().strip()])
+        if status:
+            break
+print(json.dumps(printed))
+"""
 
 
+def each_apart(*codes: str) -> list[str]:
+    """What each code prints in a process that has imported neither hf_msae nor transformers before it."""
+    printed = json.loads(python(EACH_APART, json.dumps(codes)).splitlines()[-1])
+    assert all(status == 0 for status, _ in printed), printed[-1]
+    return [text for _, text in printed]
+
+
+@pytest.fixture(scope="module")
+def registered() -> dict[str, str]:
+    """Of every order of imports, of what classes the model is then made."""
+    return dict(zip(ORDERS, each_apart(*(order + REGISTERED for order in ORDERS)), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ORDERS)
+def test_the_model_is_registered_in_whatever_order_things_are_imported(registered, imports):
+    assert registered[imports] == "hf_msae.modeling.modeling_matryoshka_sae hf_msae.hub.publishing"
+
+
+@pytest.mark.slow
 def test_transformers_is_left_as_its_own_loader_makes_it():
-    code = "; t = transformers; print(*(type(one).__name__ for one in (t, t.__spec__.loader, t.__loader__)))"
-    assert python("import hf_msae, transformers" + code) == python("import transformers" + code)
+    ours, theirs = each_apart(f"import hf_msae, transformers; {LOADERS}", f"import transformers; {LOADERS}")
+    assert ours == theirs != ""
 
 
+@pytest.mark.slow
 def test_threads_may_use_names_at_once():
     code = """
 import hf_msae, threading

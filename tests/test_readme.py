@@ -39,6 +39,8 @@ from hf_msae.cli.train import GridArguments, next_steps
 from hf_msae.training import make_saes
 from hf_msae.worlds.stories import load_story_lm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MARK = "<!-- runs -->"

@@ -16,6 +16,8 @@ from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
 from hf_msae.training.grid import parse_prefix_sizes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, tokenizer, texts) -> Path:

@@ -12,6 +12,8 @@ from hf_msae.cli.main import main
 from hf_msae.sites import capture, resolve_site
 from hf_msae.steering import SteeringError
 
+pytestmark = pytest.mark.slow
+
 
 def convert(*arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as end:

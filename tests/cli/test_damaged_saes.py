@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 LATENTS, HIDDEN = 64, 128
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, tokenizer, texts) -> Path:

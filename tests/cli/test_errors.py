@@ -16,6 +16,8 @@ from hf_msae.cli import main as cli
 from hf_msae.errors import HfMsaeError, InputError, OutputExistsError
 from hf_msae.training import TrainingDiverged, TrainingInterrupted
 
+pytestmark = pytest.mark.slow
+
 
 def fail(monkeypatch, capsys, raising: str, tmp_path: Path, *more: str) -> tuple[int, str]:
     """Exit code and errors of a command that raises what `raising` says."""

@@ -12,6 +12,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.evaluation.labelled import MIN_EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:

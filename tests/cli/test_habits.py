@@ -3,19 +3,19 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from command_parsers import parser_of
-from patience import HANG_SECONDS
+from warm_processes import run_command
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import COMMANDS, main
 from hf_msae.cli.parser import TEXTS, parse
 from hf_msae.training import CheckpointError, SAETrainer, SAETrainingArguments
 from hf_msae.training.checkpoints import list_checkpoints
+
+pytestmark = pytest.mark.slow
 
 STRINGS = [
     (command, action)
@@ -152,18 +152,13 @@ def test_no_tracker_in_python(written):
         ("ACCELERATE_MIXED_PRECISION", "no", "", False),
     ],
 )
-def test_what_the_launcher_is_told_is_honoured_or_said(command, tmp_path, variable, value, words, bf16):
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_msae.cli", *command, "--output-dir", str(tmp_path)],
-        env=os.environ | {variable: value, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("From accelerate's launcher") == bool(words)
-    assert words in done.stderr
-    assert json.loads((tmp_path / "training_arguments.json").read_text())["bf16"] == bf16
+def test_what_the_launcher_is_told_is_honoured_or_said(command, tmp_path, monkeypatch, variable, value, words, bf16):
+    monkeypatch.setenv(variable, value)
+    status, written = run_command(1, [*command, "--output-dir", str(tmp_path / "run")], tmp_path / "output")
+    assert status == 0, written
+    assert written.count("From accelerate's launcher") == bool(words)
+    assert words in written
+    assert json.loads((tmp_path / "run" / "training_arguments.json").read_text())["bf16"] == bf16
 
 
 def test_train_takes_the_checkpoint_as_in_transformers(tmp_path, lm, tokenizer, texts):

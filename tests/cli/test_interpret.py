@@ -11,6 +11,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.interpret import Hierarchy, Interpretation
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, tokenizer) -> Path:

@@ -10,6 +10,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.research.meta import is_meta_sae
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, tokenizer, texts) -> Path:

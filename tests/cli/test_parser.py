@@ -11,6 +11,8 @@ from hf_msae.cli.main import COMMANDS
 from hf_msae.cli.parser import build_parser, by_place, parse
 from hf_msae.cli.train import FORM_FIELDS, NOT_FLAGS, GridArguments
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Options:

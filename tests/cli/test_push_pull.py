@@ -11,6 +11,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.hub.index import list_saes
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/owls"
 
 

@@ -10,6 +10,8 @@ from hf_msae.cli.main import main
 from hf_msae.interpret import Interpretation, search_promoting
 from hf_msae.steering import LatentEdit, Steering, save_steering
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "Once upon a time"
 
 

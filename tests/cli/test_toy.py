@@ -25,6 +25,8 @@ from hf_msae.research.toys.experiment import (
     wrong_places,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:

@@ -17,6 +17,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.index import NoSAEError, list_saes
 from hf_msae.hub.publishing import PublishError, push, push_folder
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/owls"
 CODE = {
     "configuration_matryoshka_sae.py",

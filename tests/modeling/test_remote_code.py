@@ -15,6 +15,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(hf_msae.modeling.__file__).parent
 PREFIX = 8
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(hf_msae.modeling.__file__).parent / "triton_ops.py"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

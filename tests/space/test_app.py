@@ -23,6 +23,8 @@ from hf_msae.outliers import within_limit
 from hf_msae.sites import capture
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Once upon a time, there was a little owl. She lived in the forest with her mother."
 PROMPT = "Once upon a time, there was a"
 EVIL = '<img src=x onerror="alert(1)">${alert(2)}`{{value}}'

@@ -29,6 +29,8 @@ from hf_msae.sites import capture, resolve_site
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ("There was a little owl.", "Lily went to the garden.")
 SITE, NUM_LATENTS, NUM_TOKENS = "layers.2", 24, 300
 Action = Callable[[], Any]

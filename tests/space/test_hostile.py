@@ -33,6 +33,8 @@ from msae_space.settings import Settings
 from msae_space.shared import BROKEN
 from msae_space.tab_steer import run
 
+pytestmark = pytest.mark.slow
+
 STATEFUL = "state"
 
 

@@ -22,6 +22,8 @@ from hf_msae.hub.spaces import space_folder
 from hf_msae.research.meta import decompose, train_meta_sae
 from hf_msae.steering import LatentEdit, PrefixEdit, Steering, save_steering
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Once upon a time, there was a little owl. She lived in the forest with her mother."
 EVIL = '<img src=x onerror="alert(1)">${alert(2)}`{{value}}'
 

@@ -23,6 +23,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.steering import LatentEdit, Steering
 from hf_msae.worlds.stories import STORIES
 
+pytestmark = pytest.mark.slow
+
 NUM_FOLDERS = 5
 
 

@@ -23,7 +23,10 @@ from hf_msae.worlds.stories import load_story_lm
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the path (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the path (apt-get install chromium)"),
+]
 
 EVIL = '<img src=x onerror="alert(1)">${alert(2)}'
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

@@ -28,6 +28,8 @@ from hf_msae.hub.spaces import copy_package, space_folder
 from hf_msae.research.meta import train_meta_sae
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

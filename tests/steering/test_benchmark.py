@@ -14,6 +14,8 @@ from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "steering.py"
 
 

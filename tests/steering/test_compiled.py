@@ -15,6 +15,8 @@ from transformers import CompileConfig, PreTrainedModel
 from hf_msae.sites import capture, replace, resolve_site
 from hf_msae.steering import random_direction, steer, steer_direction
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[1, 5, 9, 33, 8, 60], [1, 17, 3, 3, 42, 7]])
 
 

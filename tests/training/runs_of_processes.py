@@ -1,11 +1,9 @@
-"""A run of real processes for the tests beside this file: the program that each process executes, and what starts it.
+"""A run of several real processes for the tests beside this file: what starts it, and what each process executes.
 
-    python -m torch.distributed.run --nproc_per_node 2 runs_of_processes.py plan.json
-
-The plan says which SAEs are trained, a whole grid in one run because starting processes takes longer than the run, on
-a cache of activations or on texts and a model. It may set constants of hf_msae's modules, such as the size of a
-message. With "dry_run", the main process first writes to this path what `--dry-run` says, by a clock that ticks once
-whenever it is read.
+A plan says which SAEs are trained, a whole grid in one run because a run takes longer than an SAE more, on a cache of
+activations or on texts and a model. It may set constants of hf_msae's modules, such as the size of a message. With
+"dry_run", the main process first writes to this path what `--dry-run` says, by a clock that ticks once whenever it is
+read.
 """
 
 import importlib
@@ -13,35 +11,21 @@ import itertools
 import json
 import logging
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from warm_processes import run_together
+
 
 def launch(num_processes: int, plan: dict[str, Any]) -> str:
-    """Execute a plan by so many processes, and give what they wrote to stderr."""
-    from patience import HANG_SECONDS  # the processes themselves do not find it
-
-    path = Path(plan["args"]["output_dir"]).with_suffix(".plan")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).resolve()), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
+    """Execute a plan by so many processes, and give what they wrote to stdout and stderr."""
+    output = Path(plan["args"]["output_dir"]).with_suffix(".output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    status, written = run_together(num_processes, main, plan, output=output)
+    assert status == 0, written[-6000:]
+    return written
 
 
 def main(plan: dict[str, Any]) -> None:
@@ -95,7 +79,3 @@ def dry_run(trainer: Any, path: Path) -> None:
                 }
             )
         )
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -3,18 +3,19 @@
 Both processes execute everything once and write down what they got, because starting them takes longer than the rest.
 """
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from hf_msae.modeling.selection import SINGLE_PROCESS
+from warm_processes import run_together
 
 from hf_msae.training import collectives
 from hf_msae.training.collectives import MainProcessWriter, TorchProcessGroup, row_pieces, sum_gradients
+
+pytestmark = pytest.mark.slow
 
 NUMBERS = {0: [1.0, -2.0, 5.0], 1: [3.0, 4.0, -1.0]}
 ROWS = {0: 5, 1: 3}
@@ -48,10 +49,10 @@ def write_files(group: TorchProcessGroup, folder: Path) -> list[str]:
     return done
 
 
-def one_process(rank: int, port: int, folder: str) -> None:
+def one_process(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    group = TorchProcessGroup(torch.device("cpu"))
+    dist.init_process_group("gloo")
+    group, rank = TorchProcessGroup(torch.device("cpu")), dist.get_rank()
     own = torch.tensor(NUMBERS[rank])
     got: dict[str, Any] = {"place": (group.rank, group.size)}
     for name in ("sum", "minimum", "maximum", "gather"):
@@ -76,10 +77,8 @@ def one_process(rank: int, port: int, folder: str) -> None:
 def got(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of the two processes got."""
     folder = tmp_path_factory.mktemp("collectives")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(one_process, (port, str(folder)), nprocs=2)
+    status, written = run_together(2, one_process, str(folder), output=folder / "output")
+    assert status == 0, written
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -21,6 +21,8 @@ from hf_msae.training.checkpoints import (
     write_tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 # What Python tells its audit hooks of before it is done; a hook that raises prevents it.
 OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -13,6 +13,8 @@ from hf_msae.training.checkpoints import STATE_NAME, _digest, find_checkpoint
 from hf_msae.training.learner import make_learners
 from hf_msae.training.resuming import check_state, choose_checkpoint, resumed_length
 
+pytestmark = pytest.mark.slow
+
 OTHERS = (None, True, -1, 1.5, "text", [], [None], {}, {"a": 1})
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from hf_msae.training.checkpoints import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "faults.py"
 
 

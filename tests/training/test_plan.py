@@ -12,6 +12,8 @@ from patience import HANG_SECONDS
 from runs_of_processes import launch
 from small_runs import make_sae
 
+pytestmark = pytest.mark.slow
+
 # How far the expected peak may be from the measured one, as a share of it.
 TOLERANCE = 0.2
 

@@ -12,6 +12,8 @@ from transformers import ByT5Tokenizer
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, load_story_lm, story_lm_path, token_concepts
 from hf_msae.worlds.stories.labels import PRONOUNS
 
+pytestmark = pytest.mark.slow
+
 GENDERS = {form: gender for gender, forms in PRONOUNS.items() for form in forms.values()}
 
 
