@@ -116,6 +116,8 @@ class Documents:
         Raises `ValueError` where the state is of another view.
         """
         check_state(state, "next")
+        if "position" not in state:
+            raise InputError("the state of the data is damaged: it has no 'position'")
         mine = self._view_state()
         if not mine.keys() <= state.keys():
             raise InputError(

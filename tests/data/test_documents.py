@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hf_msae.data import DatasetError, Documents, Split, as_documents, load_documents
 from hf_msae.data.hash_split import hash_value
 from hf_msae.data.sources import StreamSource
+from hf_msae.errors import InputError
 
 TEXTS = [f"document {i}\nwith ünïcode and a second line" + " word" * (i % 5) for i in range(23)]
 CHATS = [[{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"answer {i}"}] for i in range(5)]
@@ -355,3 +356,12 @@ def test_real_stories_are_split_at_end_of_text(shared_data):
     raw = path.read_text(encoding="utf-8")
     assert stories == [story.strip() for story in raw.split("<|endoftext|>") if story.strip()]
     assert len(stories) > 5000
+
+
+def test_a_state_without_its_place_is_refused():
+    documents = as_documents(TEXTS)
+    next(iter(documents))
+    state = documents.state_dict()
+    del state["position"]
+    with pytest.raises(InputError, match="damaged: it has no 'position'"):
+        as_documents(TEXTS).load_state_dict(state)
