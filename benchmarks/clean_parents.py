@@ -2,7 +2,7 @@
 
     python benchmarks/clean_parents.py train
     python benchmarks/clean_parents.py measure
-    python benchmarks/clean_parents.py table
+    python benchmarks/clean_parents.py table --plot clean_parents.png
 
 In the story world the concept tree is known. Each method trains an SAE for each seed; those of a seed see the same
 activations in the same order. Every SAE leaves its results in `--output-dir` as soon as they are there, and what is
@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output-dir", default="runs/clean-parents")
+    parser.add_argument("--plot", help="where `table` draws a picture")
     return parser.parse_args()
 
 
@@ -261,14 +262,48 @@ def agreement(options: argparse.Namespace, method: str, runs: dict[int, Run]) ->
     return [measure_agreement(one, two)[-1].shared for one, two in pairs]
 
 
-def table(options: argparse.Namespace) -> None:
-    """Print what was measured as markdown."""
+def read_runs(options: argparse.Namespace) -> dict[str, dict[int, Run]]:
+    """What was measured, by method and seed."""
     runs: dict[str, dict[int, Run]] = {}
     for method in options.methods:
         for seed in range(options.seeds):
             path = folder_of(options, method, seed) / MEASURED_NAME
             if path.is_file():
                 runs.setdefault(method, {})[seed] = json.loads(path.read_text())
+    return runs
+
+
+def draw(runs: dict[str, dict[int, Run]], path: str) -> None:
+    """A picture of what is had for what: FVE by prefix, and the tree beside it, a point a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_prefix, precision, recall = figure.subplots(1, 3)
+    for number, (method, of_method) in enumerate(runs.items()):
+        found, style = list(of_method.values()), {"color": f"C{number}", "label": method}
+        fves = [statistics.fmean(run["fve"][place] for run in found) for place in range(len(PREFIX_SIZES))]
+        by_prefix.plot(PREFIX_SIZES, fves, marker="o", **style)
+        rows = [run["tree"][str(CORRELATIONS[-1])]["edges"] for run in found]
+        whole = [run["fve"][-1] for run in found]
+        precision.scatter(whole, [row["precision"] for row in rows], **style)
+        recall.scatter([row["recall"] for row in rows], [row["precision"] for row in rows], **style)
+    by_prefix.set(xscale="log", xlabel="latents in the prefix", ylabel="FVE")
+    by_prefix.set_xticks(PREFIX_SIZES, [str(size) for size in PREFIX_SIZES])
+    precision.set(xlabel="FVE of the whole dictionary", ylabel="precision of the tree's edges")
+    recall.set(xlabel="recall of the tree's edges", ylabel="precision of the tree's edges")
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+    by_prefix.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print what was measured as markdown, and draw it."""
+    runs = read_runs(options)
+    if options.plot:
+        draw(runs, options.plot)
     print("| | seeds | " + " | ".join(heading for heading, _, _ in COLUMNS) + " | agreement of seeds |")
     print("|---" * (len(COLUMNS) + 3) + "|")
     for method, of_method in runs.items():

@@ -88,7 +88,7 @@ def measure_detection(sae: MatryoshkaSAE, directions: Tensor, batches: Iterable[
         mcc=cosines[rows, matched[rows]].mean().item(),
         uniqueness=nearest.unique().numel() / len(nearest),
         dead=level.dead,
-        shrinkage=level.norm_ratio,
+        shrinkage=(meter.sums["norm_ratios"][-1] / meter.num_tokens).item(),
         l0=level.l0,
         true_l0=true_l0 / meter.num_tokens,
         fve=level.fve,
