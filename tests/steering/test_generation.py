@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -167,6 +168,25 @@ def run(model: PreTrainedModel, mode: Mode, ids: Tensor, mask: Tensor, arguments
 
 
 def check(model: PreTrainedModel, sae: Any, mode: Mode, positions: Any) -> None:
+    """Steered generation edits the tokens that are meant, wherever transformers' own generation can be relied on."""
+    try:
+        check_steered(model, sae, mode, positions)
+    except (AssertionError, SteeringError):
+        if not is_right_unsteered(model, sae, mode):
+            pytest.skip(f"transformers {transformers.__version__} generates otherwise this way than without a cache")
+        raise
+
+
+def is_right_unsteered(model: PreTrainedModel, sae: Any, mode: Mode) -> bool:
+    """Whether plain generation gives the logits that the model has for the same text in one pass."""
+    ids, mask = PROMPTS[list(mode.rows)], MASK[list(mode.rows)]
+    sequences, steps = run(model, mode, ids, mask, mode.arguments(model, ids, mask))
+    masks = mask.repeat_interleave(len(sequences) // len(ids), 0)
+    plain = reference(model, sae, sequences, masks, torch.zeros(sequences.shape, dtype=torch.bool))
+    return torch.allclose(steps, plain[:, LENGTH - 1 : -1], rtol=1e-3, atol=1e-3)
+
+
+def check_steered(model: PreTrainedModel, sae: Any, mode: Mode, positions: Any) -> None:
     ids, mask = PROMPTS[list(mode.rows)], MASK[list(mode.rows)]
     chosen = positions[list(mode.rows)] if isinstance(positions, Tensor) else positions
     arguments = mode.arguments(model, ids, mask)
