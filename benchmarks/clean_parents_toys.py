@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--world", default="tree", choices=list(TOYS))
     parser.add_argument("--activation", default="batch_topk")
     parser.add_argument("--steps", type=int, nargs="+", default=[1500])
+    parser.add_argument("--learning-rate", type=float, default=ToyArguments.learning_rate)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES), metavar="SCHEDULE")
     parser.add_argument("--output-dir", default="runs/clean-parents-toys")
@@ -56,7 +57,8 @@ def parse() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, schedule: str, steps: int, seed: int) -> dict[str, Any]:
     """Train and measure, or read what was measured."""
-    name = f"{options.world}-{options.activation}-{steps}-{schedule}-{seed}.json".replace(" ", "_")
+    rate = options.learning_rate
+    name = f"{options.world}-{options.activation}-{rate}-{steps}-{schedule}-{seed}.json".replace(" ", "_")
     path = Path(options.output_dir) / name
     if path.is_file():
         return json.loads(path.read_text())
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace, schedule: str, steps: int, seed: int) -> di
         **of_sae,
     )
     sae = MatryoshkaSAE(config)
-    args = ToyArguments(world=options.world, activation=options.activation, steps=steps)
+    args = ToyArguments(world=options.world, activation=options.activation, steps=steps, learning_rate=rate)
     train(sae, toy, args, seed, lambda: None, **of_training)
     found = asdict(evaluate(sae, toy, seed))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,8 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     for steps in options.steps:
-        print(f"\n{options.world}, {options.activation}, {steps:,} steps, {options.seeds} seeds\n")
+        setting = f"{options.world}, {options.activation}, rate {options.learning_rate}"
+        print(f"\n{setting}, {steps:,} steps, {options.seeds} seeds\n")
         print("| | " + " | ".join(COLUMNS) + " | decoder parent→child | its size |")
         print("|---" * (len(COLUMNS) + 3) + "|")
         for schedule in options.schedules:
