@@ -32,7 +32,10 @@ from hf_msae.interpret.effects import LogitEffects, final_norm_jacobian, nearest
 from hf_msae.interpret.hierarchy import HierarchySettings
 from hf_msae.interpret.scan import scan
 from hf_msae.metrics import measure_cross_entropy
+from hf_msae.research.detection import measure_detection
 from hf_msae.research.novelty import measure_level_novelty
+from hf_msae.research.toys import Samples
+from hf_msae.research.toys.synth_bench import pushed_apart
 from hf_msae.sites import resolve_site
 from hf_msae.training.collectives import row_pieces
 
@@ -54,6 +57,7 @@ ELSEWHERE = {
     "hf_msae.training.optimization.CPU_CHUNK": "tests/training/test_optimization.py",
     "hf_msae.training.sharded.DRAWN_AT_ONCE": "tests/training/test_sharded.py",
     "hf_msae.research.toys.sampling.CHUNK": "each block draws its own random numbers",
+    "hf_msae.research.toys.synth_bench.NUMBERS_AT_ONCE": "each block draws its own random numbers",
 }
 
 
@@ -170,6 +174,17 @@ def windows(world: World) -> Any:
     return [window.input_ids for window in found], [window.keep.float() for window in found]
 
 
+def detections(world: World) -> Any:
+    directions = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    features = world.x @ directions.T - 3
+    batches = [Samples(part, of_part) for part, of_part in zip(world.x.split(90), features.split(90), strict=True)]
+    return [measure_detection(sae, directions, batches) for sae in (world.sae, world.dense)]
+
+
+def apart(world: World) -> Any:
+    return pushed_apart(torch.nn.functional.normalize(world.x[:40], dim=1), steps=5, rate=1e-3)
+
+
 def pieces(world: World) -> Any:
     return torch.cat(list(row_pieces(world.x, SINGLE_PROCESS)))
 
@@ -189,6 +204,8 @@ CASES: dict[str, Callable[[World], Any]] = {
     "hf_msae.interpret.effects.TANGENTS_AT_ONCE": jacobian,
     "hf_msae.interpret.labels.PROMPTS_AT_ONCE": probabilities,
     "hf_msae.metrics._Sums.CHUNK": cross_entropies,
+    "hf_msae.research.detection.ROWS_AT_ONCE": detections,
+    "hf_msae.research.toys.synth_bench.ROWS_AT_ONCE": apart,
     "hf_msae.training.collectives.PIECE_BYTES": pieces,
 }
 
