@@ -38,7 +38,7 @@ $(PEERS): pyproject.toml constraints.txt
 	$(PEERS_VENV)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $(PEERS)
 
-quickstart: $(INSTALLED)  ## Train an SAE of the story model, print its tree of concepts, steer a story (2 minutes, offline)
+quickstart: $(INSTALLED)  ## Train an SAE of the story model, print its tree of concepts, steer a story (2 to 4 minutes, offline)
 	$(BIN)/hf-msae quickstart
 
 demo: $(DEMO)  ## Look inside it in the browser: steer, explore, walk the tree (offline)

@@ -10,7 +10,7 @@ from hf_msae.errors import HfMsaeError
 
 # Name, module that has a `run(argv)`, and what it is for. A module is imported when it is called.
 COMMANDS = {
-    "quickstart": ("hf_msae.cli.quickstart", "train, read and steer a small SAE of the story model in two minutes"),
+    "quickstart": ("hf_msae.cli.quickstart", "train, read and steer a small SAE of the story model in a few minutes"),
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
     "steer": ("hf_msae.cli.steer", "continue a prompt as it would be and steered by latents, side by side"),
     "meta": ("hf_msae.cli.meta", "what latents are made of: a meta-SAE on an SAE's decoder rows, and its browser"),

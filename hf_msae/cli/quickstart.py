@@ -9,8 +9,8 @@ from hf_msae.cli.parser import build_parser, parse
 
 DESCRIPTION = """\
 Train a small Matryoshka SAE on the story model that ships with the package, print its table by level, read what its
-latents mean, print the tree of concepts, and steer a story. Two minutes on two cores, without a network; every step is
-a command of its own, and is shown."""
+latents mean, print the tree of concepts, and steer a story. Two to four minutes on two cores, without a network; every
+step is a command of its own, and is shown."""
 # Sparser and with a narrower first level than the defaults: a latent then more often stands for one concept.
 SAE = ("--num-latents", "1024", "--prefix-sizes", "32", "128", "1024", "--k", "8")
 # Half of the defaults, since finding such text is a good part of so short a run.
