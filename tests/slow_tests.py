@@ -15,6 +15,8 @@ STARTS = ("subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "multip
 # What libraries ask of the system by themselves, once on a machine: fonts (matplotlib), shared libraries (ctypes).
 OF_LIBRARIES = ("fc-list", "ldconfig", "/sbin/ldconfig")
 
+FEW_ARCHITECTURES = {"llama", "gpt2", "bert"}
+
 _started: list[str] = []
 
 
@@ -39,7 +41,14 @@ multiprocessing.util.spawnv_passfds = _tell(multiprocessing.util.spawnv_passfds)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first."""
+    """Slow tests come first. Of architectures, a few are tried in the minute of `make fast`, and all of them else."""
+    from tiny_models import DECODERS, ENCODERS  # imports transformers, for which the Hub's address must be set first
+
+    others = {*DECODERS, *ENCODERS} - FEW_ARCHITECTURES
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if any(isinstance(value, str) and value in others for value in parameters.values()):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -30,6 +30,8 @@ from hf_msae.metrics import predicts_next_token
 from hf_msae.sites import capture, resolve_site
 from hf_msae.worlds.stories import STORIES, load_story_lm
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**WIDE, "vocab_size": 80, "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
 EYES = {**WIDE, "image_size": 28, "patch_size": 14}

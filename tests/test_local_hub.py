@@ -22,6 +22,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/sae"
 WEIGHTS = os.urandom(300_000)
 

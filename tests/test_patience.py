@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from patience import until
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 CLOCKS = ("monotonic", "perf_counter", "time", "process_time", "time_ns", "monotonic_ns", "perf_counter_ns")
 # Calls whose first number is a time to wait, by the name that is called.

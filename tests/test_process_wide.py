@@ -22,6 +22,8 @@ from hf_msae.language_models import count_parameters, load_language_model
 from hf_msae.metrics import measure_cross_entropy
 from hf_msae.sites import capture, resolve_site
 
+pytestmark = pytest.mark.slow
+
 
 def compiled_calls(function: Callable[[Tensor], Tensor]) -> Callable[[], bool]:
     """Whether a compiled function runs compiled now."""

@@ -13,6 +13,8 @@ from hf_msae.data.hash_split import hash_value
 from hf_msae.data.holding_out import BASE_SHARE, BASE_SPLIT, MOST_TOKENS, HeldOutWindows
 from hf_msae.data.windows import DocumentEncoder
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("list", "arrow", "stream", "txt", "jsonl")
 
 

@@ -142,6 +142,7 @@ def test_seed_and_shard_reach_the_batches(make_stream, changes):
     ahead=st.booleans(),
     ahead_after=st.booleans(),
 )
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(
     lm, tokenizer, texts, stop, batch_size, block_tokens, multiple, ahead, ahead_after
 ):

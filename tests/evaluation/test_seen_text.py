@@ -7,6 +7,8 @@ from hf_msae.evaluation.arguments import EvaluationArguments
 from hf_msae.evaluation.pipeline import load_subjects, run_evaluation
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
+pytestmark = pytest.mark.slow
+
 HELD_OUT = 400
 
 

@@ -28,6 +28,8 @@ from hf_msae.metrics import LevelMetrics, Measurement
 from hf_msae.sites import replace, resolve_site
 from hf_msae.worlds.stories import load_story_lm
 
+pytestmark = pytest.mark.slow
+
 EXTRA = {
     "dataset": "tiny/stories train",
     "training_tokens": 1_234_567,

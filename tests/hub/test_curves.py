@@ -8,6 +8,8 @@ import pytest
 
 from hf_msae.hub.curves import draw_curves, fve_by_level
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("matplotlib", reason="pictures of curves need matplotlib")
 
 SIZES = [8, 64]

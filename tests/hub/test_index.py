@@ -28,6 +28,8 @@ from hf_msae.hub.index import (
 )
 from hf_msae.sites import resolve_site
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/many"
 SITES = ["model.layers.2:output", "model.layers.10:output", "model.layers.10.mlp:output"]
 

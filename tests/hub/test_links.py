@@ -13,6 +13,8 @@ from hf_msae.cli.main import main
 from hf_msae.errors import HfMsaeError
 from hf_msae.hub import pull, push_folder
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/sae"
 SECRET = "a password of this machine"
 # JSON that each reader would take, so that nothing but the link stands in the way.

@@ -13,6 +13,8 @@ from hf_msae.hub.publishing import PublishError, push_folder
 from hf_msae.hub.pulling import pull
 from hf_msae.hub.results import CODE_NAMES
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/sae"
 STRANGERS = [
     *("torch.py", "sitecustomize.py", "usercustomize.py", "conftest.py", "hf_msae.py", "setup.py", "__init__.py"),

@@ -14,6 +14,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.interpret import Edge
 from hf_msae.worlds.stories import CONCEPTS
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONCEPT_OF = {0: "animal", 1: "person", 4: "bird", 5: "owl", 6: "bird", 7: "girl"}
 

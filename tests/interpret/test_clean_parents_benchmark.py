@@ -11,6 +11,8 @@ import torch
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.interpret import Edge
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

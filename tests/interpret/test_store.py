@@ -26,6 +26,8 @@ from hf_msae.interpret.effects import LogitEffects, decode_tokens, nearest_laten
 from hf_msae.interpret.pages import Context, Label
 from hf_msae.interpret.store import InterpretationError
 
+pytestmark = pytest.mark.slow
+
 
 def make(known, folder: Path, **options) -> Interpretation:
     settings = {"max_tokens": 10**6, "packing": False, "top_contexts": 3, "sampled_contexts": 8, **options}

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/sae"
 LATENTS, HIDDEN = 512, 32
 # What a checkpoint costs besides rows: its b_dec, and the first reading of the header.

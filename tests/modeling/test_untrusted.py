@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModel
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/sae"
 LATENTS, HIDDEN = 32, 8
 REFUSED = (ValueError, StrictDataclassError, OSError)

@@ -10,6 +10,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.research.heatmaps import NUM_SHOWN, _borders, _sorted_samples, depth_first, draw_heatmaps
 from hf_msae.research.toys import TOYS, FeatureWorld
 
+pytestmark = pytest.mark.slow
+
 
 def build(world: FeatureWorld, rows: torch.Tensor) -> MatryoshkaSAE:
     config = MatryoshkaSAEConfig(

@@ -11,6 +11,8 @@ from hf_msae.evaluation.activations import TextActivations
 from hf_msae.research.hedging import hedging_degree, measure_hedging, widen
 from hf_msae.sites import Site
 
+pytestmark = pytest.mark.slow
+
 LATENTS, WIDTH, NEW = 50, 64, 6
 
 

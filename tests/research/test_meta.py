@@ -12,6 +12,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.research.meta import decompose, is_meta_sae, train_meta_sae, unit_rows
 from hf_msae.research.meta_browser import render_browser, token_labels
 
+pytestmark = pytest.mark.slow
+
 ATOMS, WIDTH = 16, 32
 PAIRS = list(combinations(range(ATOMS), 2))
 

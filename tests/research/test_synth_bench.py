@@ -11,6 +11,8 @@ from hf_msae.research.detection import measure_detection
 from hf_msae.research.toys import SynthBenchSettings, SynthBenchWorld
 from hf_msae.research.toys.synth_bench import pushed_apart, zipf_probabilities
 
+pytestmark = pytest.mark.slow
+
 INDEPENDENT = replace(SMALL, correlation_scale=0.0)
 SAMPLES = 60_000
 

@@ -10,6 +10,8 @@ from patience import calls_of
 
 from hf_msae.research.toys import TOYS, FeatureWorld, Forest, Node, group, make_directions, random_forest
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 200_000
 
 

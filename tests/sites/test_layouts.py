@@ -25,6 +25,8 @@ from hf_msae.data.stream import capture_counted
 from hf_msae.sites import Site, SiteError, capture, replace, resolve_site, site_width
 from hf_msae.sites.layouts import misplacement, probe_tokens
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 INSIDE = Site("model.layers.1.mlp.inside")
 

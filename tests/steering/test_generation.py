@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from hf_msae.sites import replace, resolve_site
 from hf_msae.steering import SteeringError, steer
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = (0, 1, 2)  # padding, BOS, EOS
 PROMPTS = torch.tensor([[0, 0, 1, 5, 9, 33, 8], [1, 17, 5, 9, 42, 5, 9]])
 MASK = (PROMPTS != 0).long()

@@ -20,6 +20,8 @@ from hf_msae.steering import (
 )
 from hf_msae.worlds.stories import load_story_lm
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["Once upon a time, there was a little owl.", "Lily went to the", "It was a sunny day"]
 STEERING = Steering([LatentEdit(5, 3.0), LatentEdit(9, 1.0, "clamp")], name="strong")
 GREEDY = {"do_sample": False, "max_new_tokens": 8}

@@ -8,6 +8,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from hf_msae.steering import seeded_sampling
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.zeros((1, 3), dtype=torch.long)
 
 

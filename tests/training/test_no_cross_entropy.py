@@ -11,6 +11,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.metrics import why_no_recovery
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def taught(lm):

@@ -21,6 +21,8 @@ from hf_msae.data import (
 from hf_msae.training import CheckpointError
 from hf_msae.training.checkpoints import STATE_NAME, _digest
 
+pytestmark = pytest.mark.slow
+
 
 class Stop(TrainerCallback):
     """Ends the process's work at a step, as a crash would."""

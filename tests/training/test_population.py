@@ -33,6 +33,8 @@ from hf_msae.outliers import within_limit
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
+pytestmark = pytest.mark.slow
+
 SINK, TIMES = "w7", 300.0
 SITES = ("layers.0", "layers.1")
 

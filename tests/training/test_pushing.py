@@ -15,6 +15,8 @@ from hf_msae.data import load_documents
 from hf_msae.hub.publishing import PublishError, prepare_repo, push_folder
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
+pytestmark = pytest.mark.slow
+
 REPO = "tester/owls"
 
 

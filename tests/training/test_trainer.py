@@ -21,6 +21,8 @@ from hf_msae.training import (
     TrainingInterrupted,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def make_sae(**changes) -> MatryoshkaSAE:
     torch.manual_seed(0)

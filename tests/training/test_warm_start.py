@@ -8,6 +8,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.preparation import WarmStartError, warm_start, wider_prefix_sizes
 
+pytestmark = pytest.mark.slow
+
 SITE = "model.layers.0:output"
 
 

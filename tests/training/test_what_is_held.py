@@ -16,6 +16,8 @@ from hf_msae.sites import Site
 from hf_msae.training import SAETrainer, TrainingInterrupted
 from hf_msae.training.resuming import BY_SAVING
 
+pytestmark = pytest.mark.slow
+
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 
 

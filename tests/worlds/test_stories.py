@@ -25,6 +25,8 @@ from hf_msae.worlds.stories.concepts import CONCEPT_OF_WORD
 from hf_msae.worlds.stories.grammar import FRAMES, PLOTS
 from hf_msae.worlds.stories.slots import PLACE_BOOSTS, SLOTS, leaf_table
 
+pytestmark = pytest.mark.slow
+
 PRONOUNS = {"he": "male", "him": "male", "his": "male", "she": "female", "her": "female"}
 
 
