@@ -44,8 +44,7 @@ from hf_msae.evaluation import (
 from hf_msae.evaluation.baselines import prune
 from hf_msae.evaluation.probes import make_split
 from hf_msae.evaluation.probing import measure_probing
-from hf_msae.interpret.edges import filter_edges, find_candidates
-from hf_msae.interpret.hierarchy import HierarchySettings
+from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.scan import scan
 from hf_msae.research.meta import train_meta_sae
 from hf_msae.sites import Site, resolve_site, site_width
@@ -187,14 +186,10 @@ def measure_edges(world: World, sae: MatryoshkaSAE) -> dict[str, float]:
     texts = StoryWorld(seed=EDGE_SEED).documents(EDGE_TOKENS // 50)
     limits = {"max_tokens": EDGE_TOKENS, "record_tokens": EDGE_TOKENS, "top_contexts": 1, "sampled_contexts": 0}
     found = scan(world.model, world.tokenizer, sae, texts, **limits)
-    settings = HierarchySettings()
-    candidates = find_candidates(sae, found.firings, settings)
-    eligible = [count >= settings.min_firings for count in candidates.counts]
+    hierarchy = find_hierarchy(sae, found.firings)
+    eligible = [count >= hierarchy.settings.min_firings for count in hierarchy.counts]
     possible, _ = possible_pairs(concept_of, sae.config.prefix_sizes, eligible)
-    passed = filter_edges(candidates, settings).values()
-    alive = [all(of_edge) for of_edge in zip(*passed, strict=True)]
-    kept = [edge for edge, passes in zip(candidates.edges, alive, strict=True) if passes]
-    row = judge(kept, concept_of, possible, found.num_tokens)
+    row = judge(hierarchy.edges, concept_of, possible, found.num_tokens)
     concepts = len(set(concept_of.values()))
     return {"edges": row.edges, "edge_precision": row.precision, "edge_recall": row.recall} | {
         "concepts": concepts,

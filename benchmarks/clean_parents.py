@@ -22,6 +22,7 @@ from claims import CONTEXT_LENGTH
 from hierarchy import EDGE_SEED, LabelledTokens, correlations, judge, label_tokens, match, possible_pairs
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.atomic_files import atomic_file
 from hf_msae.cli.sources import STORY_DOCUMENTS
 from hf_msae.data import as_documents
 from hf_msae.evaluation import collect, story_examples
@@ -30,8 +31,8 @@ from hf_msae.evaluation.baselines import prune
 from hf_msae.evaluation.geometry import measure_agreement
 from hf_msae.evaluation.probes import make_split
 from hf_msae.interpret.activity import active_latents
-from hf_msae.interpret.edges import filter_edges, find_candidates
-from hf_msae.interpret.hierarchy import Edge, HierarchySettings
+from hf_msae.interpret.edges import find_hierarchy
+from hf_msae.interpret.hierarchy import Edge
 from hf_msae.interpret.scan import scan
 from hf_msae.metrics import ReconstructionMeter
 from hf_msae.sites import resolve_site, site_width
@@ -144,12 +145,10 @@ class Measure:
         texts = StoryWorld(seed=EDGE_SEED).documents(EDGE_TOKENS // 50)
         limits = {"max_tokens": EDGE_TOKENS, "record_tokens": EDGE_TOKENS, "top_contexts": 1, "sampled_contexts": 0}
         found = scan(self.model, self.tokenizer, sae, texts, **limits)
-        settings = HierarchySettings()
-        candidates = find_candidates(sae, found.firings, settings)
-        passed = filter_edges(candidates, settings).values()
-        kept = [edge for edge, *passes in zip(candidates.edges, *passed, strict=True) if all(passes)]
+        hierarchy = find_hierarchy(sae, found.firings)
+        kept = hierarchy.edges
         shared = shared_energy(sae, self.labelled, kept)
-        eligible = [count >= settings.min_firings for count in candidates.counts]
+        eligible = [count >= hierarchy.settings.min_firings for count in hierarchy.counts]
         correlation = correlations(sae, self.labelled)
         results = {}
         for least in CORRELATIONS:
@@ -193,9 +192,8 @@ def measure(options: argparse.Namespace) -> None:
         for folder in todo:
             print(folder, flush=True)
             found = json.dumps(of(MatryoshkaSAE.from_pretrained(folder).eval()))
-            partial = folder / f"{MEASURED_NAME}.partial"
-            partial.write_text(found)
-            partial.rename(folder / MEASURED_NAME)
+            with atomic_file(folder / MEASURED_NAME) as draft:
+                draft.write_text(found)
 
 
 Run = dict[str, Any]

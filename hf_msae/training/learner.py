@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_msae.hub.results import save_quietly
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.modeling.dense_ops import ALL_GRADIENTS
 from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.modeling.sparse_encoder import ActiveLatents
@@ -35,8 +36,8 @@ from hf_msae.training.optimization import (
     Length,
     annealed_k,
     default_learning_rate,
-    inner_shares,
     learning_rate_factor,
+    passes_all_gradients,
     sample_prefix_sizes,
     sorting_steps,
 )
@@ -244,7 +245,7 @@ class Learner:
             "variance": self.variance.float(),
             "k": annealed_k(step, self.max_steps, config, self.args),
             "sparsity_weight": self.sparsity_weight,
-            "inner_shares": inner_shares(step, self.max_steps, config, self.args),
+            "inner_shares": ALL_GRADIENTS if passes_all_gradients(step, self.max_steps, self.args) else None,
             "return_latents": False,
         }
         if config.prefix_sampling == "pareto":

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from hf_msae.modeling import MatryoshkaSAEConfig
-from hf_msae.modeling.dense_ops import ALL_GRADIENTS, InnerShares
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.training.arguments import SAETrainingArguments
 
@@ -202,21 +201,15 @@ def annealed_k(step: int, max_steps: int, config: MatryoshkaSAEConfig, args: SAE
     return config.k + (max(initial, config.k) - config.k) * (1 - step / steps)
 
 
-def inner_shares(step: int, max_steps: int, config: MatryoshkaSAEConfig, args: SAETrainingArguments) -> InnerShares:
-    """Give the shares of inner levels' gradients that a step passes on: all until `inner_share_start`.
+def passes_all_gradients(step: int, max_steps: int, args: SAETrainingArguments) -> bool:
+    """Whether a step is before `inner_share_start`, so that inner levels pass all of their gradients on.
 
     Args:
         step: The step, from 0.
         max_steps: Length of the run.
-        config: Of the SAE.
         args: The arguments of the run.
-
-    Returns:
-        The shares for the decoder and for latent activations.
     """
-    if step < _steps(args.inner_share_start, max_steps, share_up_to=1 - 1e-9):
-        return ALL_GRADIENTS
-    return InnerShares(float(config.inner_decoder_share), float(config.inner_activation_share))
+    return step < _steps(args.inner_share_start, max_steps, share_up_to=1 - 1e-9)
 
 
 def sorting_steps(max_steps: int, args: SAETrainingArguments) -> range:

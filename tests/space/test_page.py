@@ -6,7 +6,6 @@ the test that opened it.
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from patience import HANG_SECONDS, until
+from warm_processes import free_port
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
@@ -47,10 +47,7 @@ def answers(address: str) -> bool:
 @pytest.fixture(scope="module")
 def server(story_sae: Path, index: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the page, which finds the presets that were tried out for `index`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "hf_msae.cli", "space", "run", str(story_sae), "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
