@@ -13,10 +13,11 @@
 # limitations under the License.
 """The k largest of values that lie on several processes, exactly, without bringing the values together.
 
-For positive numbers the bit pattern, read as an integer, grows with the value. So the k-th largest is found digit by
-digit: every process counts how many of its own values reach each possible next digit, the counts are added up, and the
-largest digit that k values reach is the right one. What travels is a few thousand counts, whatever the number of
-values. The same procedure serves one selection over a whole batch (a row) and one for each token (many rows).
+Where they are few, every process sends its k largest, and each finds the border among them. Where they are many, they
+stay where they are: for positive numbers the bit pattern, read as an integer, grows with the value, so the k-th
+largest is found digit by digit. Every process counts how many of its own values reach each possible next digit, the
+counts are added up, and the largest digit that k values reach is the right one. What travels is a few thousand counts,
+whatever the number of values. Both serve one selection over a whole batch (a row) and one for each token (many rows).
 
 `ProcessGroup` is what this needs of a group of processes; alone, each of its operations is the identity. The processes
 themselves are the trainer's business (`hf_msae.training.collectives`), so that these files need none.
@@ -25,6 +26,10 @@ themselves are the trainer's business (`hf_msae.training.collectives`), so that 
 import torch
 from torch import Tensor
 
+# Up to here, in keys of a row over all processes and in keys of all rows, every process sends its largest keys: one
+# message in place of several rounds, each of which waits for the slowest process.
+KEYS_OF_A_ROW = 1 << 14
+KEYS_SENT = 1 << 24
 # Counts that one process sends in a round, over all rows. More digits at once are fewer rounds of more bytes.
 COUNTS = 1 << 18
 # Bits of a digit: where there is one row, and at least, where there are many.
@@ -104,11 +109,11 @@ def among_largest(values: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
         A mask of the same shape.
     """
     keys = _keys(values)
-    border = _largest_reached(keys, k, ranks)
-    above, level = keys > border, (keys == border) & (values > 0)
-    counts = ranks.gather(torch.stack([above.sum(-1), level.sum(-1)]))  # (ranks, 2, rows)
-    left = k - counts[:, 0].sum(0) - counts[: ranks.rank, 1].sum(0)
-    return above | (level & (level.cumsum(-1) <= left.unsqueeze(-1)))
+    sent = k * ranks.size
+    find = _border_of_keys if sent <= KEYS_OF_A_ROW and sent * keys.shape[0] <= KEYS_SENT else _border_of_counts
+    border, left = find(keys, k, ranks)
+    level = (keys == border) & (keys > 0)
+    return (keys > border) | (level & (level.cumsum(-1) <= left))
 
 
 def _keys(values: Tensor) -> Tensor:
@@ -119,6 +124,34 @@ def _keys(values: Tensor) -> Tensor:
     wide = values if values.dtype == torch.float64 else values.float()
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32
     return torch.where(wide > 0, wide, 0).contiguous().view(integer)
+
+
+def _border_of_keys(keys: Tensor, k: int, ranks: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Find where each row's k largest keys end, from the k largest of every process.
+
+    Args:
+        keys: This process's keys (rows, n).
+        k: How many of each row.
+        ranks: The processes.
+
+    Returns:
+        Each row's border (rows, 1), the k-th largest key, zero where there are fewer; and how many of this process's
+        keys that equal the border are among the k largest (rows, 1), if it has as many.
+    """
+    largest = keys.new_zeros(keys.shape[0], k)
+    largest[:, : keys.shape[1]] = keys.topk(min(k, keys.shape[1]), dim=-1).values
+    everyones = ranks.gather(largest)  # (ranks, rows, k)
+    border = everyones.transpose(0, 1).flatten(1).topk(k, dim=-1).values[:, -1:]
+    # A process that sent k keys may have more that equal the border, but then it leaves none to later processes.
+    above, level = (everyones > border).sum(-1), (everyones == border).sum(-1)  # (ranks, rows)
+    return border, (k - above.sum(0) - level[: ranks.rank].sum(0)).unsqueeze(-1)
+
+
+def _border_of_counts(keys: Tensor, k: int, ranks: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """As `_border_of_keys`, from counts, digit by digit: for so many keys that they had better stay where they are."""
+    border = _largest_reached(keys, k, ranks)
+    counts = ranks.gather(torch.stack([(keys > border).sum(-1), (keys == border).sum(-1)]))  # (ranks, 2, rows)
+    return border, (k - counts[:, 0].sum(0) - counts[: ranks.rank, 1].sum(0)).unsqueeze(-1)
 
 
 def _largest_reached(keys: Tensor, k: int, ranks: ProcessGroup) -> Tensor:
