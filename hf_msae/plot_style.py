@@ -1,9 +1,12 @@
 """How axes look in the pictures of model cards and reports, which lie on white pages and on dark ones."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def style_axis(axis: Any, colour: str, grid_alpha: float) -> None:
+def style_axis(axis: "Axes", colour: str, grid_alpha: float) -> None:
     """Draw everything around the data in one colour: a faint grid, and lines on the left and at the bottom only.
 
     Args:

@@ -14,7 +14,7 @@ end.
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -35,6 +35,7 @@ from hf_msae.data.cache_files import (
     unfinished_folder,
     write_json,
 )
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.states import check_state
@@ -334,3 +335,7 @@ def _choose_sites(index: Mapping[str, Any], directory: Path, sites: Sequence[Sit
             f"it has: {', '.join(known)}"
         )
     return [Site.parse(site) for site in chosen]
+
+
+# What a run may be trained on: text, through the language model, or activations that were written down.
+TrainingData: TypeAlias = "CachedActivations | DocumentsLike"

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.cache import CachedActivations, cache_activations
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import find_norm_limits
 from hf_msae.data.holding_out import hold_out_for_training
 from hf_msae.data.loading import as_documents
@@ -20,7 +20,7 @@ def make_activation_cache(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sites: Sequence[str | Site],
-    documents: Any,
+    documents: DocumentsLike,
     folder: str | Path,
     *,
     max_tokens: int,

@@ -12,8 +12,8 @@ a training run reports.
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hf_msae.data.hash_split import EVERYTHING, Split, hash_value
 from hf_msae.data.rows import Document, to_document
@@ -22,8 +22,13 @@ from hf_msae.data.sources import Cursor, DatasetError, Source, UnreadableRow
 from hf_msae.data.states import check_state
 from hf_msae.errors import InputError
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
 logger = logging.getLogger(__name__)
 
+# What `as_documents` takes: texts, chats or rows with columns, in memory or as `datasets` has them.
+DocumentsLike: TypeAlias = "Documents | Dataset | IterableDataset | Sequence[str | Sequence[Any] | Mapping[str, Any]]"
 # A pass ends where more than half of so many documents, the latest ones, were skipped: then something else is wrong.
 RECENT_DOCUMENTS = 1000
 

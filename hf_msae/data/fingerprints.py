@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hf_msae.data.documents import Documents
+from hf_msae.data.documents import Documents, DocumentsLike
 from hf_msae.data.loading import as_documents
 from hf_msae.data.sources import Cursor, SequenceSource, StreamSource, UnreadableRow
 from hf_msae.data.text_files import FileSource
@@ -25,7 +25,7 @@ PIECES, PIECE_BYTES = 8, 1 << 14
 SEQUENCE_ROWS, STREAM_ROWS = 256, 16
 
 
-def fingerprint(data: Any) -> dict[str, Any]:
+def fingerprint(data: DocumentsLike) -> dict[str, Any]:
     """What tells this data from other data; JSON can hold it.
 
     Args:

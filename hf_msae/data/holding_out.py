@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.hash_split import Split, hash_value
 from hf_msae.data.loading import as_documents
 from hf_msae.data.sources import DatasetError, UnreadableRow
@@ -73,7 +74,7 @@ class TrainingHoldOut:
 
 
 def hold_out(
-    documents: Any,
+    documents: DocumentsLike,
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     num_tokens: int,
@@ -105,7 +106,7 @@ def hold_out(
 
 
 def hold_out_for_training(
-    documents: Any,
+    documents: DocumentsLike,
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     eval_tokens: int,
@@ -171,7 +172,7 @@ class _Reader:
 
     def __init__(
         self,
-        documents: Any,
+        documents: DocumentsLike,
         tokenizer: PreTrainedTokenizerBase,
         context_length: int,
         pack: bool,

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import httpx
 
-from hf_msae.data.documents import Documents
+from hf_msae.data.documents import Documents, DocumentsLike
 from hf_msae.data.rows import find_column
 from hf_msae.data.sources import DatasetError, SequenceSource, Source, StreamSource, UnreadableRow
 from hf_msae.data.text_files import FileSource
@@ -32,7 +32,7 @@ FIRST_ROWS = 100
 NAME_OF_SPLIT = re.compile(rf"({'|'.join(SPLITS)})([-_.]?(\d+|of))*", re.IGNORECASE)
 
 
-def as_documents(data: Any, *, text_column: str = "text", messages_column: str | None = None) -> Documents:
+def as_documents(data: DocumentsLike, *, text_column: str = "text", messages_column: str | None = None) -> Documents:
     """`Documents` over a Python object.
 
     Args:
@@ -52,7 +52,7 @@ def as_documents(data: Any, *, text_column: str = "text", messages_column: str |
         )
     kinds = {kind.__name__ for kind in type(data).__mro__ if kind.__module__.partition(".")[0] == "datasets"}
     if kinds & {"DatasetDict", "IterableDatasetDict"}:
-        raise DatasetError(f"a {type(data).__name__} has several splits ({', '.join(data)}); pass one: data['train']")
+        raise DatasetError(f"a {type(data).__name__} has several splits ({', '.join(map(str, data))}); pass one: data['train']")
     if "IterableDataset" in kinds:
         source: Source = StreamSource(data)
         description = "a streamed dataset"

@@ -6,7 +6,6 @@ a small language model). So the distance of the means tells kinds apart, whateve
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class Population:
         return found if found > DISTANCE + chance else None
 
 
-def describe_difference(distance: float, trained_on: Any) -> str:
+def describe_difference(distance: float, trained_on: str) -> str:
     """In words, for a warning. `trained_on`: what the training data is called."""
     return (
         f"What the SAE was measured on is of another kind than what it was trained on ({trained_on}): the means of "

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_msae.data.documents import Pass
+from hf_msae.data.documents import DocumentsLike, Pass
 from hf_msae.data.loading import as_documents
 from hf_msae.data.rows import Chat, Document, TokenIds
 from hf_msae.data.sources import DatasetError, UnreadableRow
@@ -69,7 +69,7 @@ class TokenWindows:
 
     def __init__(
         self,
-        documents: Any,
+        documents: DocumentsLike,
         tokenizer: PreTrainedTokenizerBase,
         *,
         context_length: int,
@@ -352,7 +352,7 @@ def collate(windows: Sequence[Window], pad_id: int) -> TokenBatch:
     return {"input_ids": input_ids, "attention_mask": mask.long(), "keep": keep}
 
 
-def count_tokens(documents: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
+def count_tokens(documents: DocumentsLike, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
     """The exact number of tokens that count, by tokenizing all documents with a progress bar."""
     documents = as_documents(documents)
     encoder = DocumentEncoder(tokenizer, vocab_size)

@@ -21,7 +21,7 @@ and the share of other tokens on which the best latent fires are shown beside th
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from hf_msae.evaluation.plots import draw_lines, legend_outside, log_axis, mean_
 from hf_msae.evaluation.probes import MIN_TEST, Samples, Split, fit_probes, mean_differences, score_logits
 from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
 from hf_msae.modeling import MatryoshkaSAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MIN_PROBE_F1 = 0.6
 CANDIDATES, MAX_SPLIT = 20, 10
@@ -408,7 +411,7 @@ class AbsorptionMetric(Metric[dict[str, AbsorptionResult]]):
         )
 
 
-def _draw(result: dict[str, AbsorptionResult], evaluation: Evaluation, figure: Any) -> None:
+def _draw(result: dict[str, AbsorptionResult], evaluation: Evaluation, figure: "Figure") -> None:
     titles = {
         "fraction": "absorbed fraction (lower is better)",
         "full": "fully absorbed",

@@ -7,7 +7,6 @@ language model does with replaced activations cannot be kept, so cross-entropy r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_msae.data import TokenBatch, Window, as_documents, harvest, hold_out, pad_id, vocabulary
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import leave_out
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
@@ -95,7 +95,7 @@ def collect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     site: Site,
-    documents: Any,
+    documents: DocumentsLike,
     *,
     num_tokens: int,
     context_length: int,

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from hf_msae.data.cache import TrainingData
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once
 from hf_msae.evaluation.importance import measure_importance, reorder
@@ -58,9 +60,9 @@ def train_baselines(
     config: MatryoshkaSAEConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,
+    dataset: TrainingData,
     args: SAETrainingArguments,
-    eval_dataset: Any = None,
+    eval_dataset: "DocumentsLike | None" = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, MatryoshkaSAE]:
     """Train baselines for an SAE, all from one pass of the language model.
@@ -98,8 +100,8 @@ def make_baselines(
     subject: Subject,
     text: TextActivations,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,
-    eval_dataset: Any = None,
+    dataset: TrainingData,
+    eval_dataset: "DocumentsLike | None" = None,
     *,
     args: SAETrainingArguments | None = None,
     seeds: Sequence[int] = (0,),

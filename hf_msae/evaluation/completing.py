@@ -4,12 +4,11 @@ People steer in units of a latent's largest activation, and choose latents by ho
 that was saved without a threshold computes nothing for a token alone, until one is set on text.
 """
 
-from typing import Any
-
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.metrics import Measurement, ReconstructionMeter, measured_facts, merge
 from hf_msae.modeling import MatryoshkaSAE
@@ -61,7 +60,7 @@ def complete_on_text(
     sae: MatryoshkaSAE,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Any,
+    documents: DocumentsLike,
     *,
     site: str | None = None,
     num_tokens: int = 200_000,

@@ -11,7 +11,7 @@ entropies come from the same tokens, so those of latents that fire a few times a
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from hf_msae.metrics import (
     why_no_recovery,
 )
 from hf_msae.modeling import MatryoshkaSAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUANTISATION = (4, 16, 64)
 # Lower edges of the bins of firing rates, in powers of ten.
@@ -282,7 +285,7 @@ def _note(first: Measurement) -> str:
     return note + ". NMSE is not centred, so a large mean makes it look better than FVE."
 
 
-def _draw_fidelity(result: Mapping[str, CoreResult], evaluation: Evaluation, figure: Any) -> None:
+def _draw_fidelity(result: Mapping[str, CoreResult], evaluation: Evaluation, figure: "Figure") -> None:
     spliced = next(iter(result.values())).measurement.ce_clean is not None
     left, *others = figure.subplots(1, 1 + spliced, squeeze=False)[0]
     draw_lines(left, evaluation, lambda name: [(level.l0, level.fve) for level in result[name].measurement.levels])
@@ -302,7 +305,7 @@ def _draw_fidelity(result: Mapping[str, CoreResult], evaluation: Evaluation, fig
     legend_outside(figure.axes[-1])
 
 
-def _draw_rate_distortion(result: Mapping[str, CoreResult], evaluation: Evaluation, figure: Any) -> None:
+def _draw_rate_distortion(result: Mapping[str, CoreResult], evaluation: Evaluation, figure: "Figure") -> None:
     axis = figure.subplots()
 
     def points(name: str) -> list[Point]:
@@ -315,7 +318,7 @@ def _draw_rate_distortion(result: Mapping[str, CoreResult], evaluation: Evaluati
     legend_outside(axis)
 
 
-def _draw_density(name: str, core: CoreResult, figure: Any) -> None:
+def _draw_density(name: str, core: CoreResult, figure: "Figure") -> None:
     from matplotlib import colormaps
 
     axis = figure.subplots()

@@ -15,7 +15,7 @@ n are set to zero while the SAE's error stays, which moves the activation by −
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from hf_msae.evaluation.plots import Point, draw_lines, legend_outside, log_axis
 from hf_msae.evaluation.probes import Probes, Samples, Split, fit_probes, mean_differences, score_logits
 from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
 from hf_msae.modeling import MatryoshkaSAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COUNTS = (2, 5, 10, 20, 50)
 # Which of them the table shows.
@@ -375,7 +378,7 @@ def _at_shown_count(scores: Sequence[PerturbationScore | RemovalScore]) -> list[
     return [score for score in scores if score.count == SHOWN_COUNT]
 
 
-def _draw(result: dict[str, ErasureResult], evaluation: Evaluation, figure: Any) -> None:
+def _draw(result: dict[str, ErasureResult], evaluation: Evaluation, figure: "Figure") -> None:
     axis = figure.subplots()
 
     def points(name: str) -> list[Point]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 from transformers.utils import logging
@@ -22,6 +22,9 @@ from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.probes import Split, make_split
 from hf_msae.modeling import MatryoshkaSAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What evaluation.json has always held, in this order, and what stands there where it was not measured. Keys of other
 # metrics come after these, and only where they were measured.
@@ -136,7 +139,7 @@ class Plot:
     """
 
     caption: str
-    draw: Callable[[Any], None]
+    draw: Callable[["Figure"], None]
 
 
 @dataclass(frozen=True)

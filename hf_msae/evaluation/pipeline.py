@@ -12,6 +12,7 @@ import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.evaluation.arguments import EvaluationArguments
@@ -51,10 +52,10 @@ def run_evaluation(
     subjects: Sequence[Subject],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Any,
+    documents: DocumentsLike,
     args: EvaluationArguments,
     *,
-    eval_documents: Any = None,
+    eval_documents: "DocumentsLike | None" = None,
     site: str | None = None,
     text_column: str = "text",
     source: str | Path | None = None,

@@ -4,10 +4,14 @@ import io
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_msae.evaluation.metric import Evaluation
 from hf_msae.plot_style import style_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # matplotlib wants a colour; in the SVG it becomes the page's own.
 TEXT = "#010203"
@@ -17,7 +21,7 @@ MARKERS = "osD^vPX*"
 Point = tuple[float, float]
 
 
-def draw_svg(draw: Callable[[Any], None]) -> str:
+def draw_svg(draw: Callable[["Figure"], None]) -> str:
     """An `<svg>` element as wide as its place on the page.
 
     Args:
@@ -56,7 +60,7 @@ def _style_legend(legend: Any) -> None:
             text.set_color(TEXT)
 
 
-def draw_lines(axis: Any, evaluation: Evaluation, points_of: Callable[[str], Sequence[Point]]) -> None:
+def draw_lines(axis: "Axes", evaluation: Evaluation, points_of: Callable[[str], Sequence[Point]]) -> None:
     """A line for each method, through the means of its SAEs' points.
 
     Args:
@@ -74,7 +78,7 @@ def draw_lines(axis: Any, evaluation: Evaluation, points_of: Callable[[str], Seq
             )
 
 
-def log_axis(axis: Any, places: Sequence[float] = ()) -> None:
+def log_axis(axis: "Axes", places: Sequence[float] = ()) -> None:
     """Make the horizontal axis logarithmic, with plain numbers.
 
     Args:
@@ -101,7 +105,7 @@ def mean_at(items: Sequence[Any], place: str, field: str) -> list[Point]:
     return [(at, statistics.fmean([vars(item)[field] for item in items if vars(item)[place] == at])) for at in places]
 
 
-def legend_outside(axis: Any) -> None:
+def legend_outside(axis: "Axes") -> None:
     """A legend beside the axis, where no line runs.
 
     Args:

@@ -9,7 +9,7 @@ latents of an SAE that was never trained; and the probe on the whole activation,
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from hf_msae.evaluation.plots import TEXT, draw_lines, legend_outside, log_axis,
 from hf_msae.evaluation.probes import Split, fit_probes, mean_differences, score_logits, training_examples
 from hf_msae.evaluation.tables import Cells, Column, table_by_prefix, write_cell
 from hf_msae.modeling import MatryoshkaSAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KS = (1, 2, 5)
 TOKENS_AT_ONCE = 8192
@@ -241,7 +244,7 @@ def _reference_table(result: ProbingResult, names: Sequence[str]) -> Table:
     return Table("Sparse probing, references", note, ["features", "k", "accuracy"], rows)
 
 
-def _draw(result: ProbingResult, evaluation: Evaluation, figure: Any) -> None:
+def _draw(result: ProbingResult, evaluation: Evaluation, figure: "Figure") -> None:
     ks = _ks(result, evaluation)
     for k, axis in zip([ks[0], ks[-1]], figure.subplots(1, 2, sharey=True), strict=True):
         scores = {name: [s for s in result.scores if (s.features, s.k) == (name, k)] for name in evaluation.methods}

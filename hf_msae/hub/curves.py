@@ -6,9 +6,12 @@ The picture is transparent and its text a middle grey, so that it reads on a whi
 import io
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_msae.plot_style import style_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NAME = "curves.png"
 GREY = "#7f8791"
@@ -63,12 +66,12 @@ def fve_by_level(log: Sequence[Entry], prefix_sizes: Sequence[int]) -> tuple[lis
     return [entry["tokens"] for entry in measured], [[level["fve"] for level in e["eval_levels"]] for e in measured]
 
 
-def _draw_line(axis: Any, title: str, tokens: Sequence[int], values: Sequence[float]) -> None:
+def _draw_line(axis: "Axes", title: str, tokens: Sequence[int], values: Sequence[float]) -> None:
     axis.plot(tokens, values, color=LINE, linewidth=1.6)
     axis.set_title(title)
 
 
-def _draw_levels(axis: Any, log: Sequence[Entry], prefix_sizes: Sequence[int]) -> None:
+def _draw_levels(axis: "Axes", log: Sequence[Entry], prefix_sizes: Sequence[int]) -> None:
     from matplotlib import colormaps
 
     tokens, rows = fve_by_level(log, prefix_sizes)
@@ -91,7 +94,7 @@ def _draw_levels(axis: Any, log: Sequence[Entry], prefix_sizes: Sequence[int]) -
         )
 
 
-def _style(axis: Any) -> None:
+def _style(axis: "Axes") -> None:
     from matplotlib.ticker import EngFormatter
 
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.errors import InputError
 from hf_msae.process_wide import forward_mode
@@ -188,7 +188,7 @@ def nearest_latents(directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(indices), torch.cat(cosines)
 
 
-def decode_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Each token as text, by itself.
 
     Args:

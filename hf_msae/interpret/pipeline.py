@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import OutputExistsError
 from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.effects import LogitEffects
@@ -28,7 +29,7 @@ def interpret(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sae: MatryoshkaSAE,
-    documents: Any,
+    documents: DocumentsLike,
     folder: str | Path,
     *,
     max_tokens: int,

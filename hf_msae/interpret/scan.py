@@ -8,7 +8,6 @@ hierarchy is found. A latent takes about 8 · (top_contexts + sampled_contexts) 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_msae.data import ActivationError, TokenWindows, Window, as_documents, pad_id, vocabulary
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import capture_counted, leave_out
 from hf_msae.errors import InputError
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
@@ -98,7 +98,7 @@ def scan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sae: MatryoshkaSAE,
-    documents: Any,
+    documents: DocumentsLike,
     *,
     max_tokens: int,
     site: str | None = None,

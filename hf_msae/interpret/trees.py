@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
 from hf_msae.interpret.edges import find_hierarchy
 from hf_msae.interpret.effects import decode_tokens
@@ -37,7 +37,7 @@ def measure_hierarchy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sae: MatryoshkaSAE,
-    documents: Any,
+    documents: DocumentsLike,
     *,
     max_tokens: int = 200_000,
     site: str | None = None,

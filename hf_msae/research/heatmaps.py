@@ -9,7 +9,7 @@ of the parent's own cell in both.
 import io
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.research.recovery import assign, truth_cosines
 from hf_msae.research.toys import FeatureWorld, Forest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Samples drawn in the activation pictures, and features up to which cells carry their numbers.
 NUM_SHOWN = 120
@@ -128,7 +131,7 @@ def _borders(forest: Forest, order: list[int]) -> list[float]:
     return [edge - 0.5 for edge in sorted(edges - {0, len(order)})]
 
 
-def _write_numbers(axis: Any, cosines: Tensor) -> None:
+def _write_numbers(axis: "Axes", cosines: Tensor) -> None:
     for row, values in enumerate(cosines.tolist()):
         for column, value in enumerate(values):
             color = "white" if abs(value) > 0.6 else "black"

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.atomic_files import atomic_folder
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError, OutputExistsError
 from hf_msae.evaluation.activations import collect
 from hf_msae.modeling import MatryoshkaSAE
@@ -26,7 +27,7 @@ def name_latents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sae: MatryoshkaSAE,
-    documents: Any,
+    documents: DocumentsLike,
     *,
     num_tokens: int = 20_000,
     called: str = "",

@@ -11,7 +11,7 @@ and seldom true, so the fit comes with its range, its R², and the R² of an exp
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy, predicts
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.research.representation import linear_cka, pair_ranks, rank_correlation
 from hf_msae.research.subjects import trained_saes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ORDERS = ("own", *IMPORTANCES)
 # Those of a report. By contribution, E[a²]·‖W_dec‖², is by energy where decoder rows are of norm 1.
@@ -263,7 +266,7 @@ def _similarities(draw: _Draw, sae: MatryoshkaSAE) -> list[tuple[float, float]]:
     ]
 
 
-def draw_progressive(result: ProgressiveResult, figure: Any) -> None:
+def draw_progressive(result: ProgressiveResult, figure: "Figure") -> None:
     """FVE and RSA against the number of latents kept, and sorted importance with its law.
 
     Args:

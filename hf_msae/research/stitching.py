@@ -10,7 +10,7 @@ all that found no partner is exchanged, the decoder bias too. So the curve ends 
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from hf_msae.research.novelty import (
     shared_batches,
 )
 from hf_msae.research.subjects import trained_saes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INSERTIONS, SWAPS = "insert", "swap"
 
@@ -210,7 +213,7 @@ def _walk(text: TextActivations, small: MatryoshkaSAE, large: MatryoshkaSAE, pla
     ]
 
 
-def draw_stitching(result: StitchResult, figure: Any) -> None:
+def draw_stitching(result: StitchResult, figure: "Figure") -> None:
     """The curve from the small SAE to the large one, and gains against cosines.
 
     Args:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_msae.data import CachedActivations
+from hf_msae.data.cache import TrainingData
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import resolve_site, site_width
@@ -91,7 +92,7 @@ def middle_layer(model: nn.Module) -> str:
     return f"layers.{(layers - 1) // 2}"
 
 
-def sites_of(dataset: Any) -> list[str]:
+def sites_of(dataset: TrainingData) -> list[str]:
     """The sites of an activation cache; none of any other data."""
     return [str(site) for site in dataset.sites] if isinstance(dataset, CachedActivations) else []
 

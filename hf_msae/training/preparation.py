@@ -13,13 +13,14 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import CachedActivations, as_documents
+from hf_msae.data.cache import TrainingData
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, origin_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -134,8 +135,8 @@ def open_data(
     tokenizer: PreTrainedTokenizerBase | None,
     saes: Mapping[str, MatryoshkaSAE],
     sites: Sequence[Site],
-    train_dataset: Any,
-    eval_dataset: Any,
+    train_dataset: TrainingData,
+    eval_dataset: "DocumentsLike | None",
 ) -> tuple[HeldOut, ActivationLoader]:
     """Open what the run trains and measures on; the windows' form is written into the SAEs' configurations.
 

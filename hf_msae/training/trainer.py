@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_msae.data import ActivationError, DatasetError, fingerprint
+from hf_msae.data.cache import TrainingData
+from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.populations import describe_difference
 from hf_msae.errors import HfMsaeError, InputError
 from hf_msae.metrics import Measurement
@@ -91,8 +93,8 @@ class SAETrainer:
         model: PreTrainedModel | None,
         sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, MatryoshkaSAE],
         args: SAETrainingArguments,
-        train_dataset: Any,
-        eval_dataset: Any = None,
+        train_dataset: TrainingData,
+        eval_dataset: "DocumentsLike | None" = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
