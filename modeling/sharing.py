@@ -21,7 +21,10 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # comes with torch
 
 
 class SharingMixin:
@@ -86,7 +89,7 @@ class SharingMixin:
         )
 
     @classmethod
-    def from_saelens(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+    def from_saelens(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> "Self":
         """Read a SAELens checkpoint (`cfg.json`, `sae_weights.safetensors`), of its training and inference forms.
 
         Args:
@@ -105,7 +108,7 @@ class SharingMixin:
     @classmethod
     def from_dictionary_learning(
         cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
-    ) -> Any:
+    ) -> "Self":
         """Read a dictionary_learning trainer folder (`ae.pt`, `config.json`).
 
         Args:
@@ -124,7 +127,7 @@ class SharingMixin:
         )
 
     @classmethod
-    def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+    def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> "Self":
         """Read a sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`).
 
         Args:
@@ -141,7 +144,7 @@ class SharingMixin:
         return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "sparsify", prefix_sizes, **hub)
 
     @classmethod
-    def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> Any:
+    def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> "Self":
         """Read a Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2).
 
         Args:

@@ -52,7 +52,9 @@ def as_documents(data: DocumentsLike, *, text_column: str = "text", messages_col
         )
     kinds = {kind.__name__ for kind in type(data).__mro__ if kind.__module__.partition(".")[0] == "datasets"}
     if kinds & {"DatasetDict", "IterableDatasetDict"}:
-        raise DatasetError(f"a {type(data).__name__} has several splits ({', '.join(map(str, data))}); pass one: data['train']")
+        raise DatasetError(
+            f"a {type(data).__name__} has several splits ({', '.join(map(str, data))}); pass one: data['train']"
+        )
     if "IterableDataset" in kinds:
         source: Source = StreamSource(data)
         description = "a streamed dataset"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
@@ -34,6 +34,9 @@ from hf_msae.interpret.writing import (
 from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import inside, parse_json, read_json
 from hf_msae.process_wide import no_data_warning, no_datasets_bars
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class InterpretationError(InputError):
@@ -85,7 +88,7 @@ class Interpretation:
         return (self.page(latent) for latent in range(len(self)))
 
     @cached_property
-    def dataset(self) -> Any:
+    def dataset(self) -> "Dataset":
         """The rows, a memory-mapped `datasets.Dataset`."""
         from datasets import Dataset
         from datasets.exceptions import DatasetsError

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from hf_msae.interpret.hierarchy import Hierarchy
 from hf_msae.interpret.scan import Scan
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.process_wide import no_datasets_bars
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 FOLDER_NAME = "interpretation"
 INDEX_NAME = "interpretation.json"
@@ -113,7 +116,7 @@ def _write_rows(folder: Path, rows: "_Rows", num_latents: int) -> None:
             Dataset.from_dict(columns, features=row_features()).to_parquet(folder / name)
 
 
-def row_features() -> Any:
+def row_features() -> "Features":
     """The columns of the Parquet files."""
     from datasets import Features, Value
 
