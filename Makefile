@@ -12,7 +12,13 @@ PEERS := $(PEERS_VENV)/.installed
 # Images for containers often set it. The tests start Python some hundred times, and each would compile all that it
 # imports once more: a quarter of the time of `make fast`.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help install quickstart demo fast test peers quality format clean
+.PHONY: help install quickstart demo fast test peers quality docs copy format clean
+
+# What pip has to say about its own version and about paths of scripts is nothing that a reader here can use.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_WARN_SCRIPT_LOCATION := 1
+# The theme announces other products of its makers with every build.
+export NO_MKDOCS_2_WARNING := 1
 
 help:  ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 $(DEVELOP): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,interpreter]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,docs,interpreter]"
 	touch $(DEVELOP)
 
 $(DEMO): $(INSTALLED)
@@ -56,13 +62,19 @@ test: $(DEVELOP)  ## Run all tests
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest tests/formats tests/research/test_synth_bench_peers.py
 
-quality: $(DEVELOP)  ## Lint, formatting, types, and transformers' rules for Hub code
+quality: $(DEVELOP) copy  ## Lint, formatting, types, transformers' rules for Hub code, and links of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# mypy cannot see through an editable install's import hook, so it reads an ordinary one.
-	rm -rf build/installed && $(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 	MYPYPATH=build/installed $(BIN)/mypy -p hf_msae
 	$(BIN)/mlinter modeling/
+	$(BIN)/mkdocs build --quiet --strict
+
+docs: $(DEVELOP) copy  ## Build the documentation as a site, in build/site
+	$(BIN)/mkdocs build --strict
+
+# Neither mypy nor the reference's generator sees through an editable install's import hook: they read an ordinary one.
+copy: $(DEVELOP)
+	rm -rf build/installed && $(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 
 format: $(DEVELOP)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

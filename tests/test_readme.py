@@ -1,10 +1,14 @@
-"""The documents tell the truth: their Python runs, their commands parse, their flags exist.
+"""The documents tell the truth: their Python runs, their commands parse or run, their flags exist.
 
 - A ```python block after a line `<!-- runs -->` is executed: all of a document, in order, as one program in an empty
-  folder. Another one must compile, and what it imports from hf_msae must exist.
-- A line of a ```bash block is never executed. `hf-msae ...` (also under `accelerate launch` and `torchrun`) goes
-  through the real parser, and the SAEs that it asks for must be possible; targets of `make`, modules and scripts of
-  `python`, extras and files of `pip` must exist. A program that is not known here fails, so that nothing goes unread.
+  folder (README) or in one where an SAE lies, `runs/quickstart`, and some names are known (the pages of docs/; see
+  `documents.py`). Another one says `<!-- not run: REASON -->`, must compile, and what it imports from hf_msae must
+  exist; REASONS says what has to be true of it.
+- A ```bash block after a line `<!-- commands run -->` is executed, too, command by command. Of any other one,
+  `hf-msae ...` (also under `accelerate launch` and `torchrun`) goes through the real parser, and the SAEs that it asks
+  for must be possible; targets of `make`, modules and scripts of `python`, extras and files of `pip` must exist. A
+  program that is not known here fails, so that nothing goes unread. Each such command is one that cannot run here, or
+  that another test runs: `why_not_run` says which.
 - A ```yaml block that begins with `# name.yaml` is that file for `--config name.yaml`; any other file is empty.
 - `--flags` in the text must be flags of some command, of a script in `benchmarks/`, or of `accelerate launch`.
 """
@@ -17,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,10 +32,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch.distributed.run
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from command_parsers import parser_of
+from documents import make_folder, run_page
 from huggingface_hub.errors import StrictDataclassError
 from patience import HANG_SECONDS
+from warm_processes import run_together
 
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.main import COMMANDS, overview
@@ -42,8 +50,11 @@ from hf_msae.worlds.stories import load_story_lm
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [*(path.name for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"), *PAGES]
 MARK = "<!-- runs -->"
+SHELL_MARK = "<!-- commands run -->"
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 # Languages of blocks that show output or layout, in which there is nothing to check.
 SHOWN = {"", "text", "json", "bibtex", "yaml"}
 # Programs of which a reader's machine, not this repository, decides whether they work.
@@ -60,22 +71,26 @@ for line, code in blocks:
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, the line where its code begins (from 1), its code, whether it is marked."""
+    """A fenced block: its language, the line where its code begins (from 1), its code, whether it runs, or why not."""
 
     language: str
     line: int
     code: str
     runs: bool
+    reason: str = ""
 
 
 def read_blocks(text: str) -> list[Block]:
     blocks, lines = [], [*text.splitlines(), ""]
     number = 0
     while number < len(lines):
-        marked = number > 0 and lines[number - 1].strip() == MARK
+        above = lines[number - 1].strip() if number > 0 else ""
+        excuse = NOT_RUN.fullmatch(above)
         fence = re.fullmatch(r"(`{3,})\s*(\w*)", lines[number])
-        if marked and (fence is None or fence[2] != "python"):
-            raise ValueError(f"line {number}: {MARK} must stand right above a ```python block")
+        wanted = "bash" if above == SHELL_MARK else "python"
+        marked = above in (MARK, SHELL_MARK)
+        if (marked or excuse) and (fence is None or fence[2] != wanted):
+            raise ValueError(f"line {number}: {above} must stand right above a ```{wanted} block")
         if fence is None and re.match(r"\s*(```|~~~)", lines[number]):
             raise ValueError(f"line {number + 1}: a fence must be ``` and a language, and nothing around them")
         number += 1
@@ -83,7 +98,8 @@ def read_blocks(text: str) -> list[Block]:
             if fence[1] not in lines[number:]:
                 raise ValueError(f"line {number}: a block that never ends")
             end = lines.index(fence[1], number)
-            blocks.append(Block(fence[2], number + 1, "\n".join(lines[number:end]) + "\n", marked))
+            code = "\n".join(lines[number:end]) + "\n"
+            blocks.append(Block(fence[2], number + 1, code, marked, excuse[1] if excuse else ""))
             number = end + 1
     return blocks
 
@@ -221,7 +237,7 @@ def check_imports(code: str, name: str) -> None:
 
 def run_python(document: str, blocks: list[Block], folder: Path) -> subprocess.CompletedProcess:
     """The marked blocks as one program, in a folder of its own and without the network."""
-    code = json.dumps([[block.line, block.code] for block in blocks if block.runs])
+    code = json.dumps([[block.line, block.code] for block in blocks if block.runs and block.language == "python"])
     command = [sys.executable, "-c", RUNNER, document, code]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
@@ -378,7 +394,7 @@ def test_the_marked_python_of_the_readme_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-# What the README's example leaves in memory, what it left on disk, and what the SAE in memory is saved as by hand.
+# What the example leaves in memory, what it left on disk, and what the SAE in memory is saved as by hand.
 HELD_AND_SAVED = """
 import torch
 from hf_msae.sites import capture, resolve_site
@@ -395,9 +411,12 @@ for folder in ("runs/python", "runs/by-hand"):
 
 
 def test_the_readmes_sae_is_in_memory_what_it_is_on_disk(tmp_path: Path) -> None:
-    example = next(block for block in read_blocks((ROOT / "README.md").read_text()) if ".train()" in block.code)
+    """The example of the page about training, which the README names."""
+    page = "docs/training.md"
+    assert f"({page})" in (ROOT / "README.md").read_text()
+    example = next(block for block in read_blocks((ROOT / page).read_text()) if ".train()" in block.code)
     assert example.runs
-    done = run_python("README.md", [example, Block("python", 1, HELD_AND_SAVED, True)], tmp_path)
+    done = run_python(page, [example, Block("python", 1, HELD_AND_SAVED, True)], tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -432,9 +451,161 @@ def test_the_commands_that_the_program_proposes_are_right(given: dict[str, Any],
     check_shell(overview().split("examples:")[1], tmp_path)
 
 
+@pytest.fixture(scope="module")
+def folder_of_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages find around them; each gets a copy."""
+    folder = tmp_path_factory.mktemp("pages")
+    make_folder(folder)
+    return folder
+
+
+def runs_of(page: str) -> list[list[Any]]:
+    """What of a page is executed: the language, the line, and the code or the words of each command."""
+    return [
+        [block.language, block.line, block.code if block.language == "python" else list(read_commands(block.code))]
+        for block in read_blocks((ROOT / page).read_text())
+        if block.runs
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runs_of(page)])
+def test_what_a_page_says_that_runs_runs(page: str, folder_of_pages: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder_of_pages, tmp_path / "here")
+    status, printed = run_together(1, run_page, str(tmp_path / "here"), page, runs_of(page), output=tmp_path / "out")
+    assert status == 0, printed[-4000:]
+
+
+def names_of_hf_msae(code: str) -> set[str]:
+    """The names that a program imports from hf_msae."""
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in imports if (node.module or "").startswith("hf_msae") for alias in node.names}
+
+
+@cache
+def sources_of_tests(folder: str) -> str:
+    others = [path for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)]
+    return "\n".join(path.read_text() for path in others)
+
+
+def is_tested(name: str, folder: str = "tests") -> bool:
+    """Whether a test names it."""
+    return re.search(rf"\b{re.escape(name)}\b", sources_of_tests(folder)) is not None
+
+
+# Why Python of a document is not executed, and what is then true of it.
+REASONS: dict[str, Callable[[str], bool]] = {
+    "it needs the Hub": lambda code: re.search(r"\"[\w-]+/[\w.-]+\"", code) is not None,
+    "it needs several processes": lambda code: "shard_latents" in code,
+    "it takes minutes": lambda code: all(is_tested(name) for name in names_of_hf_msae(code)),
+}
+
+
+@pytest.mark.parametrize(("document", "block"), blocks_of("python"))
+def test_python_runs_or_says_why_not(document: str, block: Block) -> None:
+    assert block.runs or block.reason in REASONS, "mark it `<!-- runs -->` or `<!-- not run: REASON -->`"
+    if block.reason:
+        assert REASONS[block.reason](block.code)
+        assert names_of_hf_msae(block.code)
+
+
+HUB_NAME = re.compile(r"[A-Za-z][\w-]*/[\w.-]+")
+# Commands that end only when somebody ends them, and what starts them in a browser in the tests.
+SERVERS = {("hf-msae", "demo"), ("hf-msae", "space"), ("make", "demo")}
+# Folders that documents name, where the Hub would be meant otherwise.
+FOLDERS = ("runs/", "cache/", "saes/", "export/")
+
+
+def why_not_run(words: list[str]) -> str:
+    """Why a command of a document is not executed as it stands; empty where nothing excuses it."""
+    program, *arguments = words
+    if program in OTHERS or program in ("pip", "make", "python3") or arguments[:2] == ["-m", "pytest"]:
+        return "it sets up a machine"
+    if tuple(words[:2]) in SERVERS:
+        return "it serves until it is stopped"
+    if program in ("accelerate", "torchrun"):
+        return "it needs several processes or an accelerator"
+    if any(HUB_NAME.fullmatch(word) and not word.startswith(FOLDERS) for word in arguments):
+        return "it needs the Hub"
+    if program == "python":
+        return "it takes minutes; a test runs it smaller" if is_tested(Path(arguments[0]).stem) else ""
+    if program == "hf-msae" and is_tested(arguments[0], "tests/cli"):
+        return "tests/cli runs it"
+    return ""
+
+
+@pytest.mark.parametrize(("document", "block"), blocks_of("bash"))
+def test_commands_run_or_something_excuses_them(document: str, block: Block) -> None:
+    if not block.runs:
+        assert [words for words in read_commands(block.code) if not why_not_run(words)] == []
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a document, without blocks, tables and headings."""
+    text = re.sub(r"^```.*?^```|^<!--.*-->|^\|.*|^#.*|^ {4}.*", "", text, flags=re.DOTALL | re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from re.split(r"(?<=[.:?!])\s+", " ".join(paragraph.split()))
+
+
+def test_no_sentence_stands_in_two_documents() -> None:
+    places: dict[str, set[str]] = {}
+    for document in DOCUMENTS:
+        for sentence in sentences((ROOT / document).read_text()):
+            if len(sentence) > 60:
+                places.setdefault(sentence, set()).add(document)
+    assert {sentence: where for sentence, where in places.items() if len(where) > 1} == {}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/performance.md"])
+def test_a_page_begins_with_what_its_reader_can_do_after_it(page: str) -> None:
+    title, nothing, first, *_ = (ROOT / page).read_text().splitlines()
+    assert title.startswith("# ")
+    assert not nothing
+    assert first.startswith("After this page you ")
+    assert first.endswith(".")
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named: list[str] = []
+
+    def walk(entry: Any) -> None:
+        if isinstance(entry, str):
+            named.append(f"docs/{entry}")
+        else:
+            for value in entry.values() if isinstance(entry, dict) else entry:
+                walk(value)
+
+    walk(navigation)
+    assert sorted(named) == PAGES
+    readme = (ROOT / "README.md").read_text()
+    assert [page for page in PAGES if "reference" not in page and f"]({page}" not in readme] == []
+
+
+def test_the_readme_is_short_and_its_ratios_are_those_of_the_page_about_performance() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    row = next(line for line in readme.splitlines() if line.startswith("| one training step"))
+    measured = (ROOT / "docs" / "performance.md").read_text()
+    ratios = re.findall(r"\d+\.\d+", row)
+    assert len(ratios) == 6
+    assert [ratio for ratio in ratios if ratio not in measured] == []
+    claimed = re.findall(r"\.\d{3} ± \.\d{3}", readme)
+    assert len(claimed) >= 10
+    papers = (ROOT / "docs" / "papers.md").read_text()
+    assert [claim for claim in claimed if claim.replace(".", "0.") not in papers] == []
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    """mkdocs holds those of the site; these are of the files, as GitHub shows them."""
+    for document in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / document).read_text()):
+            if not re.match(r"https?:|mailto:", link):
+                assert ((ROOT / document).parent / link).exists(), (document, link)
+
+
 def test_no_page_says_the_same_line_twice():
     """As automatic edits leave behind; headers of tables may repeat."""
-    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+    for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
         lines = page.read_text(encoding="utf-8").splitlines()
         long = [line for line in lines if len(line) > 40 and not set(line) <= set("|-: ")]
         rows = {line for line in long if long.count(line) > 1}

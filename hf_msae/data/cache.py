@@ -191,7 +191,8 @@ class CachedActivations(BatchIterator):
         batch_size: rows per batch; need not be that of the stream.
         seed: fixes all orders.
         sites: the sites to read; None reads all.
-        rank, world_size: this process among those that share the cache.
+        rank: which of the processes that share the cache this is.
+        world_size: how many they are.
         epochs: how many times to go through it.
         skip_rows: leave out this many rows, from the first shard on: those that `first_rows` gives.
 

@@ -144,7 +144,8 @@ class ActivationStream(BatchIterator):
         batch_size: rows per batch.
         block_tokens: tokens that count in a block; more mixes better and takes more memory (see the module).
         lm_batch_size: windows per forward pass.
-        seed, shard: with the block number these fix the permutation; give each process its rank as `shard`.
+        seed: with `shard` and the block number it fixes the permutation.
+        shard: give each process its rank.
         norm_limits: the largest norm of an activation that counts, by site, as `find_norm_limits` finds it; a token
             beyond it at any site is dropped at all of them. None and 0 keep all.
         pad_id: the token that fills short windows; never attended to.

@@ -29,7 +29,7 @@ SHOWN_FACTS = {
 }
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> None:
+def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     """Write both files, each whole or not at all.
 
     Args:
@@ -38,7 +38,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     """
     contents = {HTML_NAME: render_html(evaluation), JSON_NAME: json.dumps(evaluation.to_dict(), indent=1) + "\n"}
     for name, text in contents.items():
-        with atomic_file(folder / name) as draft:
+        with atomic_file(Path(folder) / name) as draft:
             draft.write_text(text, encoding="utf-8")
 
 

@@ -23,7 +23,8 @@ class SteeredPipeline(TextGenerationPipeline):
     """`pipe(prompt)` as in transformers (batches, chats, `streamer=`, any argument of `generate`), steered.
 
     Args:
-        model, tokenizer: the language model.
+        model: the language model.
+        tokenizer: its tokenizer.
         saes: the SAE, or several by the names that the steering's edits use.
         steering: what to do; a `Steering()` without edits does nothing.
         kwargs: as for `TextGenerationPipeline`.

@@ -55,6 +55,9 @@ class Forest:
 
     Args:
         roots: of the trees; the rest is made from them.
+
+    Attributes:
+        roots: as given.
         names: (num_features,).
         parents: row of each feature's parent, -1 for a root.
         depths: 0 for a root.

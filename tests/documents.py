@@ -1,0 +1,65 @@
+"""What the pages of the documentation find around them, and how they are executed.
+
+Python of the pages may use an SAE that lies in `runs/quickstart`, with an interpretation, and the names of `NAMES`, as
+a reader has them who came from the page before.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_msae.cli.main import main
+
+# Far less than `hf-msae quickstart` trains, of the same form.
+TRAIN = [
+    *("train", "--num-latents", "1024", "--prefix-sizes", "32", "128", "1024", "--k", "8", "--batch-size", "1024"),
+    *("--max-tokens", "30k", "--eval-tokens", "5k", "--calibration-tokens", "5k", "--ce-tokens", "2k"),
+    *("--output-dir", "runs/quickstart", "--disable-tqdm"),
+]
+NAMES = """
+from hf_msae import MatryoshkaSAE, resolve_site
+from hf_msae.worlds.stories import StoryWorld, load_story_lm
+model, tokenizer = load_story_lm()
+sae = MatryoshkaSAE.from_pretrained("runs/quickstart")
+site = resolve_site(model, sae.config.site)
+documents = StoryWorld(seed=3).documents(200)
+inputs = tokenizer("Once upon a time, there was a little owl.", return_tensors="pt")
+"""
+
+
+def command(arguments: list[str]) -> None:
+    """`hf-msae ...` in this process; SystemExit where it fails."""
+    try:
+        main(arguments)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def make_folder(folder: Path) -> None:
+    """Train the SAE of the pages and read what its latents mean."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        command(TRAIN)
+        command(["interpret", "runs/quickstart", "--max-tokens", "20k"])
+    finally:
+        os.chdir(before)
+
+
+def run_page(folder: str, page: str, blocks: list[list[Any]]) -> None:
+    """Execute blocks, all as one program; tracebacks name the lines of the page."""
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    names: dict[str, Any] = {"__name__": "__main__"}
+    sys.modules["__main__"].__dict__.update(names)
+    exec(compile(NAMES, "documents.NAMES", "exec"), names)
+    for language, line, code in blocks:
+        if language == "python":
+            exec(compile("\n" * (line - 1) + code, page, "exec"), names)
+        else:
+            for program, *arguments in code:
+                assert program == "hf-msae", f"{page}:{line}: only hf-msae runs, not {program}"
+                print(f"$ hf-msae {' '.join(arguments)}")
+                command(arguments)
