@@ -51,6 +51,7 @@ from .dense_ops import (
     select_above,
     select_topk,
 )
+from .devices import constants
 from .objective import BatchContext, ObjectiveMixin, straight_through
 from .prefix_loading import HUB_ARGUMENTS, pin_commit, read_state, truncate_state
 from .selection import SINGLE_PROCESS, ProcessGroup
@@ -299,13 +300,17 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             errors, reconstruction, active, sparsity_loss = self._sparse_errors(
                 x, active, k, sizes, variance, batch, shares
             )
-            latents = active.to_dense(x.shape[0], self.config.num_latents) if return_latents else None
+            if return_latents:
+                latents = active.to_dense(x.shape[0], self.config.num_latents)
+                active = active.take(active.values > 0) if self.config.activation == "jumprelu" else active
+            else:
+                latents = None
         level_losses = errors / variance
         losses = level_losses
         if self.config.log_loss:
             losses = (straight_through(errors, batch.level_errors) / variance).log()
         sparsity_weight = self.config.sparsity_weight if sparsity_weight is None else sparsity_weight
-        loss = (losses * losses.new_tensor(weights)).sum() + sparsity_weight * sparsity_loss
+        loss = (losses * constants(weights, losses)).sum() + sparsity_weight * sparsity_loss
 
         aux_loss = loss.new_zeros(())
         if dead_latents is not None and self.config.aux_loss_weight:

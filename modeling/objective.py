@@ -40,7 +40,7 @@ from .dense_ops import (
 )
 from .selection import SINGLE_PROCESS, ProcessGroup, sum_over
 from .sparse_encoder import ActiveLatents, select_exceeding, select_largest, select_largest_per_token
-from .sparse_ops import DENSE_DEAD_SHARE, ActiveIndices, GradientMemory, LevelErrors, PreActivations, index_active
+from .sparse_ops import ActiveIndices, GradientMemory, LevelErrors, PreActivations, dense_dead_share, index_active
 from .untrusted import SAEError
 
 
@@ -203,6 +203,7 @@ class ObjectiveMixin:
         """Compute the loss's parts on the sparse path.
 
         Gives mean squared errors of the levels (G,), the whole reconstruction (B, d), what is active, and the penalty.
+        For `jumprelu`, some of what is active is just below its threshold and has the value 0.
         """
         places, memory = index_active(active, self.W_enc.shape[0]), self.gradient_memory
         bias = self._subtracted_bias()
@@ -213,11 +214,7 @@ class ObjectiveMixin:
             x, values, self.W_dec, self.b_dec, sizes_here, detach, shares, memory, self.ranks, *places
         )
         values = values.detach()
-        active = ActiveLatents(places.tokens, places.latents, values)
-        if self.config.activation == "jumprelu":
-            # Among the places are some just below their thresholds.
-            active = active.take(values > 0)
-        return errors, reconstruction, active, sparsity_loss
+        return errors, reconstruction, ActiveLatents(places.tokens, places.latents, values), sparsity_loss
 
     def _activate(
         self, pre: Tensor, places: ActiveIndices, x: Tensor, k: float, variance: Tensor | float, batch: BatchContext
@@ -276,7 +273,7 @@ class ObjectiveMixin:
         """
         W_enc, b_enc, W_dec, bias = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead], self._subtracted_bias()
         k = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
-        if k > DENSE_DEAD_SHARE * num_dead:
+        if k > dense_dead_share(x.device) * num_dead:
             return decode_dead(residual, pre_activations(x, W_enc, b_enc, bias), W_dec, k, self.ranks)
         encoded = (x if bias is None else x - bias).detach()
         active = select_largest_per_token(encoded, W_enc, b_enc, k, self.ranks)

@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils import is_triton_available
 
+from .devices import has_kernels, sent
 from .selection import SINGLE_PROCESS, ProcessGroup, among_largest
 
 # Numbers of a tile of pre-activations: on the CPU what stays in the caches until it is searched, on a GPU what fills
@@ -58,9 +58,12 @@ MARGIN_OF_A_TOKEN = 1.5
 # sooner in tiles of all latents: 32 of 4,096 of width 256 in two thirds of the time. Beyond, tiles of some latents do
 # it: 32 of 65,536 of width 1,024 in two thirds of the time.
 CACHED_WEIGHTS = 1 << 23
-# With a larger share of latents active the dense products are used. Measured on two CPU cores: at 1/8 the sparse path
-# takes half the time of the dense one, at 1/4 nine tenths.
-DENSE_SHARE = 1 / 8
+# With a larger share s of latents active the dense products are used. Measured on two CPU cores: at 1/8 the sparse
+# path takes half the time of the dense one, at 1/4 nine tenths. On a GPU (an estimate, for an H100) the dense path
+# takes four products more, 8·B·F·d operations at 600 TFLOP/s in bfloat16, and the sparse one reads s·B·F rows of d
+# numbers four times, 16·s·B·F·d bytes at 3.35 TB/s: the same at s = 1/360; in TF32, at half that rate, at 1/180.
+CPU_DENSE_SHARE = 1 / 8
+GPU_DENSE_SHARE = 1 / 256
 
 
 class ActiveLatents(NamedTuple):
@@ -81,7 +84,7 @@ class ActiveLatents(NamedTuple):
 
     def split(self, sizes: Sequence[int]) -> "list[ActiveLatents]":
         """Those of the first `sizes[0]` tokens, of the next `sizes[1]`, and so on; each counts its tokens from 0."""
-        ends = torch.tensor(sizes, device=self.tokens.device).cumsum(0)
+        ends = sent(torch.tensor(sizes).cumsum(0), self.tokens.device)
         numbers = torch.searchsorted(self.tokens, ends).diff(prepend=ends.new_zeros(1)).tolist()
         parts = zip(*(part.split(numbers) for part in self), strict=True)
         begins = [0, *ends[:-1].tolist()]
@@ -108,14 +111,19 @@ class Tile(NamedTuple):
 
 def tile_shape(num_tokens: int, num_latents: int, device: torch.device) -> tuple[int, int]:
     """How many tokens a tile has, and into how many parts the latents are dealt."""
-    size, longest = (GPU_TILE, GPU_TILE_TOKENS) if device.type == "cuda" else (CPU_TILE, CPU_TILE_TOKENS)
+    size, longest = (GPU_TILE, GPU_TILE_TOKENS) if device.type != "cpu" else (CPU_TILE, CPU_TILE_TOKENS)
     tokens = max(1, min(num_tokens, longest))
     return tokens, min(num_latents, max(1, -(-tokens * num_latents // size)))
 
 
 def tokens_at_once(num_latents: int, device: torch.device) -> int:
     """How many tokens' pre-activations of all latents exist at the same time where latents are measured."""
-    return max(1, (GPU_CHUNK if device.type == "cuda" else CPU_CHUNK) // max(1, num_latents))
+    return max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // max(1, num_latents))
+
+
+def dense_share(device: torch.device) -> float:
+    """The share of active latents beyond which the dense products are sooner done."""
+    return CPU_DENSE_SHARE if device.type == "cpu" else GPU_DENSE_SHARE
 
 
 @torch.no_grad()
@@ -208,7 +216,9 @@ def _candidates_per_token(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Ac
         return (pre > thresholds[-1]).flatten().nonzero().squeeze(-1)
 
     active = _encode_in_tiles(x, W_enc, b_enc, candidates)
-    missing = active.tokens.bincount(minlength=x.shape[0]) < k
+    # Not counted by `bincount`, for which a GPU keeps the CPU waiting.
+    ends = torch.arange(x.shape[0], device=x.device)
+    missing = torch.searchsorted(active.tokens, ends, right=True).diff(prepend=ends.new_zeros(1)) < k
     short = missing & (torch.cat(thresholds).squeeze(-1) > 0)
     if not short.any():
         return active
@@ -240,7 +250,7 @@ def _by_token(active: ActiveLatents, num_tokens: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def select_exceeding(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> ActiveLatents | None:
     """The pre-activations of x (B, d) above the threshold (F,); None where they are too many to be worth it."""
-    limit = DENSE_SHARE * x.shape[0] * W_enc.shape[0]
+    limit = dense_share(x.device) * x.shape[0] * W_enc.shape[0]
     found = 0
 
     def exceeding(tile: Tile) -> Tensor:
@@ -323,12 +333,7 @@ def _places_above(tile: Tile, threshold: Tensor) -> Tensor:
 
 def _product_takes_bias(x: Tensor) -> bool:
     """Whether adding the bias is part of the matrix product: for a GPU it is, a CPU copies it to the result first."""
-    return x.is_cuda
-
-
-def has_kernels(table: Tensor) -> bool:
-    """Whether the kernels of `triton_ops` take this table."""
-    return table.is_cuda and table.dtype != torch.float64 and is_triton_available()
+    return x.device.type != "cpu"
 
 
 def _sampled_threshold(tile: Tile, share: float) -> Tensor:

@@ -34,12 +34,15 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .dense_ops import InnerShares
+from .devices import constants, has_kernels
 from .selection import ProcessGroup
-from .sparse_encoder import ActiveLatents, has_kernels
+from .sparse_encoder import ActiveLatents
 
-# The auxiliary loss takes the dense path where a larger share of the dead latents is active: measured at width 768,
-# 384 of 6,144 dead ones take as long either way, and 384 of 16,384 half as long on the sparse path.
-DENSE_DEAD_SHARE = 1 / 16
+# The auxiliary loss takes the dense path where a larger share of the dead latents is active: measured on two CPU cores
+# at width 768, 384 of 6,144 dead ones take as long either way, and 384 of 16,384 half as long on the sparse path. On a
+# GPU the arithmetic is that of `sparse_encoder.GPU_DENSE_SHARE`: dense, but for a hundred thousand dead ones and more.
+CPU_DENSE_DEAD_SHARE = 1 / 16
+GPU_DENSE_DEAD_SHARE = 1 / 256
 # Numbers of a gradient that are summed at once where its memory is there already; they pass through the caches.
 GRADIENT_BLOCK = 1 << 20
 
@@ -60,6 +63,11 @@ def _segment_dot(grads: Tensor, table: Tensor, rows: Tensor, begins: Tensor, bag
 
         return segment_dot(grads, table, rows, bags)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, table, rows, begins, bags, 0)
+
+
+def dense_dead_share(device: torch.device) -> float:
+    """The share of dead latents that are active in the auxiliary loss beyond which its dense path is taken."""
+    return CPU_DENSE_DEAD_SHARE if device.type == "cpu" else GPU_DENSE_DEAD_SHARE
 
 
 class GradientMemory:
@@ -125,6 +133,15 @@ def index_active(active: ActiveLatents, num_latents: int) -> ActiveIndices:
     return ActiveIndices(active.tokens, active.latents, order, torch.searchsorted(active.latents[order], every))
 
 
+def sum_by_latent(values: Tensor, order: Tensor, first: Tensor) -> Tensor:
+    """The sum (F,) of values (n,) at each latent's places, given by `ActiveIndices`; always in the same order.
+
+    `index_add_` adds floats in any order on CUDA, so that a run would not give the same bits twice.
+    """
+    ones, only_row = values.new_ones(1, 1), torch.zeros_like(order)
+    return _segment_sum(ones, only_row, values[order], first).squeeze(1)
+
+
 class PreActivations(torch.autograd.Function):
     """The pre-activations (n,) at some places, given their values, with the gradients of the dense encoder.
 
@@ -154,7 +171,7 @@ class PreActivations(torch.autograd.Function):
         x, W_enc, b_dec, tokens, latents, order, first = ctx.saved_tensors
         encoded = x if b_dec is None else x - b_dec
         grad_W_enc = _parameter_gradient(ctx.memory, W_enc, encoded, tokens[order], grad[order], first)
-        grad_b_enc = grad.new_zeros(W_enc.shape[0]).index_add_(0, latents, grad)
+        grad_b_enc = sum_by_latent(grad, order, first)
         grad_b_dec = None if b_dec is None else -(grad_b_enc @ W_enc)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -242,6 +259,6 @@ def _toward_whole(grads: Tensor, share: float) -> Tensor:
 
 def _bags(tokens: Tensor, latents: Tensor, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
     """The bag, token x groups + group, of each active latent, (n,), and where each bag begins, (B·G,)."""
-    boundaries = torch.tensor(list(sizes[:-1]), dtype=latents.dtype, device=latents.device)
+    boundaries = constants(sizes[:-1], latents)
     bags = tokens * len(sizes) + torch.bucketize(latents, boundaries, right=True)
     return bags, torch.searchsorted(bags, torch.arange(num_tokens * len(sizes), device=bags.device))

@@ -34,12 +34,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 try:  # Because transformers asks every reader of a checkpoint for what its code imports, except inside a `try`.
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("triton_ops needs triton. sparse_ops does not: ask `is_triton_available` first.") from error
+    raise ImportError("triton_ops needs triton. sparse_ops does not: ask `runs_kernels` first.") from error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Columns of a row that one warp holds: a kilobyte of float32, so that loads are 128 bits a thread and whole cache
@@ -179,6 +180,37 @@ def compact_above(pre: Tensor, threshold: Tensor, capacity: int | None = None) -
         if num_blocks and size:
             _write_above[(num_blocks,)](places, values, words, first, pre, size, BLOCK, WORD, **OPTIONS)
     return Compacted(places, values, first[-1])
+
+
+def check_kernels(device: torch.device) -> None:
+    """Launch every kernel once, in the form that training does, and compare what comes out with torch.
+
+    Raises `RuntimeError` where they differ, and whatever Triton raises where it cannot compile or launch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # A segment longer than some blocks, an empty one, and short ones.
+    lengths = torch.tensor([3 * SPLIT + 5, 0, 1, SPLIT, 7])
+    bags = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+    offsets = (lengths.cumsum(0) - lengths).to(device)
+    rows = torch.randint(9, (len(bags),), generator=generator).to(device)
+    table, grads, weights, pre = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((9, 2 * COLUMNS), (len(lengths), 2 * COLUMNS), (len(bags),), (3, BLOCK))
+    )
+    threshold = torch.ones((), device=device)
+    compacted = compact_above(pre, threshold)
+    results = {
+        "segment_sum": (
+            segment_sum(table, rows, weights, offsets),
+            embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights),
+        ),
+        "segment_dot": (segment_dot(grads, table, rows, bags), (grads[bags] * table[rows]).sum(1)),
+        "compact_above": (compacted.places, (pre > threshold).flatten().nonzero().squeeze(1)),
+        "compact_above's values": (compacted.values, pre[pre > threshold]),
+    }
+    for name, (found, expected) in results.items():
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
+            raise RuntimeError(f"The result of {name} is not torch's.")
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_msae.data.windows import Window, collate
 from hf_msae.errors import InputError
+from hf_msae.modeling.devices import sent
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, NORM_TOKENS, activation_norms, check_multiple, norm_limit_of
 from hf_msae.sites import Site, capture
 
@@ -103,11 +104,6 @@ def capture_counted(
         inputs["attention_mask"] = sent(batch["attention_mask"], device)
     captured = capture(model, sites, **inputs)
     return {site: captured[site].flatten(0, 1)[sent(rows, captured[site].device)] for site in sites}
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on another device; to a GPU from pinned memory, which does not wait for the queue before it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_msae.data.forward import capture_counted, check_eval, groups, sent
+from hf_msae.data.forward import capture_counted, check_eval, groups
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.states import check_state
 from hf_msae.data.windows import TokenWindows, Window
 from hf_msae.errors import InputError
+from hf_msae.modeling.devices import sent
 from hf_msae.outliers import ActivationError, activation_norms
 from hf_msae.sites import Site, resolve_site
 

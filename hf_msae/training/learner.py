@@ -25,7 +25,7 @@ from hf_msae.modeling.dense_ops import ALL_GRADIENTS
 from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.modeling.sparse_encoder import ActiveLatents
-from hf_msae.modeling.sparse_ops import GradientMemory
+from hf_msae.modeling.sparse_ops import GradientMemory, index_active, sum_by_latent
 from hf_msae.modeling.untrusted import PER_LATENT
 from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
@@ -72,11 +72,14 @@ class _StepStatistics:
         """Take in a micro-batch's `MatryoshkaSAEOutput`; losses count by its weight in the mean."""
         counts, bad, losses, levels, energies = self.sums.split(self.sizes)
         if output.active is not None:
-            counts += torch.bincount(output.active.latents, minlength=self.sizes[0])
+            # Whole numbers, whose order of summing changes nothing; `bincount` would wait for a GPU.
+            ones = (output.active.values > 0).long()
+            counts += torch.zeros_like(counts, dtype=torch.int64).index_add_(0, output.active.latents, ones)
         else:
             counts += (output.latents > 0).sum(0)
         if energies.numel() and output.active is not None:
-            energies.index_add_(0, output.active.latents, output.active.values.double().square())
+            places = index_active(output.active, self.sizes[0])
+            energies += sum_by_latent(output.active.values.double().square(), places.order, places.first)
         elif energies.numel():
             energies += output.latents.double().square().sum(0)
         bad += ~output.loss.isfinite()
@@ -210,7 +213,7 @@ class Learner:
 
     def _update_moments(self, x: Tensor) -> None:
         doubles = x.double()
-        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_tensor([x.shape[0]])])
+        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_full((1,), x.shape[0])])
         parts = self.data_parallel.sum(parts)
         self.moments["sum"] += parts[:-2]
         self.moments["square"] += parts[-2]

@@ -259,7 +259,7 @@ def test_the_sparse_auxiliary_loss_is_the_dense_one(
     dead = torch.arange(40) % 4 != 0
     results = []
     for share in (0.0, 1e9):  # always dense, always sparse
-        monkeypatch.setattr("hf_msae.modeling.objective.DENSE_DEAD_SHARE", share)
+        monkeypatch.setattr("hf_msae.modeling.objective.dense_dead_share", lambda device, share=share: share)
         inputs = x.clone().requires_grad_()
         output = sae(inputs, dead_latents=dead)
         wanted = [inputs, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]

@@ -135,7 +135,7 @@ def test_what_exceeds_thresholds_is_found_whatever_the_tiles(tokens, num_latents
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_encoder, "CPU_TILE", tile[0])
         patch.setattr(sparse_encoder, "CPU_TILE_TOKENS", tile[1])
-        patch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
+        patch.setattr(sparse_encoder, "dense_share", lambda device: 1.0)
         active = select_exceeding(x, W_enc, b_enc, threshold)
     assert active is not None
     pre = x @ W_enc.T + b_enc
@@ -147,9 +147,9 @@ def test_what_exceeds_thresholds_is_found_whatever_the_tiles(tokens, num_latents
 def test_too_many_to_be_worth_it():
     x, W_enc, b_enc = draw(50, 4, seed=0), draw(100, 4, seed=1), torch.zeros(100, dtype=torch.float64)
     pre = x @ W_enc.T
-    threshold = torch.full((100,), float(pre.flatten().quantile(1 - sparse_encoder.DENSE_SHARE - 0.01)))
+    threshold = torch.full((100,), float(pre.flatten().quantile(1 - sparse_encoder.CPU_DENSE_SHARE - 0.01)))
     assert select_exceeding(x, W_enc, b_enc, threshold) is None
-    threshold.fill_(float(pre.flatten().quantile(1 - sparse_encoder.DENSE_SHARE + 0.01)))
+    threshold.fill_(float(pre.flatten().quantile(1 - sparse_encoder.CPU_DENSE_SHARE + 0.01)))
     active = select_exceeding(x, W_enc, b_enc, threshold)
     assert active is not None
     assert torch.equal(active.to_dense(50, 100) > 0, pre > threshold)
@@ -246,7 +246,7 @@ def test_shares_of_inner_gradients_are_those_of_the_formula(
     x = draw(tokens, hidden_size, seed=seed + 20).requires_grad_()
     inputs = [x, *sae.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_encoder, "DENSE_SHARE", 1.0 if path == "sparse" else -1.0)
+        patch.setattr(sparse_encoder, "dense_share", lambda device: 1.0 if path == "sparse" else -1.0)
         output = sae(x, variance=1.0)
         whole = sae(x, variance=1.0, inner_shares=InnerShares())
     assert (output.active is None) == (path == "dense")
@@ -276,7 +276,7 @@ def test_loss_and_gradients_are_the_dense_ones(activation, sizes, tokens, hidden
     x = draw(tokens, hidden_size, seed=seed + 20).requires_grad_()
     inputs = [x, *sae.parameters()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
+        patch.setattr(sparse_encoder, "dense_share", lambda device: 1.0)
         output = sae(x, variance=1.7)
     assert output.active is not None
     expected = reference(sae, x, 1.7)
@@ -314,7 +314,7 @@ def test_gradients_in_kept_memory_are_the_same_and_lie_where_the_last_ones_lay(m
 @pytest.mark.parametrize("activation", ["batch_topk", "relu"])
 def test_gradcheck(activation, monkeypatch):
     """Finite differences; the selection is far from changing."""
-    monkeypatch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0)
     sae = make(activation, [2, 5, 11], 4, seed=3)
     x = draw(3, 4, seed=30).requires_grad_()
     parameters = dict(sae.named_parameters())
@@ -329,7 +329,7 @@ def test_gradcheck(activation, monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_inference_is_the_dense_one(activation, monkeypatch):
     """Evaluation without gradients takes the sparse path, with gradients the dense one; they agree."""
-    monkeypatch.setattr(sparse_encoder, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0)
     sae = make(activation, [8, 300, 900], 6, seed=1).eval()
     with torch.no_grad():
         sae.b_enc.sub_(6.0)

@@ -1,0 +1,164 @@
+"""A step on a pretended GPU: what it waits for, that it gives the same bits again, and that it is the CPU's step."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hf_msae.modeling import devices, objective, sparse_encoder
+from patience import HANG_SECONDS
+from pretended_cuda import DEVICE, PretendedCuda, interpreted_kernels, pretended_cuda
+
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.sites import Site
+from hf_msae.training import SAETrainingArguments
+from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.optimization import Length
+from hf_msae.training.run import Run
+
+ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PATHS = [*((activation, "sparse") for activation in ACTIVATIONS), ("jumprelu", "dense"), ("relu", "dense")]
+FORMS = {
+    "log_loss": {"log_loss": True},
+    "pareto": {"prefix_sampling": "pareto"},
+    "held back": {"inner_decoder_share": 0.0, "inner_activation_share": 0.25},
+    "detached": {"detach_prefixes": True},
+}
+RUN_OPTIONS = ("dead_after_tokens", "sort_latents_at", "bf16", "gradient_accumulation_steps")
+
+
+@pytest.fixture(autouse=True)
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is not asked for, a step takes torch's operations."""
+    monkeypatch.setattr(devices, "runs_kernels", lambda device: INTERPRETED)
+
+
+@pytest.fixture
+def gpu():
+    with pretended_cuda() as device:
+        yield device
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [3 + 5 * torch.randn(96, 16, generator=generator) for _ in range(count)]
+
+
+def make_learner(device: torch.device, activation: str = "batch_topk", tokens: int = 96, **changes) -> Learner:
+    torch.manual_seed(0)
+    of_run = {name: changes.pop(name) for name in RUN_OPTIONS if name in changes}
+    options = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 24, 64], "k": 4, "activation": activation}
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**(options | changes)))
+    run = Run(SAETrainingArguments(per_device_train_batch_size=tokens, use_cpu=True, **of_run))
+    run.device = device
+    return make_learners(run, {"sae": sae}, {"sae": Site("layers.0")}, Length(20))[0]
+
+
+def train(learner: Learner, steps: int, gpu: PretendedCuda | None = None) -> Learner:
+    """What the last step did is what the device has recorded."""
+    given = [x.to(learner.device) for x in batches(steps)]
+    learner.start(given[0])
+    for step in range(steps):
+        if gpu is not None:
+            gpu.clear()
+        learner.step(given[step], step)
+    return learner
+
+
+def assert_nearly_the_same(there: Learner, here: Learner) -> None:
+    """Adam's steps have a fixed size, so a rounding error shows where a gradient is nearly nothing."""
+    for (name, mine), its in zip(there.sae.named_parameters(), here.sae.parameters(), strict=True):
+        assert ((mine.cpu() - its).abs() > 1e-3 * its.abs().max()).float().mean() < 0.02, name
+
+
+@pytest.mark.parametrize("num_dead", [0, 32, 64])
+@pytest.mark.parametrize(("activation", "path"), PATHS)
+def test_a_step_waits_twice(gpu, monkeypatch, activation: str, path: str, num_dead: int) -> None:
+    """For the number of candidates, and for that of dead latents."""
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0 if path == "sparse" else -1.0)
+    learner = train(make_learner(DEVICE, activation, dead_after_tokens=1000), 2)
+    learner.read_log()
+    learner.silent_tokens[:num_dead] = 2000
+    (x,) = batches(1)
+    x = x.to(DEVICE)
+    gpu.clear()
+    learner.step(x, 2)
+    assert len(gpu.syncs) == 2, [str(event) for event in gpu.syncs]
+    assert gpu.syncs[1].function == "forward"
+    assert (learner.read_log()["aux_loss"] > 0) == (num_dead > 0)
+
+
+@pytest.mark.parametrize("form", [*ACTIVATIONS, *FORMS])
+def test_a_step_gives_the_same_bits_again(gpu, monkeypatch, form: str) -> None:
+    """Nothing in it adds floats in an order that a GPU chooses; a float `index_add_` once did, for b_enc."""
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0)
+    monkeypatch.setattr(objective, "dense_dead_share", lambda device: 0.0)
+    options = {"activation": form} if form in ACTIVATIONS else FORMS[form]
+    train(make_learner(DEVICE, dead_after_tokens=50, sort_latents_at=6, **options), 5, gpu)
+    assert gpu.nondeterministic == [], [str(event) for event in gpu.nondeterministic]
+    assert sum(gpu.operations.values()) > 100
+
+
+@pytest.mark.parametrize("form", [*ACTIVATIONS, *FORMS])
+def test_it_is_the_step_of_the_cpu(gpu, monkeypatch, form: str) -> None:
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0)
+    options = {"activation": form} if form in ACTIVATIONS else FORMS[form]
+    options["dead_after_tokens"] = 50
+    there, here = (train(make_learner(device, **options), 4) for device in (DEVICE, torch.device("cpu")))
+    assert_nearly_the_same(there, here)
+    assert torch.equal(there.silent_tokens.cpu(), here.silent_tokens)
+    assert there.variance.item() == here.variance.item()
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_no_step_mixes_devices(gpu, options: dict) -> None:
+    learner = train(make_learner(DEVICE, dead_after_tokens=50, **options), 4)
+    assert all(parameter.device == DEVICE for parameter in learner.sae.parameters())
+    state = learner.state_dict()["optimizer"]["b_dec"].values()
+    assert {tensor.device for tensor in (*learner.latent_state().values(), *state)} == {DEVICE}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter (see test_with_the_kernels)")
+def test_a_step_with_the_kernels(gpu) -> None:
+    from hf_msae.modeling import triton_ops
+
+    with interpreted_kernels(triton_ops, gpu):
+        there = make_learner(DEVICE, tokens=12)
+        given = [x[:12].to(DEVICE) for x in batches(2)]
+        there.start(given[0])
+        there.step(given[0], 0)
+        gpu.clear()
+        there.silent_tokens[:30] = 10**6
+        there.step(given[1], 1)
+    here = make_learner(torch.device("cpu"), tokens=12)
+    given = [x[:12] for x in batches(2)]
+    here.start(given[0])
+    here.step(given[0], 0)
+    here.silent_tokens[:30] = 10**6
+    here.step(given[1], 1)
+    launched = {name for name in gpu.operations if name.startswith("triton.")}
+    assert launched == {"triton._segment_sums", "triton._dots", "triton._mark_above", "triton._write_above"}
+    assert gpu.nondeterministic == []
+    assert [event.function for event in gpu.syncs] == ["compact_above", "forward"]
+    assert_nearly_the_same(there, here)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (`pip install triton`)")
+def test_with_the_kernels() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "a_step_with_the_kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 passed" in run.stdout
