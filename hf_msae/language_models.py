@@ -146,11 +146,21 @@ def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig
     return _load_config(*_find(name, hub))
 
 
-def count_parameters(name: str | Path, config: PreTrainedConfig) -> int:
-    """Parameters of the model of a configuration, counted before any weight is fetched."""
+def outline_of(name: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without its weights: its modules, and their shapes.
+
+    Args:
+        name: The language model, for messages.
+        config: Its own.
+    """
     auto_class = _auto_class(name, config, trust_remote_code=False)
     with loading, torch.device("meta"):
-        return int(auto_class.from_config(config, trust_remote_code=False).num_parameters())
+        return cast(PreTrainedModel, auto_class.from_config(config, trust_remote_code=False))
+
+
+def count_parameters(name: str | Path, config: PreTrainedConfig) -> int:
+    """Parameters of the model of a configuration, counted before any weight is fetched."""
+    return int(outline_of(name, config).num_parameters())
 
 
 def model_of(config: MatryoshkaSAEConfig) -> tuple[str | None, str | None]:

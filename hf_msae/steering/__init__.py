@@ -13,6 +13,9 @@ with steer(model, sae, method="prefix", level=1):  # what the first two groups o
 from hf_msae.steering.context import steer, steer_direction, steering_context
 from hf_msae.steering.directions import Direction, diff_mean, random_direction
 from hf_msae.steering.edits import LatentEdit, PrefixEdit, SteeringError
+from hf_msae.steering.exporting import check_constant, constant_shifts
+from hf_msae.steering.exporting_models import export_model
+from hf_msae.steering.exporting_vectors import export_gguf, export_lm_eval
 from hf_msae.steering.pipeline import SteeredPipeline
 from hf_msae.steering.sampling import seeded_sampling
 from hf_msae.steering.saved import Steering, load_steering, load_steerings, push_steering, save_steering
@@ -24,7 +27,12 @@ __all__ = [
     "SteeredPipeline",
     "Steering",
     "SteeringError",
+    "check_constant",
+    "constant_shifts",
     "diff_mean",
+    "export_gguf",
+    "export_lm_eval",
+    "export_model",
     "load_steering",
     "load_steerings",
     "push_steering",

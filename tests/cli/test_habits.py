@@ -34,7 +34,7 @@ def given(action, parser, value: str) -> list[str]:
         elif not other.option_strings and other.nargs in (None, "+"):
             line += ["1"] if other.choices is None else [str(next(iter(other.choices)))]
         elif other.required:
-            line += [other.option_strings[0], "1"]
+            line += [other.option_strings[0], "1" if other.choices is None else next(iter(other.choices))]
     return line
 
 
