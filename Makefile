@@ -26,6 +26,7 @@ help:  ## List the targets
 install: $(DEVELOP)  ## Make .venv and install the package with what tests and checks need
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV), once: a few minutes, most of it torch."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $(INSTALLED)

@@ -40,6 +40,7 @@ from huggingface_hub.errors import StrictDataclassError
 from patience import HANG_SECONDS
 from warm_processes import run_together
 
+from hf_msae.cli import quickstart
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.main import COMMANDS, overview
 from hf_msae.cli.parser import parse
@@ -449,6 +450,7 @@ def test_the_commands_that_the_program_proposes_are_right(given: dict[str, Any],
         known = {name: value for name, value in given.items() if name != "model"}
         assert {name: getattr(sources[0], name) for name in known} == known
     check_shell(overview().split("examples:")[1], tmp_path)
+    check_shell(quickstart.next_steps("runs/my first").split("Next:")[1], tmp_path)
 
 
 @pytest.fixture(scope="module")

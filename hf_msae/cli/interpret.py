@@ -52,7 +52,7 @@ class InterpretArguments:
     num_labels: int = field(default=100, metadata={"help": "How many latents are named, the first ones that fire."})
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], brief: bool = False) -> None:
     """Parse, read, write, show a few pages."""
     parser = build_parser("interpret", DESCRIPTION, (InterpretArguments, SourceArguments))
     args, sources = parse(parser, arguments)
@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> None:
     )
     if labeller is not None:
         write_labels(labeller, interpretation, args.num_labels)
-    _show(interpretation, args.sae)
+    _show(interpretation, args.sae, brief)
 
 
 def load_labeller(name: str) -> "Labeller":
@@ -109,8 +109,8 @@ def _output_folder(args: InterpretArguments) -> Path:
     return folder
 
 
-def _show(interpretation: "Interpretation", sae: str) -> None:
-    """A few latents of each level, and what to do next."""
+def _show(interpretation: "Interpretation", sae: str, brief: bool) -> None:
+    """A few latents of each level, and what to do next; `brief`, only how many never fired."""
     from rich.console import Console
     from rich.table import Table
 
@@ -124,10 +124,12 @@ def _show(interpretation: "Interpretation", sae: str) -> None:
         promoted = ", ".join(effect.token.strip() for effect in page.promoted[:4])
         table.add_row(str(latent), str(page.level), f"{page.firing_rate:.2%}", page.name, promoted)
     console = Console(highlight=False)
-    console.print(table)
+    if not brief:
+        console.print(table)
     dead = sum(share == 0 for share in interpretation.column("density"))
     console.print(f"{dead:,} of {len(interpretation):,} latents never fired.")
-    console.print(f"Saved to {interpretation.folder}\nNext: hf-msae tree {sae}")
+    if not brief:
+        console.print(f"Saved to {interpretation.folder}\nNext: hf-msae tree {sae}")
 
 
 def _spread(sizes: Sequence[int]) -> list[int]:

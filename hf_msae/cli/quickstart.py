@@ -1,11 +1,20 @@
-"""`hf-msae quickstart`: the whole path on the story model, command by command, as a user would type them."""
+"""`hf-msae quickstart`: the whole path on the story model, command by command, as a user would type them.
+
+Each command is announced in a line, shown, and prints its result, without what it tells those who run it alone.
+"""
 
 import importlib
+import importlib.util
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hf_msae.cli.parser import build_parser, parse
+
+if TYPE_CHECKING:
+    from hf_msae.interpret import Hierarchy
 
 DESCRIPTION = """\
 Train a small Matryoshka SAE on the story model that ships with the package, print its table by level, read what its
@@ -22,6 +31,13 @@ BEGINNINGS = {
     "red": "Lily had a new",
     "apples": "On the table stood a box of",
 }
+
+# Of the tree that is shown: how deep, and how many children of one latent.
+DEPTH, MAX_CHILDREN = 2, 6
+# Roots among which the one to show is chosen.
+MOST_ROOTS = 20
+# Trial products that tell how many threads are worth it, and their sizes, which are about those of a training step.
+NUM_TRIALS, TRIAL = 20, (1024, 128, 1024)
 
 
 @dataclass
@@ -40,21 +56,92 @@ class QuickstartArguments:
 def run(arguments: list[str]) -> None:
     """Parse, then run one command after the other."""
     (args,) = parse(build_parser("quickstart", DESCRIPTION, (QuickstartArguments,)), arguments)
-    for command in commands(args):
-        print(f"\n$ hf-msae {shlex.join(command)}", flush=True)
-        importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:])
+    print("Four steps on the story model that ships with the package, in two to four minutes, without a network.")
+    use_free_cores()
+    for number, (words, command) in enumerate(commands(args), 1):
+        print(f"\n{number} of 4: {words}\n$ hf-msae {shlex.join(command)}", flush=True)
+        importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:], brief=True)
+    print(next_steps(args.output_dir))
 
 
-def commands(args: QuickstartArguments) -> Iterator[list[str]]:
-    """The commands; the last one is known when the others have run."""
-    from hf_msae.interpret import Interpretation, search_promoting
+def commands(args: QuickstartArguments) -> Iterator[tuple[str, list[str]]]:
+    """What each command does, and the command; the last ones are known when the others have run."""
+    from hf_msae.interpret import Interpretation, read_hierarchy, search_promoting
 
     folder = args.output_dir
-    yield ["train", *SAE, *HELD_OUT, "--max-tokens", args.max_tokens, "--output-dir", folder, "--overwrite-output-dir"]
-    yield ["interpret", folder, "--max-tokens", args.interpret_tokens]
-    yield ["tree", folder, "--depth", "2", "--max-children", "10"]
+    train = ["train", *SAE, *HELD_OUT, "--max-tokens", args.max_tokens, "--output-dir", folder]
+    words = f"train a dictionary of 1,024 latents on {args.max_tokens} tokens, which takes most of the time"
+    yield words, [*train, "--overwrite-output-dir"]
+    words = f"read {args.interpret_tokens} tokens for what each latent means, in half a minute"
+    yield words, ["interpret", folder, "--max-tokens", args.interpret_tokens]
+    found = read_hierarchy(folder)
+    root = None if found is None else telling_root(*found)
+    tree = ["tree", folder, "--depth", str(DEPTH), "--max-children", str(MAX_CHILDREN)]
+    words = "print a tree of concepts: a general latent, and those that refine it, named by what they fire on"
+    yield words, tree if root is None else [*tree, "--root", str(root)]
     pages = Interpretation.load(folder)
+    words = "turn a latent up, and write a story without and with it, with the same randomness"
     for word, beginning in BEGINNINGS.items():
         if search_promoting(word, pages):
-            yield ["steer", folder, "--towards", word, "--positions", "prompt", "--prompt", beginning]
+            yield words, ["steer", folder, "--towards", word, "--positions", "prompt", "--prompt", beginning]
             return
+
+
+def telling_root(hierarchy: "Hierarchy", names: Sequence[str]) -> int | None:
+    """The root below which most latents are shown that are not named by function words; None without any root.
+
+    Args:
+        hierarchy: between the levels.
+        names: of all latents.
+    """
+    from hf_msae.interpret.function_words import is_function_word
+
+    direct = hierarchy.reduced()
+
+    def telling(latent: int, depth: int = DEPTH) -> int:
+        children = direct.children(latent)[:MAX_CHILDREN] if depth else []
+        return sum(1 + telling(edge.child, depth - 1) for edge in children if not function_word(edge.child))
+
+    def function_word(latent: int) -> bool:
+        return is_function_word(names[latent].split(", ")[0])
+
+    roots = [root for root in hierarchy.roots(names)[:MOST_ROOTS] if not function_word(root)]
+    return max(roots, key=telling, default=None)
+
+
+def use_free_cores() -> None:
+    """Compute with one thread where others keep the cores busy.
+
+    Threads of a product wait for each other, at the end of each. Where one of them has to wait for its core, all do,
+    some thousand times a second: two threads on two cores that others use were four times slower than one.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return
+    a, b = torch.ones(TRIAL[:2]), torch.ones(TRIAL[1:])
+    seconds = {}
+    for tried in (1, threads):
+        torch.set_num_threads(tried)
+        a @ b  # starts the threads
+        begin = time.perf_counter()
+        for _ in range(NUM_TRIALS):
+            a @ b
+        seconds[tried] = time.perf_counter() - begin
+    if seconds[1] < seconds[threads]:
+        torch.set_num_threads(1)
+        print(f"The cores are busy with other work: one thread, as {threads} would wait for each other.")
+
+
+def next_steps(folder: str) -> str:
+    """Three commands that follow, as they are to be typed."""
+    place = shlex.quote(folder)
+    page = f"space run {place}      # the same in the browser: slide, click, compare"
+    tree = f"tree {place} --depth 3      # all of the tree"
+    return f"""
+Next:
+  hf-msae {page if importlib.util.find_spec("gradio") else tree}
+  hf-msae eval {place}      # every metric at every level, beside baselines, as a report: some minutes
+  hf-msae train --model gpt2 --dataset Salesforce/wikitext --dataset-name wikitext-103-raw-v1 --max-tokens 20M \
+--output-dir runs/gpt2      # your own model"""

@@ -1,5 +1,6 @@
 """`--model` and `--dataset`: what they name, loaded, with errors in words."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging as transformers_logging
 
 from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
@@ -21,8 +23,20 @@ from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.worlds.stories import STORIES, StoryWorld
 
+# Bars are for what takes time. The weights of an SAE, or of a small model on disk, are there before one could be read.
+BAR_DELAY = 3.0
+
 # As many stories as `hf-msae train` reads when no dataset is given: about 1.6 million tokens.
 STORY_DOCUMENTS = 15_000
+
+
+def _late_bar(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A bar of transformers; that of weights appears where loading takes long."""
+    return bar(*args, **({"delay": BAR_DELAY} if options.get("desc") == "Loading weights" else {}), **options)
+
+
+# For the process, which is a command's: as long as it runs, nothing else shows bars of transformers.
+transformers_logging.set_tqdm_hook(_late_bar)
 
 
 def load_language_model(

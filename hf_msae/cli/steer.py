@@ -64,8 +64,8 @@ class SteerArguments:
     seed: int = field(default=0, metadata={"help": "Fixes the randomness of both texts."})
 
 
-def run(arguments: list[str]) -> None:
-    """Parse, load, write both texts."""
+def run(arguments: list[str], brief: bool = False) -> None:
+    """Parse, load, write both texts; these are all that it prints, `brief` or not."""
     (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
 
     from hf_msae.cli.sources import check_sae_place, load_language_model

@@ -107,8 +107,8 @@ class RunArguments:
     )
 
 
-def run(arguments: list[str]) -> None:
-    """Parse, train, print."""
+def run(arguments: list[str], brief: bool = False) -> None:
+    """Parse, train, print; `brief` leaves out what to do next."""
     parser = build_parser("train", DESCRIPTION, (SourceArguments, SAEArguments, SAETrainingArguments, RunArguments))
     sources, sae_args, training_args, run_args = parse(parser, arguments)
 
@@ -141,7 +141,7 @@ def run(arguments: list[str]) -> None:
         return
     measurements = trainer.train()
     if PartialState().is_main_process:
-        report(trainer, measurements, sources)
+        report(trainer, measurements, sources, brief)
 
 
 def dry_run(trainer: "SAETrainer") -> None:
@@ -175,8 +175,10 @@ def _level_weights(values: list[str]) -> str | list[float]:
     return [float(Fraction(value)) for value in values]
 
 
-def report(trainer: "SAETrainer", measurements: "dict[str, Measurement]", sources: SourceArguments) -> None:
-    """The table of each SAE, where it lies, and what to do next."""
+def report(
+    trainer: "SAETrainer", measurements: "dict[str, Measurement]", sources: SourceArguments, brief: bool = False
+) -> None:
+    """The table of each SAE, where it lies, and what to do next; `brief`, the table alone."""
     from rich.console import Console
     from rich.table import Table
 
@@ -197,6 +199,8 @@ def report(trainer: "SAETrainer", measurements: "dict[str, Measurement]", source
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    if brief:
+        return
     first = trainer.run.sae_folder(trainer.run.output_dir, next(iter(measurements)))
     saved = [str(trainer.run.sae_folder(trainer.run.output_dir, name)) for name in measurements]
     console.print("Saved to " + ", ".join(saved), soft_wrap=True)

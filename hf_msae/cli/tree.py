@@ -43,8 +43,8 @@ class TreeArguments:
     )
 
 
-def run(arguments: list[str]) -> None:
-    """Parse, find or read the edges, print."""
+def run(arguments: list[str], brief: bool = False) -> None:
+    """Parse, find or read the edges, print; `brief`, the trees alone."""
     args, sources = parse(build_parser("tree", DESCRIPTION, (TreeArguments, SourceArguments)), arguments)
 
     from rich.console import Console
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> None:
     if args.root is not None and not 0 <= args.root < hierarchy.prefix_sizes[-1]:
         raise InputError(f"--root {args.root} is no latent; they are 0 to {hierarchy.prefix_sizes[-1] - 1:,}.")
     shown = hierarchy.at_least(args.min_score)
-    for line in summary(shown):
+    for line in [] if brief else summary(shown):
         Console(highlight=False).print(line)
     for tree in draw(shown, names, args.root, args.depth, args.max_children):
         Console(highlight=False).print(tree)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
+from hf_msae.cli.quickstart import telling_root
+from hf_msae.interpret import Edge, Hierarchy
 from hf_msae.training.grid import parse_prefix_sizes
 
 pytestmark = pytest.mark.slow
@@ -61,12 +63,30 @@ def test_train_prints_a_table_and_what_to_do_next(folder, tmp_path, capsys):
 def test_the_quickstart_trains_prints_the_tree_and_steers(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("quickstart", "--max-tokens", "120k", "--interpret-tokens", "30k") == 0
-    printed = capsys.readouterr().out
-    shown = [line for line in printed.splitlines() if line.startswith("$ hf-msae")]
+    captured = capsys.readouterr()
+    printed = captured.out
+    assert "Loading weights" not in captured.err  # all lies on this disk
+    lines = printed.splitlines()
+    shown = [line for line in lines if line.startswith("$ hf-msae")]
     assert [line.split()[2] for line in shown][:3] == ["train", "interpret", "tree"]
+    # Each command is announced; there is one table of levels, one tree, and one list of what to do next.
+    assert [lines[lines.index(line) - 1][:7] for line in shown] == ["1 of 4:", "2 of 4:", "3 of 4:", "4 of 4:"]
+    assert printed.count("CE recovered") == printed.count("  fires on ") == 1
+    assert [line.split()[1] for line in printed.split("Next:")[1].strip().splitlines()][1:] == ["eval", "train"]
+    assert printed.count("Next:") == 1
+    assert "..." not in printed.split("Next:")[1]
     assert "CE recovered" in printed
     assert "├── " in printed
     assert MatryoshkaSAE.from_pretrained(tmp_path / "runs" / "quickstart").config.prefix_sizes == [32, 128, 1024]
+
+
+def test_the_quickstart_shows_the_root_with_most_below_it_that_is_a_concept():
+    children = {0: [3, 4, 5], 1: [6, 7], 2: [8, 9, 10]}
+    edges = [Edge(parent, child, 90, *[0.9] * 10) for parent, below in children.items() for child in below]
+    hierarchy = Hierarchy(edges, [3, 12], [500] * 3 + [100] * 9, 1_000, {}, 0.0, [])
+    names = ["the, a", "owl, fox", "red", "x", "y", "z", "fox", "dog", "of", "to", "sun", "w"]
+    assert telling_root(hierarchy, names) == 1  # 0 is a function word, and of 2 only one child is none
+    assert telling_root(hierarchy, ["the"] * 12) is None
 
 
 def test_repeated_flags_train_a_grid(folder, tmp_path):
