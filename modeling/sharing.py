@@ -21,10 +21,9 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # comes with torch
+Shared = TypeVar("Shared", bound="SharingMixin")
 
 
 class SharingMixin:
@@ -89,7 +88,9 @@ class SharingMixin:
         )
 
     @classmethod
-    def from_saelens(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> "Self":
+    def from_saelens(
+        cls: type[Shared], source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
+    ) -> Shared:
         """Read a SAELens checkpoint (`cfg.json`, `sae_weights.safetensors`), of its training and inference forms.
 
         Args:
@@ -107,8 +108,8 @@ class SharingMixin:
 
     @classmethod
     def from_dictionary_learning(
-        cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
-    ) -> "Self":
+        cls: type[Shared], source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
+    ) -> Shared:
         """Read a dictionary_learning trainer folder (`ae.pt`, `config.json`).
 
         Args:
@@ -127,7 +128,9 @@ class SharingMixin:
         )
 
     @classmethod
-    def from_sparsify(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> "Self":
+    def from_sparsify(
+        cls: type[Shared], source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
+    ) -> Shared:
         """Read a sparsify `SparseCoder` folder (`cfg.json`, `sae.safetensors`).
 
         Args:
@@ -144,7 +147,9 @@ class SharingMixin:
         return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "sparsify", prefix_sizes, **hub)
 
     @classmethod
-    def from_gemma_scope(cls, source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any) -> "Self":
+    def from_gemma_scope(
+        cls: type[Shared], source: str | Path, prefix_sizes: Sequence[int] | None = None, **hub: Any
+    ) -> Shared:
         """Read a Gemma Scope folder (`params.npz`, or `params.safetensors` of Gemma Scope 2).
 
         Args:

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +10,7 @@ from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, by_place, parse, parse_float
 
 if TYPE_CHECKING:
-    from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
+    from hf_msae.steering import Gate, LatentEdit, SteeredPipeline, Steering
     from hf_msae.steering.edits import Edit, Units
 
 DESCRIPTION = """\
@@ -59,6 +59,16 @@ class SteerArguments:
         },
     )
     positions: Literal["all", "prompt", "generated"] = field(default="all", metadata={"help": "Tokens to steer."})
+    when: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "INDEX or INDEX=SHARE: steer only tokens on which this latent is active, or above this share of "
+            "its largest activation in training; of several, all must be."
+        },
+    )
+    when_after: list[str] = field(
+        default_factory=list, metadata={"help": "The same, for the tokens behind one on which the latent is active."}
+    )
     max_new_tokens: int = field(default=60, metadata={"help": "Tokens to write."})
     temperature: float = field(default=0.7, metadata={"help": "Of the sampling; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Fixes the randomness of both texts."})
@@ -101,8 +111,11 @@ def read_steering(args: SteerArguments) -> "Steering":
     from hf_msae.steering import PrefixEdit, Steering, SteeringError, load_steering
     from hf_msae.steering.saved import STEERING_NAME
 
-    edits: list[Edit] = [read_latent(text, args.method, args.units) for text in args.latent]
-    edits += [read_latent(text, args.method, args.units) for text in find_latents(args)]
+    gates = [*(read_gate(text, "here") for text in args.when), *(read_gate(text, "after") for text in args.when_after)]
+    latents = [*args.latent, *find_latents(args)]
+    edits: list[Edit] = [replace(read_latent(text, args.method, args.units), when=gates) for text in latents]
+    if gates and not edits:
+        raise SteeringError("--when and --when-after say where latents are steered; give --latent or --towards, too.")
     if args.level is not None:
         edits.append(PrefixEdit(args.level))
     if edits and args.steering is not None:
@@ -165,6 +178,21 @@ def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: "Uni
         raise
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise SteeringError(f"--latent {text}: expected INDEX=VALUE or INDEX=ablate, such as 12=4.") from error
+
+
+def read_gate(text: str, then: Literal["here", "after"]) -> "Gate":
+    """`40` or `40=0.5`. Raises SteeringError for anything else."""
+    from hf_msae.steering import Gate, SteeringError
+
+    index, _, share = text.partition("=")
+    try:
+        return Gate(int(index), parse_float(share) if share else 0.0, then=then)
+    except SteeringError:
+        raise
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise SteeringError(
+            f"--when{'' if then == 'here' else '-after'} {text}: expected INDEX or INDEX=SHARE, such as 40=0.5."
+        ) from error
 
 
 def show(pipeline: "SteeredPipeline", args: SteerArguments) -> None:

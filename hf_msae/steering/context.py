@@ -22,11 +22,13 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
 from hf_msae.sites import Site, check_width, recorded_site, replace, resolve_site
 from hf_msae.steering.directions import Direction
-from hf_msae.steering.edits import Edit, SteeringError, Units, check_edits, deltas, latent_edits
+from hf_msae.steering.edits import Delta, Edit, Units, check_edits, deltas, latent_edits
+from hf_msae.steering.gates import Gate, Gates, SteeringError
 from hf_msae.steering.generation import watched
 from hf_msae.steering.positions import Positions, TokenTracker, check_positions, find_special_ids
 
-DeltaFunction = Callable[[Tensor], Tensor]
+# What is added to activations (batch, time, hidden_size) of a forward that a tracker watches.
+DeltaFunction = Callable[[Tensor, TokenTracker], Tensor]
 # The steerings that the running code is inside of.
 _OPEN: ContextVar[tuple[TokenTracker, ...]] = ContextVar("hf_msae_steering", default=())
 
@@ -43,6 +45,7 @@ def steer(
     keep_error: bool = True,
     positions: Positions = "all",
     special_ids: Iterable[int] | None = None,
+    when: Gate | Sequence[Gate] = (),
 ) -> Iterator[None]:
     """Steer a model at the SAE's site while the context is open, in `forward` and in `generate`.
 
@@ -59,6 +62,7 @@ def steer(
             padding; or a bool mask of the prompt, (tokens,) or (batch, tokens).
         special_ids: tokens that are never steered; by default the model's BOS, EOS and padding. Padding never is, nor
             are outliers, beyond the SAE's `norm_limit`.
+        when: a gate, or several that must all be open: only there do the latents' edits act.
 
     What changes nothing (strength 0, scale 1, clamping to the latent's own value) leaves all outputs equal to the bit.
     Contexts nest, for several SAEs and sites: at one site the one entered last is applied first. They act in the
@@ -66,7 +70,7 @@ def steer(
 
     Raises SteeringError, a ValueError, on entering, for anything of the above that the SAE or the model does not have.
     """
-    edits = latent_edits(latents, method, units, level, keep_error)
+    edits = latent_edits(latents, method, units, level, keep_error, when)
     with steering_context(model, {"": sae}, edits, positions=positions, special_ids=special_ids):
         yield
 
@@ -88,14 +92,16 @@ def steering_context(
     if unknown:
         raise SteeringError(f"there is no SAE {unknown[0]!r}; there are {', '.join(map(repr, saes)) or 'none'}.")
     by_site: dict[Site, list[DeltaFunction]] = {}
+    follows_texts = False
     for name, sae in saes.items():
         of_sae = [edit for edit in edits if edit.sae == name]
         check_edits(sae, of_sae, name)
         if of_sae:
             site = resolve_site(model, recorded_site(sae.config, called=name, error=SteeringError))
-            functions = [_on_device_of(sae, delta, model, site, name) for delta in deltas(sae, of_sae)]
-            by_site.setdefault(site, []).extend(functions)
-    with _steered(model, by_site, positions, special_ids):
+            for delta in deltas(sae, of_sae):
+                by_site.setdefault(site, []).append(_on_device_of(sae, delta, model, site, name))
+                follows_texts |= delta.gates is not None and delta.gates.any_later
+    with _steered(model, by_site, positions, special_ids, follows_texts):
         yield
 
 
@@ -113,7 +119,7 @@ def steer_direction(
     if units not in ("absolute", "norm"):
         raise SteeringError(f"a direction has no latent, so units must be 'absolute' or 'norm', got {units!r}.")
 
-    def delta(x: Tensor) -> Tensor:
+    def delta(x: Tensor, tracker: TokenTracker) -> Tensor:
         shift = strength * direction.vector.to(x)
         return shift * x.norm(dim=-1, keepdim=True) if units == "norm" else shift.expand_as(x)
 
@@ -128,6 +134,7 @@ def _steered(
     by_site: Mapping[Site, Sequence[DeltaFunction]],
     positions: Positions,
     special_ids: Iterable[int] | None,
+    follows_texts: bool = False,
 ) -> Iterator[None]:
     check_positions(positions)
     outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -138,7 +145,7 @@ def _steered(
             f"{type(outermost).__name__} has an encoder and a decoder, each with tokens of its own; steering "
             "takes models with one sequence of tokens."
         )
-    tracker = TokenTracker(positions, find_special_ids(outermost, special_ids))
+    tracker = TokenTracker(positions, find_special_ids(outermost, special_ids), follows_texts)
     edits = {site: _edit(tracker, functions) for site, functions in by_site.items() if functions}
     if not edits:
         yield
@@ -171,33 +178,44 @@ def _steered(
 
 
 def _edit(tracker: TokenTracker, functions: Sequence[DeltaFunction]) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: _edited(hidden, functions, tracker.steered(hidden))
+    return lambda hidden: _edited(hidden, functions, tracker)
 
 
-def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], steered: Tensor) -> Tensor:
-    """The activation (batch, time, hidden_size) with what the functions add where `steered` (batch, time) says so.
+def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], tracker: TokenTracker) -> Tensor:
+    """The activation (batch, time, hidden_size) with what the functions add where the tracker says so.
 
     Sums are made in the wider of the two precisions, so a token to which zeros are added keeps its value exactly.
     """
-    x = hidden.flatten(0, 1)
-    added = torch.stack([function(x) for function in functions]).sum(0) if len(functions) > 1 else functions[0](x)
-    added = added.view_as(hidden)
+    steered = tracker.steered(hidden)
+    each = [function(hidden, tracker) for function in functions]
+    added = torch.stack(each).sum(0) if len(each) > 1 else each[0]
     wider = torch.promote_types(hidden.dtype, added.dtype)
     new = (hidden.to(wider) + added.to(wider)).to(hidden.dtype)
     return torch.where(steered.unsqueeze(-1), new, hidden)
 
 
-def _on_device_of(
-    sae: MatryoshkaSAE, delta: DeltaFunction, model: PreTrainedModel, site: Site, name: str
-) -> DeltaFunction:
+def _on_device_of(sae: MatryoshkaSAE, delta: Delta, model: PreTrainedModel, site: Site, name: str) -> DeltaFunction:
     """The function on the SAE's device and in its precision, for activations of any.
 
-    It is 0 for outliers, such as attention sinks, of which the SAE has learnt nothing.
+    It is 0 where gates are closed, and for outliers, such as attention sinks, of which the SAE has learnt nothing.
     """
 
-    def moved(x: Tensor) -> Tensor:
-        check_width(x.shape[-1], sae.config, site, model, called=name, error=SteeringError)
-        added = delta(x.to(sae.device, sae.W_dec.dtype)).to(x.device)
-        return torch.where(within_limit(x, sae.config.norm_limit).unsqueeze(-1), added, 0)
+    def moved(hidden: Tensor, tracker: TokenTracker) -> Tensor:
+        check_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError)
+        x = hidden.flatten(0, 1)
+        own = x.to(sae.device, sae.W_dec.dtype)
+        acts = within_limit(x, sae.config.norm_limit)
+        if delta.gates is not None:
+            fired = (delta.gates.fired(own).to(x.device) & acts.unsqueeze(-1)).view(*hidden.shape[:2], -1)
+            acts = acts & _open(delta.gates, fired, tracker).flatten()
+        added = torch.where(acts.unsqueeze(-1), delta.vector(own).to(x.device), 0)
+        return added.view(*hidden.shape[:2], -1)
 
     return moved
+
+
+def _open(gates: Gates, fired: Tensor, tracker: TokenTracker) -> Tensor:
+    """On which tokens (batch, time) all gates are open, whose latents `fired` (batch, time, gates)."""
+    if gates.any_later:
+        fired = torch.where(gates.later.to(fired.device), tracker.seen_before(gates, fired), fired)
+    return fired.all(-1)

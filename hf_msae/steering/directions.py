@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.gates import SteeringError
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,9 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.modeling.dense_ops import pre_activations, select_above
+from hf_msae.steering.gates import Gate, Gates, SteeringError, activations_of, check_gates, largest_activation
 
 METHODS = ("add", "clamp", "ablate", "scale")
 UNITS = ("max", "absolute", "norm")
@@ -39,16 +38,13 @@ Units = Literal["max", "absolute", "norm"]
 ROUNDING = 1e-5
 
 
-class SteeringError(InputError):
-    """A steering that the SAE, the model or the text does not allow."""
-
-
 @dataclass(frozen=True)
 class LatentEdit:
     """One latent's change; the module's table says what it does.
 
     value: how much, in `units`; the factor for "scale"; without meaning for "ablate".
     sae: the subfolder of the SAE, where several are steered at once.
+    when: a gate, or several that must all be open: the edit acts only there. By default it acts everywhere.
     Raises SteeringError for an unknown method or unit, a negative index and a value that is not finite.
     """
 
@@ -57,8 +53,10 @@ class LatentEdit:
     method: Method = "add"
     units: Units = "max"
     sae: str = ""
+    when: Gate | Sequence[Gate] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "when", self.gates)
         if self.method not in METHODS or self.units not in UNITS:
             raise SteeringError(
                 f"latent {self.latent}: expected a method out of {', '.join(METHODS)} and units out of "
@@ -70,6 +68,11 @@ class LatentEdit:
         if not number or not abs(self.value) <= sys.float_info.max:
             raise SteeringError(f"latent {self.latent}: the value must be a finite number, got {self.value!r:.40}.")
         _check_sae_name(self.sae)
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The gates that must all be open."""
+        return _as_gates(self.when)
 
     @property
     def changes_nothing(self) -> bool:
@@ -97,6 +100,13 @@ class PrefixEdit:
 
 
 Edit = LatentEdit | PrefixEdit
+
+
+def _as_gates(when: object) -> tuple[Gate, ...]:
+    gates = (when,) if isinstance(when, Gate) else tuple(when) if isinstance(when, list | tuple) else (when,)
+    if not all(isinstance(gate, Gate) for gate in gates):
+        raise SteeringError(f"when takes a Gate or several, such as Gate(40, above=0.5); got {when!r:.80}.")
+    return gates  # type: ignore[return-value]
 
 
 def _check_sae_name(name: str) -> None:
@@ -127,6 +137,7 @@ def check_edits(sae: MatryoshkaSAE, edits: Sequence[Edit], name: str = "") -> No
                 )
         else:
             _unit(sae, edit)
+            check_gates(sae, edit.gates)
 
 
 class LatentDelta:
@@ -162,19 +173,10 @@ class LatentDelta:
             values = values + self.per_norm * x.norm(dim=-1, keepdim=True)
         if not self.needs_encoder:
             return values
-        own = self.activations(x)
+        own = activations_of(self.sae, self.latents, x)
         changed = values + self.slopes * own
         at_value = self.clamps & ((values - own).abs() <= ROUNDING * own.abs())
         return torch.where(at_value, torch.zeros_like(changed), changed)
-
-    def activations(self, x: Tensor) -> Tensor:
-        """Latent activations (n, number of latents); only their rows are multiplied, where no ranking needs all."""
-        sae = self.sae
-        if sae.config.inference == "topk":
-            return sae.encode(x)[:, self.latents]
-        b_dec = sae.b_dec if sae.config.apply_b_dec_to_input else None
-        pre = pre_activations(x, sae.W_enc[self.latents], sae.b_enc[self.latents], b_dec)
-        return select_above(pre, sae.threshold[self.latents]).to(pre.dtype)
 
 
 class PrefixDelta:
@@ -191,19 +193,29 @@ class PrefixDelta:
         return -(outer @ self.sae.W_dec[self.size :])
 
 
-Delta = LatentDelta | PrefixDelta
+@dataclass(frozen=True)
+class Delta:
+    """A vector that edits add to activations, and where they do."""
+
+    vector: LatentDelta | PrefixDelta
+    gates: Gates | None = None
 
 
 def deltas(sae: MatryoshkaSAE, edits: Sequence[Edit]) -> Iterator[Delta]:
-    """What an SAE's edits add, without those that never change anything."""
-    latent_delta = LatentDelta(sae, [edit for edit in edits if isinstance(edit, LatentEdit)])
-    if len(latent_delta.latents):
-        yield latent_delta
+    """What an SAE's edits add, without those that never change anything; edits behind the same gates together."""
+    by_gates: dict[tuple[Gate, ...], list[LatentEdit]] = {}
+    for edit in edits:
+        if isinstance(edit, LatentEdit):
+            by_gates.setdefault(edit.gates, []).append(edit)
+    for gates, gated in by_gates.items():
+        latent_delta = LatentDelta(sae, gated)
+        if len(latent_delta.latents):
+            yield Delta(latent_delta, Gates(sae, gates) if gates else None)
     for edit in edits:
         if isinstance(edit, PrefixEdit) and not (
             edit.keep_error and _prefix_size(sae, edit) == sae.config.num_latents
         ):
-            yield PrefixDelta(sae, edit)
+            yield Delta(PrefixDelta(sae, edit))
 
 
 def latent_edits(
@@ -212,21 +224,26 @@ def latent_edits(
     units: Units,
     level: int | None,
     keep_error: bool,
+    when: Gate | Sequence[Gate] = (),
 ) -> list[Edit]:
     """The edits that the arguments of `steer` mean. Raises SteeringError where they do not go together."""
     if method == "prefix":
         if level is None or latents is not None:
             raise SteeringError(f"method='prefix' takes a level and no latents; got level={level}, latents={latents}.")
+        if when:
+            raise SteeringError(
+                f"method='prefix' acts everywhere; gates go with edits of latents, got when={when!r:.80}."
+            )
         return [PrefixEdit(level, keep_error)]
     if level is not None or not keep_error:
         raise SteeringError(f"level and keep_error go with method='prefix', got method={method!r}.")
     if method not in METHODS:
         raise SteeringError(f"method must be one of {', '.join(METHODS)}, prefix; got {method!r}.")
     if isinstance(latents, Mapping):
-        return [LatentEdit(latent, value, method, units) for latent, value in latents.items()]  # type: ignore[arg-type]
+        return [LatentEdit(index, value, method, units, when=when) for index, value in latents.items()]  # type: ignore[arg-type]
     if latents is None or method != "ablate":
         raise SteeringError(f"method={method!r} takes a value for each latent, such as {{12: 4.0}}; got {latents}.")
-    return [LatentEdit(latent, 0.0, "ablate", units) for latent in latents]
+    return [LatentEdit(latent, 0.0, "ablate", units, when=when) for latent in latents]
 
 
 def _slope(edit: LatentEdit) -> float:
@@ -242,14 +259,7 @@ def _unit(sae: MatryoshkaSAE, edit: LatentEdit) -> float:
         return 1.0
     if edit.units == "norm":
         return 1.0 / sae.W_dec[edit.latent].norm().clamp_min(torch.finfo(sae.W_dec.dtype).tiny).item()
-    largest = sae.max_activation[edit.latent].item()
-    if not largest > 0:
-        raise SteeringError(
-            f"latent {edit.latent} has no measured maximum (it never fired in training, or the checkpoint does not "
-            "say), so units='max' has no meaning for it; use units='absolute' or 'norm', or have maxima measured: "
-            "hf-msae convert SAE FOLDER --measure --dataset TEXT."
-        )
-    return largest
+    return largest_activation(sae, edit.latent)
 
 
 def _prefix_size(sae: MatryoshkaSAE, edit: PrefixEdit) -> int:

@@ -10,7 +10,6 @@ constant shift acts on them as well.
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -20,11 +19,10 @@ from transformers import PreTrainedModel
 from hf_msae.errors import OutputExistsError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, recorded_site, resolve_site
-from hf_msae.steering.edits import Edit, LatentDelta, LatentEdit, PrefixEdit, SteeringError, check_edits
+from hf_msae.steering.edits import Edit, LatentDelta, LatentEdit, PrefixEdit, check_edits
+from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import Steering
 
-# What of a LatentEdit is looked at below; any other field that is set says where or when it acts.
-LOOKED_AT = ("latent", "value", "method", "units", "sae")
 CAN_LEAVE = "Only edits that add, in units 'max' or 'absolute' and on all positions, are such a vector."
 
 
@@ -57,11 +55,8 @@ def _why_not_constant(edit: Edit) -> str | None:
         return f"what method={edit.method!r} of latent {edit.latent} adds depends on the latent's own activation"
     if edit.units == "norm":
         return f"units='norm' of latent {edit.latent} make the shift as long as each token's activation"
-    for field in fields(edit):
-        value = vars(edit)[field.name]
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if field.name not in LOOKED_AT and value != default:
-            return f"{field.name}={value!r:.80} of latent {edit.latent} lets it act on some tokens only"
+    if edit.gates:
+        return f"a gate lets the edit of latent {edit.latent} act on some tokens only"
     return None
 
 

@@ -21,8 +21,8 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.process_wide import loading
 from hf_msae.sites import Site, SiteError, capture, find_site, in_this_thread, replace
 from hf_msae.sites.layouts import probe_tokens
-from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.exporting import check_constant, check_finite, constant_shifts
+from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import Steering
 
 PROBE_LENGTH = 6

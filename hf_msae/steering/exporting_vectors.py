@@ -11,8 +11,8 @@ from hf_msae.atomic_files import atomic_file
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, resolve_site
-from hf_msae.steering.edits import SteeringError
 from hf_msae.steering.exporting import check_finite, check_free, constant_shifts, layer_before
+from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import Steering
 
 TORCH_SUFFIXES = (".pt", ".pth")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.gates import SteeringError
 
 _LOCK = threading.Lock()
 # These run the model in a thread of their own, which no steering is open in.
@@ -34,12 +34,14 @@ class Request:
     num_cached: how many of them were in the cache that came with it; None where the cache does not say.
     input_ids: the tokens, where they were given, (batch, width or less).
     has_embeds: whether embeddings were given, which then stand for the tokens.
+    num_beams: how many texts compete, whose rows change places while they are written.
     """
 
     real: Tensor
     num_cached: int | None
     input_ids: Tensor | None
     has_embeds: bool
+    num_beams: int = 1
 
     @property
     def width(self) -> int:
@@ -80,7 +82,14 @@ def read_request(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         shared = min(width, mask.shape[1])
         real[:, width - shared :] = mask[:, mask.shape[1] - shared :].to(real.device) != 0
     says = given.get("cache_params") is None  # a state-space model's cache counts no tokens
-    return Request(real, num_cached if says else None, ids, given.get("inputs_embeds") is not None)
+    has_embeds = given.get("inputs_embeds") is not None
+    return Request(real, num_cached if says else None, ids, has_embeds, _num_beams(model, given))
+
+
+def _num_beams(model: Any, given: Mapping[str, Any]) -> int:
+    configs = (given.get("generation_config"), model.generation_config)
+    values = [given.get("num_beams"), *(config.num_beams for config in configs if config is not None)]
+    return next((value for value in values if value is not None), 1)
 
 
 def _mask_of_padding(model: Any, ids: Tensor, given: Mapping[str, Any]) -> Tensor | None:

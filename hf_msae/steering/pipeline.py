@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGeneratio
 from hf_msae.language_models import load_language_model, model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.special_tokens import special_token_ids
-from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.sampling import seeded_sampling
 from hf_msae.steering.saved import Steering, load_steering
 

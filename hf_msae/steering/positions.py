@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from hf_msae.sites.layouts import call_arguments
-from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.generation import Request
 
 Positions = Literal["all", "prompt", "generated"] | slice | Tensor
@@ -59,7 +59,7 @@ class _Text:
     first: the column of the prompt's first token; virtual tokens that were put into the cache stand before it.
     width: of the prompt. chosen: which of its tokens a slice or a mask means, (batch, width).
     input_ids: the prompt, where it is known and no cache is used. cache: a weak reference to the one that is.
-    end: the number of columns after the last forward.
+    end: the number of columns after the last forward. happened: what `seen_before` was told, (batch, columns, m).
     """
 
     first: int
@@ -68,6 +68,7 @@ class _Text:
     input_ids: Tensor | None
     cache: weakref.ref[Any] | None
     end: int
+    happened: dict[object, Tensor] = field(default_factory=dict)
 
     def goes_on(self, call: _Call) -> bool:
         """Whether a forward is about this text. The cache that a model made in the first one is known from then on."""
@@ -96,12 +97,14 @@ class TokenTracker:
     positions: "all", "prompt", "generated"; a slice of each row's prompt, counted without its padding; or a mask of
         prompt tokens (tokens,) or (batch, tokens), padding included. Slices and masks leave generated tokens alone.
     special_ids: tokens that are never steered.
+    follows_texts: whether gates ask what came before a token (`seen_before`).
 
     What it has seen is kept per thread, as a generation runs in one.
     """
 
     positions: Positions
     special_ids: Tensor
+    follows_texts: bool = False
     _per_thread: threading.local = field(default_factory=threading.local)
 
     @contextmanager
@@ -129,6 +132,7 @@ class TokenTracker:
         allowed = self._real_by_request(call) if call.real is None else call.real
         if input_ids is not None:
             allowed = allowed & ~torch.isin(input_ids, self.special_ids.to(input_ids.device))
+        self._per_thread.allowed, self._per_thread.call = allowed, call
         self._per_thread.steered = allowed & self._selected(call)
         self._per_thread.num_columns, self._per_thread.input_ids = call.num_columns, input_ids
 
@@ -146,6 +150,34 @@ class TokenTracker:
             )
         return steered.to(hidden.device)
 
+    def seen_before(self, asked_by: object, fired: Tensor) -> Tensor:
+        """Whether something happened on an earlier token of the text that counts (no special token, no padding).
+
+        Args:
+            asked_by: who asks, in every forward of a text.
+            fired: on which tokens of this forward it happened, (batch, time, m) for m things.
+
+        Returns:
+            Of each token whether it happened before it, (batch, time, m).
+
+        Raises:
+            SteeringError: the text began outside of the steering, so what happened in it is not known.
+        """
+        call, text = self._per_thread.call, self._per_thread.current
+        fired = fired & self._per_thread.allowed.to(fired.device).unsqueeze(-1)
+        before = text.happened.get(asked_by)
+        if before is None:  # virtual tokens before the prompt count no more than special ones
+            before = fired.new_zeros(len(fired), text.first, fired.shape[-1])
+        if before.shape[1] < call.past or len(before) != len(fired):
+            raise SteeringError(
+                f"a gate with then='after' must see a text from its first token, and the model was called behind a "
+                f"cache of {call.past} tokens of which {before.shape[1]} were seen; begin with an empty cache inside "
+                "the steering."
+            )
+        whole = torch.cat([before[:, : call.past], fired], dim=1)
+        text.happened[asked_by] = whole
+        return ((whole.cumsum(1) - whole.long()) > 0)[:, call.past :]
+
     def _real_by_request(self, call: _Call) -> Tensor:
         """Which tokens (batch, time) are no padding by what `generate` was given; all of them outside of it."""
         real = torch.ones(call.shape, dtype=torch.bool, device=call.device)
@@ -157,11 +189,13 @@ class TokenTracker:
 
     def _selected(self, call: _Call) -> Tensor:
         """Which tokens of a call (batch, time) the positions mean, padding or not."""
-        if isinstance(self.positions, str) and self.positions == "all":
+        anywhere = isinstance(self.positions, str) and self.positions == "all"
+        if not anywhere or self.follows_texts:
+            generation: _Generation | None = self._per_thread.__dict__.get("generation")
+            text = self._of_forward(call) if generation is None else self._of_generation(generation, call)
+            text.end, self._per_thread.current = call.num_columns, text
+        if anywhere:
             return torch.ones(call.shape, dtype=torch.bool, device=call.device)
-        generation: _Generation | None = self._per_thread.__dict__.get("generation")
-        text = self._of_forward(call) if generation is None else self._of_generation(generation, call)
-        text.end = call.num_columns
         places = torch.arange(call.past, call.num_columns, device=call.device) - text.first
         if isinstance(self.positions, str):
             return ((places < text.width) == (self.positions == "prompt")).expand(call.shape)
@@ -177,6 +211,11 @@ class TokenTracker:
                 found.
         """
         request = generation.request
+        if self.follows_texts and request.num_beams > 1:
+            raise SteeringError(
+                f"a gate with then='after' follows each text from its first token, which beams (num_beams="
+                f"{request.num_beams}) exchange; sample, or give num_beams=1."
+            )
         if generation.text is not None:
             if generation.text.goes_on(call):
                 return generation.text

@@ -20,7 +20,8 @@ from hf_msae.atomic_files import atomic_file
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside, parse_json
 from hf_msae.steering.context import steering_context
-from hf_msae.steering.edits import Edit, LatentEdit, PrefixEdit, SteeringError
+from hf_msae.steering.edits import Edit, LatentEdit, PrefixEdit
+from hf_msae.steering.gates import Gate, SteeringError
 from hf_msae.steering.positions import Positions, check_positions
 
 STEERING_NAME = "steering.json"
@@ -74,7 +75,7 @@ class Steering:
             "name": self.name,
             "description": self.description,
             "positions": span or positions,
-            "edits": [asdict(edit) for edit in self.edits],
+            "edits": [_written(edit) for edit in self.edits],
         }
 
     @classmethod
@@ -195,9 +196,17 @@ def _parse(text: bytes, where: str) -> dict[str, Steering]:
     return found
 
 
+def _written(edit: Edit) -> dict[str, Any]:
+    """As JSON has it; gates only where there are some, so that versions that know none read the rest."""
+    return {name: value for name, value in asdict(edit).items() if name != "when" or value}
+
+
 def _edit(values: Mapping[str, Any]) -> Edit:
     kind = PrefixEdit if isinstance(values, Mapping) and "level" in values else LatentEdit
-    return kind(**_known(kind, values))
+    known = _known(kind, values)
+    if "when" in known:
+        known["when"] = [Gate(**_known(Gate, gate)) for gate in known["when"]]
+    return kind(**known)
 
 
 def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

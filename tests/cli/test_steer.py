@@ -8,7 +8,7 @@ import torch
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.interpret import Interpretation, search_promoting
-from hf_msae.steering import LatentEdit, Steering, save_steering
+from hf_msae.steering import Gate, LatentEdit, Steering, save_steering
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +70,21 @@ def test_values_levels_and_ablations_go_together_by_method(folder, capsys):
     assert default == steered
 
 
+def test_gates_say_where_latents_are_steered(folder, capsys):
+    given = (str(folder), "--prompt", PROMPT, "--max-new-tokens", "12", "--temperature", "0")
+    for then, flag in (("here", "--when"), ("after", "--when-after")):
+        gates = [Gate(5, then=then), Gate(6, 0.001, then=then)]
+        save_steering(Steering([LatentEdit(12, 8.0, when=gates)], name=then), folder)
+        assert run(*given, "--steering", then) == 0
+        by_name = columns(capsys.readouterr().out)
+        assert run(*given, "--latent", "12=8", flag, "5", "6=0.001") == 0
+        assert columns(capsys.readouterr().out) == by_name
+        assert by_name[0] != by_name[1]
+        assert run(*given, "--latent", "12=8", flag, "5=1000") == 0
+        default, steered = columns(capsys.readouterr().out)
+        assert default == steered == by_name[0]
+
+
 def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
     given = (str(folder), "--prompt", PROMPT, "A kind boy", "--max-new-tokens", "10")
     assert run(*given) == 2
@@ -91,6 +106,10 @@ def test_a_saved_steering_is_used_when_nothing_else_is_given(folder, capsys):
         (("--latent", "a=4"), "--latent a=4: expected INDEX=VALUE"),
         (("--latent", "64=4"), "latent 64 is not there; it has latents 0 … 63."),
         (("--latent", "1=4", "1=5"), "latent 1 is edited twice"),
+        (("--latent", "1=4", "--when", "a"), "--when a: expected INDEX or INDEX=SHARE, such as 40=0.5."),
+        (("--latent", "1=4", "--when-after", "5=-1"), "opens above a finite number from 0, got -1.0"),
+        (("--latent", "1=4", "--when", "64"), "the gate's latent 64 is not there"),
+        (("--level", "0", "--when", "5"), "give --latent or --towards, too"),
         (("--latent", "1=4", "--steering", "x"), "give it, or what to steer, not both"),
         (("--level", "9"), "there is no level 9; the SAE has levels 0 … 4"),
         (("--latent", "1=4", "--model", "./absent"), "There is no model at ./absent"),

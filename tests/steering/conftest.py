@@ -1,6 +1,8 @@
 """Tiny random models of many architectures, and SAEs that fire on them."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import capture, resolve_site
+
+sys.path.append(str(Path(__file__).parent))  # for what lies here: pytest's importlib mode adds nothing
 
 ARCHITECTURES = (
     "bloom",

@@ -13,6 +13,7 @@ from hf_msae import MatryoshkaSAE
 from hf_msae.errors import InputError, OutputExistsError
 from hf_msae.sites import SiteError, capture, resolve_site
 from hf_msae.steering import (
+    Gate,
     LatentEdit,
     PrefixEdit,
     Steering,
@@ -185,6 +186,7 @@ class _EditWithMore(LatentEdit):
         (Steering([LatentEdit(5, method="ablate")]), "method='ablate' of latent 5"),
         (Steering([LatentEdit(5, 2.0), LatentEdit(6, 2.0, "scale")]), "method='scale' of latent 6"),
         (Steering([LatentEdit(5, 1.0, units="norm")]), "units='norm' of latent 5 make the shift as long as each"),
+        (Steering([LatentEdit(5, 1.0, when=Gate(6))]), "a gate lets the edit of latent 5 act on some tokens only"),
         (Steering([PrefixEdit(1)]), "keeping level 1 takes away depends on which latents are active"),
         (Steering([_EditWithMore(5, 1.0, only_after=3)]), "only_after=3 of latent 5 lets it act on some tokens only"),
         (Steering([LatentEdit(5, 1.0)], "generated"), "acts on positions='generated' only"),

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_msae.steering import (
+    Gate,
     LatentEdit,
     PrefixEdit,
     Steering,
@@ -35,6 +36,13 @@ def folder(tmp_path: Path, sae) -> Path:
     return tmp_path
 
 
+gates = st.builds(
+    Gate,
+    st.integers(0, 10**6),
+    st.floats(0, allow_nan=False, allow_infinity=False),
+    st.sampled_from(["max", "absolute"]),
+    st.sampled_from(["here", "after"]),
+)
 latent_edits = st.builds(
     LatentEdit,
     st.integers(0, 10**6),
@@ -42,6 +50,7 @@ latent_edits = st.builds(
     st.sampled_from(["add", "clamp", "ablate", "scale"]),
     st.sampled_from(["max", "absolute", "norm"]),
     st.text(),
+    gates | st.lists(gates),
 )
 prefix_edits = st.builds(PrefixEdit, st.integers(-5, 5), st.booleans(), st.text())
 whole = st.none() | st.integers(-99, 99)
