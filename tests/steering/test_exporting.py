@@ -1,7 +1,6 @@
 """A steering that leaves the library does what it does inside, and what cannot leave says why."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -172,13 +171,6 @@ def test_the_shift_is_what_the_context_adds(value, llama, make_sae) -> None:
     assert torch.allclose(steered - plain, shift.expand_as(plain), atol=1e-5)
 
 
-@dataclass(frozen=True)
-class _EditWithMore(LatentEdit):
-    """As a later version may have: a field that says where the edit acts."""
-
-    only_after: int = 0
-
-
 @pytest.mark.parametrize(
     ("steering", "said"),
     [
@@ -188,7 +180,6 @@ class _EditWithMore(LatentEdit):
         (Steering([LatentEdit(5, 1.0, units="norm")]), "units='norm' of latent 5 make the shift as long as each"),
         (Steering([LatentEdit(5, 1.0, when=Gate(6))]), "a gate lets the edit of latent 5 act on some tokens only"),
         (Steering([PrefixEdit(1)]), "keeping level 1 takes away depends on which latents are active"),
-        (Steering([_EditWithMore(5, 1.0, only_after=3)]), "only_after=3 of latent 5 lets it act on some tokens only"),
         (Steering([LatentEdit(5, 1.0)], "generated"), "acts on positions='generated' only"),
         (Steering([LatentEdit(5, 1.0)], slice(2, 5)), r"acts on positions=slice\(2, 5, None\) only"),
         (Steering([], name="none"), "'none' changes nothing, so there is nothing to export"),
