@@ -37,6 +37,7 @@ FLOORS = {
     "hf_msae.errors": -1,  # the ground itself raises them
     "hf_msae.importing": -1,
     "hf_msae.atomic_files": 0,
+    "hf_msae.devices": 0,
     "hf_msae.outliers": 0,
     "hf_msae.moved": 0,
     "hf_msae.plot_style": 0,

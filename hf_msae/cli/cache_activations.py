@@ -38,6 +38,7 @@ class CacheArguments:
     calibration_tokens: int = field(
         default=50_000, metadata={"help": "Leave out as many tokens with which `train` sets thresholds."}
     )
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     seed: int = field(default=0, metadata={"help": "Fixes the order."})
 
 
@@ -46,13 +47,14 @@ def run(arguments: list[str]) -> None:
     parser = build_parser("cache-activations", DESCRIPTION, (SourceArguments, CacheArguments))
     sources, args = parse(parser, arguments)
 
-    from hf_msae.cli.sources import load_language_model, load_text
+    from hf_msae.cli.sources import choose_device, load_language_model, load_text
     from hf_msae.data import make_activation_cache
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    choose_device(args.use_cpu)
     documents, _ = load_text(sources)
     model, tokenizer = load_language_model(sources)
-    options = {name: value for name, value in vars(args).items() if name not in ("site", "output_dir")}
+    options = {name: value for name, value in vars(args).items() if name not in ("site", "output_dir", "use_cpu")}
     cache = make_activation_cache(model, tokenizer, args.site, documents, args.output_dir, **options)
     outliers = cache.index["num_outliers"]
     left_out = f" ({outliers:,} outliers were left out)" if outliers else ""

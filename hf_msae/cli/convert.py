@@ -92,15 +92,13 @@ def run(arguments: list[str]) -> None:
 
 def _measure(sae: "MatryoshkaSAE", args: ConvertArguments, sources: SourceArguments) -> None:
     """Have the language model read text, and record in the SAE what that tells."""
-    from accelerate import PartialState
-
-    from hf_msae.cli.sources import complete_model, load_language_model, load_text
+    from hf_msae.cli.sources import choose_device, complete_model, load_language_model, load_text
     from hf_msae.evaluation import complete_on_text
     from hf_msae.sites import recorded_site
 
     complete_model(sources, sae.config, args.src)
     site = args.site or recorded_site(sae.config, called=args.src)
-    PartialState(cpu=args.use_cpu)
+    choose_device(args.use_cpu)
     documents, eval_documents = load_text(sources)
     model, tokenizer = load_language_model(sources)
     source = documents if eval_documents is None else eval_documents

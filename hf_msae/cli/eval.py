@@ -48,15 +48,13 @@ def run(arguments: list[str]) -> None:
     parser = build_parser("eval", DESCRIPTION, (SubjectArguments, EvaluationArguments, EvalSourceArguments))
     of, args, sources = parse(parser, arguments)
 
-    from accelerate import PartialState
-
-    from hf_msae.cli.sources import complete_model, load_language_model, load_text
+    from hf_msae.cli.sources import choose_device, complete_model, load_language_model, load_text
     from hf_msae.evaluation import run_evaluation
     from hf_msae.evaluation.pipeline import check_output, load_subjects
     from hf_msae.sites import recorded_site
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    PartialState(cpu=args.use_cpu)
+    choose_device(args.use_cpu)
     # Before anything is loaded; what comes later checks again.
     folder = check_output(args)
     subjects = load_subjects([of.sae, *of.compare])

@@ -49,6 +49,7 @@ class InterpretArguments:
     labels_model: str | None = field(
         default=None, metadata={"help": "A chat model that names latents, and is tested on its names."}
     )
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     num_labels: int = field(default=100, metadata={"help": "How many latents are named, the first ones that fire."})
 
 
@@ -57,10 +58,11 @@ def run(arguments: list[str], brief: bool = False) -> None:
     parser = build_parser("interpret", DESCRIPTION, (InterpretArguments, SourceArguments))
     args, sources = parse(parser, arguments)
 
-    from hf_msae.cli.sources import check_sae_place, load_language_model, load_sae, load_text
+    from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model, load_sae, load_text
     from hf_msae.interpret import interpret, write_labels
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    choose_device(args.use_cpu)
     check_sae_place(args.sae)
     folder = _output_folder(args)
     labeller = None if args.labels_model is None else load_labeller(args.labels_model)
@@ -70,7 +72,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
     interpretation = interpret(
         model,
         tokenizer,
-        sae.to(model.device),  # type: ignore[arg-type]
+        sae,
         documents,
         folder,
         max_tokens=args.max_tokens,
@@ -87,11 +89,14 @@ def run(arguments: list[str], brief: bool = False) -> None:
 
 def load_labeller(name: str) -> "Labeller":
     """A chat model from the Hub or a folder. Raises ValueError where it cannot be loaded or is none."""
+    from accelerate import PartialState
+
     from hf_msae import language_models
     from hf_msae.interpret import Labeller
 
     try:
         model, tokenizer = language_models.load_language_model(name, needs_head=True)
+        model.to(PartialState().device)  # type: ignore[arg-type]
     except InputError as error:
         raise InputError(f"--labels-model {name}: {error}") from error
     return Labeller(model, tokenizer)

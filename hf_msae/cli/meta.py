@@ -57,7 +57,7 @@ class MetaArguments:
     label_tokens: int = field(
         default=20_000, metadata={"help": "Tokens of text that give latents their names; 0 needs no language model."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where an accelerator is present."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
 
 
 def run(arguments: list[str]) -> None:
@@ -66,6 +66,7 @@ def run(arguments: list[str]) -> None:
 
     from rich.console import Console
 
+    from hf_msae.cli.sources import choose_device
     from hf_msae.modeling import MatryoshkaSAE
     from hf_msae.research.meta_pipeline import (
         BROWSER_NAME,
@@ -76,6 +77,7 @@ def run(arguments: list[str]) -> None:
     )
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    choose_device(args.use_cpu)
     folder = Path(args.output_dir or f"{Path(args.sae).resolve().name}-meta-sae")
     if args.meta_sae is None:
         check_output(folder)  # before anything is loaded

@@ -191,7 +191,7 @@ def _add(group: argparse._ArgumentGroup, field: "Field[Any]", hint: Any, positio
         return
     flags = _spellings([f"--{field.name}", *field.metadata.get("aliases", ())])
     group.add_argument(*flags, dest=field.name, required=default is MISSING, **options)
-    if kind is bool and default is True:
+    if kind is bool and default is not False:
         no = _spellings([f"--no_{field.name}"])
         group.add_argument(*no, dest=field.name, action="store_false", default=argparse.SUPPRESS)
 

@@ -50,6 +50,7 @@ class QuickstartArguments:
         default="runs/quickstart", metadata={"help": "Where it is written. What a run left there is deleted."}
     )
     max_tokens: str = field(default="1.5M", metadata={"help": "Tokens to train on."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     interpret_tokens: str = field(default="150k", metadata={"help": "Tokens to read what latents mean from."})
 
 
@@ -58,7 +59,8 @@ def run(arguments: list[str]) -> None:
     (args,) = parse(build_parser("quickstart", DESCRIPTION, (QuickstartArguments,)), arguments)
     print("Four steps on the story model that ships with the package, in two to four minutes, without a network.")
     use_free_cores()
-    for number, (words, command) in enumerate(commands(args), 1):
+    for number, (words, asked) in enumerate(commands(args), 1):
+        command = [*asked, "--use-cpu"] if args.use_cpu else asked
         print(f"\n{number} of 4: {words}\n$ hf-msae {shlex.join(command)}", flush=True)
         importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:], brief=True)
     print(next_steps(args.output_dir))

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.data import CachedActivations, Documents, as_documents, is_activation_cache, load_documents
+from hf_msae.devices import stays_on_cpu
 from hf_msae.errors import InputError
 from hf_msae.language_models import model_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -56,6 +57,11 @@ def load_language_model(
     if args.device_map is None and not tensor_parallel:
         model = model.to(PartialState().device)  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def choose_device(use_cpu: bool) -> None:
+    """Have this process use the accelerator, if there is one; to be called before anything is loaded."""
+    PartialState(cpu=stays_on_cpu(use_cpu))
 
 
 def _tensor_parallel(args: SourceArguments, config: PreTrainedConfig) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class SteerArguments:
     )
     max_new_tokens: int = field(default=60, metadata={"help": "Tokens to write."})
     temperature: float = field(default=0.7, metadata={"help": "Of the sampling; 0 is greedy."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     seed: int = field(default=0, metadata={"help": "Fixes the randomness of both texts."})
 
 
@@ -78,13 +79,14 @@ def run(arguments: list[str], brief: bool = False) -> None:
     """Parse, load, write both texts; these are all that it prints, `brief` or not."""
     (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
 
-    from hf_msae.cli.sources import check_sae_place, load_language_model
+    from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model
     from hf_msae.language_models import model_of
     from hf_msae.modeling import MatryoshkaSAE
     from hf_msae.steering import SteeredPipeline, SteeringError
     from hf_msae.steering.edits import check_edits
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    choose_device(args.use_cpu)
     check_sae_place(args.sae)
     steering = read_steering(args)
     names = sorted({edit.sae for edit in steering.edits})
@@ -100,7 +102,6 @@ def run(arguments: list[str], brief: bool = False) -> None:
         raise SteeringError(f"{args.sae} does not say which language model it was trained on; give --model.")
     source = SourceArguments(model=model_name, model_revision=revision, trust_remote_code=args.trust_remote_code)
     model, tokenizer = load_language_model(source)
-    saes = {key: sae.to(model.device) for key, sae in saes.items()}
     show(SteeredPipeline(model, tokenizer, saes, steering), args)
 
 

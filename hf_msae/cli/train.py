@@ -119,6 +119,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
     from hf_msae.training import SAETrainer
     from hf_msae.training.grid import make_saes, sites_of
     from hf_msae.training.outputs import check_output_dir
+    from hf_msae.training.precision import describe_precision
     from hf_msae.training.run import check_trackers
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -139,6 +140,8 @@ def run(arguments: list[str], brief: bool = False) -> None:
     if run_args.dry_run:
         dry_run(trainer)
         return
+    if trainer.run.is_main and trainer.run.device.type != "cpu":
+        print(f"Training on {trainer.run.device} in {describe_precision(trainer.args)}.", flush=True)
     measurements = trainer.train()
     if PartialState().is_main_process:
         report(trainer, measurements, sources, brief)

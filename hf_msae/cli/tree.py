@@ -38,6 +38,7 @@ class TreeArguments:
     min_score: float = field(default=0.5, metadata={"help": "Least score of an edge: 0 is chance, 1 is always."})
     max_children: int = field(default=8, metadata={"help": "Roots, and children of one latent, to show."})
     max_tokens: int = field(default=200_000, metadata={"help": "Tokens to read."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     output: str | None = field(
         default=None, metadata={"help": "Write all edges to this file, too: .json, or .dot for Graphviz."}
     )
@@ -75,14 +76,14 @@ def run(arguments: list[str], brief: bool = False) -> None:
 
 
 def _measure(args: TreeArguments, sources: SourceArguments) -> "tuple[Hierarchy, Sequence[str]]":
-    from hf_msae.cli.sources import load_language_model, load_sae, load_text
+    from hf_msae.cli.sources import choose_device, load_language_model, load_sae, load_text
     from hf_msae.interpret.trees import check_levels, measure_hierarchy
 
+    choose_device(args.use_cpu)
     sae = load_sae(args.sae, args.subfolder, sources)
     check_levels(sae, args.sae)  # before anything else is loaded
     documents, _ = load_text(sources)
     model, tokenizer = load_language_model(sources)
-    sae = sae.to(model.device)  # type: ignore[arg-type]
     return measure_hierarchy(
         model, tokenizer, sae, documents, max_tokens=args.max_tokens, site=args.site, called=args.sae
     )

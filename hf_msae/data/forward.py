@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_msae.data.windows import Window, collate
+from hf_msae.devices import device_of
 from hf_msae.errors import InputError
 from hf_msae.modeling.devices import sent
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, NORM_TOKENS, activation_norms, check_multiple, norm_limit_of
@@ -92,9 +93,7 @@ def capture_counted(
 ) -> dict[Site, Tensor] | None:
     """`{site: (tokens that count, hidden_size)}` of one forward pass; None where no token counts."""
     check_eval(model)
-    weight = next(model.get_input_embeddings().parameters())
-    # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
-    device = torch.device("cpu") if weight.is_meta else weight.device
+    device = device_of(model)
     batch = collate(windows, pad_id)
     rows = batch["keep"].flatten().nonzero().flatten()
     if not len(rows):

@@ -5,10 +5,10 @@ that was saved without a threshold computes nothing for a token alone, until one
 """
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.documents import DocumentsLike
+from hf_msae.devices import device_of
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.metrics import Measurement, ReconstructionMeter, measured_facts, merge
 from hf_msae.modeling import MatryoshkaSAE
@@ -90,7 +90,7 @@ def complete_on_text(
     found = find_site(model, config, site, called=called)
     length = window_length(model, SAETrainingArguments(context_length=config.context_length))
     text = collect(model, tokenizer, found, documents, num_tokens=num_tokens, context_length=length)
-    measurement = complete(sae.to(PartialState().device).eval(), text)  # type: ignore[arg-type]
+    measurement = complete(sae.to(device_of(model)).eval(), text)  # type: ignore[arg-type]
     config.site = config.site or str(found)
     config.base_model = config.base_model or model.config.name_or_path or None
     return measurement

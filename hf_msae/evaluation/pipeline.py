@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.documents import DocumentsLike
+from hf_msae.devices import device_of
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.evaluation.arguments import EvaluationArguments
@@ -95,7 +95,7 @@ def run_evaluation(
     where = resolve_site(model, site or recorded_site(config, called=first.name))
     for subject in subjects:
         find_site(model, subject.sae.config, where, called=subject.name)
-        subject.sae.to(PartialState().device)
+        subject.sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
     wanted = SAETrainingArguments(context_length=args.context_length or config.context_length)
     context_length = window_length(model, wanted)
     text = collect(

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_msae.data import ActivationError, TokenWindows, Window, as_documents, pad_id, vocabulary
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import capture_counted, leave_out
+from hf_msae.devices import device_of
 from hf_msae.errors import InputError
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
 from hf_msae.interpret.contexts import (
@@ -117,7 +118,7 @@ def scan(
     Args:
         model: in evaluation mode.
         tokenizer: its own.
-        sae: in evaluation mode.
+        sae: in evaluation mode; it is moved to where the model is.
         documents: `Documents`, or what `as_documents` takes.
         max_tokens: how many tokens that count are enough.
         site: where the SAE reads; by default what its configuration records.
@@ -145,6 +146,7 @@ def scan(
             raise InputError(f"{name} must be at least 1, got {number}")
     check_multiple(norm_outlier_multiple)
     place, limit = find_site(model, sae.config, site), sae.config.norm_limit
+    sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
     rows = vocabulary(model)
     filler = pad_id(tokenizer, rows)

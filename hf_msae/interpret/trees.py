@@ -48,7 +48,7 @@ def measure_hierarchy(
     Args:
         model: the language model.
         tokenizer: its own.
-        sae: in evaluation mode, on the model's device.
+        sae: in evaluation mode; it is moved to the model's device.
         documents: `Documents`, or what `as_documents` takes.
         max_tokens: how many tokens to read.
         site: where in the model, if the SAE does not say.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_msae.devices import device_of
 from hf_msae.process_wide import eager
 from hf_msae.sites.layouts import Layout, misplacement, probe_tokens, token_shapes
 from hf_msae.sites.names import Site, SiteError, resolve_site
@@ -102,9 +103,7 @@ def _same_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _probe_inputs(model: PreTrainedModel, draw: int) -> list[dict[str, Tensor]]:
-    weight = next(model.get_input_embeddings().parameters())
-    # Weights that accelerate has offloaded lie on meta; its hooks then move the tokens to where the work is done.
-    device = torch.device("cpu") if weight.is_meta else weight.device
+    device = device_of(model)
     vocab_size = model.config.get_text_config().vocab_size
     inputs = [{"input_ids": tokens} for tokens in probe_tokens(vocab_size, 4, device, draw)]
     if model.config.is_encoder_decoder:

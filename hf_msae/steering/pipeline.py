@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 
+from hf_msae.devices import device_of
 from hf_msae.language_models import load_language_model, model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.special_tokens import special_token_ids
@@ -25,7 +26,7 @@ class SteeredPipeline(TextGenerationPipeline):
     Args:
         model: the language model.
         tokenizer: its tokenizer.
-        saes: the SAE, or several by the names that the steering's edits use.
+        saes: the SAE, or several by the names that the steering's edits use; they are moved to the model's device.
         steering: what to do; a `Steering()` without edits does nothing.
         kwargs: as for `TextGenerationPipeline`.
 
@@ -43,7 +44,9 @@ class SteeredPipeline(TextGenerationPipeline):
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
-        self.saes = dict(saes) if isinstance(saes, Mapping) else {"": saes}
+        named = dict(saes) if isinstance(saes, Mapping) else {"": saes}
+        # The pipeline moves the model to the device that it is given, or finds.
+        self.saes = {name: sae.to(device_of(self.model)) for name, sae in named.items()}  # type: ignore[arg-type]
         self.steering = steering
         self.special_ids = special_token_ids(tokenizer)
 
@@ -87,7 +90,7 @@ class SteeredPipeline(TextGenerationPipeline):
             tokenizer = tokenizer or found
         if tokenizer is None:
             raise SteeringError(f"give the tokenizer of the {type(model).__name__}, too.")
-        return cls(model, tokenizer, {key: sae.to(model.device) for key, sae in saes.items()}, steering, **kwargs)
+        return cls(model, tokenizer, saes, steering, **kwargs)
 
     def with_steering(self, steering: Steering) -> "SteeredPipeline":
         """This pipeline, models shared, with another steering."""

@@ -78,7 +78,8 @@ class SAETrainingArguments:
         adam_epsilon: Adam's epsilon.
         max_grad_norm: Clip the gradient's norm to this; 0 does not clip.
         dead_after_tokens: A latent silent for this many tokens counts as dead. Default: 10M, or 5% of a shorter run.
-        bf16: Run the SAE's matrix products in bfloat16 (weights stay fp32).
+        bf16: Run the SAE's matrix products in bfloat16 (weights stay fp32). Default: on GPUs that have it.
+        tf32: Run those that stay fp32 in TF32. Default: on GPUs that have it, where `bf16` is refused.
         seed: Fixes initialisation and the order of tokens.
         use_cpu: Train on the CPU even where an accelerator is present.
         context_length: Tokens per window. Default: 512, or the model's maximum if that is smaller.
@@ -135,7 +136,8 @@ class SAETrainingArguments:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     dead_after_tokens: int | None = None
-    bf16: bool = False
+    bf16: bool | None = None
+    tf32: bool | None = None
     seed: int = 0
     use_cpu: bool = False
 
@@ -221,10 +223,10 @@ class SAETrainingArguments:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether to train on the CPU; accelerate must be told, or it sees one process where torchrun made several."""
-        import torch  # not before: commands read their flags without it
+        """Whether to train on the CPU."""
+        from hf_msae.devices import stays_on_cpu  # not before: commands read their flags without torch
 
-        return self.use_cpu or not torch.accelerator.is_available()
+        return stays_on_cpu(self.use_cpu)
 
     @property
     def tokens_per_process(self) -> int:

@@ -41,6 +41,7 @@ from hf_msae.training.optimization import (
     sample_prefix_sizes,
     sorting_steps,
 )
+from hf_msae.training.precision import products
 from hf_msae.training.run import Run
 from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
 
@@ -233,6 +234,10 @@ class Learner:
             activations: This process's, of all micro-batches, (batch, hidden_size).
             step: Its number, from 0.
         """
+        with products(self.args, self.device):
+            self._step(activations, step)
+
+    def _step(self, activations: Tensor, step: int) -> None:
         config, device = self.sae.config, self.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
@@ -255,10 +260,10 @@ class Learner:
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
         statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, step in sorting)
         parts = x.split(-(-x.shape[0] // self.args.gradient_accumulation_steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             contexts = self._batch_contexts(x, parts, options)
         for part, context in zip(parts, contexts, strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
                 output = self.sae(part, batch=context, **options)
             weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
             (output.loss * weight).backward()

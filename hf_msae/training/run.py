@@ -13,7 +13,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from hf_msae.errors import HfMsaeError, InputError
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.collectives import process_group
+from hf_msae.training.precision import with_precision
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +82,18 @@ class Run:
             project_dir=str(self.output_dir / "trackers"),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
-        self.args = as_launched(args, self.accelerator)
         self.device: torch.device = self.accelerator.device
+        self._asked = as_launched(args, self.accelerator)
+        self.args = with_precision(self._asked, self.device)
         self.rank: int = self.accelerator.process_index
         self.num_processes: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         self.processes = process_group(self.accelerator)
         self.tokens_per_step = self.args.tokens_per_step(self.num_processes)
+
+    def keep_precision(self, then: Mapping[str, Any]) -> None:
+        """Go on in the precision of a checkpoint's arguments, where this run does not ask for another."""
+        self.args = with_precision(self._asked, self.device, then)
 
     def sae_folder(self, base: Path, name: str) -> Path:
         """Where one SAE's files lie under a folder: in it when it is the only one, else in a folder of its name."""
@@ -153,9 +159,11 @@ def as_launched(args: SAETrainingArguments, accelerator: Accelerator) -> SAETrai
     """The arguments with what `accelerate launch`, or its configuration file, asks for."""
     said = []
     precision = accelerator.mixed_precision
-    if precision == "bf16" and not args.bf16:
+    if precision == "bf16" and args.bf16 is None:
         args = replace(args, bf16=True)
         said.append("the SAE's matrix products run in bfloat16 (--mixed_precision bf16), as with --bf16")
+    elif precision == "bf16" and not args.bf16:
+        said.append("--mixed_precision bf16 has no effect: --no-bf16 refuses it")
     elif precision not in ("no", "bf16"):
         said.append(
             f"--mixed_precision {precision} has no effect: an SAE trains in float32, or, with --bf16, bfloat16"

@@ -24,6 +24,7 @@ from hf_msae.data import ActivationError, DatasetError, fingerprint
 from hf_msae.data.cache import TrainingData
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.populations import describe_difference
+from hf_msae.devices import move_language_model
 from hf_msae.errors import HfMsaeError, InputError
 from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -63,8 +64,8 @@ class SAETrainer:
     """Trains one or several SAEs on a language model's activations.
 
     Args:
-        model: The language model; may be None when training from an activation cache. Put into eval mode, never
-            changed.
+        model: The language model; may be None when training from an activation cache. It is moved to
+            the run's device, unless it is split over several, and never changed.
         sae: The SAE to train, or several (a list, or a mapping from names), each with `config.site` set. All are
             trained from one pass of the model. Weights are initialised anew, or from `args.init_from`.
         args: How to train.
@@ -101,6 +102,8 @@ class SAETrainer:
         self.model, self.tokenizer = model, processing_class
         self.saes = named_saes(sae)
         self.run = run = Run(args, single=len(self.saes) == 1)
+        if model is not None:
+            move_language_model(model, run.device)
         self.sites = resolve_sites(model, self.saes)
         if run.args.init_from is not None:
             for item in self.saes.values():
@@ -181,6 +184,7 @@ class SAETrainer:
         if checkpoint is None:
             self._length = Length(self.loader.count_steps())
         else:
+            run.keep_precision(checkpoint.state["arguments"])
             self._length = resumed_length(checkpoint.state, run.args, self.loader.count_steps)
         self.state.max_steps = self._length.max_steps
         if run.args.push_to_hub:
@@ -438,6 +442,7 @@ class SAETrainer:
             "training_tokens": self.state.num_input_tokens_seen,
             "tokens_per_second": round(self._tokens_per_second(), 1),
             "training_seconds": round(self._training_seconds, 1),
+            "precision": "bfloat16" if self.args.bf16 else "TF32" if self.args.tf32 else "float32",
             "dataset": self.loader.description,
             "training_outliers": self.loader.num_outliers,
             "learning_rate": learner.learning_rate,

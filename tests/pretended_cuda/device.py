@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")
+MEMORY = 80 * 2**30
 HERE = Path(__file__).parent
 LIBRARIES = (str(Path(torch.__file__).parent), str(HERE), str(Path(traceback.__file__).parent) + "/contextlib")
 
@@ -80,15 +81,16 @@ class PretendedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "PretendedTensor":
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
-            device=CPU,
-        )
+        with torch.inference_mode(False):  # or a view of an ordinary tensor could not be one
+            return torch.Tensor._make_wrapper_subclass(
+                cls,
+                held.size(),
+                strides=held.stride(),
+                storage_offset=held.storage_offset(),
+                dtype=held.dtype,
+                layout=held.layout,
+                device=CPU,
+            )
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
@@ -166,6 +168,12 @@ class PretendedCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            # There, operations that are made of others arrive whole.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if func.overloadpacket in (aten.pin_memory, aten._pin_memory):
             return self._pin(args[0])
         if func.overloadpacket is aten.is_pinned:
@@ -296,11 +304,11 @@ def _cpu_for_cuda(function: Any) -> Any:
 
 
 @contextmanager
-def pretended_cuda(has_bf16: bool = True) -> Iterator[PretendedCuda]:
+def pretended_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedCuda]:
     """A pretended GPU, for as long as this is open.
 
     Args:
-        has_bf16: Whether it says that it computes in bfloat16.
+        capability: Its generation; bfloat16 came with (8, 0).
 
     Yields:
         What it records.
@@ -309,7 +317,13 @@ def pretended_cuda(has_bf16: bool = True) -> Iterator[PretendedCuda]:
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda._exchange_device": lambda index: index,
         "torch.cuda._maybe_exchange_device": lambda index: index,
-        "torch.cuda.is_bf16_supported": lambda *args, **kwargs: has_bf16,
+        "torch.cuda.is_bf16_supported": lambda *args, **kwargs: capability >= (8, 0),
+        "torch.cuda.get_device_capability": lambda *args: capability,
+        "torch.cuda.get_device_name": lambda *args: "a pretended GPU",
+        "torch.cuda.mem_get_info": lambda *args: (MEMORY, MEMORY),
+        "torch.cuda.memory_reserved": lambda *args: 0,
+        "torch.cuda.memory_allocated": lambda *args: 0,
+        "torch.cuda.synchronize": lambda *args: None,
         "torch.cuda.Stream": _Stream,
         "torch.cuda.current_stream": lambda *args: _Stream(),
         "torch.cuda.stream": lambda stream: nullcontext(),
