@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_context import IDS, ends, generate, hidden_at, logits
+from steered_runs import IDS, ends, generate, hidden_at, logits
 from torch import Tensor
 from transformers import DynamicCache
 
