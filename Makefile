@@ -12,7 +12,7 @@ PEERS := $(PEERS_VENV)/.installed
 # Images for containers often set it. The tests start Python some hundred times, and each would compile all that it
 # imports once more: a quarter of the time of `make fast`.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help install quickstart demo fast test peers quality docs copy format clean
+.PHONY: help install quickstart demo fast test peers gpu quality docs copy format clean
 
 # What pip has to say about its own version and about paths of scripts is nothing that a reader here can use.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -62,6 +62,9 @@ test: $(DEVELOP)  ## Run all tests
 
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest tests/formats tests/research/test_synth_bench_peers.py
+
+gpu: $(INSTALLED)  ## Check on this machine's GPU what is promised there, in ten minutes at most; writes benchmarks/results/
+	$(BIN)/python benchmarks/gpu_check.py
 
 quality: $(DEVELOP) copy  ## Lint, formatting, types, transformers' rules for Hub code, and links of the documentation
 	$(BIN)/ruff check .

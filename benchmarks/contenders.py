@@ -115,6 +115,7 @@ def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int]) -> Conten
         per_device_train_batch_size=setting.batch_size,
         max_steps=MAX_STEPS,
         bf16=setting.bf16,
+        tf32=False,
         use_cpu=setting.device == "cpu",
         dead_after_tokens=10_000_000,
     )
