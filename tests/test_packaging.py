@@ -55,6 +55,7 @@ FLOORS = {
     "hf_msae.training": 3,
     "hf_msae.evaluation": 3,
     "hf_msae.interpret": 3,
+    "hf_msae.serving": 3,
     "hf_msae.research": 4,
     "hf_msae.cli": 5,
 }
@@ -76,7 +77,7 @@ SCRIPT = "spaces/steering"
 # What a checkpoint's reader has: the files of modeling/ lie beside every checkpoint.
 OF_A_READER = {"torch", "transformers", "safetensors", "huggingface_hub"}
 # What some machines lack: imported only by the functions that need it.
-LAZY = {"datasets", "gradio"}
+LAZY = {"datasets", "fastapi", "gguf", "gradio", "uvicorn"}
 
 # Runs where only an installed copy is hf_msae, as on a machine that lacks the LAZY packages; prints facts as JSON.
 TRIAL = """
@@ -300,27 +301,32 @@ def test_every_folder_of_code_is_a_listed_package() -> None:
 
 
 class Import(NamedTuple):
-    """One name that a file imports, as written out in full; `lazy` where it stands inside a function."""
+    """One name that a file imports, as written out in full.
+
+    `lazy` where it stands inside a function, `for_types` where it is read by type checkers and never run.
+    """
 
     name: str
     lazy: bool
+    for_types: bool = False
 
 
 def read_imports(source: str, package: str) -> Iterator[Import]:
     """Every import of a file that lies in `package`; `from a import b` gives a.b, a module or not."""
 
-    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            yield from (Import(alias.name, lazy) for alias in node.names)
+            yield from (Import(alias.name, lazy, for_types) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (Import(f"{base}.{alias.name}", lazy) for alias in node.names)
+            yield from (Import(f"{base}.{alias.name}", lazy, for_types) for alias in node.names)
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for_types = for_types or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, lazy)
+            yield from visit(child, lazy, for_types)
 
-    return visit(ast.parse(source), False)
+    return visit(ast.parse(source), False, False)
 
 
 @cache
@@ -348,7 +354,7 @@ def room_of(module: str) -> str:
 def own_imports() -> Iterator[tuple[str, str]]:
     """Pairs of a module and a module of this package that it imports."""
     for module, imports in read_package().items():
-        for name, _ in imports:
+        for name, *_ in imports:
             if name.split(".")[0] == "hf_msae":
                 yield module, module_of(name)
 
@@ -356,9 +362,9 @@ def own_imports() -> Iterator[tuple[str, str]]:
 def third_party_imports() -> Iterator[tuple[str, str, bool]]:
     """A module, the top-level name of a package it imports, and whether it does so inside a function."""
     for module, imports in read_package().items():
-        for name, lazy in imports:
+        for name, lazy, for_types in imports:
             top = name.split(".")[0]
-            if top not in sys.stdlib_module_names | {"hf_msae"}:
+            if not for_types and top not in sys.stdlib_module_names | {"hf_msae"}:
                 yield module, top, lazy
 
 
