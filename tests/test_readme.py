@@ -498,6 +498,7 @@ def is_tested(name: str, folder: str = "tests") -> bool:
 REASONS: dict[str, Callable[[str], bool]] = {
     "it needs the Hub": lambda code: re.search(r"\"[\w-]+/[\w.-]+\"", code) is not None,
     "it needs several processes": lambda code: "shard_latents" in code,
+    "it needs a server": lambda code: "base_url=" in code and is_tested("OpenAI"),
     "it takes minutes": lambda code: all(is_tested(name) for name in names_of_hf_msae(code)),
 }
 
@@ -507,12 +508,12 @@ def test_python_runs_or_says_why_not(document: str, block: Block) -> None:
     assert block.runs or block.reason in REASONS, "mark it `<!-- runs -->` or `<!-- not run: REASON -->`"
     if block.reason:
         assert REASONS[block.reason](block.code)
-        assert names_of_hf_msae(block.code)
+        assert names_of_hf_msae(block.code) or block.reason == "it needs a server"
 
 
 HUB_NAME = re.compile(r"[A-Za-z][\w-]*/[\w.-]+")
-# Commands that end only when somebody ends them, and what starts them in a browser in the tests.
-SERVERS = {("hf-msae", "demo"), ("hf-msae", "space"), ("make", "demo")}
+# Commands that end only when somebody ends them, and what they start is tried in the tests.
+SERVERS = {("hf-msae", "demo"), ("hf-msae", "space"), ("hf-msae", "serve"), ("make", "demo")}
 # Folders that documents name, where the Hub would be meant otherwise.
 FOLDERS = ("runs/", "cache/", "saes/", "export/")
 
