@@ -27,6 +27,7 @@ from hf_msae.data import (
 )
 from hf_msae.data.populations import ROWS_OF_BATCH, Population
 from hf_msae.errors import InputError
+from hf_msae.modeling.devices import sent
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.run import Run
@@ -134,7 +135,7 @@ class ActivationLoader(ABC):
     sliced: bool = False
 
     def __init__(self, run: Run) -> None:
-        self.args, self.rank, self.num_processes = run.args, run.rank, run.num_processes
+        self.args, self.rank, self.num_processes, self.device = run.args, run.rank, run.num_processes, run.device
         self.epoch = 0
         self.norm_limits: dict[Site, float | None] = {}
         self.populations: dict[Site, Population] = {}
@@ -161,6 +162,8 @@ class ActivationLoader(ABC):
         if self.sliced and self.num_processes > 1:
             own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
             batch = {site: rows[own] for site, rows in batch.items()}
+        # Once for all learners of a site, without waiting; what a language model gives is on its device already.
+        batch = {site: sent(rows, self.device) if rows.device.type == "cpu" else rows for site, rows in batch.items()}
         for site, rows in batch.items():
             some = Population.of(rows[:ROWS_OF_BATCH])
             self.populations[site] = self.populations[site] + some if site in self.populations else some

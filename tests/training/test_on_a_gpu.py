@@ -13,9 +13,11 @@ from patience import HANG_SECONDS
 from pretended_cuda import DEVICE, PretendedCuda, interpreted_kernels, pretended_cuda
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.data import make_activation_cache
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.loaders import CacheLoader
 from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
 
@@ -120,6 +122,19 @@ def test_no_step_mixes_devices(gpu, options: dict) -> None:
     assert all(parameter.device == DEVICE for parameter in learner.sae.parameters())
     state = learner.state_dict()["optimizer"]["b_dec"].values()
     assert {tensor.device for tensor in (*learner.latent_state().values(), *state)} == {DEVICE}
+
+
+def test_cached_activations_arrive_once_and_without_waiting(gpu, lm, tokenizer, texts, tmp_path) -> None:
+    sizes = {"context_length": 32, "batch_size": 64, "eval_tokens": 200, "calibration_tokens": 100}
+    cache = make_activation_cache(lm, tokenizer, ["layers.0"], texts, tmp_path / "cache", max_tokens=600, **sizes)
+    run = Run(SAETrainingArguments(per_device_train_batch_size=96, use_cpu=True))
+    run.device = DEVICE
+    loader = CacheLoader(run, cache, cache.sites, skip_rows=0)
+    gpu.clear()
+    (x,) = next(loader).values()
+    assert (x.device, tuple(x.shape)) == (DEVICE, (96, 16))
+    assert gpu.syncs == [], [str(event) for event in gpu.syncs]
+    assert gpu.operations["aten._to_copy"] == 2  # the rows, and some of them in float64 for what they are like
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter (see test_with_the_kernels)")
