@@ -1,10 +1,12 @@
-"""What the pages of the documentation find around them, and how they are executed.
+"""What the pages of the documentation find around them, and how they and the examples are executed.
 
 Python of the pages may use an SAE that lies in `runs/quickstart`, with an interpretation, and the names of `NAMES`, as
 a reader has them who came from the page before.
 """
 
+import json
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,3 +65,25 @@ def run_page(folder: str, page: str, blocks: list[list[Any]]) -> None:
                 assert program == "hf-msae", f"{page}:{line}: only hf-msae runs, not {program}"
                 print(f"$ hf-msae {' '.join(arguments)}")
                 command(arguments)
+
+
+def run_examples(folder: str, commands: list[list[str]]) -> None:
+    """Execute scripts with arguments, one after another in one process, each as `python SCRIPT ARGUMENTS` would be."""
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for script, *arguments in commands:
+        print(f"$ {Path(script).name} {' '.join(arguments)}", flush=True)
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+
+
+def run_notebook(folder: str, notebook: str, changes: dict[str, str]) -> None:
+    """Execute the code of a notebook, as one program, with some of its text changed."""
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for old, new in changes.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    exec(compile(code, notebook, "exec"), {"__name__": "__main__"})

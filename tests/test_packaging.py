@@ -6,6 +6,7 @@ Installed copies are tried in processes without `site`, so that no editable inst
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -429,3 +430,18 @@ def test_what_modules_import_is_declared() -> None:
         # The kernels are imported inside functions, where Triton is known to be present.
         allowed = declared | optional if lazy or module == KERNELS else declared
         assert {canonicalize_name(owner) for owner in owners.get(name, [name])} & allowed, f"{module} imports {name}"
+
+
+def test_what_a_release_compares_is_there_to_compare() -> None:
+    """The release workflow looks for these lines, with the version of the tag in each."""
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    version = PROJECT["project"]["version"]
+    lines = {
+        "pyproject.toml": f'version = "{version}"',
+        "hf_msae/__init__.py": f'__version__ = "{version}"',
+        "CITATION.cff": f"version: {version}",
+    }
+    for name, line in lines.items():
+        assert line in (ROOT / name).read_text().splitlines(), name
+        assert name in workflow
+    assert re.search(rf"^## {re.escape(version)} \(", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

@@ -573,7 +573,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
     def walk(entry: Any) -> None:
         if isinstance(entry, str):
-            named.append(f"docs/{entry}")
+            named.extend([] if "://" in entry else [f"docs/{entry}"])
         else:
             for value in entry.values() if isinstance(entry, dict) else entry:
                 walk(value)

@@ -13,9 +13,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
-    path for top in ("hf_msae", "modeling", "spaces", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py")
+    path
+    for top in ("hf_msae", "modeling", "spaces", "benchmarks", "scripts", "docs")
+    for path in (ROOT / top).rglob("*.py")
 )
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "spaces").rglob("*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+        *(ROOT / "spaces").rglob("*.md"),
+    ]
+)
 # A word twice: a slip, but for "that that" and "had had", which English has.
 DOUBLED = re.compile(r"\b(?!that\b|had\b)([a-z]{2,})[ \n]+\1\b")
 

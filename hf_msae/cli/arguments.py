@@ -5,6 +5,9 @@ from typing import Literal
 
 from hf_msae.worlds import STORIES
 
+# Of the field `json` of every command that prints a table.
+JSON_HELP = "Print the result as one JSON object, and nothing else on standard output."
+
 
 @dataclass
 class SourceArguments:

@@ -1,11 +1,12 @@
 """`hf-msae eval`: every metric of an SAE, at every prefix, beside baselines that can make it look bad."""
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.evaluation.arguments import EvaluationArguments
 
@@ -32,6 +33,7 @@ class SubjectArguments:
         metadata={"help": "More SAEs of the same site, such as other seeds, for the same tables."},
     )
     site: str | None = field(default=None, metadata={"help": "Where in the model, if the SAE does not say."})
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
 
 
 @dataclass
@@ -75,7 +77,10 @@ def run(arguments: list[str]) -> None:
         source=of.sae,
         model_name=sources.model,
     )
-    show(result, folder)
+    if of.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        show(result, folder)
 
 
 def show(result: "Evaluation", folder: Path) -> None:

@@ -1,12 +1,13 @@
 """`hf-msae interpret`: a page for every latent of an SAE, written as Parquet beside it."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
@@ -51,6 +52,7 @@ class InterpretArguments:
     )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     num_labels: int = field(default=100, metadata={"help": "How many latents are named, the first ones that fire."})
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
 
 
 def run(arguments: list[str], brief: bool = False) -> None:
@@ -84,7 +86,17 @@ def run(arguments: list[str], brief: bool = False) -> None:
     )
     if labeller is not None:
         write_labels(labeller, interpretation, args.num_labels)
-    _show(interpretation, args.sae, brief)
+    if args.json:
+        print(as_json(interpretation))
+    else:
+        _show(interpretation, args.sae, brief)
+
+
+def as_json(interpretation: "Interpretation") -> str:
+    """Where the pages are, what was read, and how often each latent fires; the pages themselves are Parquet."""
+    facts = {"folder": str(interpretation.folder), "num_tokens": interpretation.source.num_tokens}
+    facts |= {"dataset": str(interpretation.source.dataset), "names": interpretation.names}
+    return json.dumps(facts | {"density": interpretation.column("density")})
 
 
 def load_labeller(name: str) -> "Labeller":

@@ -1,12 +1,14 @@
 """`hf-msae steer`: the same prompt with and without steering, side by side."""
 
 import argparse
+import json
 import logging
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.parser import build_parser, by_place, parse, parse_float
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class SteerArguments:
     temperature: float = field(default=0.7, metadata={"help": "Of the sampling; 0 is greedy."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
     seed: int = field(default=0, metadata={"help": "Fixes the randomness of both texts."})
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
 
 
 def run(arguments: list[str], brief: bool = False) -> None:
@@ -161,7 +164,7 @@ def find_latents(args: SteerArguments) -> list[str]:
             raise SteeringError(f"--towards {text}: no latent of {args.sae} promotes {word!r}; try another word.")
         latent = hits[0].latent
         promoted = ", ".join(effect.token.strip() for effect in pages.page(latent).promoted[:5])
-        print(f"{word}: latent {latent}, which promotes {promoted}")
+        print(f"{word}: latent {latent}, which promotes {promoted}", file=sys.stderr if args.json else sys.stdout)
         found.append(f"{latent}={value or DEFAULT_VALUE}")
     return found
 
@@ -206,10 +209,16 @@ def show(pipeline: "SteeredPipeline", args: SteerArguments) -> None:
 
     console = Console(highlight=False)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    for prompt in args.prompt:
-        texts = [
-            pipe(prompt, **options)[0]["generated_text"] for pipe in (pipeline.with_steering(Steering()), pipeline)
+    pipes = (pipeline.with_steering(Steering()), pipeline)
+    written = [[pipe(prompt, **options)[0]["generated_text"] for pipe in pipes] for prompt in args.prompt]
+    if args.json:
+        rows = [
+            {"prompt": prompt, "default": default, "steered": steered}
+            for prompt, (default, steered) in zip(args.prompt, written, strict=True)
         ]
+        print(json.dumps({"texts": rows}))
+        return
+    for prompt, texts in zip(args.prompt, written, strict=True):
         table = Table(expand=True)
         table.add_column("default", ratio=1)
         table.add_column("steered", ratio=1)

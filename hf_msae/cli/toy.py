@@ -1,11 +1,12 @@
 """`hf-msae toy`: train SAEs where the truth is known, and see what each of them does to a hierarchy."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_msae.atomic_files import atomic_file
+from hf_msae.cli.arguments import JSON_HELP
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.research.toys.arguments import SHUFFLED, UNTRAINED, ToyArguments
 
@@ -39,9 +40,18 @@ def make_table(args: ToyArguments, results: "ToyResults") -> "Table":
     return table
 
 
+@dataclass
+class PrintArguments:
+    """How the result is printed."""
+
+    _argument_group_name = "output"
+
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
+
+
 def run(arguments: list[str]) -> None:
     """Parse, train, print the table, write numbers and pictures."""
-    (args,) = parse(build_parser("toy", DESCRIPTION, (ToyArguments,)), arguments)
+    args, printing = parse(build_parser("toy", DESCRIPTION, (ToyArguments, PrintArguments)), arguments)
 
     from rich.console import Console
 
@@ -53,6 +63,13 @@ def run(arguments: list[str]) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = run_toy(args)
+    with atomic_file(folder / "recovery.json") as draft:
+        draft.write_text(to_json(args, results), encoding="utf-8")
+    with atomic_file(folder / "heatmaps.png") as draft:
+        draft.write_bytes(draw_heatmaps(results.toy.world, results.saes))
+    if printing.json:
+        print(to_json(args, results))
+        return
     # Where a terminal is narrower, wrapped lines still hold every number; cut cells would not.
     console = Console(highlight=False, width=max(TABLE_WIDTH, Console().width))
     console.print(make_table(args, results))
@@ -61,8 +78,4 @@ def run(arguments: list[str]) -> None:
         "hierarchy is wrong.",
         soft_wrap=True,
     )
-    with atomic_file(folder / "recovery.json") as draft:
-        draft.write_text(to_json(args, results), encoding="utf-8")
-    with atomic_file(folder / "heatmaps.png") as draft:
-        draft.write_bytes(draw_heatmaps(results.toy.world, results.saes))
     console.print(f"Saved to {folder}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """`hf-msae train`: a grid of SAEs from one pass of a language model."""
 
+import json
 import logging
 import shlex
 import sys
@@ -9,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.config_fields import read_config_fields
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.training.arguments import SAETrainingArguments
@@ -105,6 +106,7 @@ class RunArguments:
         default=False,
         metadata={"help": "Say what the run would need in memory, disk and time, after a few probe steps, and stop."},
     )
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
 
 
 def run(arguments: list[str], brief: bool = False) -> None:
@@ -138,16 +140,26 @@ def run(arguments: list[str], brief: bool = False) -> None:
     saes = make_saes(model, **grid, init_from=training_args.init_from)
     trainer = SAETrainer(model, saes, training_args, dataset, eval_dataset, processing_class=tokenizer)
     if run_args.dry_run:
-        dry_run(trainer)
+        dry_run(trainer, run_args.json)
         return
     if trainer.run.is_main and trainer.run.device.type != "cpu":
         print(f"Training on {trainer.run.device} in {describe_precision(trainer.args)}.", flush=True)
     measurements = trainer.train()
     if PartialState().is_main_process:
-        report(trainer, measurements, sources, brief)
+        if run_args.json:
+            print(as_json(trainer, measurements))
+        else:
+            report(trainer, measurements, sources, brief)
 
 
-def dry_run(trainer: "SAETrainer") -> None:
+def as_json(trainer: "SAETrainer", measurements: "dict[str, Measurement]") -> str:
+    """Each SAE's folder and what was measured, by its name."""
+    folders = {name: trainer.run.sae_folder(trainer.run.output_dir, name) for name in measurements}
+    saes = {name: {"folder": str(folders[name]), **measured.to_dict()} for name, measured in measurements.items()}
+    return json.dumps({"output_dir": str(trainer.run.output_dir), "saes": saes})
+
+
+def dry_run(trainer: "SAETrainer", print_json: bool = False) -> None:
     """Print the plan, and then, after a few passes and steps, how long the run would take. Nothing is written."""
     from accelerate import PartialState
     from rich.console import Console
@@ -155,6 +167,10 @@ def dry_run(trainer: "SAETrainer") -> None:
 
     console = Console(highlight=False)
     plan, main = trainer.plan(), PartialState().is_main_process
+    if print_json and main:
+        print(json.dumps({"fits": not plan.warnings(), "needs": dict(plan.rows()), "warnings": plan.warnings()}))
+    if print_json:
+        sys.exit(1 if plan.warnings() else 0)
     if main:
         table = Table(show_header=False)
         for name, value in plan.rows():

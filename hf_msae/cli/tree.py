@@ -1,12 +1,14 @@
 """`hf-msae tree`: which later latents refine which earlier ones, as a tree in the terminal."""
 
+import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -42,6 +44,7 @@ class TreeArguments:
     output: str | None = field(
         default=None, metadata={"help": "Write all edges to this file, too: .json, or .dot for Graphviz."}
     )
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
 
 
 def run(arguments: list[str], brief: bool = False) -> None:
@@ -64,15 +67,18 @@ def run(arguments: list[str], brief: bool = False) -> None:
     if args.root is not None and not 0 <= args.root < hierarchy.prefix_sizes[-1]:
         raise InputError(f"--root {args.root} is no latent; they are 0 to {hierarchy.prefix_sizes[-1] - 1:,}.")
     shown = hierarchy.at_least(args.min_score)
-    for line in [] if brief else summary(shown):
-        Console(highlight=False).print(line)
-    for tree in draw(shown, names, args.root, args.depth, args.max_children):
-        Console(highlight=False).print(tree)
+    if args.json:
+        print(json.dumps({**json.loads(shown.to_json()), "names": list(names)}))
+    else:
+        for line in [] if brief else summary(shown):
+            Console(highlight=False).print(line)
+        for tree in draw(shown, names, args.root, args.depth, args.max_children):
+            Console(highlight=False).print(tree)
     if args.output is not None:
         path = Path(args.output)
         text = shown.to_json() if path.suffix == ".json" else shown.to_graphviz(dict(enumerate(names)))
         path.write_text(text, encoding="utf-8")
-        print(f"Wrote {len(shown.edges):,} edges to {path}")
+        print(f"Wrote {len(shown.edges):,} edges to {path}", file=sys.stderr if args.json else sys.stdout)
 
 
 def _measure(args: TreeArguments, sources: SourceArguments) -> "tuple[Hierarchy, Sequence[str]]":

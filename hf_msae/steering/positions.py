@@ -170,7 +170,7 @@ class TokenTracker:
             before = fired.new_zeros(len(fired), text.first, fired.shape[-1])
         if before.shape[1] < call.past or len(before) != len(fired):
             raise SteeringError(
-                f"a gate with then='after' must see a text from its first token, and the model was called behind a "
+                "a gate with then='after' must see a text from its first token, and the model was called behind a "
                 f"cache of {call.past} tokens of which {before.shape[1]} were seen; begin with an empty cache inside "
                 "the steering."
             )

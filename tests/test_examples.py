@@ -1,0 +1,63 @@
+"""The examples run, at sizes that are too small to find anything, and print what they say they print."""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from documents import run_examples, run_notebook
+from warm_processes import run_together
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+# In the order in which a reader runs them.
+COMMANDS = [
+    ["train.py", "--max-tokens", "30000"],
+    ["load_prefix.py"],
+    ["interpret.py", "--max-tokens", "20000"],
+    ["steer.py", "--strengths", "1"],
+    ["evaluate.py", "--eval-tokens", "5000", "--metrics", "core", "geometry"],
+]
+
+
+def test_every_example_runs(tmp_path: Path) -> None:
+    assert sorted(command[0] for command in COMMANDS) == SCRIPTS
+    commands = [[str(EXAMPLES / script), *arguments] for script, *arguments in COMMANDS]
+    status, printed = run_together(1, run_examples, str(tmp_path), commands, output=tmp_path / "out")
+    assert status == 0, printed[-4000:]
+    of = {part.split()[0]: part for part in printed.split("$ ")[1:]}
+    assert re.search(r"first 1,024 latents: L0 [678]\.\d, variance explained 0\.\d{3}", of["train.py"])
+    assert "128 of 1,024 latents were read" in of["load_prefix.py"]
+    assert re.search(r"the first 1,024: \d+\.\d active a token, explain -?\d+\.\d%", of["load_prefix.py"])
+    assert re.search(r"latent \d+ promotes 'angry'; it fires on |below \d+ \(", of["interpret.py"])
+    assert of["steer.py"].count("It was a cold day, and Ben was very") == 2
+    assert "angry-1.0" in (tmp_path / "runs/example/steering.json").read_text()
+    assert "random" in of["evaluate.py"]
+    assert (tmp_path / "runs/example/evaluation/report.html").is_file()
+
+
+def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path) -> None:
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    changes = {"MAX_TOKENS = 1_000_000": "MAX_TOKENS = 30_000"}
+    notebook = str(EXAMPLES / "tour.ipynb")
+    status, printed = run_together(1, run_notebook, str(tmp_path), notebook, changes, output=tmp_path / "out")
+    assert status == 0, printed[-4000:]
+    assert printed.count("It was a cold day, and Ben was very") == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_example_is_short_and_its_first_lines_name_flags_that_it_has(script: str) -> None:
+    source = (EXAMPLES / script).read_text()
+    assert source.count("\n") <= 50
+    first_lines = ast.get_docstring(ast.parse(source)) or ""
+    commands = re.findall(rf"^ *(python examples/{script}.*)$", first_lines, re.MULTILINE)
+    assert len(commands) >= 2
+    flags = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
+    assert "--model" in flags
+    words = [word for command in commands for word in shlex.split(command.split("  ")[0])]
+    assert {word for word in words if word.startswith("--")} <= flags
