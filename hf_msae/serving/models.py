@@ -16,7 +16,7 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.sites import find_site
 from hf_msae.steering import SteeredPipeline, Steering, load_steerings
-from hf_msae.steering.edits import SteeringError
+from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import STEERING_NAME
 
 # Names of a configuration's setting that says how many tokens the model can read.

@@ -172,7 +172,7 @@ def test_beams_and_texts_that_began_elsewhere_are_refused_where_memory_is_needed
     with torch.no_grad():
         llama(input_ids=IDS, past_key_values=cache)
     with steer(llama, sae, EDIT, when=Gate(latent, then="after")):
-        with pytest.raises(SteeringError, match="num_beams=2"):
+        with pytest.raises(SteeringError, match="got 2"):
             llama.generate(IDS, num_beams=2, max_new_tokens=3, pad_token_id=0)
         with pytest.raises(SteeringError, match="empty cache inside"):
             llama(input_ids=IDS[:, :1], past_key_values=cache)
