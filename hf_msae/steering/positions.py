@@ -213,8 +213,8 @@ class TokenTracker:
         request = generation.request
         if self.follows_texts and request.num_beams > 1:
             raise SteeringError(
-                "a gate with then='after' follows each text from its first token, and beams exchange texts; sample, or "
-                f"give num_beams=1 (got {request.num_beams})."
+                "a gate with then='after' follows each text from its first token, and beams exchange texts; sample, "
+                f"or give num_beams=1 (got {request.num_beams})."
             )
         if generation.text is not None:
             if generation.text.goes_on(call):
