@@ -54,13 +54,31 @@ def seconds(contender: Contender, batch: Tensor, number: int) -> float:
     return time.perf_counter() - began
 
 
-def interleaved(contenders: Sequence[tuple[Contender, Sequence[Tensor]]], warmup: int) -> list[list[float]]:
-    """Seconds of the steps of each contender on its batches: one a round and in turn, the first `warmup` dropped."""
+def interleaved(
+    contenders: Sequence[tuple[Contender, Sequence[Tensor]]], warmup: int, *, may_fail: bool = False
+) -> list[list[float]]:
+    """Seconds of the steps of each contender on its batches: one a round and in turn, the first `warmup` dropped.
+
+    With `may_fail`, one for which there is not enough memory is left out from then on and has no seconds.
+    """
     taken: list[list[float]] = [[] for _ in contenders]
+    running = list(range(len(contenders)))
     for number in range(len(contenders[0][1])):
-        for times, (contender, batches) in zip(taken, contenders, strict=True):
-            times.append(seconds(contender, batches[number], number))
+        for index in list(running):
+            contender, batches = contenders[index]
+            try:
+                taken[index].append(seconds(contender, batches[number], number))
+            except (MemoryError, RuntimeError) as error:
+                if not (may_fail and is_out_of_memory(error)):
+                    raise
+                taken[index].clear()
+                running.remove(index)
     return [times[warmup:] for times in taken]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """For a GPU torch raises an error of its own, for the CPU it only says so."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 # Memory
@@ -115,8 +133,27 @@ def memory(name: str, setting: Setting, threads: int) -> dict[str, float]:
 def memory_of_each(names: Sequence[str], setting: Setting, threads: int) -> dict[str, dict[str, float]]:
     # Read by the C library of the processes started below: blocks of 1 MB and more go back when they are freed.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
+    used = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {name: pool.apply(memory, (name, setting, threads)) for name in names}
+        for name in names:
+            try:
+                used[name] = pool.apply(memory, (name, setting, threads))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+    return used
+
+
+def build_each(names: Sequence[str], setting: Setting, batch: Tensor) -> dict[str, Contender]:
+    """Those contenders for which there is enough memory."""
+    built = {}
+    for name in names:
+        try:
+            built[name] = CONTENDERS[name].build(setting, batch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+    return built
 
 
 # Report
@@ -212,8 +249,15 @@ def main() -> None:
         raise SystemExit("Nothing is left to measure; install the peers with `pip install hf-msae[benchmarks]`.")
     used = memory_of_each(names, setting, options.threads) if options.memory else {}
     batches = activations(setting, options.warmup + options.repeats)
-    contenders = [(CONTENDERS[name].build(setting, batches[0]), batches) for name in names]
-    taken = dict(zip(names, interleaved(contenders, options.warmup), strict=True))
+    built = build_each(names, setting, batches[0])
+    times = interleaved([(contender, batches) for contender in built.values()], options.warmup, may_fail=True)
+    taken = {name: found for name, found in zip(built, times, strict=True) if found}
+    for name in names:
+        if name not in taken:
+            skipped[name] = "not enough memory"
+            print(f"skipped {name}: {skipped[name]}")
+    if not taken:
+        raise SystemExit("There is not enough memory for any of them; take smaller sizes.")
     medians = {name: statistics.median(values) for name, values in taken.items()}
     result = {
         "where": where(options),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from patience import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
@@ -117,6 +118,31 @@ def test_impossible_settings_are_refused(train_step, monkeypatch, capsys, argume
     with pytest.raises((ValueError, SystemExit)) as refusal:
         train_step.main()
     assert message in str(refusal.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["built", "first step", "third step"])
+def test_a_peer_without_enough_memory_leaves_the_others_measured(train_step, monkeypatch, capsys, tmp_path, when):
+    def build(setting, batch):
+        def step(batch, number):
+            if when == "first step" or (when == "third step" and number == 2):
+                torch.empty(1 << 50)
+            return batch + 1
+
+        if when == "built":
+            torch.empty(1 << 50)
+        return train_step.Contender(step, lambda: [])
+
+    greedy = train_step.CONTENDERS["gemm"]._replace(build=build)
+    monkeypatch.setitem(train_step.CONTENDERS, "gemm", greedy)
+    sizes = ["--batch-size", "16", "--hidden-size", "8", "--num-latents", "64", "--k", "4", "--levels", "2"]
+    output = ["--repeats", "3", "--warmup", "1", "--threads", "1", "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--only", "gemm", "ours", *sizes, *output])
+    train_step.main()
+    assert "skipped gemm: not enough memory" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["seconds"]) == ["ours"]
+    assert len(result["all_seconds"]["ours"]) == 3
+    assert result["skipped"]["gemm"] == "not enough memory"
 
 
 def test_only_absent_peers_leave_nothing_to_measure(train_step, monkeypatch, capsys):

@@ -208,7 +208,10 @@ class InterruptFlag:
         self._first = 0.0
         self._previous: dict[int, Any] = {}
         # By way of the CPU, so that no step waits for the device's queue to be worked off.
-        self._group = torch.distributed.new_group(backend="gloo") if run.num_processes > 1 else None
+        self._group: torch.distributed.ProcessGroup | None = None
+        if run.num_processes > 1:
+            patience = timedelta(seconds=run.args.ddp_timeout)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=patience)
 
     def __enter__(self) -> "InterruptFlag":
         if threading.current_thread() is threading.main_thread():

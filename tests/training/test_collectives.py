@@ -137,3 +137,19 @@ def test_alone_every_operation_is_the_identity(tmp_path):
     with MainProcessWriter(SINGLE_PROCESS, {("a", "model"): written.append}) as writer:
         writer.write(("a", "model"), tmp_path)
     assert written == [tmp_path]
+
+
+def patience_of_the_interrupt_group(output_dir: str) -> None:
+    """What a process of a run waits for the others before it takes them for dead, where they agree on signals."""
+    from hf_msae.training import SAETrainingArguments
+    from hf_msae.training.run import InterruptFlag, Run
+
+    args = SAETrainingArguments(output_dir=output_dir, use_cpu=True, ddp_timeout=7)
+    group = InterruptFlag(Run(args, single=True))._group
+    print("waits", group._get_backend(torch.device("cpu")).options._timeout)
+
+
+def test_processes_wait_for_a_signal_no_longer_than_ddp_timeout(tmp_path):
+    status, written = run_together(2, patience_of_the_interrupt_group, str(tmp_path / "run"), output=tmp_path / "out")
+    assert status == 0, written
+    assert written.count("waits 0:00:07") == 2
