@@ -33,7 +33,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (`pip install triton`)")
 # The fixtures that shrink blocks hold for all examples of a property, which is what is wanted.
 properties = settings(
-    max_examples=25,
+    max_examples=12 if INTERPRETED else 25,  # the interpreter is slow
     deadline=None,
     derandomize=True,
     database=None,

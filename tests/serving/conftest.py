@@ -10,7 +10,7 @@ import pytest
 import torch
 import uvicorn
 from openai import OpenAI
-from patience import HANG_SECONDS, until
+from patience import A_MOMENT, HANG_SECONDS, until
 from transformers import LlamaForCausalLM
 from warm_processes import free_port
 
@@ -35,7 +35,9 @@ class Running:
 @contextmanager
 def run(served: list[Served], limits: Limits | None = None, api_key: str | None = None) -> Iterator[Running]:
     app, port = build_app(served, limits, api_key=api_key), free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=int(A_MOMENT))
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)

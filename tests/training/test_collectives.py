@@ -3,6 +3,7 @@
 Both processes execute everything once and write down what they got, because starting them takes longer than the rest.
 """
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_msae.modeling.selection import SINGLE_PROCESS
+from patience import HANG_SECONDS
 from warm_processes import run_together
 
 from hf_msae.training import collectives
@@ -144,7 +146,7 @@ def patience_of_the_interrupt_group(output_dir: str) -> None:
     from hf_msae.training import SAETrainingArguments
     from hf_msae.training.run import InterruptFlag, Run
 
-    args = SAETrainingArguments(output_dir=output_dir, use_cpu=True, ddp_timeout=7)
+    args = SAETrainingArguments(output_dir=output_dir, use_cpu=True, ddp_timeout=HANG_SECONDS)
     group = InterruptFlag(Run(args, single=True))._group
     print("waits", group._get_backend(torch.device("cpu")).options._timeout)
 
@@ -152,4 +154,4 @@ def patience_of_the_interrupt_group(output_dir: str) -> None:
 def test_processes_wait_for_a_signal_no_longer_than_ddp_timeout(tmp_path):
     status, written = run_together(2, patience_of_the_interrupt_group, str(tmp_path / "run"), output=tmp_path / "out")
     assert status == 0, written
-    assert written.count("waits 0:00:07") == 2
+    assert written.count(f"waits {timedelta(seconds=HANG_SECONDS)}") == 2
