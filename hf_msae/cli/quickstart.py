@@ -5,10 +5,14 @@ Each command is announced in a line, shown, and prints its result, without what 
 
 import importlib
 import importlib.util
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_msae.cli.parser import build_parser, parse
@@ -141,9 +145,17 @@ def next_steps(folder: str) -> str:
     place = shlex.quote(folder)
     page = f"space run {place}      # the same in the browser: slide, click, compare"
     tree = f"tree {place} --depth 3      # all of the tree"
-    return f"""
+    return f"""{finding_the_program()}
 Next:
   hf-msae {page if importlib.util.find_spec("gradio") else tree}
   hf-msae eval {place}      # every metric at every level, beside baselines, as a report: some minutes
   hf-msae train --model gpt2 --dataset Salesforce/wikitext --dataset-name wikitext-103-raw-v1 --max-tokens 20M \
 --output-dir runs/gpt2      # your own model"""
+
+
+def finding_the_program() -> str:
+    """What to type once where the shell does not find `hf-msae`, as after `make`, which uses an environment's own."""
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("hf-msae") or not activate.is_file():
+        return ""
+    return f"\nSo that this shell finds hf-msae: source {shlex.quote(os.path.relpath(activate))}"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
-from hf_msae.cli.quickstart import telling_root
+from hf_msae.cli.quickstart import next_steps, telling_root
 from hf_msae.interpret import Edge, Hierarchy
 from hf_msae.training.grid import parse_prefix_sizes
 
@@ -78,6 +78,23 @@ def test_the_quickstart_trains_prints_the_tree_and_steers(tmp_path, capsys, monk
     assert "CE recovered" in printed
     assert "├── " in printed
     assert MatryoshkaSAE.from_pretrained(tmp_path / "runs" / "quickstart").config.prefix_sizes == [32, 128, 1024]
+
+
+def test_the_quickstart_tells_how_the_shell_finds_the_program_where_it_does_not(tmp_path, monkeypatch):
+    activate = tmp_path / "my env" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "my env"))
+    monkeypatch.setenv("PATH", "")
+    first, rest = next_steps("runs/x").strip().split("\n", 1)
+    assert first == "So that this shell finds hf-msae: source 'my env/bin/activate'"
+    assert rest.startswith("Next:\n  hf-msae ")
+    program = activate.parent / "hf-msae"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(activate.parent))
+    assert next_steps("runs/x").strip() == rest
 
 
 def test_the_quickstart_shows_the_root_with_most_below_it_that_is_a_concept():
