@@ -70,13 +70,10 @@ def run(arguments: list[str]) -> None:
 def _write_file(args: ExportSteeringArguments, steering: "Steering") -> str:
     """Write a form that needs nothing of the language model but its modules' names; the model's name."""
     from hf_msae.language_models import load_language_model_config, model_of, outline_of
-    from hf_msae.modeling import MatryoshkaSAE
     from hf_msae.steering import SteeringError, export_gguf, export_lm_eval
+    from hf_msae.steering.saved import load_saes_of
 
-    saes: dict[str, MatryoshkaSAE] = {
-        name: MatryoshkaSAE.from_pretrained(args.saved, subfolder="/".join(filter(None, (args.subfolder, name))))
-        for name in sorted({edit.sae for edit in steering.edits})
-    }
+    saes = load_saes_of(steering, args.saved, subfolder=args.subfolder)
     name, revision = (args.model, None) if args.model else model_of(next(iter(saes.values())).config)
     if name is None:
         raise SteeringError(f"{args.saved} does not say which language model it was trained on; give --model.")

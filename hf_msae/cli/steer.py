@@ -84,19 +84,15 @@ def run(arguments: list[str], brief: bool = False) -> None:
 
     from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model
     from hf_msae.language_models import model_of
-    from hf_msae.modeling import MatryoshkaSAE
     from hf_msae.steering import SteeredPipeline, SteeringError
     from hf_msae.steering.edits import check_edits
+    from hf_msae.steering.saved import load_saes_of
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     choose_device(args.use_cpu)
     check_sae_place(args.sae)
     steering = read_steering(args)
-    names = sorted({edit.sae for edit in steering.edits})
-    saes = {
-        name: MatryoshkaSAE.from_pretrained(args.sae, subfolder="/".join(filter(None, (args.subfolder, name))))
-        for name in names
-    }
+    saes = load_saes_of(steering, args.sae, subfolder=args.subfolder)
     for name, sae in saes.items():
         check_edits(sae, [edit for edit in steering.edits if edit.sae == name], name)
     config = next(iter(saes.values())).config

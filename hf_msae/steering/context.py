@@ -22,7 +22,7 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
 from hf_msae.sites import Site, check_width, recorded_site, replace, resolve_site
 from hf_msae.steering.directions import Direction
-from hf_msae.steering.edits import Delta, Edit, Units, check_edits, deltas, latent_edits
+from hf_msae.steering.edits import Delta, Edit, Units, check_edits, check_sae_names, deltas, latent_edits
 from hf_msae.steering.gates import Gate, Gates, SteeringError
 from hf_msae.steering.generation import watched
 from hf_msae.steering.positions import Positions, TokenTracker, check_positions, find_special_ids
@@ -88,9 +88,7 @@ def steering_context(
 
     At one site, all edits see the activation before any of them, and what they add is summed.
     """
-    unknown = sorted({edit.sae for edit in edits} - saes.keys())
-    if unknown:
-        raise SteeringError(f"there is no SAE {unknown[0]!r}; there are {', '.join(map(repr, saes)) or 'none'}.")
+    check_sae_names(edits, saes)
     by_site: dict[Site, list[DeltaFunction]] = {}
     follows_texts = False
     for name, sae in saes.items():

@@ -114,6 +114,13 @@ def _check_sae_name(name: str) -> None:
         raise SteeringError(f"an edit's sae is the SAE's subfolder, a text, got {name!r:.40}.")
 
 
+def check_sae_names(edits: Sequence[Edit], saes: Mapping[str, MatryoshkaSAE]) -> None:
+    """Raises SteeringError where an edit names an SAE that is not there."""
+    unknown = sorted({edit.sae for edit in edits} - saes.keys())
+    if unknown:
+        raise SteeringError(f"there is no SAE {unknown[0]!r}; there are {', '.join(map(repr, saes)) or 'none'}.")
+
+
 def check_edits(sae: MatryoshkaSAE, edits: Sequence[Edit], name: str = "") -> None:
     """Raises SteeringError where an SAE (called `name` in words) cannot do the edits, or two of them contradict."""
     where = f" of {name}" if name else ""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_msae.errors import OutputExistsError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, recorded_site, resolve_site
-from hf_msae.steering.edits import Edit, LatentDelta, LatentEdit, PrefixEdit, check_edits
+from hf_msae.steering.edits import Edit, LatentDelta, LatentEdit, PrefixEdit, check_edits, check_sae_names
 from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import Steering
 
@@ -76,9 +76,7 @@ def constant_shifts(
     """
     check_constant(steering)
     saes = saes if isinstance(saes, Mapping) else {"": saes}
-    unknown = sorted({edit.sae for edit in steering.edits} - saes.keys())
-    if unknown:
-        raise SteeringError(f"there is no SAE {unknown[0]!r}; there are {', '.join(map(repr, saes)) or 'none'}.")
+    check_sae_names(steering.edits, saes)
     shifts: dict[Site, Tensor] = {}
     for name, sae in saes.items():
         edits = [edit for edit in steering.edits if edit.sae == name and isinstance(edit, LatentEdit)]

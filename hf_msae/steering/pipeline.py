@@ -17,7 +17,7 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.special_tokens import special_token_ids
 from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.sampling import seeded_sampling
-from hf_msae.steering.saved import Steering, load_steering
+from hf_msae.steering.saved import Steering, load_saes_of, load_steering
 
 
 class SteeredPipeline(TextGenerationPipeline):
@@ -80,11 +80,7 @@ class SteeredPipeline(TextGenerationPipeline):
         """
         hub: dict[str, Any] = {"revision": revision, "token": token}
         steering = load_steering(source, name, subfolder=subfolder, **hub)
-        names = {edit.sae for edit in steering.edits}
-        saes = {
-            sae: MatryoshkaSAE.from_pretrained(source, subfolder="/".join(filter(None, (subfolder, sae))), **hub)
-            for sae in sorted(names)
-        }
+        saes = load_saes_of(steering, source, subfolder=subfolder, **hub)
         if model is None or isinstance(model, str):
             model, found = _language_model(model, saes, str(source), token)
             tokenizer = tokenizer or found

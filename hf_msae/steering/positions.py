@@ -132,7 +132,7 @@ class TokenTracker:
         allowed = self._real_by_request(call) if call.real is None else call.real
         if input_ids is not None:
             allowed = allowed & ~torch.isin(input_ids, self.special_ids.to(input_ids.device))
-        self._per_thread.allowed, self._per_thread.call = allowed, call
+        self._per_thread.allowed, self._per_thread.past = allowed, call.past
         self._per_thread.steered = allowed & self._selected(call)
         self._per_thread.num_columns, self._per_thread.input_ids = call.num_columns, input_ids
 
@@ -163,20 +163,20 @@ class TokenTracker:
         Raises:
             SteeringError: the text began outside of the steering, so what happened in it is not known.
         """
-        call, text = self._per_thread.call, self._per_thread.current
+        past, text = self._per_thread.past, self._per_thread.current
         fired = fired & self._per_thread.allowed.to(fired.device).unsqueeze(-1)
         before = text.happened.get(asked_by)
         if before is None:  # virtual tokens before the prompt count no more than special ones
             before = fired.new_zeros(len(fired), text.first, fired.shape[-1])
-        if before.shape[1] < call.past or len(before) != len(fired):
+        if before.shape[1] < past or len(before) != len(fired):
             raise SteeringError(
                 "a gate with then='after' must see a text from its first token, and the model was called behind a "
-                f"cache of {call.past} tokens of which {before.shape[1]} were seen; begin with an empty cache inside "
+                f"cache of {past} tokens of which {before.shape[1]} were seen; begin with an empty cache inside "
                 "the steering."
             )
-        whole = torch.cat([before[:, : call.past], fired], dim=1)
+        whole = torch.cat([before[:, :past], fired], dim=1)
         text.happened[asked_by] = whole
-        return ((whole.cumsum(1) - whole.long()) > 0)[:, call.past :]
+        return ((whole.cumsum(1) - whole.long()) > 0)[:, past:]
 
     def _real_by_request(self, call: _Call) -> Tensor:
         """Which tokens (batch, time) are no padding by what `generate` was given; all of them outside of it."""

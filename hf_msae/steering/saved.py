@@ -139,6 +139,16 @@ def load_steering(source: str | Path, name: str | None = None, *, subfolder: str
     return found[name]
 
 
+def load_saes_of(
+    steering: Steering, source: str | Path, *, subfolder: str = "", **hub: Any
+) -> dict[str, MatryoshkaSAE]:
+    """The SAEs in a folder or a Hub repo that a steering's edits name, by these names; `hub` as `load_steerings`."""
+    return {
+        name: MatryoshkaSAE.from_pretrained(source, subfolder="/".join(filter(None, (subfolder, name))), **hub)
+        for name in sorted({edit.sae for edit in steering.edits})
+    }
+
+
 def push_steering(
     steering: Steering,
     repo_id: str,
