@@ -52,7 +52,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-DOCUMENTS = [*(path.name for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"), *PAGES]
+BESIDE_CODE = ["examples/README.md", "skills/hf-msae/SKILL.md"]
+DOCUMENTS = [*(path.name for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"), *PAGES, *BESIDE_CODE]
 MARK = "<!-- runs -->"
 SHELL_MARK = "<!-- commands run -->"
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")

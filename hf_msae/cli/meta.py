@@ -1,12 +1,13 @@
 """`hf-msae meta`: what the latents of an SAE are made of."""
 
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -58,6 +59,7 @@ class MetaArguments:
         default=20_000, metadata={"help": "Tokens of text that give latents their names; 0 needs no language model."}
     )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    json: bool = field(default=False, metadata={"help": JSON_HELP})
 
 
 def run(arguments: list[str]) -> None:
@@ -70,6 +72,7 @@ def run(arguments: list[str]) -> None:
     from hf_msae.modeling import MatryoshkaSAE
     from hf_msae.research.meta_pipeline import (
         BROWSER_NAME,
+        FACTS_NAME,
         check_output,
         choose_decompositions,
         load_meta_sae,
@@ -85,7 +88,8 @@ def run(arguments: list[str]) -> None:
     if any(not 0 <= latent < sae.config.num_latents for latent in args.latents):
         raise InputError(f"--latents: there are latents 0 to {sae.config.num_latents - 1}; got {args.latents}.")
     labels = _name_latents(sources, sae, args) if args.label_tokens else []
-    console = Console(highlight=False)
+    # With --json, what people would read is not printed at all.
+    console = Console(highlight=False, quiet=args.json)
     if args.meta_sae is not None:
         meta = load_meta_sae(args.meta_sae)
     else:
@@ -94,10 +98,16 @@ def run(arguments: list[str]) -> None:
         result = make_meta_sae(sae, folder, labels=labels, name=args.sae, **options)
         meta = result.sae
         console.print(_summary(result), soft_wrap=True)
-    for item in choose_decompositions(meta, sae, args.latents, most=args.show, neighbours=args.neighbours):
+    found = choose_decompositions(meta, sae, args.latents, most=args.show, neighbours=args.neighbours)
+    for item in found:
         console.print(_tree(item, labels))
     if args.meta_sae is None:
         console.print(f"Saved to {folder}; look through all latents in {folder / BROWSER_NAME}", soft_wrap=True)
+    if args.json:
+        folder = Path(args.meta_sae or folder)
+        facts = json.loads((folder / FACTS_NAME).read_text()) if (folder / FACTS_NAME).is_file() else {}
+        latents = [asdict(item) | {"name": labels[item.latent] if labels else None} for item in found]
+        print(json.dumps({"folder": str(folder), **facts, "latents": latents}))
 
 
 def _name_latents(sources: SourceArguments, sae: "MatryoshkaSAE", args: MetaArguments) -> list[str]:

@@ -54,6 +54,15 @@ def test_meta_trains_prints_and_saves(folder, tmp_path, capsys):
     assert meta.config.measured["meta_sae_of"] == str(folder / "sae")
     assert '"latents":{"0":' in (tmp_path / "out" / "decompositions.html").read_text()
 
+    # A program reads the same.
+    options = ["--meta-sae", str(tmp_path / "out"), "--latents", "7", "9", "--json"]
+    assert run(*command(folder, *options)) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read.items() >= facts.items()
+    assert [item["latent"] for item in read["latents"]] == [7, 9]
+    assert all(item["name"] for item in read["latents"])
+    assert all(part["activation"] > 0 for item in read["latents"] for part in item["parts"])
+
     # What was trained can be looked at again, and is not overwritten.
     assert run(*command(folder, "--meta-sae", str(tmp_path / "out"), "--latents", "7", "9")) == 0
     again = capsys.readouterr().out
