@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msae_space import tab_explore
 from msae_space.dials import added, draw_dials, read_dials
 from msae_space.generation import Runs, stream
 from msae_space.links import View, as_python, read_query
 from msae_space.loaded_sae import Key, Language, LoadedSAE, SpaceError
-from msae_space.reading import MAX_TOKENS, activations, continuation_loss, encode_text, read, read_levels
+from msae_space.reading import MAX_TOKENS, Reading, activations, continuation_loss, encode_text, read, read_levels
 from msae_space.strengths import FLUENT_SHARE, MAX_DIALS, Dial, edits, fluent_up_to, limit, starting_value
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -49,6 +50,12 @@ def texts(
 # Reading
 
 
+def reading_of(loaded: LoadedSAE, active: list[list[tuple[int, float]]]) -> Reading:
+    """A text of as many tokens, with these latents active."""
+    rows = tuple(tuple(row) for row in active)
+    return Reading(loaded.key, tuple(f" w{number}" for number in range(len(rows))), (False,) * len(rows), rows)
+
+
 def test_reading_is_what_the_sae_encodes(loaded):
     found = read(loaded, TEXT)
     ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
@@ -61,6 +68,25 @@ def test_reading_is_what_the_sae_encodes(loaded):
         assert [value for _, value in active] == sorted((value for value in row[row > 0].tolist()), reverse=True)
     strongest = found.active[5][0]
     assert found.values(strongest[0])[5] == strongest[1]
+
+
+def test_the_most_telling_latent_is_strong_and_rare(loaded, index):
+    assert tab_explore.most_telling(loaded, reading_of(loaded, [[]])) is None
+    by_rate = sorted(range(len(loaded.maxima)), key=lambda latent: loaded.firing_rates[latent])
+    alive = [latent for latent in by_rate if loaded.maxima[latent] > 0 and 0 < loaded.firing_rates[latent] < 0.9]
+    rare, common, silent = alive[0], alive[-1], [one for one in by_rate if loaded.maxima[one] == 0]
+    strong = [(latent, loaded.maxima[latent]) for latent in (common, rare)]
+    assert tab_explore.most_telling(loaded, reading_of(loaded, [strong[:1], strong[1:]])) == rare
+    weak = [(rare, 0.001 * loaded.maxima[rare])]
+    half = [(common, 0.5 * loaded.maxima[common])]
+    assert tab_explore.most_telling(loaded, reading_of(loaded, [weak, half])) == common
+    # A maximum that is not known tells nothing.
+    assert all(
+        tab_explore.most_telling(loaded, reading_of(loaded, [[(one, 9.0)], weak])) == rare for one in silent[:3]
+    )
+    text, _ = tab_explore.draw_reading(loaded, index, reading_of(loaded, [half, []]), None, None, "levels")
+    assert f'title="level {loaded.level_of(common)}: #{common} ' in text
+    assert text.count("--a:0.500") == text.count("--a:0.000") == 1
 
 
 def test_outliers_are_shown_without_latents_and_left_out_of_the_variance(loaded):

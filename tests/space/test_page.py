@@ -383,6 +383,12 @@ def test_two_visitors_at_once_do_not_mix(page, visit, story_sae):
 def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(page):
     go_to(page, "Explore")
     page.wait_for_selector("#tokens button:text-is('Lily')")  # it begins with an example
+    page.wait_for_selector("#latent-page .msae-contexts li")  # and with a latent that is active there
+    seen = page.locator("#tokens button").evaluate_all("(all) => all.map((one) => [one.className, one.title])")
+    levels = {title.split(":")[0].removeprefix("level ") for _, title in seen if title}
+    assert len(levels) > 1
+    assert all(f"msae-hue-{title[len('level ')]}" in look for look, title in seen if title)
+    # On a click it is the chosen latent that is shown in the text.
     page.locator("#explore-text textarea").fill("Once upon a time, there was a little owl.")
     page.get_by_role("button", name="Read").click()
     page.wait_for_selector("#tokens button:text-is('Lily')", state="detached")

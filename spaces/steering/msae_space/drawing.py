@@ -36,7 +36,7 @@ def tokens(
     pieces: Sequence[str],
     strengths: Sequence[float],
     *,
-    hue: int = 0,
+    hue: int | Sequence[int] = 0,
     marked: int | None = None,
     titles: Sequence[str] | None = None,
     special: Sequence[bool] | None = None,
@@ -47,7 +47,7 @@ def tokens(
     Args:
         pieces: The tokens as text.
         strengths: How strongly each is coloured, 0 … 1.
-        hue: Index into the palette of levels.
+        hue: Index into the palette of levels, of all tokens or of each.
         marked: The token that is underlined.
         titles: What is said of each on hovering.
         special: Which are special tokens.
@@ -60,6 +60,7 @@ def tokens(
         shown = visible(piece.lstrip(" ") if space else piece)
         title = f' title="{text(titles[position])}"' if titles else ""
         look = "msae-token" + (" msae-special" if special and special[position] else "")
+        look += "" if isinstance(hue, int) else f" msae-hue-{hue[position] % 6}"
         style = f'style="--a:{min(max(strength, 0.0), 1.0):.3f}"{title}'
         if clickable:
             does = f'data-do="token" data-id="{position}" aria-pressed="{"true" if position == marked else "false"}"'
@@ -69,7 +70,8 @@ def tokens(
             parts.append(f'{space}<span class="{look}{mark}" {style}>{shown}</span>')
         if piece.endswith("\n"):
             parts.append("<br>")
-    return f'<div class="msae-tokens msae-hue-{hue % 6}">{"".join(parts)}</div>'
+    of_all = f" msae-hue-{hue % 6}" if isinstance(hue, int) else ""
+    return f'<div class="msae-tokens{of_all}">{"".join(parts)}</div>'
 
 
 def latent_button(

@@ -249,18 +249,18 @@ class LatentIndex:
     def parents(self, latent: int) -> list[Hit]:
         """More general latents, and how much of their firings this one makes up."""
         page = self.page(latent)
-        return [Hit(edge.parent, f"{self._share(edge):.0%}") for edge in page.parents[:NUM_RELATIVES]] if page else []
+        return [Hit(edge.parent, self._why(edge)) for edge in page.parents[:NUM_RELATIVES]] if page else []
 
     def children(self, latent: int) -> list[Hit]:
         """More specific latents, those that make up most of this one's firings first."""
         page = self.page(latent)
-        return [Hit(edge.child, f"{self._share(edge):.0%}") for edge in page.children[:NUM_RELATIVES]] if page else []
+        return [Hit(edge.child, self._why(edge)) for edge in page.children[:NUM_RELATIVES]] if page else []
 
-    def _share(self, edge: Edge) -> float:
-        """Of an edge of what is known."""
+    def _why(self, edge: Edge) -> str:
+        """How much of the parent an edge of what is known makes up, and how sure it is."""
         if self._found is None or self._found.hierarchy is None:
             raise ValueError("An edge was given, and there is no hierarchy.")
-        return self._found.hierarchy.share(edge)
+        return f"{self._found.hierarchy.share(edge):.0%} · sure {edge.score:.2f}"
 
     # Presets
 

@@ -131,6 +131,10 @@ class LoadedSAE:
         """The first level that has the latent, counted from 0."""
         return next(level for level, size in enumerate(self.prefix_sizes) if latent < size)
 
+    def share_of_maximum(self, latent: int, value: float) -> float:
+        """An activation as a share of the largest that the latent had in training; 0 where it had none."""
+        return value / self.maxima[latent] if self.maxima[latent] > 0 else 0.0
+
     def level_name(self, level: int) -> str:
         """A level's number, which counts from 0, and its size."""
         return f"level {level} · first {self.prefix_sizes[level]:,} latents"

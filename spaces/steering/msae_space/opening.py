@@ -79,7 +79,7 @@ def opened(page: Page, key: Key, method: str, dials: Any = ()) -> Updates:
         page.head.inside: gr.Dropdown(names, value=key.subfolder, visible=len(names) > 1),
         shared.dials: draw_dials(loaded, index, dials, method),
         page.steer.presets: tab_steer.draw_presets(shared, here),
-        page.explore.colour: gr.Dropdown(tab_explore.colour_choices(loaded), value=tab_explore.ONE_LATENT),
+        page.explore.colour: gr.Dropdown(tab_explore.colour_choices(loaded), value=tab_explore.ALL_LEVELS),
         page.tree.view: tab_tree.draw_walk(loaded, index, []),
         page.levels.level: gr.Slider(maximum=max(1, len(levels) - 1), value=0),
         left: gr.Dropdown(levels, value="0"),

@@ -169,9 +169,9 @@ def _begin(
 
     tab, parts = explore
     inputs: list[Any] = [shared.key, parts.text, parts.reading]
-    tab.select(once(parts.read, 2), inputs, [parts.reading, parts.token], **quiet).success(
-        parts.draw, parts.state, [parts.tokens, parts.details], **quiet
-    )
+    read = tab.select(once(parts.read, 2), inputs, [parts.reading, parts.token], **quiet)
+    drawn = read.success(parts.draw, parts.state, [parts.tokens, parts.details], **quiet)
+    drawn.success(parts.tell, [shared.key, parts.reading, shared.latent], shared.latent, **quiet)
     tab, shown = levels
     tab.select(once(shown.measure, 1), [shared.key, shown.text, shown.found], shown.found, **quiet).success(
         shown.draw, [shared.key, shown.found, shown.level], shown.view, **quiet

@@ -1,5 +1,6 @@
 """Explore: a text's tokens and their latents, and the page of one latent."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,8 +16,14 @@ from msae_space.loaded_sae import LoadedSAE
 from msae_space.reading import Reading, are_special, read
 from msae_space.shared import Shared, reports_errors, text_box
 
-ONE_LATENT = "one"
+ONE_LATENT, ALL_LEVELS = "one", "levels"
+FIRST_COLOURS = [
+    ("the latent nearest to its maximum, in the colour of its level", ALL_LEVELS),
+    ("the latent whose page is open", ONE_LATENT),
+]
 NUM_SHOWN, NUM_CONTEXTS = 8, 8
+# As rare as a latent may count: one that never fired in training would tell everything.
+RAREST = 1e-4
 
 
 class ExploreTab(NamedTuple):
@@ -30,6 +37,7 @@ class ExploreTab(NamedTuple):
     reading: gr.State
     token: gr.State
     read: Callable[..., Any]
+    tell: Callable[..., Any]
     draw: Callable[..., Any]
     state: list[Any]
 
@@ -41,8 +49,8 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
         with gr.Column(scale=6, min_width=320):
             text = text_box(default_text, "explore-text", "Read")
             colour = gr.Dropdown(
-                [("the latent on the right", ONE_LATENT)],
-                value=ONE_LATENT,
+                FIRST_COLOURS,
+                value=ALL_LEVELS,
                 label="Colour tokens by",
                 elem_id="colour",
                 filterable=False,
@@ -65,8 +73,14 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     def read_text(key: list[str], words: str) -> tuple[Reading, None]:
         return read(shared.loaded(key), validation.words(words, "The text")), None
 
+    @reports_errors
+    def tell(key: list[str], found: Reading | None, latent: int | None) -> Any:
+        """Open a page where none is open yet."""
+        return gr.skip() if found is None or latent is not None else most_telling(shared.loaded(key), found)
+
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    text.submit(read_text, [shared.key, text], [reading, token], **quiet).then(draw, state, shown, **quiet)
+    done = text.submit(read_text, [shared.key, text], [reading, token], **quiet).then(draw, state, shown, **quiet)
+    done.success(tell, [shared.key, reading, shared.latent], shared.latent, **quiet)
     colour.input(draw, state, shown, **quiet)
 
     @reports_errors
@@ -74,27 +88,27 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
         """A click on a token, a latent or a button of a latent's page."""
         clicked = validation.click(event._data, "token", "latent", "steer")
         if clicked.action == "token":
-            return clicked.id, latent, gr.skip(), gr.skip()
+            return clicked.id, latent, gr.skip(), gr.skip(), gr.skip()
         loaded, index = shared.loaded(key), shared.index(key)
         chosen = loaded.checked(clicked.id)
         if clicked.action == "steer":
             dials = draw_with(loaded, index, read_dials(value, loaded), chosen, method)
-            return gr.skip(), latent, dials, gr.Tabs(selected="steer")
-        return gr.skip(), chosen, gr.skip(), gr.skip()
+            return gr.skip(), latent, dials, gr.Tabs(selected="steer"), gr.skip()
+        return gr.skip(), chosen, gr.skip(), gr.skip(), ONE_LATENT
 
     for component in (tokens, details, page):
         component.click(
             choose,
             [shared.key, shared.dials, shared.method, shared.latent],
-            [token, shared.latent, shared.dials, shared.tabs],
+            [token, shared.latent, shared.dials, shared.tabs, colour],
             **quiet,
         ).then(draw, state, shown, **quiet)
 
     @reports_errors
-    def open_number(key: list[str], words: str) -> int:
-        return shared.index(key).number(validation.words(words, "The number"))
+    def open_number(key: list[str], words: str) -> tuple[int, str]:
+        return shared.index(key).number(validation.words(words, "The number")), ONE_LATENT
 
-    number.submit(open_number, [shared.key, number], shared.latent, **quiet)
+    number.submit(open_number, [shared.key, number], [shared.latent, colour], **quiet)
 
     @reports_errors
     def open_page(key: list[str], latent: int | None) -> str:
@@ -102,17 +116,27 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
 
     shared.latent.change(open_page, [shared.key, shared.latent], page, show_progress="hidden", api_name="latent")
     shared.latent.change(draw, state, shown, **quiet)
-    return ExploreTab(text, colour, tokens, details, page, reading, token, read_text, draw, state)
+    return ExploreTab(text, colour, tokens, details, page, reading, token, read_text, tell, draw, state)
 
 
 def colour_choices(loaded: LoadedSAE) -> list[tuple[str, str]]:
-    """By the open latent, or by the latents that a level adds."""
+    """By each token's strongest latent, by the open latent, or by the latents that a level adds."""
     sizes = [0, *loaded.prefix_sizes]
     levels = [
         (f"level {level} · latents {low:,} to {high - 1:,}", str(level))
         for level, (low, high) in enumerate(pairwise(sizes))
     ]
-    return [("the latent whose page is open", ONE_LATENT), *levels]
+    return [*FIRST_COLOURS, *levels]
+
+
+def most_telling(loaded: LoadedSAE, found: Reading) -> int | None:
+    """The latent that is near its largest activation on some token, and rarely active at all."""
+
+    def tells(latent: int, value: float) -> float:
+        return -loaded.share_of_maximum(latent, value) * math.log(max(loaded.firing_rates[latent], RAREST))
+
+    pairs = [pair for active in found.active for pair in active]
+    return max(pairs, key=lambda pair: tells(*pair))[0] if pairs else None
 
 
 def draw_reading(
@@ -122,17 +146,19 @@ def draw_reading(
     if found is None or found.key != loaded.key:
         return "", drawing.note("Press Read to see the text as the SAE reads it.")
     latent = loaded.here(latent)
-    strengths, hue, titles = _strengths(loaded, found, latent, by)
-    tokens = drawing.tokens(found.pieces, strengths, hue=hue, marked=position, titles=titles, special=found.skipped)
+    strengths, hues, titles = _strengths(loaded, index, found, latent, by)
+    tokens = drawing.tokens(found.pieces, strengths, hue=hues, marked=position, titles=titles, special=found.skipped)
     if position is None or not 0 <= position < len(found.pieces):
         return tokens, drawing.note("Click a token to list its latents.")
     return tokens, _token_latents(loaded, index, found, position)
 
 
 def _strengths(
-    loaded: LoadedSAE, found: Reading, latent: int | None, by: str
-) -> tuple[Sequence[float], int, Sequence[str]]:
-    """Per token a colour in 0 … 1 and a title, and the hue."""
+    loaded: LoadedSAE, index: LatentIndex, found: Reading, latent: int | None, by: str
+) -> tuple[Sequence[float], int | Sequence[int], Sequence[str]]:
+    """Per token a colour in 0 … 1 and a title, and the hue, one or of each token."""
+    if by == ALL_LEVELS:
+        return _by_strongest(loaded, index, found)
     if by == ONE_LATENT:
         values = [0.0] * len(found.pieces) if latent is None else found.values(latent)
         hue = 0 if latent is None else loaded.level_of(latent)
@@ -144,6 +170,21 @@ def _strengths(
     whole = [sum(value for _, value in active) or 1.0 for active in found.active]
     shares = [part / total for part, total in zip(sums, whole, strict=True)]
     return shares, level, [f"{100 * share:.0f}% of the activation is of this level" for share in shares]
+
+
+def _by_strongest(
+    loaded: LoadedSAE, index: LatentIndex, found: Reading
+) -> tuple[Sequence[float], Sequence[int], Sequence[str]]:
+    """Per token the latent that is nearest to its largest activation: how near, its level, and its name."""
+    shares, levels, titles = [], [], []
+    for active in found.active:
+        near = [(loaded.share_of_maximum(latent, value), latent, value) for latent, value in active]
+        share, latent, value = max(near, default=(0.0, 0, 0.0))
+        level = loaded.level_of(latent)
+        shares.append(share)
+        levels.append(level)
+        titles.append(f"level {level}: #{latent} {index.name(latent)} {value:.2f}" if near else "")
+    return shares, levels, titles
 
 
 def _token_latents(loaded: LoadedSAE, index: LatentIndex, found: Reading, position: int) -> str:
@@ -246,7 +287,8 @@ def draw_relatives(loaded: LoadedSAE, index: LatentIndex, view: LatentPage) -> s
     if not parents and not children:
         return drawing.section("More general or specific", drawing.note("No other level has a relative of it."))
     return (drawing.columns(up, down) if parents and children else up + down) + drawing.note(
-        "Percentages: on how much of what the general one fires on, the special one fires, too."
+        "Percentages: on how much of what the general one fires on, the special one fires, too. Sure: how far beyond "
+        "chance the general one fires where the special one does; 0 is chance, 1 is always."
     )
 
 
