@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as replace_fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ class ReconstructionMeter:
 
     Args:
         sae: in evaluation mode.
-        norm_limit: activations with a larger norm are left out, and counted as `num_outliers`; None or 0 for none.
+        norm_limit: activations with a larger norm are left out, and counted as `num_outliers`; None or 0 for none. Of
+            what a transcoder is to reconstruct, `config.norm_limit_out` is the limit.
         num_tokens: taken in so far.
         num_outliers: left out so far.
         sums: of what the numbers are made of, float64 on the SAE's device.
@@ -184,7 +186,7 @@ class ReconstructionMeter:
     def __post_init__(self) -> None:
         device, config = self.sae.device, self.sae.config
         shapes = {
-            "x": (config.hidden_size,),
+            "x": (config.output_size,),
             "x_squared": (),
             "errors": (config.num_levels,),
             "cosines": (config.num_levels,),
@@ -195,25 +197,32 @@ class ReconstructionMeter:
         self.max_activation = torch.zeros(config.num_latents, device=device)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, target: Tensor | None = None) -> None:
         """Take in activations.
 
         Args:
             x: (n, hidden_size).
+            target: what a transcoder is to reconstruct of them, (n, output_size).
         """
-        inlying = x[within_limit(x, self.norm_limit)]
-        self.num_outliers += len(x) - len(inlying)
-        for part in self.sae.in_parts(inlying.to(self.sae.device, self.sae.dtype)):
-            self._take_in(part)
+        inlying = within_limit(x, self.norm_limit)
+        if target is not None:
+            inlying = inlying & within_limit(target, self.sae.config.norm_limit_out).to(inlying.device)
+            target = target[inlying.to(target.device)].to(self.sae.device, self.sae.dtype)
+        x = x[inlying].to(self.sae.device, self.sae.dtype)
+        self.num_outliers += len(inlying) - len(x)
+        begin = 0
+        for part in self.sae.in_parts(x):
+            self._take_in(part, part if target is None else target[begin : begin + len(part)])
+            begin += len(part)
 
-    def _take_in(self, x: Tensor) -> None:
+    def _take_in(self, x: Tensor, y: Tensor) -> None:
         latents = self.sae.encode(x)
         self.num_tokens += x.shape[0]
-        doubles = x.double()
+        doubles = y.double()
         self.sums["x"] += doubles.sum(0)
         self.sums["x_squared"] += doubles.pow(2).sum()
         norms = doubles.norm(dim=-1).clamp_min(1e-30)
-        for level, reconstruction in enumerate(self.sae.decode_levels(latents)):
+        for level, reconstruction in enumerate(self.sae.decode_levels(latents, x)):
             self.sums["errors"][level] += (doubles - reconstruction).pow(2).sum()
             sizes = reconstruction.double().norm(dim=-1)
             products = (doubles * reconstruction).sum(-1)
@@ -224,7 +233,7 @@ class ReconstructionMeter:
 
     @property
     def mean(self) -> Tensor:
-        """Mean activation, (hidden_size,) float64."""
+        """Mean of what is to be reconstructed, (output_size,) float64."""
         return self.sums["x"] / self.num_tokens
 
     @property
@@ -278,21 +287,26 @@ def measure_reconstruction(
 
 
 class _Splice:
-    """The model with one site under control: reads the activations once, then runs with others in their place."""
+    """The model with one site under control: reads the activations once, then runs with others in their place.
 
-    def __init__(self, model: PreTrainedModel, site: Site, inputs: dict[str, Tensor]) -> None:
-        self.model, self.site, self.inputs = model, site, inputs
+    What a transcoder reads is of another site, `read`, which is left as it is.
+    """
 
-    def clean(self) -> tuple[Tensor, Tensor]:
-        """Logits of the model as it is, and its activations at the site."""
-        seen: list[Tensor] = []
+    def __init__(self, model: PreTrainedModel, site: Site, inputs: dict[str, Tensor], read: Site) -> None:
+        self.model, self.site, self.inputs, self.read = model, site, inputs, read
 
-        def record(hidden: Tensor) -> Tensor:
-            seen.append(hidden)
+    def clean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the model as it is, its activations at the site, and those that are read."""
+        seen: dict[Site, Tensor] = {}
+
+        def record(site: Site, hidden: Tensor) -> Tensor:
+            # What runs next may add into a tensor that is read in place.
+            seen.setdefault(site, hidden if site == self.site else hidden.clone())
             return hidden
 
-        with replace(self.model, {self.site: record}, in_this_thread()):
-            return self.model(**self.inputs).logits, seen[0]
+        edits = {site: partial(record, site) for site in dict.fromkeys([self.read, self.site])}
+        with replace(self.model, edits, in_this_thread()):
+            return self.model(**self.inputs).logits, seen[self.site], seen[self.read]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits with the activations at the site replaced."""
@@ -343,6 +357,7 @@ def measure_cross_entropy(
     mean: Tensor,
     batches: Iterable[TokenBatch],
     norm_limit: float | None = None,
+    output_site: Site | None = None,
 ) -> Measurement:
     """[`measure_cross_entropies`] of a single SAE.
 
@@ -353,8 +368,9 @@ def measure_cross_entropy(
         mean: mean activation, (hidden_size,).
         batches: collated windows.
         norm_limit: positions with activations of a larger norm are not replaced; None or 0 for none.
+        output_site: as there.
     """
-    return measure_cross_entropies(model, site, {"": sae}, mean, batches, norm_limit)[""]
+    return measure_cross_entropies(model, site, {"": sae}, mean, batches, norm_limit, output_site)[""]
 
 
 @torch.inference_mode()
@@ -365,6 +381,7 @@ def measure_cross_entropies(
     mean: Tensor,
     batches: Iterable[TokenBatch],
     norm_limit: float | None = None,
+    output_site: Site | None = None,
 ) -> dict[str, Measurement]:
     """Cross-entropy with the site replaced by each prefix's reconstruction, by zero and by the mean.
 
@@ -378,6 +395,7 @@ def measure_cross_entropies(
         batches: collated windows, with `input_ids`, `attention_mask` (or None) and `keep`, each (batch, sequence). A
             position counts where it and the next one were replaced.
         norm_limit: positions with activations of a larger norm are not replaced; None or 0 for none.
+        output_site: of transcoders, which read `site`: the site that is replaced.
 
     Returns:
         For each SAE a [`Measurement`] whose levels hold only the numbers measured here.
@@ -392,13 +410,16 @@ def measure_cross_entropies(
         inputs = {"input_ids": batch["input_ids"]}
         if batch["attention_mask"] is not None:
             inputs["attention_mask"] = batch["attention_mask"]
-        splice = _Splice(model, site, inputs)
-        clean, hidden = splice.clean()
-        keep = keep & within_limit(hidden, norm_limit).to(keep.device)
+        splice = _Splice(model, output_site or site, inputs, site)
+        clean, hidden, read = splice.clean()
+        keep = keep & within_limit(read, norm_limit).to(keep.device)
+        for sae in saes.values():
+            if sae.config.is_transcoder:
+                keep = keep & within_limit(hidden, sae.config.norm_limit_out).to(keep.device)
         counted = keep[:, :-1] & keep[:, 1:]
         sums.add(CLEAN, clean, clean, batch["input_ids"], counted)
         where = keep.to(hidden.device).unsqueeze(-1)
-        for name, replacement in _replacements(saes, hidden, mean):
+        for name, replacement in _replacements(saes, read, hidden, mean):
             logits = splice.logits(torch.where(where, replacement.to(hidden), hidden))
             sums.add(name, logits, clean, batch["input_ids"], counted)
         sums.count += int(counted.sum())
@@ -406,11 +427,13 @@ def measure_cross_entropies(
     return {name: _functional_measurement(name, sae, ce, kl, sums.count) for name, sae in saes.items()}
 
 
-def _replacements(saes: Mapping[str, MatryoshkaSAE], hidden: Tensor, mean: Tensor) -> Iterator[tuple[Key, Tensor]]:
+def _replacements(
+    saes: Mapping[str, MatryoshkaSAE], read: Tensor, hidden: Tensor, mean: Tensor
+) -> Iterator[tuple[Key, Tensor]]:
     yield ZERO, torch.zeros_like(hidden)
     yield MEAN, mean.to(hidden).expand_as(hidden)
     for name, sae in saes.items():
-        levels = sae.reconstruct_levels(hidden.to(sae.device))
+        levels = sae.reconstruct_levels(read.to(sae.device))
         for prefix, reconstruction in zip(sae.config.prefix_sizes, levels, strict=True):
             yield (name, prefix), reconstruction
 

@@ -25,7 +25,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
-from .untrusted import DTYPES, SAEError, read_json, shown
+from .untrusted import DTYPES, SAEError, read_json, shown, weight_shapes
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 INFERENCE = ("threshold", "topk")
@@ -90,7 +90,13 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         prefix does never depends on later latents; `"topk"` the `k` largest of each token among the latents asked
         for, as plain TopK SAEs of other libraries do, which have no threshold.
     apply_b_dec_to_input (`bool`, *optional*, defaults to `True`):
-        Whether the decoder bias is subtracted before encoding.
+        Whether the decoder bias is subtracted before encoding. A transcoder never does it, because its bias is of the
+        activations that it writes.
+    hidden_size_out (`int`, *optional*):
+        Makes a transcoder, which reads activations of one site and reconstructs those of another: the size of these;
+        `hidden_size` where only `site_out` is given.
+    skip (`bool`, *optional*, defaults to `False`):
+        Whether a transcoder also adds a linear map of what it reads, `W_skip` (arXiv:2501.18823), to every level.
 
     > Training loss (arXiv:2503.17547 unless said)
 
@@ -136,6 +142,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         The PEFT adapter that was on it, and the adapter's commit.
     site (`str`, *optional*):
         The place in it, as a module path and side: `model.layers.12:output`.
+    site_out (`str`, *optional*):
+        The place whose activations a transcoder reconstructs, such as `model.layers.12.mlp:output` where it reads
+        `model.layers.12.mlp:input`.
     prepend_bos (`bool`, *optional*, defaults to `True`):
         Whether each token window began with the tokenizer's BOS token. Special tokens never reach the SAE.
     context_length (`int`, *optional*):
@@ -144,6 +153,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         The largest norm of an activation that counted, in training and in everything that was measured: what is beyond
         is an attention sink. 0 where all counted; None where it is not known, as of other libraries' SAEs. It says
         which tokens to look at; what the SAE computes does not depend on it.
+    norm_limit_out (`float`, *optional*):
+        The same of the activations that a transcoder reconstructs.
     converted_from (`str`, *optional*):
         The library whose checkpoint this was.
     measured (`dict`, *optional*):
@@ -160,6 +171,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     activation: str = "batch_topk"
     inference: str = "threshold"
     apply_b_dec_to_input: bool = True
+    hidden_size_out: int | None = None
+    skip: bool = False
     level_weights: str | list[float | int] | tuple[float | int, ...] = "uniform"
     balance: float | int | None = None
     detach_prefixes: bool = False
@@ -178,9 +191,11 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     adapter: str | None = None
     adapter_revision: str | None = None
     site: str | None = None
+    site_out: str | None = None
     prepend_bos: bool = True
     context_length: int | None = None
     norm_limit: float | int | None = None
+    norm_limit_out: float | int | None = None
     converted_from: str | None = None
     measured: dict | None = None
 
@@ -192,6 +207,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         for name in IGNORED_FIELDS:
             setattr(self, name, None)
         self._refuse_other_dtypes(kwargs.get("torch_dtype"))
+        if self.site_out is not None and self.hidden_size_out is None:
+            self.hidden_size_out = self.hidden_size
+        self.apply_b_dec_to_input = self.apply_b_dec_to_input and not self.is_transcoder
         self.prefix_sizes = list(self.prefix_sizes) or default_prefix_sizes(self.num_latents)
         if not isinstance(self.level_weights, str):
             self.level_weights = list(self.level_weights)
@@ -244,7 +262,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
 
     def validate_counts(self):
         """Refuse sizes that are none, and k beyond the dictionary."""
-        for name in ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes", "context_length"):
+        names = ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes", "context_length")
+        for name in (*names, "hidden_size_out"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIZE:
                 bound = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
@@ -316,8 +335,10 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         for name in ("aux_loss_weight", "sparsity_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SAEError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
-        if self.norm_limit is not None and not 0 <= self.norm_limit < math.inf:
-            raise SAEError(f"norm_limit must be finite and not negative (0 is no limit), got {self.norm_limit}.")
+        for name in ("norm_limit", "norm_limit_out"):
+            limit = getattr(self, name)
+            if limit is not None and not 0 <= limit < math.inf:
+                raise SAEError(f"{name} must be finite and not negative (0 is no limit), got {limit}.")
         if not 0 < self.jumprelu_bandwidth < math.inf:
             raise SAEError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
         if not 0 < self.pareto_alpha <= 1:
@@ -346,6 +367,23 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         if self.inference == "topk" and self.activation != "topk":
             raise SAEError(f"inference='topk' goes with activation='topk' only, got {self.activation!r}.")
 
+    def validate_transcoder(self):
+        """Refuse what only a transcoder has, in an SAE, and one that writes where it reads."""
+        if self.hidden_size_out is None:
+            for name in ("site_out", "skip", "norm_limit_out"):
+                if getattr(self, name):
+                    raise SAEError(
+                        f"{name}={getattr(self, name)!r} is of a transcoder: give site_out and hidden_size_out, "
+                        f"where and how wide the activations are that it reconstructs, or leave {name} out."
+                    )
+        elif self.site is not None and self.site == self.site_out:
+            raise SAEError(
+                f"site and site_out are both {self.site}: what reconstructs its own input is an SAE, so leave "
+                "site_out and hidden_size_out out."
+            )
+        elif self.apply_b_dec_to_input:
+            raise SAEError("A transcoder's decoder bias is of what it writes: set apply_b_dec_to_input=False.")
+
     def truncated(self, prefix: int) -> "MatryoshkaSAEConfig":
         """The configuration of the first `prefix` latents as a model of their own.
 
@@ -370,6 +408,26 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
                 measured_l0 = per_level["l0"][self.prefix_sizes.index(prefix)]
                 values["k"] = max(1, round(measured_l0)) if self.activation == "topk" else measured_l0 or 1
         return type(self)(**values)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether what is reconstructed are the activations of another site than those that are read."""
+        return self.hidden_size_out is not None
+
+    @property
+    def output_size(self) -> int:
+        """Size of the activations that are reconstructed."""
+        return self.hidden_size if self.hidden_size_out is None else self.hidden_size_out
+
+    @property
+    def output_site(self) -> str | None:
+        """The site whose activations are reconstructed."""
+        return self.site_out if self.is_transcoder else self.site
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a checkpoint and their shapes."""
+        return weight_shapes(self.num_latents, self.hidden_size, self.output_size, self.skip)
 
     @property
     def num_levels(self) -> int:

@@ -121,7 +121,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 def decode(latents: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec + f W_dec, (B, d)."""
+    """b_dec + f W_dec, (B, d). With a skip, `b_dec` is (B, d): what every level of a token begins with."""
     return torch.addmm(b_dec, latents, W_dec)
 
 
@@ -137,7 +137,8 @@ def decode_levels(
 
     Every group of latents is decoded once and added to the sum of the groups before it, so all levels together cost
     one decode. With `detach`, a level's gradient reaches only the latents that the level adds. With `ranks`, other
-    processes have other latents of the same dictionary, and a size may be zero here.
+    processes have other latents of the same dictionary, and a size may be zero here. `b_dec` may be (B, d), as in
+    `decode`.
     """
     reconstruction = b_dec.expand(latents.shape[0], -1)
     for level, (low, high) in enumerate(pairwise([0, *prefix_sizes])):

@@ -20,6 +20,10 @@ hold general concepts and later ones refine them.
 
 `W_enc` and `W_dec` are both stored as (num_latents, hidden_size), so that a prefix is the first rows, contiguous on
 disk.
+
+A transcoder is the same with another target: it reads an activation at one site, such as an MLP's input, and its
+levels reconstruct that of another, such as the MLP's output (arXiv:2406.11944), by choice beside a linear map of what
+it reads.
 """
 
 # The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
@@ -57,7 +61,7 @@ from .prefix_loading import HUB_ARGUMENTS, pin_commit, read_state, truncate_stat
 from .selection import SINGLE_PROCESS, ProcessGroup
 from .sharing import SharingMixin
 from .sparse_encoder import ActiveLatents, tokens_at_once
-from .untrusted import SAEError, check_shapes, check_values, inside, weight_shapes
+from .untrusted import SAEError, check_shapes, check_values, inside
 
 MIN_THRESHOLD = 1e-20
 # Copies of a token's latents that calibrating and measuring make on the way.
@@ -72,7 +76,7 @@ class MatryoshkaSAEOutput(ModelOutput):
     loss (`torch.Tensor`, scalar):
         The levels' weighted squared errors over the variance of the activations, plus the auxiliary and sparsity
         terms.
-    reconstruction (`torch.Tensor` of shape `(..., hidden_size)`):
+    reconstruction (`torch.Tensor` of shape `(..., output_size)`):
         Reconstruction by the whole dictionary.
     latents (`torch.Tensor` of shape `(..., num_latents)`):
         Latent activations, zero where inactive.
@@ -112,9 +116,15 @@ class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, MatryoshkaSAE):
             init.normal_(module.W_dec)
             init.copy_(module.W_dec, nn.functional.normalize(module.W_dec, dim=-1))
-            init.copy_(module.W_enc, module.W_dec)
+            if module.config.is_transcoder:
+                init.normal_(module.W_enc)
+                init.copy_(module.W_enc, nn.functional.normalize(module.W_enc, dim=-1))
+            else:
+                init.copy_(module.W_enc, module.W_dec)
             for tensor in (module.b_enc, module.b_dec, module.threshold, module.max_activation, module.firing_rate):
                 init.zeros_(tensor)
+            if module.W_skip is not None:
+                init.zeros_(module.W_skip)
 
 
 # `push_to_hub` publishes one thing with a card, so it takes less than what it stands in for.
@@ -132,11 +142,12 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
 
     def __init__(self, config: MatryoshkaSAEConfig):
         super().__init__(config)
-        num_latents, hidden_size = config.num_latents, config.hidden_size
+        num_latents, hidden_size, output_size = config.num_latents, config.hidden_size, config.output_size
         self.W_enc = nn.Parameter(torch.empty(num_latents, hidden_size))
         self.b_enc = nn.Parameter(torch.empty(num_latents))
-        self.W_dec = nn.Parameter(torch.empty(num_latents, hidden_size))
-        self.b_dec = nn.Parameter(torch.empty(hidden_size))
+        self.W_dec = nn.Parameter(torch.empty(num_latents, output_size))
+        self.b_dec = nn.Parameter(torch.empty(output_size))
+        self.W_skip = nn.Parameter(torch.empty(output_size, hidden_size)) if config.skip else None
         threshold = torch.empty(num_latents, dtype=torch.float32)
         self.threshold = nn.Parameter(threshold) if config.activation == "jumprelu" else nn.Buffer(threshold)
         self.max_activation = nn.Buffer(torch.empty(num_latents, dtype=torch.float32))
@@ -184,44 +195,58 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             return select_topk(pre.reshape(-1, pre.shape[-1]), round(self.config.k)).view_as(pre)
         return select_above(pre, self.threshold[: pre.shape[-1]])
 
-    def decode(self, latents: Tensor, prefix: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, prefix: int | None = None, hidden_states: Tensor | None = None) -> Tensor:
         """Reconstruct activations from the first latents.
 
         Args:
             latents: Latent activations (..., m) for any m up to num_latents: what `encode` gave, or its first columns.
             prefix: Only the first latents; all that are given by default.
+            hidden_states: What was encoded, (..., hidden_size): a transcoder with a skip needs it.
 
         Returns:
-            Reconstruction (..., hidden_size).
+            Reconstruction (..., output_size).
 
         Raises:
-            ValueError: More columns than latents, or a prefix that is none.
+            ValueError: More columns than latents, a prefix that is none, or a skip without what it maps.
         """
         width = latents.shape[-1]
         if width > self.config.num_latents:
             raise SAEError(f"latents must have at most num_latents={self.config.num_latents} columns, got {width}.")
         m = min(self._checked_prefix(prefix), width)
         flat = latents[..., :m].reshape(-1, m)
-        return decode(flat, self.W_dec[:m], self.b_dec).view(*latents.shape[:-1], self.config.hidden_size)
+        base = self._decoder_base(hidden_states)
+        return decode(flat, self.W_dec[:m], base).view(*latents.shape[:-1], self.config.output_size)
 
-    def decode_levels(self, latents: Tensor) -> Tensor:
+    def _decoder_base(self, hidden_states: Tensor | None) -> Tensor:
+        if self.W_skip is None:
+            return self.b_dec
+        if hidden_states is None:
+            raise SAEError(
+                "This transcoder has a skip, which maps what was encoded to a part of the reconstruction: give that "
+                "as hidden_states, beside the latents."
+            )
+        return self._base(self._flat(hidden_states))
+
+    def decode_levels(self, latents: Tensor, hidden_states: Tensor | None = None) -> Tensor:
         """Reconstruct activations by every prefix of `config.prefix_sizes`.
 
         Args:
             latents: Latent activations (..., num_latents).
+            hidden_states: As in `decode`.
 
         Returns:
-            Reconstructions (num_levels, ..., hidden_size).
+            Reconstructions (num_levels, ..., output_size).
 
         Raises:
-            ValueError: Not all latents are given.
+            ValueError: Not all latents are given, or a skip without what it maps.
         """
         num_latents = self.config.num_latents
         if latents.shape[-1] != num_latents:
             raise SAEError(f"Every level needs all latents, (..., {num_latents}), got {tuple(latents.shape)}.")
         flat = latents.reshape(-1, num_latents)
-        levels = list(decode_levels(flat, self.W_dec, self.b_dec, self.config.prefix_sizes))
-        return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
+        base = self._decoder_base(hidden_states)
+        levels = list(decode_levels(flat, self.W_dec, base, self.config.prefix_sizes))
+        return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.output_size)
 
     def in_parts(self, hidden_states: Tensor) -> Iterator[Tensor]:
         """Cut activations into pieces of so few tokens that their latents are no burden.
@@ -242,10 +267,10 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             hidden_states: Activations (..., hidden_size).
 
         Returns:
-            Reconstructions (num_levels, ..., hidden_size): those of `encode` and `decode_levels` one after the other.
+            Reconstructions (num_levels, ..., output_size): those of `encode` and `decode_levels` one after the other.
         """
-        parts = [self.decode_levels(self.encode(part)) for part in self.in_parts(hidden_states)]
-        return torch.cat(parts, dim=1).view(-1, *hidden_states.shape)
+        parts = [self.decode_levels(self.encode(part), part) for part in self.in_parts(hidden_states)]
+        return torch.cat(parts, dim=1).view(-1, *hidden_states.shape[:-1], self.config.output_size)
 
     # Training
 
@@ -261,6 +286,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         return_latents: bool = True,
         batch: BatchContext | None = None,
         inner_shares: InnerShares | None = None,
+        target: Tensor | None = None,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations at every level and give the loss.
 
@@ -268,13 +294,15 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             hidden_states: Activations (..., hidden_size).
             dead_latents: Mask (num_latents,) of latents to revive through the auxiliary loss; none by default.
             prefix_sizes: Levels of this step in place of `config.prefix_sizes`, with equal weights (Pareto sampling).
-            variance: Total variance of the activations, E‖x − E x‖², by which losses are divided; of this batch by
-                default.
+            variance: Total variance of what is reconstructed, E‖y − E y‖², by which losses are divided; of this batch
+                by default.
             k: Active latents per token of this step in place of `config.k` (annealing).
             sparsity_weight: Weight of the penalty of this step in place of `config.sparsity_weight` (L0 controller).
             return_latents: Whether to give `latents`, which a training step of `batch_topk` and `topk` does not need.
             batch: Where these activations are a part of a batch only, what it must know of the whole (see `select`).
             inner_shares: Shares of inner levels' gradients of this step in place of the configuration's (schedule).
+            target: What a transcoder is to reconstruct, the activations at its `site_out`, (..., output_size); of an
+                SAE that is `hidden_states`.
 
         Returns:
             The loss and what it is made of.
@@ -283,8 +311,9 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             ValueError: Activations of another width, or levels that are none.
         """
         x = self._flat(hidden_states)
+        y = self._flat_target(x, target)
         if variance is None:
-            variance = self._batch_variance(x)
+            variance = self._batch_variance(y)
         k = self.config.k if k is None else k
         sizes, weights = self._levels_of_step(prefix_sizes)
         # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
@@ -295,10 +324,12 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             active = self._select(x, k, variance)
         latents: Tensor | None
         if active is None:
-            errors, reconstruction, latents, sparsity_loss = self._dense_errors(x, k, sizes, variance, batch, shares)
+            errors, reconstruction, latents, sparsity_loss = self._dense_errors(
+                x, y, k, sizes, variance, batch, shares
+            )
         else:
             errors, reconstruction, active, sparsity_loss = self._sparse_errors(
-                x, active, k, sizes, variance, batch, shares
+                x, y, active, k, sizes, variance, batch, shares
             )
             if return_latents:
                 latents = active.to_dense(x.shape[0], self.config.num_latents)
@@ -317,11 +348,11 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             dead = dead_latents.nonzero().squeeze(-1)
             num_dead = self.ranks.total(dead.numel())
             if num_dead:
-                aux_loss = self._dead_error(x, x - reconstruction, dead, num_dead) / variance
+                aux_loss = self._dead_error(x, y - reconstruction, dead, num_dead) / variance
                 loss = loss + self.config.aux_loss_weight * aux_loss
         return MatryoshkaSAEOutput(
             loss=loss,
-            reconstruction=reconstruction.view_as(hidden_states),
+            reconstruction=reconstruction.view(*hidden_states.shape[:-1], self.config.output_size),
             latents=None if latents is None else latents.view(*hidden_states.shape[:-1], -1),
             level_losses=level_losses.detach(),
             aux_loss=aux_loss.detach(),
@@ -476,8 +507,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
 
 def _check_weights(state: Mapping[str, Tensor], config: MatryoshkaSAEConfig, where: str) -> None:
     """Raises `ValueError` for weights that are not those of this configuration, or not numbers to compute with."""
-    shapes = weight_shapes(config.num_latents, config.hidden_size)
-    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, where)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config.weight_shapes, where)
     check_values(state, where)
 
 

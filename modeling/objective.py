@@ -64,7 +64,10 @@ def straight_through(part: Tensor, whole: Tensor | None) -> Tensor:
 
 
 class ObjectiveMixin:
-    """The methods of [`MatryoshkaSAE`] that make up its loss; B tokens, d = hidden_size, F = num_latents, G levels."""
+    """The methods of [`MatryoshkaSAE`] that make up its loss; B tokens, d = hidden_size, F = num_latents, G levels.
+
+    Each level is to reconstruct y, (B, output_size): x itself, or, of a transcoder, the activation at its other site.
+    """
 
     config: MatryoshkaSAEConfig
     training: bool
@@ -72,6 +75,7 @@ class ObjectiveMixin:
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    W_skip: Tensor | None
     threshold: Tensor
     # Set by a trainer on the CPU, where fresh memory for gradients costs as much as the gradients.
     gradient_memory: GradientMemory | None = None
@@ -87,6 +91,29 @@ class ObjectiveMixin:
                 f"{self.config.base_model or 'its model'}."
             )
         return hidden_states.reshape(-1, self.config.hidden_size).to(self.W_enc.dtype)
+
+    def _flat_target(self, x: Tensor, target: Tensor | None) -> Tensor:
+        """What is to be reconstructed of activations x (B, d), (B, output_size)."""
+        config = self.config
+        if not config.is_transcoder and target is None:
+            return x
+        if not config.is_transcoder or target is None:
+            given = "none was given" if target is None else f"a target {tuple(target.shape)} was given"
+            kind = "A transcoder reconstructs a target," if config.is_transcoder else "An SAE reconstructs its input,"
+            raise SAEError(
+                f"{kind} and {given}: pass target, the activations at site_out, to a transcoder, and only to one."
+            )
+        if target.shape[-1] != config.output_size or target.numel() // config.output_size != x.shape[0]:
+            raise SAEError(
+                f"Expected targets of shape (..., {config.output_size}), one for each of the {x.shape[0]} "
+                f"activations, got {tuple(target.shape)}. This transcoder writes "
+                f"{config.site_out or 'a site of that width'} of {config.base_model or 'its model'}."
+            )
+        return target.reshape(-1, config.output_size).to(self.W_enc.dtype)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """What every level of a reconstruction begins with: b_dec (d,), with a skip (B, d) for activations x."""
+        return self.b_dec if self.W_skip is None else torch.nn.functional.linear(x, self.W_skip, self.b_dec)
 
     @staticmethod
     def _batch_variance(x: Tensor) -> Tensor:
@@ -107,7 +134,7 @@ class ObjectiveMixin:
         Args:
             hidden_states: Activations (N, hidden_size).
             k: As in `forward`.
-            variance: As in `forward`.
+            variance: As in `forward`; of a transcoder it must be given.
             ranks: Processes that have as many other activations each; `batch_topk` selects from those of all.
 
         Returns:
@@ -115,6 +142,8 @@ class ObjectiveMixin:
             the batch may then select by itself.
         """
         x = self._flat(hidden_states)
+        if variance is None and self.config.is_transcoder:
+            raise SAEError("A transcoder's variance is that of what it reconstructs, so select needs it.")
         variance = self._batch_variance(x) if variance is None else variance
         return self._select(x, self.config.k if k is None else k, variance, ranks)
 
@@ -142,6 +171,7 @@ class ObjectiveMixin:
         k: float,
         prefix_sizes: Sequence[int] | None,
         variance: Tensor,
+        target: Tensor | None = None,
     ) -> Tensor:
         """Measure the squared error of every level in a training step.
 
@@ -151,14 +181,16 @@ class ObjectiveMixin:
             k: As in `forward`, and so are the others.
             prefix_sizes: As in `forward`.
             variance: As in `forward`.
+            target: As in `forward`.
 
         Returns:
             Mean squared errors (G,).
         """
         x, (sizes, _) = self._flat(hidden_states), self._levels_of_step(prefix_sizes)
+        y = self._flat_target(x, target)
         if active is None:
-            return self._dense_errors(x, k, sizes, variance, BatchContext())[0]
-        return self._sparse_errors(x, active, k, sizes, variance, BatchContext())[0]
+            return self._dense_errors(x, y, k, sizes, variance, BatchContext())[0]
+        return self._sparse_errors(x, y, active, k, sizes, variance, BatchContext())[0]
 
     @property
     def inner_shares(self) -> InnerShares:
@@ -193,6 +225,7 @@ class ObjectiveMixin:
     def _sparse_errors(
         self,
         x: Tensor,
+        y: Tensor,
         active: ActiveLatents,
         k: float,
         sizes: Sequence[int],
@@ -211,7 +244,7 @@ class ObjectiveMixin:
         values, sparsity_loss = self._activate(pre, places, x, k, variance, batch)
         detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
         errors, reconstruction = LevelErrors.apply(
-            x, values, self.W_dec, self.b_dec, sizes_here, detach, shares, memory, self.ranks, *places
+            y, values, self.W_dec, self._base(x), sizes_here, detach, shares, memory, self.ranks, *places
         )
         values = values.detach()
         return errors, reconstruction, ActiveLatents(places.tokens, places.latents, values), sparsity_loss
@@ -227,7 +260,7 @@ class ObjectiveMixin:
         if self.config.activation == "relu":
             norms = self.W_dec.norm(dim=-1)[places.latents]
             total = sum_over((pre * norms).sum(), self.ranks)
-            return pre, total / (x.shape[0] * self._scale(variance, x) * math.sqrt(x.shape[1]))
+            return pre, total / (x.shape[0] * self._scale(variance, x) * math.sqrt(self.config.output_size))
         return pre, pre.new_zeros(())
 
     def _l0_penalty(self, l0: Tensor, k: float, batch: BatchContext) -> Tensor:
@@ -238,8 +271,8 @@ class ObjectiveMixin:
         return (straight_through(sum_over(l0, self.ranks), batch.l0) / k - 1).pow(2)
 
     def _scale(self, variance: Tensor | float, like: Tensor) -> Tensor:
-        """Standard deviation of the activations per dimension."""
-        return (torch.as_tensor(variance, dtype=like.dtype, device=like.device) / self.config.hidden_size).sqrt()
+        """Standard deviation per dimension of what is reconstructed, which latent activations are as large as."""
+        return (torch.as_tensor(variance, dtype=like.dtype, device=like.device) / self.config.output_size).sqrt()
 
     def _bandwidth(self, variance: Tensor | float, like: Tensor) -> Tensor:
         return self.config.jumprelu_bandwidth * self._scale(variance, like)
@@ -247,6 +280,7 @@ class ObjectiveMixin:
     def _dense_errors(
         self,
         x: Tensor,
+        y: Tensor,
         k: float,
         sizes: Sequence[int],
         variance: Tensor | float,
@@ -256,14 +290,14 @@ class ObjectiveMixin:
         """The same, latent activations (B, F), and the sparsity penalty."""
         pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
         latents, sparsity_loss = self._select_for_loss(pre, variance, k, batch)
-        errors, reconstruction = [], x
+        errors, reconstruction, base = [], y, self._base(x)
         detach, width = self.config.detach_prefixes, latents.shape[1]
         sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
-        levels = decode_levels(latents, self.W_dec, self.b_dec, sizes_here, detach, self.ranks)
+        levels = decode_levels(latents, self.W_dec, base, sizes_here, detach, self.ranks)
         if shares != ALL_GRADIENTS:
-            levels = decode_inner_levels(latents, self.W_dec, self.b_dec, sizes_here, shares, self.ranks)
+            levels = decode_inner_levels(latents, self.W_dec, base, sizes_here, shares, self.ranks)
         for reconstruction in levels:
-            errors.append((x - reconstruction).pow(2).sum(-1).mean())
+            errors.append((y - reconstruction).pow(2).sum(-1).mean())
         return torch.stack(errors), reconstruction, latents, sparsity_loss
 
     def _dead_error(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
@@ -272,7 +306,7 @@ class ObjectiveMixin:
         They are `num_dead` in all processes; only their rows are multiplied.
         """
         W_enc, b_enc, W_dec, bias = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead], self._subtracted_bias()
-        k = self.config.num_aux_latents or max(1, self.config.hidden_size // 2)
+        k = self.config.num_aux_latents or max(1, self.config.output_size // 2)
         if k > dense_dead_share(x.device) * num_dead:
             return decode_dead(residual, pre_activations(x, W_enc, b_enc, bias), W_dec, k, self.ranks)
         encoded = (x if bias is None else x - bias).detach()
@@ -314,7 +348,7 @@ class ObjectiveMixin:
             norms = self.W_dec.norm(dim=-1)
             scale = self._scale(variance, pre)
             total = sum_over((latents @ norms).mean(), self.ranks)
-            return latents, total / (scale * math.sqrt(self.config.hidden_size))
+            return latents, total / (scale * math.sqrt(self.config.output_size))
         if self.config.inference == "topk":
             return select_topk(pre, round(k)), pre.new_zeros(())
         return select_above(pre, self.threshold), pre.new_zeros(())

@@ -44,7 +44,7 @@ from transformers.utils import cached_file, logging
 
 from .configuration_matryoshka_sae import MatryoshkaSAEConfig
 from .ranged_files import RemoteFile, TensorSpan, damaged, read_spans
-from .untrusted import PER_LATENT, SAEError, SAENotFoundError, check_shapes, inside, read_json, shown, weight_shapes
+from .untrusted import PER_LATENT, SAEError, SAENotFoundError, check_shapes, inside, read_json, shown
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +81,7 @@ def read_state(
         FileNotFoundError: There are no weights, or not on this machine, with `local_files_only` or offline.
         OSError: The repo cannot be reached.
     """
-    shapes = weight_shapes(config.num_latents, config.hidden_size)
+    shapes = config.weight_shapes
     if os.path.isdir(source):
         files = _local_files(Path(source) / inside(hub.get("subfolder") or ""), shapes)
     else:

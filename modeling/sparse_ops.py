@@ -183,7 +183,8 @@ class PreActivations(torch.autograd.Function):
 class LevelErrors(torch.autograd.Function):
     """Mean squared error of every level, (G,), from latent activations (n,) at some places.
 
-    forward takes x (B, d), the latent activations, W_dec, b_dec, the nested sizes, whether a level's gradient stays in
+    forward takes x (B, d), which is to be reconstructed, the latent activations, W_dec, what every level begins with
+    (b_dec (d,), or with a skip its own for each token (B, d)), the nested sizes, whether a level's gradient stays in
     the group that it adds, which shares of inner levels' gradients are passed on, the memory for W_dec's gradient or
     None, the processes that hold other latents of the same dictionary, and the `ActiveIndices`; it gives the errors,
     and the whole reconstruction (B, d), which takes no gradient. With other latents elsewhere, their part of every
@@ -197,7 +198,7 @@ class LevelErrors(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         W_dec: Tensor,
-        b_dec: Tensor,
+        base: Tensor,
         sizes: Sequence[int],
         detach: bool,
         shares: InnerShares,
@@ -211,19 +212,19 @@ class LevelErrors(torch.autograd.Function):
         excess = ranks.sum(_segment_sum(W_dec, latents, values, begins).to(x.dtype))
         excess = excess.view(x.shape[0], len(sizes), x.shape[1])
         # From here on `excess` is what each level's reconstruction has too much of, in place.
-        excess[:, 0] -= x - b_dec
+        excess[:, 0] -= x - base
         for group in range(1, len(sizes)):
             excess[:, group] += excess[:, group - 1]
         errors = torch.stack([excess[:, group].square().sum() for group in range(len(sizes))]) / x.shape[0]
         reconstruction = x + excess[:, -1]
         ctx.save_for_backward(W_dec, excess, bags, begins, values, *places)
-        ctx.detach, ctx.shares, ctx.memory = detach, shares, memory
+        ctx.detach, ctx.shares, ctx.memory, ctx.per_token = detach, shares, memory, base.dim() == 2
         ctx.mark_non_differentiable(reconstruction)
         return errors, reconstruction
 
     @staticmethod
     def backward(ctx, grad_errors: Tensor, _):
-        """Give the gradients of latent activations, decoder and its bias."""
+        """Give the gradients of latent activations, decoder and what levels begin with."""
         W_dec, excess, bags, begins, values, tokens, latents, order, first = ctx.saved_tensors
         num_tokens, num_groups, hidden_size = excess.shape
         # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.
@@ -237,13 +238,13 @@ class LevelErrors(torch.autograd.Function):
             of_decoder, rows = grads[:, -1:], tokens  # one gradient a token serves all of its latents
         elif ctx.shares.decoder < 1:
             of_decoder = _toward_whole(grads.clone(), ctx.shares.decoder)
-        grad_b_dec = of_decoder[:, 0].sum(0)
+        grad_base = of_decoder[:, 0].clone() if ctx.per_token else of_decoder[:, 0].sum(0)
         of_decoder = of_decoder.reshape(-1, hidden_size)
         grad_W_dec = _parameter_gradient(ctx.memory, W_dec, of_decoder, rows[order], values[order], first)
         # The gradient of a latent activation: its decoder row times its group's gradient.
         grads = _toward_whole(grads, ctx.shares.activations).view(-1, hidden_size)
         grad_values = _segment_dot(grads, W_dec, latents, begins, bags).to(values.dtype)
-        return grad_x, grad_values, grad_W_dec, grad_b_dec, *[None] * 9
+        return grad_x, grad_values, grad_W_dec, grad_base, *[None] * 9
 
 
 def _toward_whole(grads: Tensor, share: float) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tensors with a row per latent; the only other one is b_dec.
+# Tensors with a row per latent; the others are b_dec, and a transcoder's W_skip.
 PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # A configuration or an index of files has some kilobytes.
@@ -94,10 +94,14 @@ def shown(values: Any) -> str:
     return f"[{', '.join(parts)}{f', and {more:,} more' if more > 0 else ''}]"
 
 
-def weight_shapes(num_latents: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of an SAE and their shapes."""
+def weight_shapes(
+    num_latents: int, hidden_size: int, output_size: int | None = None, skip: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of an SAE and their shapes; of a transcoder, where what it writes has a size of its own."""
+    output_size = hidden_size if output_size is None else output_size
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PER_LATENT, (num_latents,))
-    return shapes | dict.fromkeys(("W_enc", "W_dec"), (num_latents, hidden_size)) | {"b_dec": (hidden_size,)}
+    shapes |= {"W_enc": (num_latents, hidden_size), "W_dec": (num_latents, output_size), "b_dec": (output_size,)}
+    return shapes | {"W_skip": (output_size, hidden_size)} if skip else shapes
 
 
 def check_shapes(

@@ -39,6 +39,13 @@ class GridArguments:
             "or a module path. Default: the middle layer.",
         },
     )
+    site_out: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Train a transcoder, which reads --site and reconstructs this place, such as layers.12.mlp where "
+            "--site is layers.12.mlp:input. One for each --site.",
+        },
+    )
     num_latents: list[int] = field(
         default_factory=list,
         metadata={"help": "Size of the dictionary. Default: 16 times the width."},
@@ -67,7 +74,7 @@ class GridArguments:
         """What `make_saes` takes, but for what was not given."""
         values = {known.name: getattr(self, known.name) for known in fields(self)}
         given = {name: value for name, value in values.items() if value is not None and value != []}
-        given["sites"] = given.pop("site", [])
+        given["sites"], given["sites_out"] = given.pop("site", []), given.pop("site_out", [])
         if "level_weights" in given:
             given["level_weights"] = _level_weights(given["level_weights"])
         return given
@@ -77,6 +84,7 @@ class GridArguments:
 NOT_FLAGS = frozenset(
     {
         "hidden_size",
+        "hidden_size_out",
         "num_latents",
         "prefix_sizes",
         "k",
@@ -129,7 +137,9 @@ def run(arguments: list[str], brief: bool = False) -> None:
     PartialState(cpu=training_args.on_cpu, timeout=timedelta(seconds=training_args.ddp_timeout))
     # Before anything is loaded; what comes later checks again.
     grid = sae_args.grid()
-    MatryoshkaSAEConfig(**{name: grid[name] for name, *_ in FORM_FIELDS if name in grid})
+    form = {name: grid[name] for name, *_ in FORM_FIELDS if name in grid}
+    transcoder = bool(grid["sites_out"]) or training_args.init_from is not None
+    MatryoshkaSAEConfig(**form, hidden_size_out=MatryoshkaSAEConfig.hidden_size if transcoder else None)
     check_trackers(training_args.report_to)
     if PartialState().is_main_process and not run_args.dry_run:
         check_output_dir(training_args)

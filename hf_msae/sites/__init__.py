@@ -1,7 +1,7 @@
 """Where in a language model: name a site, capture the activations there, replace them."""
 
-from hf_msae.sites.fitting import check_width, find_site, recorded_site
-from hf_msae.sites.hooks import capture, check_layout, in_this_thread, replace, site_width
+from hf_msae.sites.fitting import check_width, find_output_site, find_site, recorded_site
+from hf_msae.sites.hooks import capture, check_layout, check_order, in_this_thread, replace, site_width
 from hf_msae.sites.names import Site, SiteError, resolve_site
 
 __all__ = [
@@ -9,7 +9,9 @@ __all__ = [
     "SiteError",
     "capture",
     "check_layout",
+    "check_order",
     "check_width",
+    "find_output_site",
     "find_site",
     "in_this_thread",
     "recorded_site",

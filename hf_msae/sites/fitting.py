@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAEConfig
-from hf_msae.sites.hooks import site_width
+from hf_msae.sites.hooks import check_order, site_width
 from hf_msae.sites.names import Site, SiteError, resolve_site
 
 
@@ -32,6 +32,54 @@ def find_site(
     """
     found = resolve_site(model, site or recorded_site(config, called=called))
     check_width(site_width(model, found), config, found, model, called=called)
+    return found
+
+
+def find_output_site(
+    model: PreTrainedModel,
+    config: MatryoshkaSAEConfig,
+    site: Site,
+    site_out: str | Site | None = None,
+    *,
+    called: str = "",
+) -> Site:
+    """The site whose activations are reconstructed: that of an SAE itself, and of a transcoder its other one.
+
+    Args:
+        model: the language model, in evaluation mode.
+        config: of the SAE or transcoder.
+        site: where it reads, as `find_site` gave it.
+        site_out: where in the model a transcoder writes; by default what the configuration records.
+        called: its name in errors.
+
+    Returns:
+        The site, with the path that it has in this model.
+
+    Raises:
+        SiteError: of a transcoder, as `find_site`; or where the model comes to the other site first, or has other
+            tokens there.
+    """
+    if not config.is_transcoder:
+        if site_out is not None:
+            raise SiteError(f"{_name(called)} is no transcoder, so it takes no site_out; got {site_out}.")
+        return site
+    name = site_out or config.site_out
+    if name is None:
+        raise SiteError(
+            f"{_name(called)} is a transcoder and does not record which activations it reconstructs. Give site_out, "
+            "or set config.site_out, for example to 'layers.12.mlp'."
+        )
+    found = resolve_site(model, name)
+    if found == site:
+        raise SiteError(f"{_name(called)} reads and writes {site}: what reconstructs its own input needs no site_out.")
+    width = site_width(model, found)
+    if width != config.output_size:
+        raise SiteError(
+            f"{_name(called)} reconstructs activations of {config.output_size} dimensions, but those at {found} of "
+            f"{model.config.name_or_path or 'the model'} have {width}. Give another site_out, or make a transcoder "
+            f"with hidden_size_out={width}."
+        )
+    check_order(model, site, found)
     return found
 
 

@@ -45,6 +45,42 @@ def site_width(model: PreTrainedModel, site: Site) -> int:
         return capture(model, [site], **_probe_inputs(model, 0)[0])[site].shape[-1]
 
 
+def check_order(model: PreTrainedModel, first: Site, then: Site) -> None:
+    """Make sure that a forward comes to one site before it comes to another, with the same tokens at both.
+
+    first, then: as `resolve_site` returns them.
+
+    Raises SiteError where it does not, or as `capture` does.
+    """
+    passed: list[Site] = []
+    shapes: dict[Site, tuple[int, ...]] = {}
+
+    def note(site: Site, hidden: Tensor) -> None:
+        passed.append(site)
+        shapes.setdefault(site, tuple(hidden.shape[:2]))
+        if len(shapes) == 2:
+            raise _AllCapturedError
+
+    check_layout(model, [first, then])
+    visits = {site: lambda hidden, site=site: note(site, hidden) for site in (first, then)}
+    hooked = _hooked(model, visits, prepend=False, is_active=in_this_thread())
+    with _same_dropout(model), hooked, torch.no_grad(), suppress(_AllCapturedError):
+        model(**_probe_inputs(model, 0)[0])
+    missed = [str(site) for site in (first, then) if site not in shapes]
+    if missed:
+        raise SiteError(f"the forward of {type(model).__name__} did not run {', '.join(missed)}; name other modules")
+    if passed[0] != first:
+        raise SiteError(
+            f"{then} runs before {first}, and a transcoder may not look back: it would reconstruct what its input is "
+            "made of. Read the earlier place (site) and write the later one (site_out)"
+        )
+    if shapes[first] != shapes[then]:
+        raise SiteError(
+            f"{first} has vectors for (batch, sequence) = {shapes[first]}, and {then} for {shapes[then]}: a "
+            "transcoder needs two places with the same tokens, so both in the encoder, or both in the decoder"
+        )
+
+
 def check_layout(model: PreTrainedModel, sites: Sequence[Site]) -> None:
     """Make sure that sites hold the vectors of the model's tokens, in their order; `capture` and `replace` do it.
 

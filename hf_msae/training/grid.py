@@ -26,6 +26,7 @@ def make_saes(
     k: Sequence[float] = (),
     *,
     prefix_sizes: Sequence[str | int | Fraction] = (),
+    sites_out: Sequence[str] = (),
     init_from: str | None = None,
     **options: Any,
 ) -> list[MatryoshkaSAE]:
@@ -37,6 +38,7 @@ def make_saes(
         num_latents: sizes of the dictionary. By default 16 times the site's width.
         k: mean numbers of active latents per token. By default 32, and fewer for a dictionary below 4,096 latents.
         prefix_sizes: the nested sizes, as numbers of latents or as shares of the whole, such as "1/16".
+        sites_out: makes transcoders: for each of the sites, where what they reconstruct is.
         init_from: an SAE, a folder or a Hub repo, whose form all have but for what is given here. Its weights are
             taken by the trainer (`SAETrainingArguments.init_from`).
         options: fields of `MatryoshkaSAEConfig`, the same for all.
@@ -46,7 +48,8 @@ def make_saes(
 
     Raises:
         SiteError: the model has no such site.
-        InputError: a prefix size is no number, or `init_from` names no site and none is given.
+        InputError: a prefix size is no number, `init_from` names no site and none is given, or there is not one output
+            site for each site.
     """
     initial = None if init_from is None else read_initial_config(init_from)
     names = list(sites)
@@ -54,10 +57,19 @@ def make_saes(
         if initial.site is None:
             raise InputError("The SAE given as init_from does not say where in the model it belongs; give the site.")
         names = [initial.site]
+    names = names or [middle_layer(model)]
+    if sites_out and len(sites_out) != len(names):
+        raise InputError(
+            f"Each site needs one site_out: there are {len(names)} of the one ({', '.join(names)}) and "
+            f"{len(sites_out)} of the other ({', '.join(sites_out)})."
+        )
     saes = []
-    for name in names or [middle_layer(model)]:
+    for name, name_out in zip(names, sites_out or [None] * len(names), strict=True):
         site = resolve_site(model, name)
         values = options | {"site": str(site)}
+        if name_out is not None:
+            site_out = resolve_site(model, name_out)
+            values |= {"site_out": str(site_out), "hidden_size_out": site_width(model, site_out)}
         ks: list[float | None] = list(k)
         if initial is None:
             values["hidden_size"] = site_width(model, site)

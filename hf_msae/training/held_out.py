@@ -228,6 +228,15 @@ class _ShardMeter(ReconstructionMeter):
         return self.sae.gather_rows(self.sums["fired"]) / self.num_tokens
 
 
+def _inlying(learner: Learner, batch: Mapping[Site, Tensor]) -> Tensor:
+    """Which of a batch's tokens are no outliers where the SAE reads, nor where it writes, bool (n,)."""
+    config, x = learner.sae.config, batch[learner.site]
+    inlying = within_limit(x, config.norm_limit)
+    if not config.is_transcoder:
+        return inlying
+    return inlying & within_limit(batch[learner.output_site], config.norm_limit_out).to(x.device)
+
+
 class Evaluator:
     """Calibrates and measures learners on the held-out data of a run; all processes call it at the same time.
 
@@ -260,7 +269,7 @@ class Evaluator:
                 sae.threshold.copy_(known[1])
                 return
             batches = self.held_out.calibration(ranks.rank, ranks.size)
-            kept = (x[within_limit(x, sae.config.norm_limit)] for x in (batch[learner.site] for batch in batches))
+            kept = (batch[learner.site][_inlying(learner, batch)] for batch in batches)
             sae.calibrate_threshold((x.to(sae.device) for x in kept), ranks)
             self._thresholds[learner.name] = (step, sae.threshold.detach().clone())
 
@@ -315,14 +324,16 @@ class Evaluator:
         kind = _ShardMeter if isinstance(sae, ShardedSAE) else ReconstructionMeter
         meter = kind(sae, sae.config.norm_limit)  # type: ignore[arg-type]
         for batch in self.held_out.evaluation(ranks.rank, ranks.size):
-            meter.update(batch[learner.site])
+            meter.update(batch[learner.site], batch[learner.output_site] if sae.config.is_transcoder else None)
         meter.num_tokens, meter.num_outliers = ranks.total(meter.num_tokens), ranks.total(meter.num_outliers)
         meter.sums = {name: ranks.sum(total) for name, total in meter.sums.items()}
         meter.max_activation = ranks.maximum(meter.max_activation)
         if meter.num_tokens == 0:
             raise InputError("Nothing to measure: the held-out data gave no activation.")
         sums = meter.sums
-        self.populations[learner.site] = Population(meter.num_tokens, sums["x"].clone(), sums["x_squared"].clone())
+        self.populations[learner.output_site] = Population(
+            meter.num_tokens, sums["x"].clone(), sums["x_squared"].clone()
+        )
         return meter
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:
@@ -331,7 +342,8 @@ class Evaluator:
             return None
         assert self.model is not None
         limit, batches = learner.sae.config.norm_limit, self.held_out.token_batches()
-        found = measure_cross_entropy(self.model, learner.site, learner.sae, mean, batches, limit)
+        places = (learner.site, learner.sae, mean, batches, limit, learner.output_site)
+        found = measure_cross_entropy(self.model, *places)
         reason = why_no_recovery(found, self.model)
         if reason is None:
             return found

@@ -50,6 +50,8 @@ CONTROLLER_RATE = 0.03
 # Encoder rows start as this times the decoder rows. k unit rows together would reconstruct an activation several times
 # over; starting low costs nothing and gave 0.015 more FVE at the last level after 730 steps (docs/training.md).
 INITIAL_ENCODER_SCALE = 0.3
+# Of a transcoder, encoder rows are drawn with the run's seed plus this.
+TRANSCODER_ENCODER_SEED = 1_000_003
 # Columns of a matrix whose rows change places at once.
 SORTED_COLUMNS = 64
 # Beside the SAE in a checkpoint: what has a row for each latent, and the rest.
@@ -103,6 +105,7 @@ class Learner:
         run: The run: arguments, processes, device.
         max_steps: Length of the run, for the schedules.
         extensions: (From step, steps in all) each time the run was given another length than `max_steps`.
+        output_site: Where what it reconstructs comes from; `site` by default, as of an SAE.
 
     Attributes:
         data_parallel: The processes that have other tokens of the same batch. Where each process has some of the
@@ -123,9 +126,10 @@ class Learner:
         run: Run,
         max_steps: int,
         extensions: tuple[tuple[int, int], ...] = (),
+        output_site: Site | None = None,
     ) -> None:
         sae.to(run.device)  # type: ignore[arg-type]  # transformers hides the signature
-        self.name, self.sae, self.site = name, sae.train(), site
+        self.name, self.sae, self.site, self.output_site = name, sae.train(), site, output_site or site
         self.args, self.device, self.max_steps, self.extensions = run.args, run.device, max_steps, extensions
         if self.device.type == "cpu":
             sae.gradient_memory = GradientMemory()
@@ -136,7 +140,7 @@ class Learner:
         double: dict[str, Any] = {"dtype": torch.float64, "device": device}
         # Everything below is what a checkpoint must hold besides the weights.
         self.moments = {"count": torch.zeros((), **double), "square": torch.zeros((), **double)}
-        self.moments["sum"] = torch.zeros(config.hidden_size, **double)
+        self.moments["sum"] = torch.zeros(config.output_size, **double)
         self.silent_tokens = torch.zeros(sae.W_dec.shape[0], dtype=torch.int64, device=device)
         self.energies = torch.zeros(sae.W_dec.shape[0], **double)
         self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
@@ -147,19 +151,21 @@ class Learner:
     # Beginning
 
     @torch.no_grad()
-    def start(self, activations: Tensor) -> None:
-        """Initialise weights, variance and step sizes; the decoder bias begins at the activations' mean.
+    def start(self, activations: Tensor, target: Tensor | None = None) -> None:
+        """Initialise weights, variance and step sizes; the decoder bias begins at the mean of what it is to give.
 
         Weights that came with `init_from` stay.
 
         Args:
             activations: This process's first activations, (n, hidden_size).
+            target: Of a transcoder, what it is to reconstruct of them, (n, output_size).
         """
         x = self._all_activations(activations)
-        self._update_moments(x)
+        self._update_moments(x if target is None else self._all_activations(target))
+        mean, gain = (None, 1.0) if target is None else self._input_mean_and_gain(x)
         if self.args.init_from is None:
-            self._draw_weights(x)
-        self.optimizer = self._make_optimizer()
+            self._draw_weights(x, mean, gain)
+        self.optimizer = self._make_optimizer(gain)
         for moment in self.moments.values():
             moment.zero_()  # the first step counts these activations again
 
@@ -168,18 +174,40 @@ class Learner:
         x = activations.to(self.device)
         return x if self.sae.ranks.size == 1 else self.sae.ranks.gather(x).flatten(0, 1)
 
-    def _draw_weights(self, x: Tensor) -> None:
+    def _input_mean_and_gain(self, x: Tensor) -> tuple[Tensor, float]:
+        """Of a transcoder: the mean of what it reads, and how much larger than that what it writes is."""
+        doubles = x.double()
+        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_full((1,), x.shape[0])])
+        parts = self.data_parallel.sum(parts)
+        mean = parts[:-2] / parts[-1]
+        variance = (parts[-2] / parts[-1] - mean.pow(2).sum()).clamp_min(1e-12)
+        config = self.sae.config
+        gain = (self.variance / config.output_size) / (variance / config.hidden_size)
+        return mean, math.sqrt(gain.item())
+
+    def _draw_weights(self, x: Tensor, input_mean: Tensor | None, gain: float) -> None:
         self.sae.b_dec.copy_(self.moments["sum"] / self.moments["count"])
         self.sae.b_enc.zero_()
         config = self.sae.config
-        self.sae.W_dec.copy_(initial_decoder_rows(config.num_latents, config.hidden_size, self.args.seed, self.rows))
-        self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * self.sae.W_dec)
+        self.sae.W_dec.copy_(initial_decoder_rows(config.num_latents, config.output_size, self.args.seed, self.rows))
+        if input_mean is None:
+            self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * self.sae.W_dec)
+        else:
+            # What a row reads and what it writes are of different places, so they are drawn apart; and the mean of
+            # what is read is taken off by the encoder's bias, since no bias of the decoder does it.
+            seed = (self.args.seed + TRANSCODER_ENCODER_SEED) % 2**63
+            rows = initial_decoder_rows(config.num_latents, config.hidden_size, seed, self.rows)
+            self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * gain * rows)
+            self.sae.b_enc.copy_(-(self.sae.W_enc @ input_mean.to(self.sae.W_enc.dtype)))
+            if self.sae.W_skip is not None:
+                self.sae.W_skip.zero_()
         if self.sae.config.activation == "jumprelu":
             # Without this the first steps are dense: a threshold learns only from pre-activations near it.
             self.sae.threshold.fill_(1.0)
             self.sae.calibrate_threshold([x], self.data_parallel)
 
-    def _make_optimizer(self) -> DictionaryAdam:
+    def _make_optimizer(self, gain: float = 1.0) -> DictionaryAdam:
+        """`gain`, of a transcoder, is what one unit of what it reads is in units of what it writes."""
         scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
         in_activation_units = [self.sae.b_enc, self.sae.b_dec]
         if self.sae.config.activation == "jumprelu":
@@ -188,13 +216,17 @@ class Learner:
             {"params": [self.sae.W_enc, self.sae.W_dec], "peak_lr": self.learning_rate},
             {"params": in_activation_units, "peak_lr": self.learning_rate * scale},
         ]
+        if self.sae.config.is_transcoder:
+            groups[0]["params"] = [self.sae.W_dec]
+            from_input = [self.sae.W_enc, *([] if self.sae.W_skip is None else [self.sae.W_skip])]
+            groups.append({"params": from_input, "peak_lr": self.learning_rate * gain})
         args = self.args
         return DictionaryAdam(
             groups,
             self.sae.W_dec,
             args.max_grad_norm,
             self.sae.ranks,
-            [self.sae.b_dec],
+            [parameter for name, parameter in self.sae.named_parameters() if name not in PER_LATENT],
             lr=self.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -207,7 +239,7 @@ class Learner:
 
     @property
     def variance(self) -> Tensor:
-        """Running total variance of the activations, E‖x - E x‖², scalar float64."""
+        """Running total variance of what is reconstructed, E‖y - E y‖², scalar float64."""
         mean = self.moments["sum"] / self.moments["count"]
         variance = self.moments["square"] / self.moments["count"] - mean.pow(2).sum()
         return variance.clamp_min(1e-12)
@@ -227,17 +259,31 @@ class Learner:
         self.sae.gradient_memory = None
         self.sae.eval()
 
-    def step(self, activations: Tensor, step: int) -> None:
+    def step(self, activations: Tensor, step: int, target: Tensor | None = None) -> None:
         """Take one optimizer step.
 
         Args:
             activations: This process's, of all micro-batches, (batch, hidden_size).
             step: Its number, from 0.
+            target: Of a transcoder, what it is to reconstruct of them, (batch, output_size).
         """
         with products(self.args, self.device):
-            self._step(activations, step)
+            self._step(activations, step, target)
 
-    def _step(self, activations: Tensor, step: int) -> None:
+    def take(self, batch: Mapping[Site, Tensor], step: int) -> None:
+        """Take one optimizer step with a batch of all sites; the first begins with `start`.
+
+        Args:
+            batch: This process's activations by site.
+            step: Its number, from 0.
+        """
+        x = batch[self.site]
+        target = batch[self.output_site] if self.sae.config.is_transcoder else None
+        if step == 0:
+            self.start(x, target)
+        self.step(x, step, target)
+
+    def _step(self, activations: Tensor, step: int, target: Tensor | None = None) -> None:
         config, device = self.sae.config, self.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
@@ -246,7 +292,8 @@ class Learner:
         if step == sorting.stop:
             self._sort_latents()
         x = self._all_activations(activations).to(torch.float32)
-        self._update_moments(x)
+        y = None if target is None else self._all_activations(target).to(torch.float32)
+        self._update_moments(x if y is None else y)
         options: dict[str, Any] = {
             "dead_latents": self.silent_tokens > self.dead_after,
             "prefix_sizes": None,
@@ -259,12 +306,14 @@ class Learner:
         if config.prefix_sampling == "pareto":
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
         statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, step in sorting)
-        parts = x.split(-(-x.shape[0] // self.args.gradient_accumulation_steps))
+        size = -(-x.shape[0] // self.args.gradient_accumulation_steps)
+        parts = x.split(size)
+        targets = [None] * len(parts) if y is None else y.split(size)
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            contexts = self._batch_contexts(x, parts, options)
-        for part, context in zip(parts, contexts, strict=True):
+            contexts = self._batch_contexts(x, parts, targets, options)
+        for part, wanted, context in zip(parts, targets, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-                output = self.sae(part, batch=context, **options)
+                output = self.sae(part, target=wanted, batch=context, **options)
             weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
             (output.loss * weight).backward()
             statistics.add(output, weight)
@@ -279,7 +328,9 @@ class Learner:
         self._drop_gradients()
         self._after_step(statistics, x.shape[0] * self.data_parallel.size, step)
 
-    def _batch_contexts(self, x: Tensor, parts: Sequence[Tensor], options: Mapping[str, Any]) -> list[BatchContext]:
+    def _batch_contexts(
+        self, x: Tensor, parts: Sequence[Tensor], targets: Sequence[Tensor | None], options: Mapping[str, Any]
+    ) -> list[BatchContext]:
         """What each micro-batch must know of the step's whole batch, of all processes."""
         if len(parts) == 1 and self.data_parallel.size == 1:
             return [BatchContext()]
@@ -293,8 +344,9 @@ class Learner:
             count = self.sae.ranks.sum(self.sae.count_active(x, active))
             l0 = self.data_parallel.sum(count.float() / x.shape[0]) / self.data_parallel.size
         if config.log_loss:
-            pairs = zip(parts, own, strict=True)
-            errors = [self.sae.level_errors(*pair, k, options["prefix_sizes"], variance) for pair in pairs]
+            triples = zip(parts, own, targets, strict=True)
+            sizes = options["prefix_sizes"]
+            errors = [self.sae.level_errors(part, mine, k, sizes, variance, y) for part, mine, y in triples]
             mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
             level_errors = self.data_parallel.sum(mean) / self.data_parallel.size
         return [BatchContext(active, l0, level_errors) for active in own]
@@ -415,7 +467,7 @@ class Learner:
         if self.args.sort_latents_at is not None:
             rows["energies"] = self.energies
         for name, parameter in self.sae.named_parameters():
-            if name != "b_dec":
+            if name in PER_LATENT:
                 rows |= {f"{name}.{key}": value for key, value in self._averages(parameter).items()}
         return rows
 
@@ -423,11 +475,11 @@ class Learner:
         """The rest of what the next step depends on; the same in every process."""
         if self.optimizer is None:
             raise RuntimeError("Learner.state_dict was called before Learner.start.")
-        b_dec = self.sae.b_dec
+        shared = {name: value for name, value in self.sae.named_parameters() if name not in PER_LATENT}
         return {
             "optimizer": {
-                "step": self.optimizer.state[b_dec]["step"],
-                "b_dec": self._averages(b_dec),
+                "step": self.optimizer.state[self.sae.b_dec]["step"],
+                **{name: self._averages(parameter) for name, parameter in shared.items()},
                 "peak_lr": [group["peak_lr"] for group in self.optimizer.param_groups],
             },
             "moments": self.moments,
@@ -460,7 +512,7 @@ class Learner:
             group["peak_lr"] = peak_lr
         for name, parameter in self.sae.named_parameters():
             keys = ("exp_avg", "exp_avg_sq")
-            values = saved["b_dec"] if name == "b_dec" else {key: rows[f"{name}.{key}"] for key in keys}
+            values = {key: rows[f"{name}.{key}"] for key in keys} if name in PER_LATENT else saved[name]
             step = saved["step"].to(device, copy=True)
             self.optimizer.state[parameter] = {"step": step} | {key: v.to(device) for key, v in values.items()}
         self._log_sums = state["log"]["sums"].to(device)
@@ -474,7 +526,11 @@ def _default_dead_after(tokens_per_step: int, max_steps: int) -> int:
 
 
 def make_learners(
-    run: Run, saes: Mapping[str, MatryoshkaSAE], sites: Mapping[str, Site], length: Length
+    run: Run,
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Mapping[str, Site],
+    length: Length,
+    output_sites: Mapping[str, Site] | None = None,
 ) -> list[Learner]:
     """Make a learner for each SAE: of all its latents, or, with `shard_latents`, of this process's part of them.
 
@@ -483,6 +539,7 @@ def make_learners(
         saes: SAEs by name.
         sites: Sites by the SAEs' names.
         length: Steps of the run.
+        output_sites: Where what they reconstruct comes from, by the same names; by default `sites`.
 
     Returns:
         The learners, in the order of the SAEs.
@@ -494,5 +551,6 @@ def make_learners(
             trained = ShardedSAE(sae.config, run.processes, run.device)
             if run.args.init_from is not None:
                 trained.take_rows(sae)
-        learners.append(Learner(name, trained, sites[name], run, length.first, length.extensions))
+        output_site = (output_sites or sites)[name]
+        learners.append(Learner(name, trained, sites[name], run, length.first, length.extensions, output_site))
     return learners

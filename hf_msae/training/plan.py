@@ -123,7 +123,7 @@ def make_plan(
     run: Run,
     model: PreTrainedModel | None,
     saes: Mapping[str, MatryoshkaSAE],
-    sites: Mapping[str, Site],
+    sites: tuple[Mapping[str, Site], Mapping[str, Site]],
     loader: ActivationLoader,
     steps: int,
 ) -> Plan:
@@ -133,7 +133,7 @@ def make_plan(
         run: The run.
         model: The language model; None where activations come from a cache.
         saes: SAEs by name.
-        sites: Sites by the SAEs' names.
+        sites: Sites by the SAEs' names: what they read, and what they reconstruct.
         loader: What is trained on.
         steps: Optimizer steps.
 
@@ -186,13 +186,15 @@ def _state_bytes(saes: Mapping[str, MatryoshkaSAE]) -> dict[str, int]:
 def _buffer_bytes(
     model: PreTrainedModel | None,
     saes: Mapping[str, MatryoshkaSAE],
-    sites: Mapping[str, Site],
+    sites: tuple[Mapping[str, Site], Mapping[str, Site]],
     loader: ActivationLoader,
     args: SAETrainingArguments,
     steps: int,
 ) -> int:
     """Blocks of activations: the one that is used and the one that is made, and the order of their tokens."""
-    widths = {sites[name]: sae.config.hidden_size for name, sae in saes.items()}
+    read, written = sites
+    widths = {read[name]: sae.config.hidden_size for name, sae in saes.items()}
+    widths |= {written[name]: sae.config.output_size for name, sae in saes.items()}
     if isinstance(loader, CacheLoader):
         shards = loader.cache.index["shards"]
         tokens = args.eval_tokens + args.calibration_tokens + max(shard["num_tokens"] for shard in shards)
@@ -210,7 +212,7 @@ def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.de
     config, batch = sae.config, args.per_device_train_batch_size
     tokens, parts = tile_shape(batch, config.num_latents, device)
     tile = tokens * config.num_latents // parts
-    activations = batch * config.hidden_size
+    activations = batch * config.output_size
     if config.activation in ("batch_topk", "topk"):
         active = round(config.k * batch)
     else:
@@ -230,7 +232,7 @@ def _measuring_bytes(
     config = sae.config
     at_once = min(tokens, tokens_at_once(MEASURED_COPIES * config.num_latents, device))
     latents = at_once * config.num_latents * (4 * FLOAT + 1)
-    levels = tokens * config.hidden_size * (config.num_levels * 2 * FLOAT + 3 * DOUBLE)
+    levels = tokens * config.output_size * (config.num_levels * 2 * FLOAT + 3 * DOUBLE)
     if model is None or not predicts_next_token(model) or not args.ce_tokens:
         return latents + levels
     vocabulary = model.config.get_text_config().vocab_size
@@ -338,10 +340,8 @@ def probe(run: Run, learners: Sequence[Learner], held_out: HeldOut) -> Probe:
     for step in range(1 + PROBE_STEPS):
         began = time.perf_counter()
         for learner in learners:
-            x = _filled([part[learner.site] for part in passes], batch)
-            if step == 0:
-                learner.start(x)
-            learner.step(x, step)
+            sites = dict.fromkeys([learner.site, learner.output_site])
+            learner.take({site: _filled([part[site] for part in passes], batch) for site in sites}, step)
         _wait(device)
         step_seconds.append(time.perf_counter() - began)
     return Probe(rate * run.num_processes, run.tokens_per_step * PROBE_STEPS / sum(step_seconds[1:]))

@@ -24,7 +24,7 @@ from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, origin_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.sites import Site, find_site, recorded_site
+from hf_msae.sites import Site, SiteError, find_output_site, find_site, recorded_site
 from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
 from hf_msae.training.loaders import (
     ActivationLoader,
@@ -65,6 +65,8 @@ def named_saes(sae: MatryoshkaSAE | Sequence[MatryoshkaSAE] | Mapping[str, Matry
     named: dict[str, MatryoshkaSAE] = {}
     for item in saes:
         site = (item.config.site or "site").replace(":", ".").replace(os.sep, ".")
+        if item.config.is_transcoder:
+            site += f"-to-{item.config.site_out or 'site'}".replace(":", ".").replace(os.sep, ".")
         name = f"{site}-{item.config.num_latents}-k{item.config.k:g}"
         if name in named:
             raise InputError(
@@ -104,6 +106,36 @@ def resolve_sites(model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSA
         sae.config.site = str(sites[name].without_wrappers())
         _record_model(sae, model)
     return sites
+
+
+def resolve_output_sites(
+    model: PreTrainedModel | None, saes: Mapping[str, MatryoshkaSAE], sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Find where what each SAE reconstructs comes from: its own site, or that of a transcoder, which is written down.
+
+    Args:
+        model: The language model; None where activations come from a cache.
+        saes: SAEs by name.
+        sites: Where they read.
+
+    Returns:
+        Sites by the SAEs' names.
+
+    Raises:
+        SiteError: Where a transcoder has no such site, the model none of that width, or comes to it before it comes to
+            what the transcoder reads.
+    """
+    found = {}
+    for name, sae in saes.items():
+        if model is not None:
+            found[name] = find_output_site(model, sae.config, sites[name], called=name)
+        elif sae.config.output_site is None:
+            raise SiteError(f"The transcoder {name} does not say what it reconstructs: set config.site_out.")
+        else:
+            found[name] = Site.parse(sae.config.output_site)
+        if sae.config.is_transcoder:
+            sae.config.site_out = str(found[name].without_wrappers())
+    return found
 
 
 def _record_model(sae: MatryoshkaSAE, model: PreTrainedModel) -> None:
@@ -187,6 +219,7 @@ def set_norm_limits(
     loader: ActivationLoader,
     held_out: HeldOut,
     resumed: Mapping[str, MatryoshkaSAEConfig],
+    output_sites: Mapping[str, Site] | None = None,
 ) -> None:
     """Say which activations are outliers (attention sinks), to the loader and in every SAE's configuration.
 
@@ -200,10 +233,14 @@ def set_norm_limits(
         loader: What is trained on.
         held_out: What limits are found on.
         resumed: The configurations in the checkpoint that the run goes on from, by the SAEs' names.
+        output_sites: Where what they reconstruct comes from; by default `sites`.
     """
     limits: dict[Site, float | None] | None
     if resumed:
         limits = {sites[name]: config.norm_limit for name, config in resumed.items()}
+        if output_sites is not None:
+            written = {name: config for name, config in resumed.items() if config.is_transcoder}
+            limits |= {output_sites[name]: config.norm_limit_out for name, config in written.items()}
     else:
         limits = loader.recorded_norm_limits()
     if limits is None:
@@ -214,6 +251,8 @@ def set_norm_limits(
     loader.norm_limits = limits
     for name, sae in saes.items():
         sae.config.norm_limit = limits.get(sites[name])
+        if output_sites is not None and sae.config.is_transcoder:
+            sae.config.norm_limit_out = limits.get(output_sites[name])
 
 
 class WarmStartError(InputError):
@@ -260,7 +299,8 @@ def warm_start(sae: MatryoshkaSAE, source: str, seed: int) -> None:
         initial = initial.truncate(sae.config.num_latents)
     state = {name: tensor.float() for name, tensor in initial.state_dict().items()}
     with torch.no_grad():
-        for name, tensor in _grown(_unit_rows(state), sae.config.num_latents, seed).items():
+        grown = _grown(_unit_rows(state), sae.config.num_latents, seed, sae.config.is_transcoder)
+        for name, tensor in grown.items():
             getattr(sae, name).copy_(tensor)
 
 
@@ -276,11 +316,13 @@ def _read(source: str) -> MatryoshkaSAE:
 def _check(config: MatryoshkaSAEConfig, initial: MatryoshkaSAEConfig, source: str) -> None:
     changed = [
         f"{name} is {getattr(initial, name)!r} there and {getattr(config, name)!r} here"
-        for name in ("hidden_size", "activation", "apply_b_dec_to_input")
+        for name in ("hidden_size", "hidden_size_out", "skip", "activation", "apply_b_dec_to_input")
         if getattr(initial, name) != getattr(config, name)
     ]
     if initial.site is not None and initial.site != config.site:
         changed.append(f"its site is {initial.site}, and {config.site} is to be trained")
+    if initial.site_out is not None and initial.site_out != config.site_out:
+        changed.append(f"its site_out is {initial.site_out}, and {config.site_out} is to be reconstructed")
     kept = min(initial.num_latents, config.num_latents)
     missing = [size for size in wider_prefix_sizes(initial, kept) if size not in config.prefix_sizes]
     if missing:
@@ -303,7 +345,7 @@ def _unit_rows(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | scaled | {"W_dec": state["W_dec"] / norms[:, None], "W_enc": state["W_enc"] * norms[:, None]}
 
 
-def _grown(state: dict[str, Tensor], num_latents: int, seed: int) -> dict[str, Tensor]:
+def _grown(state: dict[str, Tensor], num_latents: int, seed: int, reads_elsewhere: bool) -> dict[str, Tensor]:
     """The same SAE with new latents behind its own, and with directions for rows that have none."""
     own, hidden_size = state["W_dec"].shape
     generator = torch.Generator().manual_seed(seed)
@@ -315,5 +357,10 @@ def _grown(state: dict[str, Tensor], num_latents: int, seed: int) -> dict[str, T
     typical = state["threshold"].median().expand(len(fresh))
     zeros = torch.zeros(len(fresh))
     new = {"W_dec": fresh, "W_enc": NEW_ENCODER_SCALE * fresh, "b_enc": zeros, "threshold": typical}
+    if reads_elsewhere:
+        # Rows that read another place than they write point elsewhere, and are as long as the others there.
+        inputs = torch.randn(num_latents, state["W_enc"].shape[1], generator=generator)[own:]
+        lengths = state["W_enc"].norm(dim=-1).median()
+        new["W_enc"] = NEW_ENCODER_SCALE * lengths * torch.nn.functional.normalize(inputs, dim=-1)
     new |= {"max_activation": zeros, "firing_rate": zeros}
     return {name: torch.cat([tensor, new[name]]) if name in new else tensor for name, tensor in state.items()}

@@ -170,20 +170,22 @@ class ShardedSAE(MatryoshkaSAE):
         return torch.relu(flat * among_largest(flat, round(self.config.k), self.ranks)).view_as(pre)
 
     @torch.no_grad()
-    def decode_levels(self, latents: Tensor) -> Tensor:
+    def decode_levels(self, latents: Tensor, hidden_states: Tensor | None = None) -> Tensor:
         """Reconstruct by every prefix, from these latents and those of the other processes.
 
         Args:
             latents: This process's latent activations, (..., last_latent - first_latent).
+            hidden_states: What was encoded, (..., hidden_size), where there is a skip.
 
         Returns:
-            Reconstructions, (num_levels, ..., hidden_size).
+            Reconstructions, (num_levels, ..., output_size).
         """
         width = self.last_latent - self.first_latent
         flat = latents.reshape(-1, width)
         sizes = [min(max(size - self.first_latent, 0), width) for size in self.config.prefix_sizes]
-        levels = list(decode_levels(flat, self.W_dec, self.b_dec, sizes, ranks=self.ranks))
-        return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.hidden_size)
+        base = self._decoder_base(hidden_states)
+        levels = list(decode_levels(flat, self.W_dec, base, sizes, ranks=self.ranks))
+        return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.output_size)
 
     # Files
 
@@ -200,7 +202,8 @@ class ShardedSAE(MatryoshkaSAE):
             whole.save_pretrained(folder, state_dict={"b_dec": self.b_dec.detach().cpu()})
         rows = {name: tensor for name, tensor in self.state_dict().items() if name in PER_LATENT}
         path = None if folder is None else folder / WEIGHTS_NAME
-        write_latent_file(path, rows, {"b_dec": self.b_dec}, self.config.num_latents, self.ranks)
+        shared = {name: tensor for name, tensor in self.state_dict().items() if name not in PER_LATENT}
+        write_latent_file(path, rows, shared, self.config.num_latents, self.ranks)
 
     def read(self, folder: Path) -> None:
         """Take these latents' rows from a folder.
@@ -312,8 +315,8 @@ def read_latent_file(path: Path, first: int, stop: int, num_latents: int) -> dic
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
-            # b_dec alone has no row for each latent, and may be as long as there are latents.
-            has_rows = name != "b_dec" and part.get_shape()[:1] == [num_latents]
+            # These have no row for each latent, but may be as long as there are latents.
+            has_rows = name not in ("b_dec", "W_skip") and part.get_shape()[:1] == [num_latents]
             # A copy, because a part of a mapped file begins anywhere, on which the last bits of products depend.
             tensors[name] = (part[first:stop] if has_rows else part[:]).clone()
     return tensors

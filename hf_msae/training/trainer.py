@@ -35,7 +35,14 @@ from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.optimization import Length
 from hf_msae.training.outputs import Pusher, RunLog, Saver, check_output_dir, prepare_output_dir
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
-from hf_msae.training.preparation import named_saes, open_data, resolve_sites, set_norm_limits, warm_start
+from hf_msae.training.preparation import (
+    named_saes,
+    open_data,
+    resolve_output_sites,
+    resolve_sites,
+    set_norm_limits,
+    warm_start,
+)
 from hf_msae.training.resuming import (
     Checkpoint,
     check_same_data,
@@ -80,6 +87,7 @@ class SAETrainer:
         run: What all parts of the run share: arguments, processes, output directory.
         saes: The SAEs by name.
         sites: Their sites by name.
+        output_sites: Where what they reconstruct comes from: the same, but for transcoders.
         state: `transformers.TrainerState`: steps, tokens (`num_input_tokens_seen`), the latest entries of the log.
 
     Raises:
@@ -105,10 +113,11 @@ class SAETrainer:
         if model is not None:
             move_language_model(model, run.device)
         self.sites = resolve_sites(model, self.saes)
+        self.output_sites = resolve_output_sites(model, self.saes, self.sites)
         if run.args.init_from is not None:
             for item in self.saes.values():
                 warm_start(item, run.args.init_from, run.args.seed)
-        sites = list(dict.fromkeys(self.sites.values()))
+        sites = list(dict.fromkeys([*self.sites.values(), *self.output_sites.values()]))
         held_out, self.loader = open_data(run, model, processing_class, self.saes, sites, train_dataset, eval_dataset)
         self.evaluator = Evaluator(model, held_out)
         self.saver = Saver(run, self.evaluator)
@@ -146,7 +155,8 @@ class SAETrainer:
             InputError: Where there are fewer tokens than one step takes.
         """
         steps = self.state.max_steps or self.loader.count_steps()
-        return make_plan(self.run, self.model, self.saes, self.sites, self.loader, steps)
+        sites = (self.sites, self.output_sites)
+        return make_plan(self.run, self.model, self.saes, sites, self.loader, steps)
 
     def probe(self) -> Probe:
         """Time a few passes and steps; the trainer can train nothing afterwards.
@@ -154,7 +164,8 @@ class SAETrainer:
         Returns:
             Tokens per second.
         """
-        learners = make_learners(self.run, self.saes, self.sites, Length(self.loader.count_steps()))
+        length = Length(self.loader.count_steps())
+        learners = make_learners(self.run, self.saes, self.sites, length, self.output_sites)
         return probe(self.run, learners, self.evaluator.held_out)
 
     # The loop
@@ -191,8 +202,9 @@ class SAETrainer:
             self.pusher = Pusher(run)
         self.plan().warn()
         prepare_output_dir(run)
-        set_norm_limits(run, self.saes, self.sites, self.loader, self.evaluator.held_out, self._configs_in(checkpoint))
-        self.learners = make_learners(run, self.saes, self.sites, self._length)
+        resumed, held_out = self._configs_in(checkpoint), self.evaluator.held_out
+        set_norm_limits(run, self.saes, self.sites, self.loader, held_out, resumed, self.output_sites)
+        self.learners = make_learners(run, self.saes, self.sites, self._length, self.output_sites)
         self.log.open()
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
@@ -231,9 +243,7 @@ class SAETrainer:
         except ActivationError as error:
             raise TrainingDiverged(f"{error} The run stopped before step {step}. {self._last_checkpoint()}") from error
         for learner in self.learners:
-            if step == 0:
-                learner.start(batch[learner.site])
-            learner.step(batch[learner.site], step)
+            learner.take(batch, step)
         self.state.global_step = step + 1
         self.state.num_input_tokens_seen += self.run.tokens_per_step
         self._call("on_step_end")
