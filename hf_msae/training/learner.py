@@ -208,7 +208,7 @@ class Learner:
 
     def _make_optimizer(self, gain: float = 1.0) -> DictionaryAdam:
         """`gain`, of a transcoder, is what one unit of what it reads is in units of what it writes."""
-        scale = math.sqrt(self.variance.item() / self.sae.config.hidden_size)
+        scale = math.sqrt(self.variance.item() / self.sae.config.output_size)
         in_activation_units = [self.sae.b_enc, self.sae.b_dec]
         if self.sae.config.activation == "jumprelu":
             in_activation_units.append(self.sae.threshold)

@@ -302,6 +302,7 @@ class CacheLoader(ActivationLoader):
         super().__init__(run)
         self.cache, self.sites, self.skip_rows = cache, sites, skip_rows
         self.description = f"the activation cache {cache.directory}"
+        self._open(self.args.seed)  # a cache without one of the sites is refused before anything long begins
 
     def _open(self, seed: int) -> CachedActivations:
         return CachedActivations(

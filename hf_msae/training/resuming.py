@@ -55,7 +55,7 @@ FREE_ARGUMENTS = frozenset(
 BY_SAVING = frozenset({"architectures", "auto_map", "dtype", "transformers_version"})
 FROM_BEGINNING = " It is read from its beginning, but for what is held out."
 # What a run finds out, which is no part of what the SAE is.
-FOUND_OUT = frozenset({"measured", "norm_limit"})
+FOUND_OUT = frozenset({"measured", "norm_limit", "norm_limit_out"})
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ from hf_msae.training import SAETrainer, SAETrainingArguments
 pytestmark = pytest.mark.slow
 
 SHAPE = {"hidden_size": 16, "num_latents": 96, "prefix_sizes": [8, 24, 96], "k": 4, "site": "model.layers.0:output"}
+# What an MLP's last projection reads, from what the MLP reads.
+MLP = {
+    "site": "model.layers.0.mlp:input",
+    "site_out": "model.layers.0.mlp.down_proj:input",
+    "hidden_size_out": 24,
+}
 FORMS = {
     "batch_topk": {},
     "topk": {"activation": "topk"},
@@ -36,6 +42,8 @@ FORMS = {
     "log_loss": {"log_loss": True},
     "pareto": {"prefix_sampling": "pareto", "num_sampled_prefixes": 3},
     "held_back": {"inner_decoder_share": 0.0, "inner_activation_share": 0.25},
+    "transcoder": {**MLP, "skip": True},
+    "jumprelu_transcoder": {**MLP, "activation": "jumprelu", "log_loss": True},
     "dead": {"num_latents": 256, "prefix_sizes": [16, 256], "k": 2, "num_aux_latents": 5},
 }
 # Processes, tokens of each in a micro-batch, and micro-batches: always 512 tokens a step.
@@ -53,7 +61,7 @@ SETTINGS = {
 }
 
 
-def make_cache(folder: Path, lm, tokenizer, sites=("layers.0",)) -> Path:
+def make_cache(folder: Path, lm, tokenizer, sites=("layers.0", MLP["site"], MLP["site_out"])) -> Path:
     """14,336 activations of the random LM: 24 batches, so that a run begins again, and what is held out."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(60, (500, 32), generator=generator).tolist()
