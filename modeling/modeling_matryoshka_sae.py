@@ -27,7 +27,7 @@ it reads.
 """
 
 # The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
-# trf-ignore: TRF041 activation, inference, apply_b_dec_to_input, log_loss, aux_loss_weight
+# trf-ignore: TRF041 activation, inference, apply_b_dec_to_input, skip, is_transcoder, log_loss, aux_loss_weight
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields

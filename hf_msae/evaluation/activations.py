@@ -50,6 +50,9 @@ class TextActivations:
         norm_limit: activations with a larger norm do not count, and are not in x; 0 for no limit.
         num_outliers: how many there were.
         held_out_share: which of the documents these are, as in `data.HeldOutWindows`.
+        site_out: where what transcoders reconstruct is; None where SAEs are measured.
+        y: the activations there, (num_tokens, output_size) float32 on the CPU; None likewise.
+        norm_limit_out: as `norm_limit`, of these.
     """
 
     model: PreTrainedModel
@@ -62,6 +65,14 @@ class TextActivations:
     norm_limit: float = 0.0
     num_outliers: int = 0
     held_out_share: float = 0.0
+    site_out: Site | None = None
+    y: Tensor | None = None
+    norm_limit_out: float | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What is to be reconstructed: `x`, or of transcoders `y`."""
+        return self.x if self.y is None else self.y
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +92,17 @@ class TextActivations:
         """
         for part in self.x.split(tokens_at_once(sae)):
             yield part.to(sae.device)
+
+    def pairs(self, sae: MatryoshkaSAE) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """As `batches`, each with what a transcoder is to reconstruct of it; None where SAEs are measured.
+
+        Args:
+            sae: the SAE.
+        """
+        begin = 0
+        for x in self.batches(sae):
+            yield x, None if self.y is None else self.y[begin : begin + len(x)].to(sae.device)
+            begin += len(x)
 
     def token_batches(self, num_tokens: int) -> Iterator[TokenBatch]:
         """The first windows that hold enough tokens, collated, on the model's device; all where there are fewer.
@@ -103,6 +125,8 @@ def collect(
     lm_batch_size: int = 16,
     norm_limit: float | None = None,
     norm_outlier_multiple: float | None = NORM_OUTLIER_MULTIPLE,
+    site_out: Site | None = None,
+    norm_limit_out: float | None = None,
 ) -> TextActivations:
     """Run the language model over documents that training holds out.
 
@@ -118,6 +142,8 @@ def collect(
         norm_limit: beyond which activations do not count (0 for none), as an SAE's configuration records it; by
             default `norm_outlier_multiple` times the median norm.
         norm_outlier_multiple: see `norm_limit`; None or 0 keeps all.
+        site_out: of transcoders, where what they reconstruct is.
+        norm_limit_out: as `norm_limit`, there.
 
     Returns:
         The activations, and the windows that they are of.
@@ -131,15 +157,23 @@ def collect(
     held_out = hold_out(documents, tokenizer, context_length, num_tokens, packing, vocab_size=rows)
     windows = held_out.windows
     filler = pad_id(tokenizer, rows)
-    x = run_model(model, site, windows, filler, lm_batch_size, "Activations")
+    sites = [site] if site_out is None else [site, site_out]
+    x, *others = run_model_at(model, sites, windows, filler, lm_batch_size, "Activations")
     if norm_limit is None:
         norm_limit = norm_limit_of(activation_norms(x), site, norm_outlier_multiple)
-    inlying = within_limit(x, norm_limit)
+    inlying, y = within_limit(x, norm_limit), None
+    if site_out is not None:
+        (y,) = others
+        if norm_limit_out is None:
+            norm_limit_out = norm_limit_of(activation_norms(y), site_out, norm_outlier_multiple)
+        inlying = inlying & within_limit(y, norm_limit_out)
+        y = y[inlying]
     kept = leave_out(windows, inlying)
     outliers = len(x) - int(inlying.sum())
     description = documents.description
     x, share = x[inlying], held_out.share
-    return TextActivations(model, site, kept, filler, lm_batch_size, x, description, norm_limit, outliers, share)
+    facts = (description, norm_limit, outliers, share, site_out, y, norm_limit_out)
+    return TextActivations(model, site, kept, filler, lm_batch_size, x, *facts)
 
 
 def total_variance(x: Tensor) -> float:
@@ -171,13 +205,38 @@ def run_model(
     Raises:
         InputError: an activation is NaN or infinite.
     """
+    return run_model_at(model, [site], windows, pad_id, lm_batch_size, what)[0]
+
+
+def run_model_at(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    windows: Sequence[Window],
+    pad_id: int,
+    lm_batch_size: int,
+    what: str,
+) -> list[Tensor]:
+    """As `run_model`, at several sites: a tensor for each, with the same tokens in the same order.
+
+    Args:
+        model: the language model.
+        sites: where in it.
+        windows: of tokens.
+        pad_id: the token that fills short windows.
+        lm_batch_size: windows per forward pass.
+        what: the name of the progress bar.
+    """
     total = sum(int(window.keep.sum()) for window in windows)
-    parts = []
+    parts: list[list[Tensor]] = [[] for _ in sites]
     with logging.tqdm(total=total, desc=what, unit=" tokens", unit_scale=True) as progress:
-        for captured in harvest(model, [site], windows, lm_batch_size=lm_batch_size, pad_id=pad_id):
-            parts.append(captured[site].float().cpu())
-            progress.update(len(parts[-1]))
-    x = torch.cat(parts)
-    if not x.isfinite().all():
-        raise InputError(f"The activations at {site} hold NaN or infinity, so that nothing can be measured on them.")
-    return x
+        for captured in harvest(model, sites, windows, lm_batch_size=lm_batch_size, pad_id=pad_id):
+            for site, there in zip(sites, parts, strict=True):
+                there.append(captured[site].float().cpu())
+            progress.update(len(parts[0][-1]))
+    found = [torch.cat(there) for there in parts]
+    for site, x in zip(sites, found, strict=True):
+        if not x.isfinite().all():
+            raise InputError(
+                f"The activations at {site} hold NaN or infinity, so that nothing can be measured on them."
+            )
+    return found

@@ -11,6 +11,7 @@ All are `MatryoshkaSAE`s, so every metric takes them as it takes the SAE that is
 - random: random rows as encoder and decoder, the same k, scaled to fit.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from hf_msae.evaluation.importance import measure_importance, reorder
 from hf_msae.evaluation.metric import Subject
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
+
+logger = logging.getLogger(__name__)
 
 TRAINED = ("batch_topk", "pruned_topk", "frozen_decoder")
 BUILT = ("pca", "random")
@@ -52,6 +55,9 @@ def baseline_config(kind: str, config: MatryoshkaSAEConfig) -> MatryoshkaSAEConf
         site=config.site,
         base_model=config.base_model,
         base_model_revision=config.base_model_revision,
+        site_out=config.site_out,
+        hidden_size_out=config.hidden_size_out,
+        skip=config.skip,
     )
 
 
@@ -123,6 +129,9 @@ def make_baselines(
         InputError: there is no such baseline, or one is to be trained and `args` is None.
     """
     check_baselines(kinds)
+    if subject.sae.config.is_transcoder and set(kinds) & set(BUILT):
+        logger.warning("Left out: %s, which reconstruct what they read.", ", ".join(BUILT))
+        kinds = [kind for kind in kinds if kind not in BUILT]
     config, device, found = subject.sae.config, subject.sae.device, []
     trained = [name for name in kinds if name in TRAINED]
     if trained and args is None:

@@ -12,7 +12,7 @@ from hf_msae.devices import device_of
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.metrics import Measurement, ReconstructionMeter, measured_facts, merge
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.sites import find_site
+from hf_msae.sites import find_output_site, find_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.loaders import window_length
 
@@ -41,18 +41,18 @@ def complete(sae: MatryoshkaSAE, text: TextActivations) -> Measurement:
     Returns:
         What was measured.
     """
-    x = text.x
+    x, y = text.x, text.y
     if lacks_threshold(sae):
         half = len(x) // 2
         sae.calibrate_threshold(part.to(sae.device) for part in sae.in_parts(x[:half]))
-        x = x[half:]
+        x, y = x[half:], None if y is None else y[half:]
     meter = ReconstructionMeter(sae)
-    meter.update(x)
+    meter.update(x, y)
     sae.max_activation.copy_(meter.max_activation)
     sae.firing_rate.copy_(meter.firing_rate)
     measurement = merge(meter, None)
     sae.config.measured = measured_facts(measurement)
-    sae.config.norm_limit = text.norm_limit
+    sae.config.norm_limit, sae.config.norm_limit_out = text.norm_limit, text.norm_limit_out
     return measurement
 
 
@@ -89,7 +89,9 @@ def complete_on_text(
     config = sae.config
     found = find_site(model, config, site, called=called)
     length = window_length(model, SAETrainingArguments(context_length=config.context_length))
-    text = collect(model, tokenizer, found, documents, num_tokens=num_tokens, context_length=length)
+    found_out = find_output_site(model, config, found, called=called) if config.is_transcoder else None
+    options = {"num_tokens": num_tokens, "context_length": length}
+    text = collect(model, tokenizer, found, documents, **options, site_out=found_out)
     measurement = complete(sae.to(device_of(model)).eval(), text)  # type: ignore[arg-type]
     config.site = config.site or str(found)
     config.base_model = config.base_model or model.config.name_or_path or None

@@ -116,24 +116,24 @@ def measure_core(
     meters: dict[str, ReconstructionMeter] = {}
     for name, sae in logging.tqdm(saes.items(), desc="Reconstruction", unit=" SAE"):
         meters[name] = ReconstructionMeter(sae)
-        for x in text.batches(sae):
-            meters[name].update(x)
+        for x, target in text.pairs(sae):
+            meters[name].update(x, target)
     cross_entropies: dict[str, Measurement] = {}
     if ce_tokens and predicts_next_token(text.model):
         mean = next(iter(meters.values())).mean
         batches = list(text.token_batches(ce_tokens))
         shown = logging.tqdm(batches, desc="Cross-entropy", unit=" batch")
-        cross_entropies = measure_cross_entropies(text.model, text.site, saes, mean, shown)
+        cross_entropies = measure_cross_entropies(text.model, text.site, saes, mean, shown, output_site=text.site_out)
     results = {}
     for name, sae in logging.tqdm(saes.items(), desc="Rate–distortion", unit=" SAE"):
         rate = meters[name].firing_rate.cpu()
-        coded = text.x[:rate_tokens]
+        coded, wanted = text.x[:rate_tokens], text.targets[:rate_tokens]
         measurement = replace(merge(meters[name], cross_entropies.get(name)), outliers=text.num_outliers)
         measurement.ce_absent = why_no_recovery(measurement, text.model)
         results[name] = CoreResult(
             measurement=measurement,
             density=density(rate, sae.config.prefix_sizes),
-            rate_distortion=rate_distortion(sae, coded),
+            rate_distortion=rate_distortion(sae, coded, wanted),
             rate_tokens=len(coded),
             firing_rate=rate,
         )
@@ -164,30 +164,32 @@ def density(firing_rate: Tensor, prefix_sizes: Iterable[int]) -> Density:
 
 
 @torch.inference_mode()
-def rate_distortion(sae: MatryoshkaSAE, x: Tensor) -> list[RatePoint]:
+def rate_distortion(sae: MatryoshkaSAE, x: Tensor, target: Tensor | None = None) -> list[RatePoint]:
     """A point for every prefix and fineness of quantisation.
 
     Args:
         sae: in evaluation mode.
         x: activations, (n, hidden_size).
+        target: what is to be reconstructed, (n, output_size); x by default.
     """
+    target = x if target is None else target
     parts = x.split(tokens_at_once(sae))
     low, high = _value_range(sae, parts)
-    total = total_variance(x)
+    total = total_variance(target)
     points = []
     for cells in QUANTISATION:
         counts = torch.zeros(sae.config.num_latents * cells, dtype=torch.float64)
         errors = torch.zeros(sae.config.num_levels, dtype=torch.float64)
-        for part in parts:
-            part = part.to(sae.device)
+        for part, wanted in zip(parts, target.split(tokens_at_once(sae)), strict=True):
+            part, wanted = part.to(sae.device), wanted.to(sae.device)
             latents = sae.encode(part)
             tokens, active = latents.nonzero(as_tuple=True)
             width = (high - low)[active] / cells
             cell = ((latents[tokens, active] - low[active]) / width.clamp_min(1e-30)).floor().clamp(0, cells - 1)
             counts += torch.bincount(active * cells + cell.long(), minlength=len(counts)).cpu()
             latents[tokens, active] = (low[active] + (cell + 0.5) * width).to(latents.dtype)
-            for level, reconstruction in enumerate(sae.decode_levels(latents)):
-                errors[level] += (part.double() - reconstruction).pow(2).sum().item()
+            for level, reconstruction in enumerate(sae.decode_levels(latents, part)):
+                errors[level] += (wanted.double() - reconstruction).pow(2).sum().item()
         bits = description_bits(counts.view(-1, cells), len(x)).cumsum(0)
         for level, prefix in enumerate(sae.config.prefix_sizes):
             points.append(RatePoint(prefix, cells, bits[prefix - 1].item(), 1 - errors[level].item() / total))
@@ -229,6 +231,7 @@ class CoreMetric(Metric[dict[str, CoreResult]]):
     """Sparsity, reconstruction, and the language model with reconstructions, by the SAE's name."""
 
     name = "core"
+    takes_transcoders = True
 
     def measure(self, inputs: MetricInputs) -> dict[str, CoreResult]:
         """Measure all SAEs on the same tokens."""

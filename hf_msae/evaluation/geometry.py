@@ -34,7 +34,7 @@ class LevelGeometry:
         decoder_nearest: mean over latents of the largest |cosine| of a decoder row with another.
         decoder_pairs: mean |cosine| over pairs of decoder rows.
         encoder_nearest: as `decoder_nearest`, of encoder rows.
-        encoder_decoder: mean cosine of a latent's two rows.
+        encoder_decoder: mean cosine of a latent's two rows; None of a transcoder, whose rows are of two places.
         parent_nearest: mean over the latents that this level adds of the largest cosine with a latent of the level
             before; None at the first level.
         parent_same: the share of them where it is above 0.7; None at the first level.
@@ -45,7 +45,7 @@ class LevelGeometry:
     decoder_nearest: float
     decoder_pairs: float
     encoder_nearest: float
-    encoder_decoder: float
+    encoder_decoder: float | None
     parent_nearest: float | None
     parent_same: float | None
 
@@ -109,13 +109,18 @@ def measure_geometry(sae: MatryoshkaSAE, firing_rate: Tensor) -> list[LevelGeome
                 decoder_nearest=nearest,
                 decoder_pairs=pairs,
                 encoder_nearest=_within(encoder)[0],
-                encoder_decoder=(decoder * encoder).sum(1).mean().item() if len(rows) else 0.0,
+                encoder_decoder=None if sae.config.is_transcoder else _mean_cosine(decoder, encoder),
                 parent_nearest=None if parents is None else parents.mean().item(),
                 parent_same=None if parents is None else (parents > SAME_COSINE).double().mean().item(),
             )
         )
         inner = rows
     return results
+
+
+def _mean_cosine(rows: Tensor, others: Tensor) -> float:
+    """Of unit rows (n, d), each with its own other."""
+    return (rows * others).sum(1).mean().item() if len(rows) else 0.0
 
 
 def _within(rows: Tensor) -> tuple[float, float]:
@@ -177,6 +182,7 @@ class GeometryMetric(Metric[GeometryResult]):
     """Cosines among the latents of an SAE, and between SAEs that differ in their seed."""
 
     name = "geometry"
+    takes_transcoders = True
 
     def measure(self, inputs: MetricInputs) -> GeometryResult:
         """Measure every SAE, and every pair of one method."""

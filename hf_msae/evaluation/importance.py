@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.modeling.untrusted import PER_LATENT
 
 IMPORTANCES = ("energy", "contribution", "frequency")
 
@@ -88,7 +89,7 @@ def reorder(sae: MatryoshkaSAE, order: Tensor, prefix_sizes: Sequence[int] = ())
     with torch.device("meta"):
         model = MatryoshkaSAE(MatryoshkaSAEConfig(**values))
     state = {
-        name: (tensor.clone() if name == "b_dec" else tensor[order.to(tensor.device)])
+        name: (tensor[order.to(tensor.device)] if name in PER_LATENT else tensor.clone())
         for name, tensor in sae.state_dict().items()
     }
     model.load_state_dict(state, assign=True)

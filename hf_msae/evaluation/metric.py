@@ -171,10 +171,13 @@ class Metric(ABC, Generic[Result]):
     Attributes:
         name: what `evaluate(metrics=...)`, `hf-msae eval --metrics` and evaluation.json call it.
         needs_labels: whether it needs labelled examples; without these, `evaluate` leaves it out.
+        takes_transcoders: whether it also makes sense where decoder rows are of another site than is read; where it
+            does not, `evaluate` leaves it out of an evaluation of transcoders.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
+    takes_transcoders: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, inputs: MetricInputs) -> Result | None:

@@ -23,7 +23,7 @@ from hf_msae.evaluation.report import HTML_NAME, JSON_NAME, write_report
 from hf_msae.evaluation.suite import evaluate, find_metrics
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
-from hf_msae.sites import find_site, recorded_site, resolve_site
+from hf_msae.sites import find_output_site, find_site, recorded_site, resolve_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.loaders import window_length
 from hf_msae.worlds import STORIES
@@ -93,8 +93,15 @@ def run_evaluation(
     pairs = read_labelled(args.labelled, text_column, args.label_column) if args.labelled else None
     training = _training_arguments(args, source, folder)
     where = resolve_site(model, site or recorded_site(config, called=first.name))
+    where_out = find_output_site(model, config, where, called=first.name) if config.is_transcoder else None
     for subject in subjects:
         find_site(model, subject.sae.config, where, called=subject.name)
+        if subject.sae.config.is_transcoder != config.is_transcoder:
+            raise InputError(
+                f"{first.name} and {subject.name} cannot stand in one table: one reconstructs what it reads, and the "
+                "other is a transcoder, which reconstructs another place. Evaluate them apart."
+            )
+        find_output_site(model, subject.sae.config, where, where_out, called=subject.name)
         subject.sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
     wanted = SAETrainingArguments(context_length=args.context_length or config.context_length)
     context_length = window_length(model, wanted)
@@ -109,6 +116,8 @@ def run_evaluation(
         lm_batch_size=args.lm_batch_size,
         norm_limit=config.norm_limit,
         norm_outlier_multiple=args.norm_outlier_multiple,
+        site_out=where_out,
+        norm_limit_out=config.norm_limit_out,
     )
     if eval_documents is None:
         _warn_of_seen_text(source, text)
@@ -263,6 +272,7 @@ def _facts_of_text(text: TextActivations, context_length: int, model_name: str) 
     return {
         "model": model_name if model_name != STORIES else "the story model of hf_msae",
         "site": str(text.site),
+        **({} if text.site_out is None else {"site_out": str(text.site_out)}),
         "dataset": text.description,
         "tokens": text.num_tokens,
         "outliers": text.num_outliers,

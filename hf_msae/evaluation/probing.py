@@ -188,6 +188,7 @@ class ProbingMetric(Metric[ProbingResult]):
     """Accuracy of probes on a few latents of each prefix, beside probes on other features."""
 
     name = "probing"
+    takes_transcoders = True
     needs_labels = True
 
     def measure(self, inputs: MetricInputs) -> ProbingResult:

@@ -17,6 +17,7 @@ SHOWN_FACTS = {
     "shape": "dictionary",
     "model": "language model",
     "site": "site",
+    "site_out": "reconstructs",
     "dataset": "text",
     "tokens": "tokens",
     "outliers": "tokens with outlying norms, left out",

@@ -5,6 +5,7 @@ package is handed to [`evaluate`]. Those of `hf_msae.research` can be named, too
 asked for, so that this room neither imports the one above it nor needs it.
 """
 
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -19,6 +20,8 @@ from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Subject
 from hf_msae.evaluation.names import DEFAULT_METRICS, METRICS
 from hf_msae.evaluation.probing import ProbingMetric
+
+logger = logging.getLogger(__name__)
 
 CORE = CoreMetric()
 _OWN: tuple[Metric[Any], ...] = (CORE, GeometryMetric(), ProbingMetric(), AbsorptionMetric(), ErasureMetric())
@@ -105,6 +108,14 @@ def evaluate(
     core = CORE.measure(inputs)
     evaluation.add(CORE, core)
     inputs.firing_rates = {name: result.firing_rate for name, result in core.items()}
+    if text.y is not None:
+        left_out = [metric.name for metric in chosen if not metric.takes_transcoders]
+        chosen = [metric for metric in chosen if metric.takes_transcoders]
+        if left_out:
+            logger.warning(
+                "Left out: %s. They compare decoder rows with what is read, which in a transcoder is another place.",
+                ", ".join(left_out),
+            )
     for metric in chosen[1:]:
         if labelled is not None or not metric.needs_labels:
             evaluation.add(metric, metric.measure(inputs))

@@ -20,6 +20,21 @@ PRODUCT_AT_ONCE = 1 << 24
 
 
 @torch.no_grad()
+def without_latents(sae: MatryoshkaSAE, x: Tensor) -> Tensor:
+    """What a reconstruction is where no latent is active: the decoder bias, and what a skip makes of x.
+
+    Args:
+        sae: the SAE.
+        x: activations, (tokens, hidden_size).
+
+    Returns:
+        (output_size,) float32, or with a skip (tokens, output_size).
+    """
+    bias = sae.b_dec.detach().float()
+    return bias if sae.W_skip is None else torch.nn.functional.linear(x.float(), sae.W_skip.detach().float(), bias)
+
+
+@torch.no_grad()
 def active_latents(sae: MatryoshkaSAE, x: Tensor) -> ActiveLatents:
     """The latents that are active in evaluation mode: what `sae.encode(x)` has above zero, without its zeros.
 
@@ -55,21 +70,22 @@ def _dense_active(sae: MatryoshkaSAE, x: Tensor) -> ActiveLatents:
     return ActiveLatents(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def reconstruct(sae: MatryoshkaSAE, active: ActiveLatents, num_tokens: int) -> Tensor:
+def reconstruct(sae: MatryoshkaSAE, active: ActiveLatents, num_tokens: int, base: Tensor | None = None) -> Tensor:
     """The reconstruction from active latents.
 
     Args:
         sae: the SAE.
         active: ordered by token.
         num_tokens: how many tokens they are of.
+        base: what it begins with, (output_size,) or (num_tokens, output_size); by default the decoder bias.
 
     Returns:
-        (num_tokens, hidden_size) float32.
+        (num_tokens, output_size) float32.
     """
     starts = torch.searchsorted(active.tokens, torch.arange(num_tokens, device=active.tokens.device))
     decoder, values = sae.W_dec.detach().float(), active.values.float()
     bags = torch.nn.functional.embedding_bag(active.latents, decoder, starts, mode="sum", per_sample_weights=values)
-    return bags + sae.b_dec.detach().float()
+    return bags + (sae.b_dec.detach().float() if base is None else base)
 
 
 def gains(sae: MatryoshkaSAE, active: ActiveLatents, errors: Tensor) -> Tensor:
@@ -80,7 +96,7 @@ def gains(sae: MatryoshkaSAE, active: ActiveLatents, errors: Tensor) -> Tensor:
     Args:
         sae: the SAE.
         active: the active latents of some tokens.
-        errors: x − x̂ of these tokens, (tokens, hidden_size).
+        errors: x − x̂ of these tokens, or of a transcoder y − ŷ, (tokens, output_size).
 
     Returns:
         (n,) float32.

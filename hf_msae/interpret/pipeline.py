@@ -77,7 +77,7 @@ def logit_effects(model: PreTrainedModel, sae: MatryoshkaSAE, collected: Scan) -
         None where the model has no unembedding or the site is not in the residual stream.
     """
     width = collected.references.shape[-1]
-    if model.get_output_embeddings() is None or width != sae.config.hidden_size:
+    if model.get_output_embeddings() is None or width != sae.config.output_size:
         return None
     return LogitEffects(model, sae.W_dec.to(collected.references.device), collected.references)
 

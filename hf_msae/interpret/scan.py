@@ -19,7 +19,7 @@ from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import capture_counted, leave_out
 from hf_msae.devices import device_of
 from hf_msae.errors import InputError
-from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct
+from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct, without_latents
 from hf_msae.interpret.contexts import (
     NO_TOKEN,
     Contexts,
@@ -32,7 +32,7 @@ from hf_msae.interpret.contexts import (
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, check_multiple, norm_limit_of, within_limit
-from hf_msae.sites import find_site, resolve_site
+from hf_msae.sites import find_output_site, find_site, resolve_site
 
 # Contexts end a little after the token they were taken for: a causal model has not read what comes later.
 SHARE_BEFORE = 3 / 4
@@ -48,8 +48,9 @@ class Firings:
     Args:
         active: ordered by token, then by latent.
         gains: by how much a token's squared error would grow without the latent, (n,) float32.
-        energies: ‖x − b_dec‖² of each token, (num_tokens,).
-        error_sums: Σ (x − x̂) over the tokens on which each latent fires, (num_latents, hidden_size).
+        energies: ‖x − b_dec‖² of each token, (num_tokens,). Of a transcoder, x is here and below what it reconstructs,
+            and what a skip gives is taken off.
+        error_sums: Σ (x − x̂) over the tokens on which each latent fires, (num_latents, output_size).
     """
 
     active: ActiveLatents
@@ -146,6 +147,8 @@ def scan(
             raise InputError(f"{name} must be at least 1, got {number}")
     check_multiple(norm_outlier_multiple)
     place, limit = find_site(model, sae.config, site), sae.config.norm_limit
+    other, limit_out = find_output_site(model, sae.config, place), sae.config.norm_limit_out
+    places = list(dict.fromkeys([place, other]))
     sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
     length = context_length or sae.config.context_length or DEFAULT_CONTEXT_LENGTH
     rows = vocabulary(model)
@@ -157,19 +160,25 @@ def scan(
     references, num_outliers = torch.empty(0), 0
     with logging.tqdm(total=max_tokens, desc="Reading", unit=" tokens", unit_scale=True) as progress:
         for group in _groups(windows, lm_batch_size):
-            captured = capture_counted(model, [place] if len(references) else [place, last], group, filler)
+            wanted = places if len(references) else list(dict.fromkeys([*places, last]))
+            captured = capture_counted(model, wanted, group, filler)
             if captured is None:
                 continue
-            x = captured[place]
-            if not x.isfinite().all():
-                raise ActivationError(f"Activations at {place} are NaN or infinite; load the model in float32.")
+            for one in places:
+                if not captured[one].isfinite().all():
+                    raise ActivationError(f"Activations at {one} are NaN or infinite; load the model in float32.")
+            x, y = captured[place], captured[other].to(captured[place].device)
             if limit is None:
                 limit = norm_limit_of(activation_norms(x), place, norm_outlier_multiple)
             inlying = within_limit(x, limit)
+            if other != place:
+                if limit_out is None:
+                    limit_out = norm_limit_of(activation_norms(y), other, norm_outlier_multiple)
+                inlying = inlying & within_limit(y, limit_out)
             if not len(references):
                 references = _spread(captured[last][inlying.to(captured[last].device)])
             num_outliers += len(x) - int(inlying.sum())
-            collector.add(leave_out(group, inlying), x[inlying])
+            collector.add(leave_out(group, inlying), x[inlying], y[inlying])
             progress.update(len(x))
             if collector.statistics.num_tokens >= max_tokens:
                 break
@@ -190,17 +199,17 @@ class _Collector:
         self.statistics = LatentStatistics(num_latents)
         self.top = ContextStore(num_latents, top_contexts, context_tokens)
         self.sampled = ContextStore(num_latents, sampled_contexts, context_tokens)
-        self.error_sums = torch.zeros(num_latents, sae.config.hidden_size)
+        self.error_sums = torch.zeros(num_latents, sae.config.output_size)
         self.records: list[tuple[ActiveLatents, Tensor, Tensor]] = []
         self.num_recorded = 0
 
     @torch.no_grad()
-    def add(self, group: Sequence[Window], x: Tensor) -> None:
-        """Windows, and the activations (tokens that count, hidden_size) of their tokens."""
-        x = x.to(self.sae.device)
+    def add(self, group: Sequence[Window], x: Tensor, y: Tensor) -> None:
+        """Windows, the activations (tokens that count, hidden_size) of their tokens, and what is reconstructed."""
+        x, y = x.to(self.sae.device), y.to(self.sae.device)
         active = active_latents(self.sae, x)
         if self.num_recorded < self.record_tokens:
-            self._record(x, active)
+            self._record(x, y, active)
         active = ActiveLatents(*(part.cpu() for part in active))
         self.statistics.update(active.latents, active.values, len(x))
         batch = _Batch(group, active, self.sae.config.num_latents, self.context_tokens)
@@ -223,10 +232,10 @@ class _Collector:
     def _offer(self, store: ContextStore, batch: "_Batch", places: Tensor, scores: Tensor, ties: Tensor) -> None:
         store.offer(batch.active.latents[places], scores, ties, lambda rows: batch.contexts(places[rows]))
 
-    def _record(self, x: Tensor, active: ActiveLatents) -> None:
-        x = x.float()
-        errors = x - reconstruct(self.sae, active, len(x))
-        energies = (x - self.sae.b_dec.float()).square().sum(-1)
+    def _record(self, x: Tensor, y: Tensor, active: ActiveLatents) -> None:
+        y, base = y.float(), without_latents(self.sae, x)
+        errors = y - reconstruct(self.sae, active, len(y), base)
+        energies = (y - base).square().sum(-1)
         order = active.latents.argsort(stable=True)
         latents, counts = active.latents.unique(return_counts=True)
         starts = counts.cumsum(0) - counts

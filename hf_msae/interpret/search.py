@@ -21,7 +21,7 @@ from hf_msae.interpret.effects import decode_tokens
 from hf_msae.interpret.store import Interpretation
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
-from hf_msae.sites import find_site
+from hf_msae.sites import find_output_site, find_site
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,13 @@ def search_firing(
     if not encoded:
         raise InputError(f"The text {text!r} has no token that counts; write a word or more.")
     window = encoder.window(encoded[0])
-    captured = capture_counted(model, [site], [window], pad_id(tokenizer, vocabulary(model)))
+    other = find_output_site(model, sae.config, site)
+    sites = list(dict.fromkeys([site, other]))
+    captured = capture_counted(model, sites, [window], pad_id(tokenizer, vocabulary(model)))
     assert captured is not None  # the text has tokens that count
     inlying = within_limit(captured[site], interpretation.source.norm_limit)
+    if other != site:
+        inlying = inlying & within_limit(captured[other], sae.config.norm_limit_out).to(inlying.device)
     active = active_latents(sae, captured[site][inlying].to(sae.device))
     ids = window.input_ids[window.keep][inlying.cpu()].tolist()
     tokens = decode_tokens(tokenizer, ids)

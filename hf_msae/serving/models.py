@@ -14,7 +14,7 @@ from hf_msae.hub.index import list_saes
 from hf_msae.language_models import load_language_model, model_of
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
-from hf_msae.sites import find_site
+from hf_msae.sites import find_output_site, find_site
 from hf_msae.steering import SteeredPipeline, Steering, load_steerings
 from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import STEERING_NAME
@@ -45,7 +45,8 @@ class Served:
 
     def __post_init__(self) -> None:
         for name, sae in self.pipe.saes.items():
-            find_site(self.pipe.model, sae.config, called=name)
+            site = find_site(self.pipe.model, sae.config, called=name)
+            find_output_site(self.pipe.model, sae.config, site, called=name)
 
     @property
     def names(self) -> list[str]:

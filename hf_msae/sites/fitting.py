@@ -63,22 +63,10 @@ def find_output_site(
         if site_out is not None:
             raise SiteError(f"{_name(called)} is no transcoder, so it takes no site_out; got {site_out}.")
         return site
-    name = site_out or config.site_out
-    if name is None:
-        raise SiteError(
-            f"{_name(called)} is a transcoder and does not record which activations it reconstructs. Give site_out, "
-            "or set config.site_out, for example to 'layers.12.mlp'."
-        )
-    found = resolve_site(model, name)
+    found = resolve_site(model, site_out or recorded_output_site(config, called=called))
     if found == site:
         raise SiteError(f"{_name(called)} reads and writes {site}: what reconstructs its own input needs no site_out.")
-    width = site_width(model, found)
-    if width != config.output_size:
-        raise SiteError(
-            f"{_name(called)} reconstructs activations of {config.output_size} dimensions, but those at {found} of "
-            f"{model.config.name_or_path or 'the model'} have {width}. Give another site_out, or make a transcoder "
-            f"with hidden_size_out={width}."
-        )
+    check_output_width(site_width(model, found), config, found, model, called=called)
     check_order(model, site, found)
     return found
 
@@ -97,6 +85,51 @@ def recorded_site(config: MatryoshkaSAEConfig, *, called: str = "", error: type[
             "or set config.site, for example to 'layers.12'."
         )
     return config.site
+
+
+def recorded_output_site(config: MatryoshkaSAEConfig, *, called: str = "", error: type[InputError] = SiteError) -> str:
+    """The site whose activations are reconstructed, as a configuration records it: of an SAE that is its own.
+
+    Args:
+        config: of the SAE or transcoder.
+        called: its name in errors.
+        error: what is raised where it records none.
+    """
+    if not config.is_transcoder:
+        return recorded_site(config, called=called, error=error)
+    if config.site_out is None:
+        raise error(
+            f"{_name(called)} is a transcoder and does not record which activations it reconstructs. Give site_out, "
+            "or set config.site_out, for example to 'layers.12.mlp'."
+        )
+    return config.site_out
+
+
+def check_output_width(
+    width: int,
+    config: MatryoshkaSAEConfig,
+    site: Site,
+    model: PreTrainedModel,
+    *,
+    called: str = "",
+    error: type[InputError] = SiteError,
+) -> None:
+    """Check that activations are as wide as those that a transcoder reconstructs.
+
+    Args:
+        width: of the activations.
+        config: the transcoder's.
+        site: where the activations are.
+        model: in which language model.
+        called: the transcoder's name in errors.
+        error: what is raised where the widths differ.
+    """
+    if width != config.output_size:
+        raise error(
+            f"{_name(called)} reconstructs activations of {config.output_size} dimensions, but those at {site} of "
+            f"{model.config.name_or_path or 'the model'} have {width}. Give another site_out, or make a transcoder "
+            f"with hidden_size_out={width}."
+        )
 
 
 def check_width(

@@ -8,10 +8,12 @@ The price: a thread started inside the context is outside of it. Open the contex
 (`SteeredPipeline` does), not around `Thread(target=model.generate)`, and not around a `yield`.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +22,15 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
-from hf_msae.sites import Site, check_width, recorded_site, replace, resolve_site
+from hf_msae.sites import (
+    Site,
+    check_output_width,
+    check_width,
+    recorded_output_site,
+    recorded_site,
+    replace,
+    resolve_site,
+)
 from hf_msae.steering.directions import Direction
 from hf_msae.steering.edits import Delta, Edit, Units, check_edits, check_sae_names, deltas, latent_edits
 from hf_msae.steering.gates import Gate, Gates, SteeringError
@@ -86,20 +96,27 @@ def steering_context(
 ) -> Iterator[None]:
     """`steer` for edits of several SAEs at once, each found under the name that the edit gives as `sae`.
 
-    At one site, all edits see the activation before any of them, and what they add is summed.
+    At one site, all edits see the activation before any of them, and what they add is summed. A transcoder's latents
+    are read at its `site`, as the model has it there, and act at its `site_out`.
     """
     check_sae_names(edits, saes)
     by_site: dict[Site, list[DeltaFunction]] = {}
+    read: set[Site] = set()
+    kept = threading.local()  # what transcoders read in a thread's forward, by site
     follows_texts = False
     for name, sae in saes.items():
         of_sae = [edit for edit in edits if edit.sae == name]
         check_edits(sae, of_sae, name)
         if of_sae:
             site = resolve_site(model, recorded_site(sae.config, called=name, error=SteeringError))
+            acts_at = resolve_site(model, recorded_output_site(sae.config, called=name, error=SteeringError))
+            source = (site, kept) if acts_at != site else None
             for delta in deltas(sae, of_sae):
-                by_site.setdefault(site, []).append(_on_device_of(sae, delta, model, site, name))
+                by_site.setdefault(acts_at, []).append(_on_device_of(sae, delta, model, acts_at, name, source))
                 follows_texts |= delta.gates is not None and delta.gates.any_later
-    with _steered(model, by_site, positions, special_ids, follows_texts):
+                if source is not None:
+                    read.add(site)
+    with _steered(model, by_site, positions, special_ids, follows_texts, dict.fromkeys(read, kept)):
         yield
 
 
@@ -133,6 +150,7 @@ def _steered(
     positions: Positions,
     special_ids: Iterable[int] | None,
     follows_texts: bool = False,
+    read: Mapping[Site, threading.local] = MappingProxyType({}),
 ) -> Iterator[None]:
     check_positions(positions)
     outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -148,6 +166,7 @@ def _steered(
     if not edits:
         yield
         return
+    edits |= {site: _reading(site, kept, edits.get(site)) for site, kept in read.items()}
 
     def is_active() -> bool:
         return tracker in _OPEN.get()
@@ -179,6 +198,17 @@ def _edit(tracker: TokenTracker, functions: Sequence[DeltaFunction]) -> Callable
     return lambda hidden: _edited(hidden, functions, tracker)
 
 
+def _reading(site: Site, kept: threading.local, edit: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """Keep what transcoders read at a site, before it is edited there, for where they act."""
+
+    def keep(hidden: Tensor) -> Tensor:
+        # What runs next may add into it in place.
+        vars(kept)[site] = hidden.clone()
+        return hidden if edit is None else edit(hidden)
+
+    return keep
+
+
 def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], tracker: TokenTracker) -> Tensor:
     """The activation (batch, time, hidden_size) with what the functions add where the tracker says so.
 
@@ -192,24 +222,54 @@ def _edited(hidden: Tensor, functions: Sequence[DeltaFunction], tracker: TokenTr
     return torch.where(steered.unsqueeze(-1), new, hidden)
 
 
-def _on_device_of(sae: MatryoshkaSAE, delta: Delta, model: PreTrainedModel, site: Site, name: str) -> DeltaFunction:
+def _on_device_of(
+    sae: MatryoshkaSAE,
+    delta: Delta,
+    model: PreTrainedModel,
+    site: Site,
+    name: str,
+    source: tuple[Site, threading.local] | None,
+) -> DeltaFunction:
     """The function on the SAE's device and in its precision, for activations of any.
 
     It is 0 where gates are closed, and for outliers, such as attention sinks, of which the SAE has learnt nothing.
+    `site` is where it acts; `source`, of a transcoder, where it reads, and where what was read there is kept.
     """
 
     def moved(hidden: Tensor, tracker: TokenTracker) -> Tensor:
-        check_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError)
-        x = hidden.flatten(0, 1)
+        h = hidden.flatten(0, 1)
+        if source is None:
+            check_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError)
+            x = h
+        else:
+            check_output_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError)
+            x = _read_of(sae, model, source, site, name).flatten(0, 1).to(h.device)
         own = x.to(sae.device, sae.W_dec.dtype)
+        there = own if source is None else h.to(own)
         acts = within_limit(x, sae.config.norm_limit)
+        if source is not None:
+            acts = acts & within_limit(h, sae.config.norm_limit_out)
         if delta.gates is not None:
             fired = (delta.gates.fired(own).to(x.device) & acts.unsqueeze(-1)).view(*hidden.shape[:2], -1)
             acts = acts & _open(delta.gates, fired, tracker).flatten()
-        added = torch.where(acts.unsqueeze(-1), delta.vector(own).to(x.device), 0)
+        added = torch.where(acts.unsqueeze(-1), delta.vector(own, there).to(x.device), 0)
         return added.view(*hidden.shape[:2], -1)
 
     return moved
+
+
+def _read_of(
+    sae: MatryoshkaSAE, model: PreTrainedModel, source: tuple[Site, threading.local], site: Site, name: str
+) -> Tensor:
+    read, kept = source
+    hidden = vars(kept).get(read)
+    if hidden is None:
+        raise SteeringError(
+            f"the transcoder {name or 'that steers'} reads {read}, which {type(model).__name__} does not run before "
+            f"{site}, where it writes; steer with one that reads an earlier place."
+        )
+    check_width(hidden.shape[-1], sae.config, read, model, called=name, error=SteeringError)
+    return hidden
 
 
 def _open(gates: Gates, fired: Tensor, tracker: TokenTracker) -> Tensor:

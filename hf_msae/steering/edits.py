@@ -148,7 +148,11 @@ def check_edits(sae: MatryoshkaSAE, edits: Sequence[Edit], name: str = "") -> No
 
 
 class LatentDelta:
-    """The vector that edits of some latents add to activations. `latents` are those whose edit does anything."""
+    """The vector that edits of some latents add to activations. `latents` are those whose edit does anything.
+
+    A transcoder's latents are read from x, and what they write is added to h, at its other site; of an SAE both are
+    one. With units of the norm, it is h's.
+    """
 
     def __init__(self, sae: MatryoshkaSAE, edits: Sequence[LatentEdit]) -> None:
         edits = [edit for edit in edits if not edit.changes_nothing]
@@ -169,15 +173,16 @@ class LatentDelta:
     def _column(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(values, dtype=dtype or self.rows.dtype, device=self.rows.device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The delta (n, hidden_size) for activations x (n, hidden_size)."""
-        return self.changes(x) @ self.rows
+    def __call__(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """The delta (n, output_size) for activations x (n, hidden_size), added to h (n, output_size)."""
+        return self.changes(x, h) @ self.rows
 
-    def changes(self, x: Tensor) -> Tensor:
+    def changes(self, x: Tensor, h: Tensor | None = None) -> Tensor:
         """Δf (n, number of latents) in the order of `latents`."""
-        values = self.constants.expand(len(x), -1)
+        h = x if h is None else h
+        values = self.constants.expand(len(h), -1)
         if self.in_norms:
-            values = values + self.per_norm * x.norm(dim=-1, keepdim=True)
+            values = values + self.per_norm * h.norm(dim=-1, keepdim=True)
         if not self.needs_encoder:
             return values
         own = activations_of(self.sae, self.latents, x)
@@ -192,10 +197,15 @@ class PrefixDelta:
     def __init__(self, sae: MatryoshkaSAE, edit: PrefixEdit) -> None:
         self.sae, self.size, self.keep_error = sae, _prefix_size(sae, edit), edit.keep_error
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The delta (n, hidden_size) for activations x (n, hidden_size)."""
+    @property
+    def needs_encoder(self) -> bool:
+        """Always: levels are told apart by latents."""
+        return True
+
+    def __call__(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """The delta (n, output_size) for activations x (n, hidden_size), added to h (n, output_size)."""
         if not self.keep_error:
-            return self.sae.decode(self.sae.encode(x, self.size)) - x
+            return self.sae.decode(self.sae.encode(x, self.size), hidden_states=x) - (x if h is None else h)
         outer = self.sae.encode(x)[:, self.size :]
         return -(outer @ self.sae.W_dec[self.size :])
 

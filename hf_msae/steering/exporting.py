@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_msae.errors import OutputExistsError
 from hf_msae.modeling import MatryoshkaSAE
-from hf_msae.sites import Site, recorded_site, resolve_site
+from hf_msae.sites import Site, recorded_output_site, resolve_site
 from hf_msae.steering.edits import Edit, LatentDelta, LatentEdit, PrefixEdit, check_edits, check_sae_names
 from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.saved import Steering
@@ -83,7 +83,7 @@ def constant_shifts(
         if not edits:
             continue
         check_edits(sae, edits, name)
-        site = resolve_site(model, recorded_site(sae.config, called=name, error=SteeringError))
+        site = resolve_site(model, recorded_output_site(sae.config, called=name, error=SteeringError))
         delta = LatentDelta(sae, edits)
         shift = (delta.constants @ delta.rows).cpu()
         shifts[site] = shifts[site] + shift if site in shifts else shift

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.process_wide import loading
-from hf_msae.sites import Site, SiteError, capture, find_site, in_this_thread, replace
+from hf_msae.sites import Site, SiteError, capture, find_output_site, find_site, in_this_thread, replace
 from hf_msae.sites.layouts import probe_tokens
 from hf_msae.steering.exporting import check_constant, check_finite, constant_shifts
 from hf_msae.steering.gates import SteeringError
@@ -84,7 +84,7 @@ def export_model(
         raise SteeringError("the language model's weights are not all in memory; load it without offloading.")
     with atomic_folder(folder) as draft:
         for sae in saes.values() if isinstance(saes, Mapping) else [saes]:
-            find_site(model, sae.config)
+            find_output_site(model, sae.config, find_site(model, sae.config))
         shifts = constant_shifts(model, saes, steering)
         check_finite(shifts)
         bias_of = {site: _find_bias(model, site) for site in shifts}

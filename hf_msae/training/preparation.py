@@ -24,7 +24,7 @@ from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, origin_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.sites import Site, SiteError, find_output_site, find_site, recorded_site
+from hf_msae.sites import Site, find_output_site, find_site, recorded_output_site, recorded_site
 from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
 from hf_msae.training.loaders import (
     ActivationLoader,
@@ -129,10 +129,8 @@ def resolve_output_sites(
     for name, sae in saes.items():
         if model is not None:
             found[name] = find_output_site(model, sae.config, sites[name], called=name)
-        elif sae.config.output_site is None:
-            raise SiteError(f"The transcoder {name} does not say what it reconstructs: set config.site_out.")
         else:
-            found[name] = Site.parse(sae.config.output_site)
+            found[name] = Site.parse(recorded_output_site(sae.config, called=name))
         if sae.config.is_transcoder:
             sae.config.site_out = str(found[name].without_wrappers())
     return found

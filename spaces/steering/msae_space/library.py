@@ -202,6 +202,11 @@ class Library:
         name, revision = model_of(sae.config)
         if name is None or sae.config.site is None:
             raise SpaceError(f"{key.source} does not say which language model it reads, so it cannot be shown.")
+        if sae.config.is_transcoder:
+            raise SpaceError(
+                f"{key.source} is a transcoder, which reconstructs another place than it reads; this page shows SAEs. "
+                "hf-msae steer and hf-msae interpret take it."
+            )
         if key.source not in self.own:
             _check_repo(name)
         return _loaded_sae(key, sae, self._language(name, revision, needed))
