@@ -7,9 +7,11 @@ In the story world the truth is known: every word says which concepts it express
 A concept's latent is the one whose activation correlates best with the concept's labels on held-out stories, where
 the concept is also the one that fits the latent best. Such a latent says what a token is, which need not make the
 model say it; so the latent that correlates best with the labels of the *next* token is tried, too. DiffMean gets its
-two means from the same stories, with the labels of the token or of the next one. All add a shift to every token but
-BOS: a latent in units of its maximum, the directions as far as the concept's latent. Stories are continued from the
-same openings with the same noise. Counted are only words that the model wrote.
+two means from the same stories, with the labels of the token or of the next one. `find_latents` is not told which
+words are the concept's: it gets stories with it and stories without it, and gives one latent or a few. All add a shift
+to every token but BOS: a latent in units of its maximum, the directions as far as the concept's latent, what was found
+in units of what costs `--find-loss`. Stories are continued from the same openings with the same noise. Counted are
+only words that the model wrote.
 
 Loss is that of the unsteered model, in nats per generated token: low is fluent, but a text that repeats itself is
 cheap, too, so the share of repeated three-word sequences stands beside it.
@@ -29,11 +31,22 @@ import torch
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
+from hf_msae.concepts import ConceptError, Finding, find_latents
 from hf_msae.sites import capture, resolve_site
-from hf_msae.steering import Direction, diff_mean, random_direction, seeded_sampling, steer, steer_direction
+from hf_msae.steering import (
+    Direction,
+    LatentEdit,
+    diff_mean,
+    random_direction,
+    seeded_sampling,
+    steer,
+    steer_direction,
+)
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts, word_concepts
 
-METHODS = ("latent", "latent of next", "DiffMean", "DiffMean of next", "random")
+METHODS = ("latent", "latent of next", "DiffMean", "DiffMean of next", "random", "found latent", "found few")
+# Stories on each side that `find_latents` gets.
+FIND_STORIES = 100
 OPENING_TOKENS = 5
 WORD = re.compile(r"[A-Za-z]+")
 HELD_OUT_SEED, OPENING_SEED = 1_001, 1_002
@@ -43,13 +56,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", required=True, help="folder of an SAE of the story model")
     parser.add_argument("--concepts", type=int, default=40, help="how many, those with the best latents")
-    parser.add_argument("--pairs", type=int, default=10, help="how many pairs of a coarse and a fine latent")
+    parser.add_argument("--pairs", type=int, default=10, help="of a coarse and a fine latent; 0: none")
     parser.add_argument("--held-out-stories", type=int, default=1000)
     parser.add_argument("--stories", type=int, default=24, help="stories written for each concept, method, strength")
     parser.add_argument("--new-tokens", type=int, default=60)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--min-occurrences", type=int, default=50, help="of a concept among the held-out tokens")
     parser.add_argument("--min-correlation", type=float, default=0.4)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--find-loss", type=float, default=1.3, help="of what find_latents finds, at strength 1")
     parser.add_argument("--json", help="write the numbers here")
     parser.add_argument("--plot", help="draw here")
     return parser.parse_args()
@@ -115,6 +130,7 @@ class World:
         openings = [self.tokenizer(text).input_ids for text in self._texts(OPENING_SEED, options.stories)]
         self.openings = torch.tensor([ids[:OPENING_TOKENS] for ids in openings])
         self.activations, self.labels, self.next_labels = self._held_out()
+        self.findings: dict[str, Finding | None] = {}
 
     @staticmethod
     def _texts(seed: int, count: int) -> Iterator[str]:
@@ -176,11 +192,48 @@ class World:
         return diff_mean(str(self.site), self.activations[has], self.activations[~has])
 
     def steered(self, match: Match, method: str, strength: float) -> AbstractContextManager[None]:
-        """The shift of `strength` × the latent's maximum, along the latent or another direction."""
+        """The shift of `strength` × the latent's maximum, along the latent or a direction, or × what was found."""
+        if method.startswith("found"):
+            return self._found(match.concept, method, strength)
         if method.startswith("latent"):
             latent = match.latent if method == "latent" else match.next_latent
             return steer(self.model, self.sae, {latent: strength})
         return steer_direction(self.model, self.direction(match, method), strength * match.length)
+
+    def _found(self, concept: str, method: str, strength: float) -> AbstractContextManager[None]:
+        found = self.finding(concept)
+        if found is None:
+            return nullcontext()
+        if method == "found few":
+            return steer(
+                self.model,
+                self.sae,
+                {edit.latent: strength * edit.value for edit in found.steering.edits if isinstance(edit, LatentEdit)},
+                units="absolute",
+            )
+        best = found.latents[0]
+        unit = self.sae.W_dec.detach()[best.latents[0]].norm().item()
+        return steer(self.model, self.sae, {best.latents[0]: strength * best.length / unit}, units="absolute")
+
+    def finding(self, concept: str) -> Finding | None:
+        """What `find_latents` finds in stories with a word of the concept and stories without one, if anything."""
+        if concept not in self.findings:
+            sides: dict[bool, list[str]] = {True: [], False: []}
+            for text in self._texts(HELD_OUT_SEED, self.options.held_out_stories):
+                sides[any(concept in word_concepts(word) for word in WORD.findall(text))].append(text)
+            try:
+                self.findings[concept] = find_latents(
+                    self.model,
+                    self.tokenizer,
+                    self.sae,
+                    sides[True][:FIND_STORIES],
+                    sides[False][:FIND_STORIES],
+                    loss=self.options.find_loss,
+                )
+            except ConceptError as error:
+                print(f"{concept}: {error}", flush=True)
+                self.findings[concept] = None
+        return self.findings[concept]
 
     def write(self, context: AbstractContextManager[None], seed: int = 0) -> Written:
         """Stories continued from the openings."""
@@ -219,7 +272,7 @@ def steering_rates(world: World, matches: Sequence[Match], plain: Written) -> li
     """A row per method and strength: means over the concepts, and each concept's rate."""
     unsteered = {match.concept: plain.rate(match.concept) for match in matches}
     rows = [summary("unsteered", 0.0, [(match, plain) for match in matches])]
-    for method in METHODS:
+    for method in world.options.methods:
         for strength in world.options.strengths:
             written = [(match, world.write(world.steered(match, method, strength))) for match in matches]
             rows.append(summary(method, strength, written))
@@ -303,7 +356,7 @@ def draw(rows: Sequence[dict], grains: Sequence[dict], path: str) -> None:
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    marks = dict(zip(METHODS, ("o-", "o--", "s-", "s--", "^:"), strict=True)) | {
+    marks = dict(zip(METHODS, ("o-", "o--", "s-", "s--", "^:", "D-", "D--"), strict=True)) | {
         "coarse": "o-",
         "fine": "s-",
         "both": "^-",
@@ -339,7 +392,7 @@ def main() -> None:
     chosen = [match for match in matches if match.is_own and match.correlation >= options.min_correlation]
     num_matched, chosen = len(chosen), chosen[: options.concepts]
     pairs = pairs_of(matches, options.pairs)
-    if not chosen or not pairs:
+    if not chosen or (options.pairs and not pairs):
         raise SystemExit(f"{options.sae} has {num_matched} latents that match a concept; too few to compare.")
     print(f"{len(matches)} concepts occur {options.min_occurrences} times, {num_matched} have a latent of their own")
     print(f"steered: {', '.join(match.concept for match in chosen)}")
@@ -348,14 +401,16 @@ def main() -> None:
     print("\n| method | strength | rate | words | loss | repetition |\n|---|---|---|---|---|---|")
     rows = steering_rates(world, chosen, plain)
     print(describe(rows[0]))
-    print("\n| grain | strength | coarse concept | fine concept | variety | loss |\n|---|---|---|---|---|---|")
-    grains = coarse_and_fine(world, pairs, plain)
-    print(describe_grain(grains[0]))
+    grains = []
+    if pairs:
+        print("\n| grain | strength | coarse concept | fine concept | variety | loss |\n|---|---|---|---|---|---|")
+        grains = coarse_and_fine(world, pairs, plain)
+        print(describe_grain(grains[0]))
     if options.json:
         names = [(coarse.concept, fine.concept) for coarse, fine in pairs]
         result = {"matches": [asdict(match) for match in chosen], "steering": rows, "pairs": names, "grains": grains}
         Path(options.json).write_text(json.dumps({"setting": vars(options), **result}, indent=1))
-    if options.plot:
+    if options.plot and grains:
         draw(rows, grains, options.plot)
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "quickstart": ("hf_msae.cli.quickstart", "train, read and steer a small SAE of the story model in a few minutes"),
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
     "steer": ("hf_msae.cli.steer", "continue a prompt as it would be and steered by latents, side by side"),
+    "find": ("hf_msae.cli.find", "find the latents of a concept by texts with it and without it, and a steering"),
     "serve": ("hf_msae.cli.serve", "serve a language model to OpenAI's clients, each request steered its own way"),
     "export-steering": ("hf_msae.cli.export_steering", "write a saved steering as a model, or for another program"),
     "meta": ("hf_msae.cli.meta", "what latents are made of: a meta-SAE on an SAE's decoder rows, and its browser"),

@@ -66,7 +66,18 @@ CONVERTERS: dict[Any, Callable[[str], Any]] = {
 }
 # Arguments that are texts, and no paths or names.
 TEXTS = frozenset(
-    {"prompt", "towards", "separator", "title", "commit_message", "release_title", "creator", "run_name", "hub_token"}
+    {
+        "prompt",
+        "towards",
+        "words",
+        "separator",
+        "title",
+        "commit_message",
+        "release_title",
+        "creator",
+        "run_name",
+        "hub_token",
+    }
 )
 METAVARS: dict[Any, str] = {parse_int: "N", parse_float: "X", parse_bool: "BOOL"}
 

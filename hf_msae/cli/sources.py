@@ -132,6 +132,17 @@ def load_text(args: SourceArguments) -> tuple[Documents, Documents | None]:
     return documents, eval_documents
 
 
+def load_text_files(place: str, separator: str | None, text_column: str) -> Documents:
+    """Documents of a file, a folder or a Hub dataset, where a command takes several.
+
+    Args:
+        place: which.
+        separator: between documents in .txt files, as a shell hands it over.
+        text_column: of other files.
+    """
+    return load_documents(place, text_column=text_column, separator=_unescaped(separator))
+
+
 def complete_model(args: SourceArguments, config: MatryoshkaSAEConfig, called: str) -> None:
     """Where no language model is asked for, it is the one that an SAE reads.
 

@@ -44,8 +44,8 @@ class SteerArguments:
     towards: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "WORD or WORD=VALUE: the latent that promotes this word most, found in the SAE's interpretation "
-            "(`hf-msae interpret`).",
+            "help": "WORD or WORD=VALUE: VALUE times the steering of this name beside the SAE (`hf-msae find`); where "
+            "there is none, the latent that promotes this word most, found in the SAE's interpretation.",
         },
     )
     level: int | None = field(
@@ -112,8 +112,9 @@ def read_steering(args: SteerArguments) -> "Steering":
     from hf_msae.steering.saved import STEERING_NAME
 
     gates = [*(read_gate(text, "here") for text in args.when), *(read_gate(text, "after") for text in args.when_after)]
-    latents = [*args.latent, *find_latents(args)]
-    edits: list[Edit] = [replace(read_latent(text, args.method, args.units), when=gates) for text in latents]
+    latents = [read_latent(text, args.method, args.units) for text in args.latent]
+    towards = [edit for text in args.towards for edit in edits_towards(text, args)]
+    edits: list[Edit] = [replace(edit, when=gates) for edit in (*latents, *towards)]
     if gates and not edits:
         raise SteeringError("--when and --when-after say where latents are steered; give --latent or --towards, too.")
     if args.level is not None:
@@ -135,34 +136,66 @@ def read_steering(args: SteerArguments) -> "Steering":
     return load_steering(args.sae, args.steering, subfolder=args.subfolder)
 
 
-def find_latents(args: SteerArguments) -> list[str]:
-    """`INDEX=VALUE` of the latent that promotes each word most; says which it is.
+def edits_towards(text: str, args: SteerArguments) -> "list[LatentEdit]":
+    """`owls` or `owls=2`: what `hf-msae find` saved under this name, or the latent that promotes the word most.
 
-    Raises SteeringError where the SAE has no interpretation, or no latent promotes a word.
+    Raises SteeringError where the SAE has neither such a steering nor an interpretation, or no latent promotes it.
     """
-    if not args.towards:
-        return []
     from hf_msae.interpret import Interpretation, InterpretationError, search_promoting
     from hf_msae.steering import SteeringError
 
+    word, _, value = text.partition("=")
+    saved = saved_edits(word, value or DEFAULT_VALUE, args)
+    if saved:
+        return saved
     try:
         pages = Interpretation.load(args.sae, subfolder=args.subfolder or None)
     except InterpretationError as error:
         raise SteeringError(
-            "--towards looks a word up in the SAE's interpretation, and there is none: run `hf-msae interpret "
-            f"{args.sae}` first, or give --latent. ({error})"
+            f"--towards {text}: no steering {word!r} is saved beside the SAE, and there is no interpretation to look "
+            f"the word up in: run `hf-msae find {args.sae} --name {word}` with examples, or `hf-msae interpret "
+            f"{args.sae}`, or give --latent. ({error})"
         ) from error
-    found = []
-    for text in args.towards:
-        word, _, value = text.partition("=")
-        hits = search_promoting(word, pages, most=1)
-        if not hits:
-            raise SteeringError(f"--towards {text}: no latent of {args.sae} promotes {word!r}; try another word.")
-        latent = hits[0].latent
-        promoted = ", ".join(effect.token.strip() for effect in pages.page(latent).promoted[:5])
-        print(f"{word}: latent {latent}, which promotes {promoted}", file=sys.stderr if args.json else sys.stdout)
-        found.append(f"{latent}={value or DEFAULT_VALUE}")
-    return found
+    hits = search_promoting(word, pages, most=1)
+    if not hits:
+        raise SteeringError(
+            f"--towards {text}: no latent of {args.sae} promotes {word!r}; try another word, or find one by examples: "
+            f"`hf-msae find {args.sae} --name {word}`."
+        )
+    latent = hits[0].latent
+    promoted = ", ".join(effect.token.strip() for effect in pages.page(latent).promoted[:5])
+    _say(f"{word}: latent {latent}, which promotes {promoted}", args)
+    return [read_latent(f"{latent}={value or DEFAULT_VALUE}", args.method, args.units)]
+
+
+def saved_edits(name: str, value: str, args: SteerArguments) -> "list[LatentEdit]":
+    """The edits of the steering of this name, `value` times as strong; none where no steering that adds has it."""
+    from hf_msae.modeling.untrusted import inside
+    from hf_msae.steering import LatentEdit, SteeringError, load_steerings
+    from hf_msae.steering.saved import STEERING_NAME
+
+    is_folder = Path(args.sae).is_dir()
+    if is_folder and not (Path(args.sae) / inside(args.subfolder) / STEERING_NAME).is_file():
+        return []
+    try:
+        found = load_steerings(args.sae, subfolder=args.subfolder).get(name)
+    except SteeringError:
+        if is_folder:
+            raise  # the file is damaged
+        return []
+    edits = [] if found is None else [edit for edit in found.edits if isinstance(edit, LatentEdit)]
+    if found is None or len(edits) < len(found.edits) or any(edit.method != "add" or edit.when for edit in edits):
+        return []
+    try:
+        strength = parse_float(value)
+    except argparse.ArgumentTypeError as error:
+        raise SteeringError(f"--towards {name}={value}: expected WORD or WORD=VALUE, such as owls=2.") from error
+    _say(f"{name}: the saved steering, latents {', '.join(str(edit.latent) for edit in edits)}", args)
+    return [replace(edit, value=strength * edit.value) for edit in edits]
+
+
+def _say(text: str, args: SteerArguments) -> None:
+    print(text, file=sys.stderr if args.json else sys.stdout)
 
 
 def read_latent(text: str, method: Literal["add", "clamp", "scale"], units: "Units") -> "LatentEdit":

@@ -158,10 +158,27 @@ def test_a_model_without_a_tokenizer_or_of_another_shape_is_told_in_words(folder
     assert "have 16. It was made for layers.1 of" in said
 
 
+def test_a_word_finds_the_steering_of_its_name(folder, capsys):
+    given = (str(folder), "--prompt", PROMPT, "--max-new-tokens", "8")
+    edits = [LatentEdit(12, 30.0, units="absolute"), LatentEdit(7, 20.0, units="absolute")]
+    save_steering(Steering(edits, name="owls"), folder)
+    assert run(*given, "--towards", "owls=2", "--when", "5") == 0
+    printed = capsys.readouterr().out
+    assert "owls: the saved steering, latents 12, 7" in printed
+    assert run(*given, "--latent", "12=60", "7=40", "--units", "absolute", "--when", "5") == 0
+    default, steered = columns(capsys.readouterr().out)
+    assert columns(printed) == (default, steered)
+    assert default != steered
+    assert run(*given, "--towards", "owls=much") == 2
+    assert "--towards owls=much: expected WORD or WORD=VALUE" in capsys.readouterr().err
+
+
 def test_a_word_finds_the_latent_that_promotes_it(folder, capsys):
     given = (str(folder), "--prompt", PROMPT, "--max-new-tokens", "8")
     assert run(*given, "--towards", "owl") == 2
-    assert f"hf-msae interpret {folder}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"hf-msae interpret {folder}" in said
+    assert f"hf-msae find {folder} --name owl" in said
     with pytest.raises(SystemExit, match="0"):
         main(("interpret", str(folder), "--max-tokens", "3000"))
     pages = Interpretation.load(folder)

@@ -1,0 +1,432 @@
+"""Latents of a concept, found by labelled examples: which tell it, which make the model say it, and a steering.
+
+Telling and saying are different things (Arad et al., arXiv:2505.20063): what fires on a concept rarely writes it. So
+both are measured for every latent that is looked at. How well it tells is its AUROC on held-out examples. What it
+does is the change of the next-token distribution of held-out neutral text when it is pushed, all pushes costing the
+same loss: by how much the probability of the tokens that are typical of the positive examples rises. Beside them stand
+what needs no SAE (DiffMean, a probe) and what means nothing (random latents).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_msae.concepts.choosing import Push, best_few, best_single, promising, unit_rows
+from hf_msae.concepts.examples import (
+    NO_NEXT,
+    ConceptError,
+    Texts,
+    check_apart,
+    halves,
+    read_windows,
+    run_texts,
+)
+from hf_msae.concepts.pushing import Effect, NeutralText
+from hf_msae.concepts.reading import (
+    BEYOND_CHANCE,
+    LevelReading,
+    auroc,
+    chance_error,
+    fit_probe,
+    probe_auroc,
+    read_levels,
+)
+from hf_msae.concepts.typical import typical_tokens
+from hf_msae.concepts.words import tokens_of_words
+from hf_msae.data import Window, pad_id, vocabulary
+from hf_msae.data.documents import DocumentsLike
+from hf_msae.devices import device_of
+from hf_msae.errors import InputError
+from hf_msae.evaluation.labelled import encoder_of
+from hf_msae.metrics import why_no_next_token
+from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.sites import Site, find_site
+from hf_msae.steering import LatentEdit, Steering
+
+logger = logging.getLogger(__name__)
+
+# Tokens of an example or of neutral text that are read, where the SAE was trained on more.
+CONTEXT_LENGTH = 128
+NUM_RANDOM = 4
+MAX_LATENTS = 5
+
+
+@dataclass(frozen=True)
+class FoundRow:
+    """What a latent, several or a direction tell and do.
+
+    Args:
+        name: of the row.
+        latents: that are pushed; empty for directions that need no SAE.
+        level: of the latent, the index of the first prefix that has it; None for several and for directions.
+        auroc: on held-out examples; None for what reads nothing.
+        effect: on held-out neutral text; a mean where the row stands for several pushes.
+        length: of the shift.
+    """
+
+    name: str
+    latents: tuple[int, ...]
+    level: int | None
+    auroc: float | None
+    effect: Effect
+    length: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `find_latents` found.
+
+    Args:
+        tokens: that are typical of the positive examples, as text, the most typical first.
+        token_ids: the same, as the model numbers them.
+        at_rest: their probability in the model as it is, on held-out neutral text.
+        loss: that each push was to cost, in nats per token.
+        levels: how well each prefix tells the concept.
+        rows: baselines, and the steering as "few latents".
+        latents: those that were pushed, what says the concept most first.
+        auroc: of every latent, on held-out examples, (num_latents,).
+        steering: the few latents, as `save_steering` takes it.
+        warnings: what a person should know, in sentences.
+        facts: numbers of examples and tokens.
+    """
+
+    tokens: list[str]
+    token_ids: list[int]
+    at_rest: float
+    loss: float
+    levels: list[LevelReading]
+    rows: list[FoundRow]
+    latents: list[FoundRow]
+    auroc: Tensor
+    steering: Steering
+    warnings: list[str]
+    facts: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; without the AUROC of latents that no row is of."""
+        return {
+            "tokens": self.tokens,
+            "token_ids": self.token_ids,
+            "at_rest": self.at_rest,
+            "loss": self.loss,
+            "levels": [asdict(level) for level in self.levels],
+            "rows": [asdict(row) for row in self.rows],
+            "latents": [asdict(row) for row in self.latents],
+            "steering": self.steering.to_dict(),
+            "warnings": self.warnings,
+            "facts": self.facts,
+        }
+
+
+def find_latents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: MatryoshkaSAE,
+    positive: DocumentsLike,
+    negative: DocumentsLike,
+    *,
+    neutral: "DocumentsLike | None" = None,
+    words: Sequence[str] = (),
+    name: str = "found",
+    max_latents: int = MAX_LATENTS,
+    loss: float = 0.5,
+    num_candidates: int = 16,
+    neutral_tokens: int = 1000,
+    context_length: int | None = None,
+    site: str | None = None,
+    lm_batch_size: int = 16,
+    seed: int = 0,
+) -> Finding:
+    """Find the latents of a concept by examples, and fit a steering of a few to them.
+
+    Args:
+        model: in evaluation mode, one that predicts the next token.
+        tokenizer: its own.
+        sae: in evaluation mode; it is moved to where the model is.
+        positive: texts with the concept, `Documents` or what `as_documents` takes; at least 10 different ones.
+        negative: texts without it, as much like the others as can be had otherwise; at least 10.
+        neutral: text on which pushes are tried; by default the negative examples.
+        words: what is to be said; by default the tokens that are typical of the positive examples.
+        name: of the steering.
+        max_latents: in the steering, one to five.
+        loss: what a push costs: by how much what the pushed model says next is less likely to the model as it is, in
+            nats per token.
+        num_candidates: how many latents are pushed one by one.
+        neutral_tokens: how many tokens of text for fitting, and as many that are held out.
+        context_length: tokens of a text that are read; by default as the SAE was trained, 128 at most.
+        site: where the SAE reads; by default what its configuration records.
+        lm_batch_size: texts per forward pass.
+        seed: of the division into halves and of random latents.
+
+    Returns:
+        What was found; `save_steering(found.steering, folder)` keeps the steering.
+
+    Raises:
+        ConceptError: there are too few different examples, a text stands on both sides, nothing is typical of the
+            positive ones, or neither a latent nor a probe tells them apart on held-out examples.
+        InputError: the SAE does not fit the model, or a number is out of its bounds.
+    """
+    _check_numbers(max_latents, loss, num_candidates, neutral_tokens)
+    reason = why_no_next_token(model)
+    if reason is not None:
+        raise InputError(f"Latents are found by what they make the model say, and {reason}.")
+    if sae.config.is_transcoder:
+        raise InputError(
+            "Latents are found of SAEs; this is a transcoder, which writes at another site than it reads: give an "
+            "SAE, or look latents up by what they promote (search_promoting)."
+        )
+    place = find_site(model, sae.config, site)
+    sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
+    length = context_length or min(sae.config.context_length or CONTEXT_LENGTH, CONTEXT_LENGTH)
+    sides = [
+        read_windows(tokenizer, model, documents, length, called)
+        for documents, called in ((positive, "Positive examples"), (negative, "Negative examples"))
+    ]
+    check_apart(*sides, tokenizer)
+    (plus, plus_held), (minus, minus_held) = (halves(side, seed) for side in sides)
+    limit = sae.config.norm_limit
+    fitting, held = (
+        run_texts(model, tokenizer, place, a, b, limit, lm_batch_size)
+        for a, b in ((plus, minus), (plus_held, minus_held))
+    )
+    reading = _Reading(sae, fitting, held)
+    warnings = reading.check()
+    wanted = _wanted(model, tokenizer, words, reading)
+    quiet = (fitting.negatives(), held.negatives())
+    if neutral is not None:
+        quiet = halves(read_windows(tokenizer, model, neutral, length, "Neutral text"), seed)
+    texts = [
+        NeutralText(
+            model,
+            place,
+            _first_tokens(windows, neutral_tokens),
+            wanted,
+            norm_limit=limit,
+            pad_id=pad_id(tokenizer, vocabulary(model)),
+            lm_batch_size=lm_batch_size,
+        )
+        for windows in quiet
+    ]
+    finder = _Finder(sae, place, reading, texts[0], texts[1], loss, seed)
+    latents = finder.latents(num_candidates)
+    push = finder.few(latents, max_latents)
+    rows = finder.rows(push, latents, wanted)
+    ids = wanted.tolist()
+    tokens = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    facts = {
+        "positive": len(sides[0]),
+        "negative": len(sides[1]),
+        "neutral_tokens": texts[1].num_tokens,
+        "tokens": len(fitting.x) + len(held.x),
+    }
+    few = next(row for row in rows if row.name == "few latents")
+    at_rest = texts[1].at_rest.said
+    if few.effect.said <= at_rest:
+        warnings.append("Pushing these latents does not make the typical tokens likelier on held-out text.")
+    for warning in warnings:
+        logger.warning(warning)
+    steering = _steering(sae, push, name, tokens, at_rest, few)
+    return Finding(
+        tokens, ids, at_rest, loss, reading.levels, rows, latents, reading.tested, steering, warnings, facts
+    )
+
+
+def _check_numbers(max_latents: int, loss: float, num_candidates: int, neutral_tokens: int) -> None:
+    if not 1 <= max_latents <= MAX_LATENTS:
+        raise InputError(f"max_latents must be 1 to {MAX_LATENTS}, got {max_latents}.")
+    if not 0 < loss <= 10:
+        raise InputError(f"loss must be above 0 and at most 10 nats per token, got {loss}; 0.5 is usual.")
+    if num_candidates < 1 or neutral_tokens < 1:
+        raise InputError(
+            f"num_candidates and neutral_tokens must be at least 1, got {num_candidates} and {neutral_tokens}."
+        )
+
+
+def _first_tokens(windows: Sequence[Window], num_tokens: int) -> list[Window]:
+    """The first windows that hold so many tokens that count."""
+    found: list[Window] = []
+    for window in windows:
+        found.append(window)
+        num_tokens -= int(window.keep.sum())
+        if num_tokens <= 0:
+            break
+    return found
+
+
+class _Reading:
+    """How well latents and a probe on whole activations tell the examples apart."""
+
+    def __init__(self, sae: MatryoshkaSAE, fitting: Texts, held: Texts) -> None:
+        self.fitting, self.held = fitting, held
+        encode, at_once = encoder_of(sae)
+        self.latents = [texts.means(encode, at_once) for texts in (fitting, held)]
+        self.raw = [texts.means(lambda x: x, 8192) for texts in (fitting, held)]
+        self.known = auroc(self.latents[0], fitting.positive)
+        self.tested = auroc(self.latents[1], held.positive)
+        self.levels = read_levels(
+            self.latents[0], fitting.positive, self.latents[1], held.positive, sae.config.prefix_sizes
+        )
+        self.probe = fit_probe(self.raw[0], fitting.positive)
+        self.probe_auroc = probe_auroc(self.probe, self.raw[1], held.positive)
+        self.fires = torch.stack([latents.amax(0) for latents in self.latents]).amax(0) > 0
+
+    def check(self) -> list[str]:
+        """Sentences on what looks wrong. Raises ConceptError where nothing tells the examples apart."""
+        bound = 0.5 + BEYOND_CHANCE * chance_error(self.held.positive)
+        best, worst = int(self.known.argmax()), int(self.known.argmin())
+        high, low = float(self.tested[best]), float(self.tested[worst])
+        few = max(level.few_auroc for level in self.levels)
+        if max(high, few, self.probe_auroc, 1 - low) < bound:
+            raise ConceptError(
+                f"Neither a latent (AUROC {high:.2f}), nor a few ({few:.2f}), nor a probe on whole activations "
+                f"({self.probe_auroc:.2f}) tells positive from negative examples on the {len(self.held.windows)} that "
+                f"are held out, where chance reaches {bound:.2f}: the model does not know this concept at this site, "
+                "or there are too few examples; give more, or an SAE of another layer."
+            )
+        if 1 - low >= bound and (0.5 - low) > 2 * max(0.0, high - 0.5):
+            return [
+                f"Positive and negative examples may be swapped: latent {worst} has an AUROC of {low:.2f}, so it "
+                f"fires on the negative ones, and no latent tells the positive ones better than {high:.2f}."
+            ]
+        return []
+
+    def of_direction(self, direction: Tensor) -> float:
+        """AUROC of mean activations along a direction, on held-out examples."""
+        values = self.raw[1] @ direction.float().cpu()
+        return float(auroc(values[:, None], self.held.positive)[0])
+
+    def of_latents(self, latents: Sequence[int]) -> float:
+        """AUROC of a latent, or of a probe on several, on held-out examples."""
+        if len(latents) == 1:
+            return float(self.tested[latents[0]])
+        probe = fit_probe(self.latents[0], self.fitting.positive, latents)
+        return probe_auroc(probe, self.latents[1], self.held.positive)
+
+
+def _wanted(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], reading: "_Reading"
+) -> Tensor:
+    """The tokens that are to be said."""
+    if words:
+        return tokens_of_words(words, tokenizer)
+    plus, minus = (
+        [
+            window.input_ids[window.keep]
+            for texts in (reading.fitting, reading.held)
+            for window, of in zip(texts.windows, texts.positive.tolist(), strict=True)
+            if of is side
+        ]
+        for side in (True, False)
+    )
+    wanted = typical_tokens(plus, minus, vocabulary(model))
+    if not len(wanted):
+        swapped = reading.check()
+        raise ConceptError(
+            "No token is typical of the positive examples, so there is nothing that a latent should make the model "
+            "say: give more examples, or the words that it should say." + (f" {swapped[0]}" if swapped else "")
+        )
+    return wanted
+
+
+class _Finder:
+    """Pushes latents and directions: fitted on one part of the neutral text, measured on the other."""
+
+    def __init__(
+        self,
+        sae: MatryoshkaSAE,
+        site: Site,
+        reading: _Reading,
+        text: NeutralText,
+        held_out: NeutralText,
+        loss: float,
+        seed: int,
+    ) -> None:
+        self.sae, self.site, self.reading, self.loss, self.seed = sae, site, reading, loss, seed
+        self.text, self.held_out = text, held_out
+        self.units = unit_rows(sae.W_dec.detach().float())
+        # What never fired stands for nothing, whatever its direction does.
+        self.usable = ((sae.max_activation > 0) | reading.fires.to(sae.device)) & (self.units.norm(dim=-1) > 0)
+
+    def latents(self, count: int) -> list[FoundRow]:
+        """Latents of every level that tell or say the concept, each pushed alone, what says it most first."""
+        sizes = self.sae.config.prefix_sizes
+        chosen = promising(self.text, self.units, self.usable, sizes, count)
+        chosen += [level.latent for level in self.reading.levels if self.usable[level.latent]]
+        pushes = best_single(self.text, self.units, list(dict.fromkeys(chosen)), self.loss)
+        self.pushes = {push.latents[0]: push for push in pushes}
+        return [self._row(f"latent {push.latents[0]}", push) for push in pushes]
+
+    def few(self, latents: Sequence[FoundRow], count: int) -> Push:
+        """The sum of a few latents that is saved."""
+        first = self.pushes[latents[0].latents[0]]
+        return best_few(self.text, self.units, self.usable, first, self.loss, count)
+
+    def rows(self, push: Push, latents: Sequence[FoundRow], wanted: Tensor) -> list[FoundRow]:
+        """The steering, the best single latent and what they are compared with."""
+        last = self.reading.levels[-1].latent
+        reader = [row for row in latents if row.latents == (last,)]
+        return [
+            self._row("few latents", push),
+            FoundRow(**{**vars(latents[0]), "name": "the latent that says it best"}),
+            *(FoundRow(**{**vars(row), "name": "the latent that tells it best"}) for row in reader),
+            *(self._direction(name, vector) for name, vector in self._directions(wanted).items()),
+            self._random(),
+        ]
+
+    def _row(self, name: str, push: Push) -> FoundRow:
+        shift = torch.tensor(push.amounts, device=self.units.device) @ self.units[list(push.latents)]
+        level = None
+        if len(push.latents) == 1:
+            level = sum(push.latents[0] >= size for size in self.sae.config.prefix_sizes)
+        told = self.reading.of_latents(push.latents)
+        return FoundRow(name, push.latents, level, told, self.held_out.effect(shift), float(shift.norm()))
+
+    def _directions(self, wanted: Tensor) -> dict[str, Tensor]:
+        """What needs labels and no SAE."""
+        texts = self.reading.fitting
+        of_positive = texts.of_positive
+        foretells = torch.isin(texts.next_ids, wanted.to(texts.next_ids.device)) & of_positive
+        others = (texts.next_ids != NO_NEXT) & ~foretells
+        found = {"DiffMean of all tokens": texts.x[of_positive].mean(0) - texts.x[~of_positive].mean(0)}
+        if foretells.any() and others.any():
+            found["DiffMean of what foretells"] = texts.x[foretells].mean(0) - texts.x[others].mean(0)
+        found["probe"] = self.reading.probe.direction[0].float()
+        return found
+
+    def _direction(self, name: str, vector: Tensor) -> FoundRow:
+        told = self.reading.probe_auroc if name == "probe" else self.reading.of_direction(vector)
+        length, _ = self.text.at_loss(vector.to(self.units), self.loss)
+        unit = vector / vector.norm().clamp_min(1e-30)
+        return FoundRow(name, (), None, told, self.held_out.effect(unit.to(self.units) * length), length)
+
+    def _random(self) -> FoundRow:
+        """The mean of some latents that were drawn from all that fire."""
+        usable = self.usable.nonzero().flatten().cpu()
+        order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(self.seed))
+        drawn = tuple(usable[order[:NUM_RANDOM]].tolist())
+        rows = [self._row("", push) for push in best_single(self.text, self.units, drawn, self.loss)]
+        mean = Effect(*(fmean(vars(row.effect)[name] for row in rows) for name in ("said", "loss", "kl")))
+        told, length = fmean(row.auroc or 0.0 for row in rows), fmean(row.length for row in rows)
+        return FoundRow(f"{len(rows)} random latents, each alone", drawn, None, told, mean, length)
+
+
+def _steering(
+    sae: MatryoshkaSAE, push: Push, name: str, tokens: Sequence[str], at_rest: float, few: FoundRow
+) -> Steering:
+    lengths = sae.W_dec.detach().float().norm(dim=-1)[list(push.latents)].tolist()
+    edits = [
+        LatentEdit(latent, amount / length, units="absolute")
+        for latent, amount, length in zip(push.latents, push.amounts, lengths, strict=True)
+    ]
+    shown = ", ".join(token.strip() for token in tokens[:5])
+    description = (
+        f"Says {shown}: their probability on neutral text rises from {at_rest:.4f} to {few.effect.said:.4f}, at a "
+        f"loss of {few.effect.loss:.2f} nats per token."
+    )
+    return Steering(edits, name=name, description=description)
