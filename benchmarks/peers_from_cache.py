@@ -1,9 +1,9 @@
 """Matryoshka SAEs of SAELens and of dictionary_learning, each trained by its own trainer on an activation cache.
 
-    hf-msae cache-activations --model gpt2 --dataset texts.jsonl --site layers.8 --output-dir cache
-    .venv-peers/bin/python benchmarks/peers_from_cache.py --cache cache --site layers.8 --num-latents 4096 \\
+    hf-msae cache-activations --model gpt2 --dataset texts.jsonl --site layers.8 --output-dir activations
+    .venv-peers/bin/python benchmarks/peers_from_cache.py --cache activations --site layers.8 --num-latents 4096 \\
         --prefix-sizes 128 512 1024 2048 4096 --k 32 --max-tokens 1000000 --output-dir runs/peers
-    hf-msae train --dataset cache ... --output-dir runs/ours
+    hf-msae train --dataset activations ... --output-dir runs/ours
     hf-msae eval runs/ours runs/peers/saelens runs/peers/dictionary_learning --model gpt2 --dataset texts.jsonl
 
 The batches are those that `hf-msae train` draws from the cache, in the same order, less the rows that it keeps for

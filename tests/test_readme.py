@@ -499,7 +499,10 @@ def is_tested(name: str, folder: str = "tests") -> bool:
 REASONS: dict[str, Callable[[str], bool]] = {
     "it needs the Hub": lambda code: re.search(r"\"[\w-]+/[\w.-]+\"", code) is not None,
     "it needs several processes": lambda code: "shard_latents" in code,
-    "it needs a server": lambda code: "base_url=" in code and is_tested("OpenAI"),
+    "it needs a server": lambda code: (
+        "http://127.0.0.1" in code
+        and any(f"import {client}" in code and is_tested(client) for client in ("OpenAI", "Client"))
+    ),
     "it takes minutes": lambda code: all(is_tested(name) for name in names_of_hf_msae(code)),
 }
 

@@ -16,12 +16,13 @@ from hf_msae.interpret.pipeline import interpret
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 
-sys.path.insert(0, str(space_folder()))
+sys.path[:0] = [str(space_folder()), str(Path(__file__).parent)]
 
 if TYPE_CHECKING:
     from msae_space.latent_index import LatentIndex
     from msae_space.library import Library
     from msae_space.loaded_sae import LoadedSAE
+    from space_server import Server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,3 +81,13 @@ def index(loaded: "LoadedSAE") -> "LatentIndex":
     found.wait()
     assert found.progress == ""
     return found
+
+
+@pytest.fixture(scope="session")
+def server(story_sae: Path) -> "Iterator[Server]":
+    """The page of the story SAE, which runs in this process."""
+    pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
+    from space_server import serving
+
+    with serving(str(story_sae)) as running:
+        yield running

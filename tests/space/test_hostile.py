@@ -1,16 +1,8 @@
-"""What anybody may send to the page that runs: each request is answered, or refused in a sentence, and nothing breaks.
+"""What anybody may send to the page that runs: each request is answered or refused in a sentence, nothing breaks."""
 
-The server runs in this process, behind its own port, as `app.py` starts it.
-"""
-
-import contextlib
 import http.client
-import io
 import json
-import threading
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,80 +17,14 @@ from patience import HANG_SECONDS
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
 
 from msae_space.gate import MAX_BODY
-from msae_space.latent_index import THREAD_NAME
 from msae_space.links import View
-from msae_space.look import launch_options
-from msae_space.page import build
-from msae_space.settings import Settings
 from msae_space.shared import BROKEN
 from msae_space.tab_steer import run
+from space_server import Server
 
 pytestmark = pytest.mark.slow
 
 STATEFUL = "state"
-
-
-@dataclass
-class Server:
-    """The page that runs, and what its process said to the log."""
-
-    port: int
-    app: Any
-    said: io.StringIO
-
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
-        try:
-            connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except (BrokenPipeError, ConnectionResetError):  # it was refused before all of it was sent
-            return connection.getresponse().status, b""
-        finally:
-            connection.close()
-
-    def call(self, handler: dict[str, Any], data: list[Any], event: Any = None, query: str = "") -> dict[str, Any]:
-        """What a handler answers: Gradio's message that it has completed."""
-        session = uuid.uuid4().hex
-        sent = {"data": data, "fn_index": handler["id"], "session_hash": session, "event_data": event}
-        status, said = self.ask(
-            "POST", f"/gradio_api/queue/join?{query}", json.dumps(sent).encode(), {"Content-Type": "application/json"}
-        )
-        if status != 200:
-            return {"success": False, "output": {"error": f"{status} {said.decode()}"}}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
-        connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
-        answer = connection.getresponse()
-        while line := answer.readline():
-            if line.startswith(b"data:") and (found := json.loads(line[5:]))["msg"] == "process_completed":
-                connection.close()
-                return found
-        raise AssertionError("the stream ended without an answer")
-
-    @property
-    def handlers(self) -> list[dict[str, Any]]:
-        """All that a browser can call."""
-        return [one for one in self.app.config["dependencies"] if one["backend_fn"]]
-
-    def component(self, number: int) -> dict[str, Any]:
-        return next(one for one in self.app.config["components"] if one["id"] == number)
-
-
-@pytest.fixture(scope="module")
-def server(story_sae: Path) -> Iterator[Server]:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        app = build(Settings((str(story_sae),)))
-        app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", **launch_options())
-        try:
-            yield Server(app.server_port, app, said)
-        finally:
-            app.close()
-            for thread in threading.enumerate():
-                if thread.name == THREAD_NAME:  # torch is not left in the midst of its work
-                    thread.join()
 
 
 @pytest.fixture
@@ -188,7 +114,7 @@ ODD_BODIES = [
 @pytest.mark.usefixtures("unbroken")
 @pytest.mark.parametrize("body", ODD_BODIES, ids=range(len(ODD_BODIES)))
 def test_odd_bodies_are_answered(server, body):
-    for path in ("queue/join", "call/search", "run/search", "cancel", "reset"):
+    for path in ("queue/join", "call/search_latents", "run/search_latents", "mcp/", "cancel", "reset"):
         status, said = server.ask("POST", f"/gradio_api/{path}", body, {"Content-Type": "application/json"})
         # With 500, Gradio gives a handler's refusal to a program.
         assert status < 500 or (status == 500 and json.loads(said)["error"]), (path, said)

@@ -22,8 +22,8 @@ MAX_BODY, MAX_DEPTH, MAX_NUMBER = 1 << 20, 20, 2**63
 logger = logging.getLogger(__name__)
 READS, WRITES = ("GET", "HEAD", "OPTIONS"), ("POST",)
 API = re.compile(r"/gradio_api/([\w-]*)")
-# What is sent: a handler is called, an answer is no longer wanted.
-SENT = {"queue", "call", "run", "api", "cancel", "reset"}
+# What is sent: a handler is called, by an agent perhaps, or an answer is no longer wanted.
+SENT = {"queue", "call", "run", "api", "cancel", "reset", "mcp"}
 # What is never fetched: it is of uploads, of other machines, or written to this one's disk.
 NOT_FETCHED = {"upload_progress", "deep_link", "proxy", "file", "stream", "component_server"}
 

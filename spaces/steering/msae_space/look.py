@@ -1,5 +1,6 @@
 """How the page looks: a theme, and a style sheet beside this file."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 
 
 def launch_options() -> dict[str, Any]:
-    """What Gradio 6 takes at launch."""
+    """What Gradio 6 takes at launch. Where `mcp` is installed, agents find the page's functions as tools."""
     return {
+        "mcp_server": importlib.util.find_spec("mcp") is not None,
         "theme": _theme(),
         "css_paths": [FOLDER / "page.css"],
         "ssr_mode": False,

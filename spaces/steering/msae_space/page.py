@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from hf_msae.worlds.stories import STORIES
-from msae_space import drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree, validation
+from msae_space import drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree, tools, validation
 from msae_space.latent_index import LatentIndex
 from msae_space.library import Library
 from msae_space.links import MAX_LEVEL, TABS, read_query
@@ -69,6 +69,7 @@ def build(settings: Settings) -> gr.Blocks:
         _restore_links(page, demo, first)
         _share(page)
         demo.unload(_leave)
+        tools.add_tools(library)
     demo.queue(max_size=QUEUE_SIZE, default_concurrency_limit=8)
     return demo
 

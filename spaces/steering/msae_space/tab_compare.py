@@ -61,7 +61,7 @@ def build(shared: Shared, default_text: str, meta_sae: str | None) -> CompareTab
         return _side_by_side(shared, (loaded, against), (_level(loaded, low), _level(against, high)), words)
 
     inputs = [shared.key, text, left, right, other]
-    text.submit(compare, inputs, view, show_progress="hidden", api_name="compare")
+    text.submit(compare, inputs, view, show_progress="hidden", api_visibility="private")
     events = [left.input, right.input, other.input]
     gr.on(events, compare, inputs, view, show_progress="hidden", api_visibility="private")
     _open_pages(shared, view)
@@ -165,7 +165,7 @@ def _build_meta(shared: Shared, source: str) -> None:
         loaded, index = shared.loaded(key), shared.index(key)
         return draw_parts(loaded, index, source, index.number(validation.words(words, "The number")))
 
-    number.submit(take_apart, [shared.key, number], view, show_progress="hidden", api_name="meta")
+    number.submit(take_apart, [shared.key, number], view, show_progress="hidden", api_visibility="private")
 
 
 @lru_cache(maxsize=1)

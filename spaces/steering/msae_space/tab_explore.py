@@ -114,7 +114,9 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     def open_page(key: list[str], latent: int | None) -> str:
         return draw_page(shared.loaded(key), shared.index(key), latent)
 
-    shared.latent.change(open_page, [shared.key, shared.latent], page, show_progress="hidden", api_name="latent")
+    shared.latent.change(
+        open_page, [shared.key, shared.latent], page, show_progress="hidden", api_visibility="private"
+    )
     shared.latent.change(draw, state, shown, **quiet)
     return ExploreTab(text, colour, tokens, details, page, reading, token, read_text, tell, draw, state)
 

@@ -59,7 +59,7 @@ def build(shared: Shared, default_text: str) -> LevelsTab:
 
     state = [shared.key, found, level]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    text.submit(measure, [shared.key, text], found, show_progress="hidden", api_name="levels").then(
+    text.submit(measure, [shared.key, text], found, show_progress="hidden", api_visibility="private").then(
         draw, state, view, **quiet
     )
     level.change(draw, state, view, trigger_mode="always_last", **quiet)

@@ -116,16 +116,17 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         "show_progress": "hidden",
         "concurrency_limit": 4,
         "concurrency_id": "generate",
+        "api_visibility": "private",
         "trigger_mode": "multiple",  # a new run ends the visitor's old one, see `run`
     }
-    gr.on([go.click, prompt.submit, shared.dials.release], generate, inputs, outputs, api_name="steer", **running)
+    gr.on([go.click, prompt.submit, shared.dials.release], generate, inputs, outputs, **running)
     stop.click(_stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
     @reports_errors
     def search(key: list[str], words: str) -> str:
         return _hits(shared, key, words)
 
-    gr.on([query.submit], search, [shared.key, query], results, show_progress="hidden", api_name="search")
+    gr.on([query.submit], search, [shared.key, query], results, show_progress="hidden", api_visibility="private")
 
     @reports_errors
     def choose(key: list[str], value: Any, method: str, event: gr.EventData) -> tuple[Any, Any, Any]:
@@ -167,7 +168,7 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         [shared.dials, shared.method, prompt, seed],
         show_progress="hidden",
         api_visibility="private",
-    ).success(generate, inputs, outputs, api_visibility="private", **running)
+    ).success(generate, inputs, outputs, **running)
 
     @reports_errors
     def redraw(key: list[str], value: Any, method: str) -> Any:
