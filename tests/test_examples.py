@@ -1,18 +1,27 @@
 """The examples run, at sizes that are too small to find anything, and print what they say they print."""
 
 import ast
+import dataclasses
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+from command_parsers import parser_of
 from documents import run_examples, run_notebook
 from warm_processes import run_together
+
+from hf_msae.cli.parser import parse
+from hf_msae.cli.train import GridArguments
+from hf_msae.training import make_saes
+from hf_msae.worlds.stories import load_story_lm
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 JOB = [
     *("--output-dir", "runs/job", "--num-latents", "64", "--k", "4", "--batch-size", "256", "--max-steps", "6"),
@@ -60,6 +69,17 @@ def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path) -> None:
     assert printed.count("It was a cold day, and Ben was very") == 2
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_file_of_settings_is_one_of_the_command_that_it_names(path: Path) -> None:
+    """Its flags exist, and the SAEs that it asks for are possible."""
+    first = re.search(r"hf-msae (\S+) --config (\S+)", path.read_text())
+    assert first is not None, "its first lines name its command"
+    assert EXAMPLES.parent / first[2] == path
+    for values in parse(parser_of(first[1]), ["--config", str(path)]):
+        if isinstance(values, GridArguments):
+            make_saes(load_story_lm()[0], **dataclasses.replace(values, site=[]).grid())
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_is_short_and_its_first_lines_name_flags_that_it_has(script: str) -> None:
     source = (EXAMPLES / script).read_text()
@@ -71,3 +91,17 @@ def test_an_example_is_short_and_its_first_lines_name_flags_that_it_has(script: 
     assert "--model" in flags
     words = [word for command in commands for word in shlex.split(command.split("  ")[0])]
     assert {word for word in words if word.startswith("--")} <= flags
+
+
+def test_the_real_models_articles_are_taken_apart_and_put_together(tmp_path: Path) -> None:
+    """WikiText marks what its tokenizer took apart."""
+    articles = runpy.run_path(str(EXAMPLES / "smollm2" / "prepare.py"))["articles"]
+    path = tmp_path / "wiki.txt"
+    path.write_text(
+        ' \n = Owl = \n \n The owl ( a bird ) eats 1 @,@ 000 mice , " it is said " . \n \n = = Food = = \n'
+        " It does n't eat well @-@ known mice . \n \n = Lynx ( cat ) = \n \n Its owner 's cat . \n"
+    )
+    assert [article for article in articles([str(path)]) if article] == [
+        '= Owl =\nThe owl (a bird) eats 1,000 mice, "it is said".\n= = Food = =\nIt doesn\'t eat well-known mice.',
+        "= Lynx (cat) =\nIts owner's cat.",
+    ]
