@@ -174,6 +174,23 @@ def model_of(config: MatryoshkaSAEConfig) -> tuple[str | None, str | None]:
     return config.base_model, config.base_model_revision
 
 
+def model_to_load(config: MatryoshkaSAEConfig, source: str | Path, given: str | None = None) -> tuple[str, str | None]:
+    """The name of the language model that is given, or else of the one that an SAE reads, and its revision.
+
+    Args:
+        config: of the SAE.
+        source: what a message calls it.
+        given: a model that goes before the SAE's.
+
+    Raises:
+        InputError: None is given, and the SAE does not say which one it reads.
+    """
+    name, revision = (given, None) if given else model_of(config)
+    if name is None:
+        raise InputError(f"{source} does not say which language model it is of; give --model.")
+    return name, revision
+
+
 def origin_of(model: nn.Module) -> Origin | None:
     """Where a model came from that was loaded here; None for any other."""
     return _ORIGINS.get(model)

@@ -22,10 +22,16 @@ from transformers import (
     T5Config,
 )
 
+from hf_msae import MatryoshkaSAEConfig
 from hf_msae.cli import sources
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.errors import HfMsaeError
-from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config
+from hf_msae.errors import HfMsaeError, InputError
+from hf_msae.language_models import (
+    count_parameters,
+    load_language_model,
+    load_language_model_config,
+    model_to_load,
+)
 from hf_msae.metrics import predicts_next_token
 from hf_msae.sites import capture, resolve_site
 from hf_msae.worlds.stories import STORIES, load_story_lm
@@ -178,3 +184,11 @@ def test_the_story_model_is_loaded_by_its_name():
 def test_a_folder_that_is_not_there_is_named(name):
     with pytest.raises(HfMsaeError, match=f"no model at {name}"):
         load_language_model(name)
+
+
+def test_the_model_to_load_is_the_given_one_then_the_saes_own():
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=16, base_model="owner/lm", base_model_revision="abc")
+    assert model_to_load(config, "here") == ("owner/lm", "abc")
+    assert model_to_load(config, "here", "another") == ("another", None)
+    with pytest.raises(InputError, match=r"here does not say which language model it is of; give --model\."):
+        model_to_load(MatryoshkaSAEConfig(hidden_size=8, num_latents=16), "here")

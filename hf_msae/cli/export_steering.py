@@ -69,14 +69,12 @@ def run(arguments: list[str]) -> None:
 
 def _write_file(args: ExportSteeringArguments, steering: "Steering") -> str:
     """Write a form that needs nothing of the language model but its modules' names; the model's name."""
-    from hf_msae.language_models import load_language_model_config, model_of, outline_of
-    from hf_msae.steering import SteeringError, export_gguf, export_lm_eval
+    from hf_msae.language_models import load_language_model_config, model_to_load, outline_of
+    from hf_msae.steering import export_gguf, export_lm_eval
     from hf_msae.steering.saved import load_saes_of
 
     saes = load_saes_of(steering, args.saved, subfolder=args.subfolder)
-    name, revision = (args.model, None) if args.model else model_of(next(iter(saes.values())).config)
-    if name is None:
-        raise SteeringError(f"{args.saved} does not say which language model it was trained on; give --model.")
+    name, revision = model_to_load(next(iter(saes.values())).config, args.saved, args.model)
     model = outline_of(name, load_language_model_config(name, revision=revision))
     export = export_gguf if args.to == "gguf" else export_lm_eval
     export(model, saes, steering, args.output)

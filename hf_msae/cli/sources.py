@@ -20,7 +20,7 @@ from hf_msae.cli.arguments import SourceArguments
 from hf_msae.data import CachedActivations, Documents, as_documents, is_activation_cache, load_documents
 from hf_msae.devices import stays_on_cpu
 from hf_msae.errors import InputError
-from hf_msae.language_models import model_of
+from hf_msae.language_models import model_of, model_to_load
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.worlds.stories import STORIES, StoryWorld
 
@@ -150,9 +150,7 @@ def complete_model(args: SourceArguments, config: MatryoshkaSAEConfig, called: s
     """
     if args.model:
         return
-    name, revision = model_of(config)
-    if name is None:
-        raise InputError(f"{called} does not say which language model it is of; give --model.")
+    name, revision = model_to_load(config, called)
     args.model, args.model_revision = name, args.model_revision or revision
 
 

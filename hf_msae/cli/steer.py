@@ -83,8 +83,8 @@ def run(arguments: list[str], brief: bool = False) -> None:
     (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
 
     from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model
-    from hf_msae.language_models import model_of
-    from hf_msae.steering import SteeredPipeline, SteeringError
+    from hf_msae.language_models import model_to_load
+    from hf_msae.steering import SteeredPipeline
     from hf_msae.steering.edits import check_edits
     from hf_msae.steering.saved import load_saes_of
 
@@ -96,9 +96,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
     for name, sae in saes.items():
         check_edits(sae, [edit for edit in steering.edits if edit.sae == name], name)
     config = next(iter(saes.values())).config
-    model_name, revision = (args.model, None) if args.model else model_of(config)
-    if model_name is None:
-        raise SteeringError(f"{args.sae} does not say which language model it was trained on; give --model.")
+    model_name, revision = model_to_load(config, args.sae, args.model)
     source = SourceArguments(model=model_name, model_revision=revision, trust_remote_code=args.trust_remote_code)
     model, tokenizer = load_language_model(source)
     show(SteeredPipeline(model, tokenizer, saes, steering), args)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.errors import InputError
 from hf_msae.hub.index import list_saes
-from hf_msae.language_models import load_language_model, model_of
+from hf_msae.language_models import load_language_model, model_to_load
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.sites import find_output_site, find_site
@@ -120,13 +120,11 @@ def _language_model(
     model: str | None,
     loaded: dict[tuple[str, str | None], LanguageModel],
 ) -> LanguageModel:
-    names = {(model, None)} if model is not None else {model_of(sae.config) for sae in saes.values()}
+    names = {model_to_load(sae.config, source, model) for sae in saes.values()}
     if len(names) > 1:
-        shown = ", ".join(sorted(str(name) for name, _ in names))
+        shown = ", ".join(sorted(name for name, _ in names))
         raise InputError(f"{source} has SAEs of several language models ({shown}); name one's folder with subfolder.")
     name, revision = next(iter(names))
-    if name is None:
-        raise InputError(f"{source} does not say which language model it was trained on; give the model.")
     if (name, revision) not in loaded:
         language_model, tokenizer = load_language_model(name, revision=revision, needs_head=True)
         loaded[name, revision] = language_model.to(PartialState().device), tokenizer  # type: ignore[arg-type]

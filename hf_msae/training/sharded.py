@@ -17,6 +17,7 @@ memory. The format is a length, a header in JSON, and the numbers.)
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,9 +74,8 @@ class ShardedSAE(MatryoshkaSAE):
         with torch.device("meta"):
             super().__init__(config)
         self.ranks = ranks
-        self.first_latent, self.last_latent = (
-            rank * config.num_latents // ranks.size for rank in (ranks.rank, ranks.rank + 1)
-        )
+        self._starts = [rank * config.num_latents // ranks.size for rank in range(ranks.size + 1)]
+        self.first_latent, self.last_latent = self._starts[ranks.rank : ranks.rank + 2]
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             shape = [self.last_latent - self.first_latent, *tensor.shape[1:]] if name in PER_LATENT else tensor.shape
             empty = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -106,10 +106,7 @@ class ShardedSAE(MatryoshkaSAE):
         Returns:
             The same for each latent, (num_latents, ...).
         """
-        sizes = [
-            (rank + 1) * self.config.num_latents // self.ranks.size - rank * self.config.num_latents // self.ranks.size
-            for rank in range(self.ranks.size)
-        ]
+        sizes = [last - first for first, last in pairwise(self._starts)]
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         gathered = self.ranks.gather(padded)

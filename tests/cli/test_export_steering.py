@@ -7,7 +7,7 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
 from hf_msae.steering import LatentEdit, Steering, constant_shifts, save_steering
 from hf_msae.worlds.stories import load_story_lm, story_lm_path
@@ -18,16 +18,11 @@ STEERING = Steering([LatentEdit(12, 2.0), LatentEdit(40, -1.0)], name="owls")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An untrained SAE of the story model with two saved steerings, one of which is no constant shift."""
-    torch.manual_seed(0)
-    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=64, k=4, site="layers.2", base_model="stories")
-    sae = MatryoshkaSAE(config).eval()
-    sae.max_activation.fill_(10.0)
-    sae.save_pretrained(tmp_path / "sae")
-    save_steering(STEERING, tmp_path / "sae")
-    save_steering(Steering([LatentEdit(7, 1.0, "clamp")], name="clamped"), tmp_path / "sae")
-    return tmp_path / "sae"
+def folder(untrained: Path) -> Path:
+    """With two saved steerings, one of which is no constant shift."""
+    save_steering(STEERING, untrained)
+    save_steering(Steering([LatentEdit(7, 1.0, "clamp")], name="clamped"), untrained)
+    return untrained
 
 
 def run(*arguments: str) -> int:

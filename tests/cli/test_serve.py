@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from openai import OpenAI
 from patience import HANG_SECONDS
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
 from hf_msae.serving import load_served
 from hf_msae.steering import LatentEdit, Steering, save_steering
@@ -22,14 +21,9 @@ OWLS = Steering([LatentEdit(12, 2.0)], name="owls")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=64, k=4, site="layers.2", base_model="stories")
-    sae = MatryoshkaSAE(config).eval()
-    sae.max_activation.fill_(10.0)
-    sae.save_pretrained(tmp_path / "sae")
-    save_steering(OWLS, tmp_path / "sae")
-    return tmp_path / "sae"
+def folder(untrained: Path) -> Path:
+    save_steering(OWLS, untrained)
+    return untrained
 
 
 def test_it_answers_until_it_is_interrupted(folder):

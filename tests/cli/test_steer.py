@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae import MatryoshkaSAE
 from hf_msae.cli.main import main
 from hf_msae.interpret import Interpretation, search_promoting
 from hf_msae.steering import Gate, LatentEdit, Steering, save_steering
@@ -16,14 +15,8 @@ PROMPT = "Once upon a time"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An untrained SAE of the story model whose every latent has 10 as its maximum."""
-    torch.manual_seed(0)
-    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=64, k=4, site="layers.2", base_model="stories")
-    sae = MatryoshkaSAE(config).eval()
-    sae.max_activation.fill_(10.0)
-    sae.save_pretrained(tmp_path / "sae")
-    return tmp_path / "sae"
+def folder(untrained: Path) -> Path:
+    return untrained
 
 
 def run(*arguments: str) -> int:
