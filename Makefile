@@ -31,9 +31,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $(INSTALLED)
 
-$(DEVELOP): $(INSTALLED)
+$(DEVELOP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV), once: a few minutes, most of it torch."
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,quality,docs,interpreter]"
-	touch $(DEVELOP)
+	touch $(INSTALLED) $(DEVELOP)
 
 $(DEMO): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[space]"
@@ -61,7 +63,7 @@ test: $(DEVELOP)  ## Run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
 
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
-	$(PEERS_VENV)/bin/python -m pytest tests/formats tests/research/test_synth_bench_peers.py
+	$(PEERS_VENV)/bin/python -m pytest -m peer tests/formats tests/research/test_synth_bench_peers.py
 
 gpu: $(INSTALLED)  ## Check on this machine's GPU what is promised there, in ten minutes at most; writes benchmarks/results/
 	$(BIN)/python benchmarks/gpu_check.py
@@ -78,7 +80,8 @@ docs: $(DEVELOP) copy  ## Build the documentation as a site, in build/site
 
 # Neither mypy nor the reference's generator sees through an editable install's import hook: they read an ordinary one.
 copy: $(DEVELOP)
-	rm -rf build/installed && $(BIN)/python -m pip install --quiet --no-deps --target build/installed .
+	rm -rf build/installed
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/installed .
 
 format: $(DEVELOP)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,13 @@
-"""What the tests of every format share: checkpoints that other libraries wrote, and weights for layouts built here."""
+"""What the tests of every format share: checkpoints that other libraries wrote, and weights for layouts built here.
 
-from collections.abc import Callable
+A test that needs another library has the marker `peer`, and is skipped where the library is absent: `make peers` has
+them, and runs these tests alone.
+"""
+
+import re
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +18,26 @@ from hf_msae import MatryoshkaSAE
 from hf_msae.formats.conversion import load_library_checkpoint
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
+
+
+PEER_IS_ABSENT = re.compile(r"needs .*(SAELens|SAEBench|TransformerLens|sae-lens|eai-sparsify|dictionary-learning)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is compared with SAELens' own classes needs them."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "sae_lens" in item.fixturenames:
+            item.add_marker(pytest.mark.peer)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fail a test that is skipped for a library and lacks the marker: it would run nowhere."""
+    report = yield
+    skipped = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+    if PEER_IS_ABSENT.search(skipped) and item.get_closest_marker("peer") is None:
+        report.outcome, report.longrepr = "failed", f"it {skipped}, so it needs @pytest.mark.peer"
+    return report
 
 
 @pytest.fixture(scope="session")

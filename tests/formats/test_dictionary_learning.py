@@ -278,6 +278,7 @@ class TestRefusals:
         assert imported(first.parent, "dictionary_learning", subfolder="trainer_1").config.num_latents == 40
 
 
+@pytest.mark.peer
 class TestPeer:
     """Files that the library's own classes write, beside what these classes compute."""
 

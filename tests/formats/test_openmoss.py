@@ -181,6 +181,7 @@ class TestLlamaScope:
         agrees(sae, w["x"], *scaled(w, lambda pre, norms: pre > 0.5 * SCALE))
         assert (sae.config.base_model, sae.config.site) == ("meta-llama/Llama-3.1-8B", "layers.1")
 
+    @pytest.mark.peer
     def test_saelens_reads_the_same(self, save_old, random_weights, imported, agrees, hub):
         """Beside SAELens' loader of this layout and its folding of s, whose latents are in units of x·s."""
         loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders", reason="needs the package sae-lens")

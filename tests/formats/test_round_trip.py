@@ -232,6 +232,7 @@ def through_saelens(folder: Path, out: Path, **options: Any) -> None:
     saelens.SAE.load_from_disk(folder, **options).save_model(out)
 
 
+@pytest.mark.peer
 class TestThroughSAELensItself:
     """Loaded and saved by SAELens in between."""
 
@@ -252,6 +253,7 @@ class TestThroughSAELensItself:
         assert not MatryoshkaSAE.from_pretrained(tmp_path / "theirs").max_activation.any()
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("subtract", [True, False])
 def test_sparsify_itself_reads_what_we_write(tmp_path, subtract):
     sparsify = pytest.importorskip("sparsify", reason="needs the package eai-sparsify")

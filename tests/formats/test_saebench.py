@@ -117,6 +117,7 @@ def test_the_model_offers_it(x: torch.Tensor) -> None:
     assert bench.encode(x).shape == (3, 5, 8)
 
 
+@pytest.mark.peer
 def test_saebench_takes_it() -> None:
     reason = "needs SAEBench (pip install --no-deps sae-bench, beside SAELens)"
     utils = pytest.importorskip("sae_bench.sae_bench_utils.general_utils", reason=reason)
@@ -130,6 +131,7 @@ def test_saebench_takes_it() -> None:
     assert "metadata" not in json.loads(json.dumps(bench.cfg.to_dict()))
 
 
+@pytest.mark.peer
 def test_saebench_measures_what_the_model_computes() -> None:
     """SAEBench's core evaluation on a random language model of TransformerLens, beside the same numbers from here."""
     reason = "needs SAEBench (pip install --no-deps sae-bench tabulate, beside SAELens)"

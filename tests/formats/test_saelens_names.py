@@ -136,6 +136,7 @@ def test_names_of_unknown_models() -> None:
     assert names.model_in_lens("openai-community/gpt2") == "gpt2-small"
 
 
+@pytest.mark.peer
 def test_model_table_is_transformerlens_own() -> None:
     reason = "needs TransformerLens, which comes with SAELens"
     supported = pytest.importorskip("transformer_lens.supported_models", reason=reason)

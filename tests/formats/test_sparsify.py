@@ -260,6 +260,7 @@ class TestExport:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.peer
 class TestPeer:
     """Beside sparsify's own class, where it is installed."""
 

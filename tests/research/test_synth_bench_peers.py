@@ -14,6 +14,8 @@ from hf_msae.research.toys import Samples, SynthBenchWorld
 from hf_msae.research.toys.synth_bench import pushed_apart
 
 synthetic = pytest.importorskip("sae_lens.synthetic", reason="needs sae-lens: make peers")
+pytestmark = pytest.mark.peer
+
 SAMPLES = 60_000
 SETTINGS = replace(SMALL, orthogonal_steps=3, orthogonal_rate=1e-2)
 
