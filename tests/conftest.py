@@ -4,7 +4,8 @@ One thread, so that runs repeat bit for bit; a tokenizer of sixty words and a ra
 try every property many times; a real LM and real text, where they lie beside the checkout; and a Hub on this machine.
 
 The Hub's address and a cache of the tests' own are set before anything of Hugging Face is imported, because its
-libraries read them once. So no test reaches the real Hub, or the caches of whoever runs the tests.
+libraries read them once. So no test reaches the real Hub, or the caches of whoever runs the tests. Fixtures import
+what takes seconds: the process that deals tests to workers reads this file, too, and needs none of it.
 """
 
 import atexit
@@ -14,15 +15,25 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 sys.path.append(str(Path(__file__).parent))  # for what lies here: pytest's importlib mode adds nothing
 
 from local_hub.server import LocalHub
-from slow_tests import pytest_collection_modifyitems, pytest_runtest_call, pytest_runtest_setup  # noqa: F401
+from slow_tests import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_ignore_collect,
+    pytest_runtest_call,
+    pytest_runtest_setup,
+    pytest_unconfigure,
+)
+
+if TYPE_CHECKING:
+    from known_world import KnownWorld
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _HUB = LocalHub()
 _HF_HOME = tempfile.mkdtemp(prefix="hf-msae-tests-")
@@ -38,18 +49,7 @@ for _name in (
     os.environ.pop(_name, None)
 os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": _HF_HOME}
 
-from huggingface_hub import constants as hub_constants  # noqa: E402
-from known_world import known  # noqa: E402, F401
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
 # Hypothesis must not take a busy machine for a slow function.
 # The same examples in every run, so that a run that fails fails again; `--hypothesis-seed N` looks at others.
 settings.register_profile("patient", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -61,8 +61,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def _build_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+def _build_tokenizer(bos: bool = True) -> "PreTrainedTokenizerFast":
     """Words w0 … w59 and the roles of a chat; it does not add BOS by itself, as GPT-2's does not."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60)), "user", "assistant"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -74,18 +77,21 @@ def _build_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def build_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+def build_tokenizer() -> "Callable[..., PreTrainedTokenizerFast]":
     """Makes a tokenizer that a test may change; `bos=False` for one without BOS."""
     return _build_tokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     return _build_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def lm() -> LlamaForCausalLM:
+def lm() -> "LlamaForCausalLM":
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=80,
@@ -102,8 +108,18 @@ def lm() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
+def known(tokenizer: "PreTrainedTokenizerFast") -> "KnownWorld":
+    """A language model and an SAE in which everything is known."""
+    from known_world import build
+
+    return build(tokenizer)
+
+
+@pytest.fixture(scope="session")
 def texts() -> list[str]:
     """300 documents (more than one batch of the tokenizer) of 1 to 40 words."""
+    import torch
+
     generator = torch.Generator().manual_seed(7)
     lengths = torch.randint(1, 41, (300,), generator=generator).tolist()
     return [" ".join(f"w{i}" for i in torch.randint(60, (n,), generator=generator).tolist()) for n in lengths]
@@ -124,7 +140,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     `token=False` asks without a token, `token=hub.read_token` or `hub.stranger_token` as others. Subprocesses find the
     same Hub, cache and login through the environment.
     """
-    shutil.rmtree(hub_constants.HF_HUB_CACHE, ignore_errors=True)
+    from huggingface_hub import constants
+
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     _HUB.reset()
     monkeypatch.setenv("HF_TOKEN", _HUB.token)
     yield _HUB
@@ -134,5 +152,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 @pytest.fixture(scope="session")
 def stories260k(shared_data: Path):
     """The pretrained LM stories260K and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     path = shared_data / "stories260K"
     return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)

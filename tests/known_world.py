@@ -7,7 +7,6 @@ animal, 1 every word, 2 and 3 nothing | 4 bird, 5 fish | 6 â€¦ 11 the words w0 â
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -39,8 +38,7 @@ class KnownWorld:
     texts: list[str]
 
 
-@pytest.fixture(scope="session")
-def known(tokenizer) -> KnownWorld:
+def build(tokenizer: PreTrainedTokenizerFast) -> KnownWorld:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=80,

@@ -144,6 +144,7 @@ def test_an_adapter_that_was_put_on_elsewhere_is_not_forgotten(save, lm, caplog)
     assert sae.config.adapter is None
 
 
+@pytest.mark.slow
 def test_an_sae_of_an_adapter_is_trained_and_read_by_every_command(save, tmp_path, texts):
     """Trained with `--model ADAPTER`; then nobody says the model again, and all read the adapted one."""
     adapter, expected = save(KINDS["lora"])

@@ -1,6 +1,7 @@
 """A test that starts a process without the marker `slow` fails."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,34 @@ def test_every_way_of_starting_a_process_is_seen(tmp_path):
         "test_fixture",
     }, done.stdout
     assert "for its own reason" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("expression", "imported"), [("not slow", {"fast", "both"}), ("", {"fast", "both", "slow", "listed", "inner"})]
+)
+def test_files_of_slow_tests_alone_are_not_imported_where_only_others_run(tmp_path, expression, imported):
+    files = {
+        "test_fast.py": "# pytestmark = pytest.mark.slow\n",
+        "test_both.py": "@pytest.mark.slow\ndef test_slow():\n    pass\n",
+        "test_slow.py": "pytestmark = pytest.mark.slow\n",
+        "test_listed.py": "pytestmark = [\n    pytest.mark.slow,\n    pytest.mark.filterwarnings('ignore'),\n]\n",
+        "below/test_inner.py": "pytestmark = pytest.mark.slow\n",
+    }
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "conftest.py").write_text("print('imported: inner folder')\n")
+    for name, text in files.items():
+        word = Path(name).stem.removeprefix("test_")
+        start = f"import pytest\nprint('imported: {word}')\n\ndef test_it():\n    pass\n\n"
+        (tmp_path / name).write_text(start + text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "slow_tests", "-p", "no:cacheprovider", "-s", "-m", expression],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    found = re.findall(r"imported: (.+)", done.stdout)
+    assert sorted(found) == sorted(imported | ({"inner folder"} if "inner" in imported else set()))

@@ -6,6 +6,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,11 +34,14 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@lru_cache(maxsize=1)
+def all_tokens(source: str) -> list[tokenize.TokenInfo]:
+    return list(tokenize.generate_tokens(io.StringIO(source).readline))
+
+
 def tokens(source: str) -> Iterator[tokenize.TokenInfo]:
     """What Python reads, without comments and the ends of lines inside brackets."""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (tokenize.NL, tokenize.COMMENT):
-            yield token
+    return (token for token in all_tokens(source) if token.type not in (tokenize.NL, tokenize.COMMENT))
 
 
 def content(literal: str) -> str:
@@ -90,7 +94,7 @@ def test_sources_have_no_slips(path):
     assert slips_of_docstrings(source) == []
     if sys.version_info < (3, 12):  # from then on, an f-string is several tokens
         assert fields_without_f(source) == []
-    comments = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    comments = [token for token in all_tokens(source) if token.type == tokenize.COMMENT]
     assert [token.string for token in comments if DOUBLED.search(token.string)] == []
 
 

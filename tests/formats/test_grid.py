@@ -20,6 +20,8 @@ from hf_msae import MatryoshkaSAE
 from hf_msae.formats.common import FormatError
 from hf_msae.formats.conversion import load_library_checkpoint
 
+pytestmark = pytest.mark.slow  # some hundreds of files are written
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 D, F, K, AVERAGE = 12, 40, 6, 9.0
 HOOK = "blocks.1.hook_resid_post"

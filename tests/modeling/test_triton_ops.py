@@ -258,9 +258,10 @@ def test_a_threshold_per_latent_is_refused(ops: ModuleType) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @needs_triton
 def test_in_the_interpreter() -> None:
-    """Every check above, without a GPU."""
+    """Every check above, and a step of training, without a GPU."""
+    step = Path(__file__).parents[1] / "training/test_on_a_gpu.py::test_a_step_with_the_kernels"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", __file__, step],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=SOURCE.parents[1],
         capture_output=True,
@@ -270,7 +271,8 @@ def test_in_the_interpreter() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "needs triton" not in run.stdout
-    assert int(re.findall(r"(\d+) passed", run.stdout)[-1]) >= 25
+    assert "::test_a_step_with_the_kernels PASSED" in run.stdout
+    assert int(re.findall(r"(\d+) passed", run.stdout)[-1]) >= 26
 
 
 # (kernel, arguments' types, which of them are multiples of 16 as they are in practice, blocks, warps)

@@ -1,15 +1,10 @@
 """A step on a pretended GPU: what it waits for, that it gives the same bits again, and that it is the CPU's step."""
 
 import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from hf_msae.modeling import devices, objective, sparse_encoder
-from patience import HANG_SECONDS
 from pretended_cuda import DEVICE, PretendedCuda, interpreted_kernels, pretended_cuda
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -20,6 +15,8 @@ from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.loaders import CacheLoader
 from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
+
+pytestmark = pytest.mark.slow  # all operations pass through Python
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -137,7 +134,7 @@ def test_cached_activations_arrive_once_and_without_waiting(gpu, lm, tokenizer, 
     assert gpu.operations["aten._to_copy"] == 2  # the rows, and some of them in float64 for what they are like
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter (see test_with_the_kernels)")
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter (see tests/modeling/test_triton_ops.py)")
 def test_a_step_with_the_kernels(gpu) -> None:
     from hf_msae.modeling import triton_ops
 
@@ -160,20 +157,3 @@ def test_a_step_with_the_kernels(gpu) -> None:
     assert gpu.nondeterministic == []
     assert [event.function for event in gpu.syncs] == ["compact_above", "forward"]
     assert_nearly_the_same(there, here)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton (`pip install triton`)")
-def test_with_the_kernels() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "a_step_with_the_kernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "1 passed" in run.stdout
