@@ -59,13 +59,13 @@ def make_folder(folder: Path) -> None:
         os.chdir(before)
 
 
-def run_page(folder: str, page: str, blocks: list[list[Any]]) -> None:
-    """Execute blocks, all as one program; tracebacks name the lines of the page."""
+def run_page(folder: str, page: str, blocks: list[list[Any]], known: str = NAMES) -> None:
+    """Execute blocks, all as one program that begins with what is known; tracebacks name the lines of the page."""
     os.chdir(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
     names: dict[str, Any] = {"__name__": "__main__"}
     sys.modules["__main__"].__dict__.update(names)
-    exec(compile(NAMES, "documents.NAMES", "exec"), names)
+    exec(compile(known, "documents.NAMES", "exec"), names)
     for language, line, code in blocks:
         if language == "python":
             exec(compile("\n" * (line - 1) + code, page, "exec"), names)

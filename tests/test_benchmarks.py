@@ -5,9 +5,7 @@ what they write has its keys, and peers that are absent are skipped with a reaso
 import importlib
 import importlib.util
 import json
-import os
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from patience import HANG_SECONDS
+from warm_processes import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -25,22 +23,12 @@ PEERS = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "s
 OURS = ["gemm", "ours-plain", "ours"]
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-
-
 def numbers(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any], str]:
     """The JSON that a benchmark writes, and what it prints."""
     file = tmp_path / "numbers.json"
-    done = run(script, *arguments, "--json", str(file))
-    assert done.returncode == 0, done.stderr
-    return json.loads(file.read_text()), done.stdout
+    status, printed = run_script(BENCHMARKS / script, [*arguments, "--json", str(file)], tmp_path / "out")
+    assert status == 0, printed
+    return json.loads(file.read_text()), printed
 
 
 def test_train_step_measures_all_that_are_installed(tmp_path):

@@ -107,10 +107,12 @@ model = AutoModel.from_config(AutoConfig.for_model('matryoshka_sae', {CONFIG}))
 print(type(model).__module__, model.publishing_module)
 """
 LOADERS = "t = transformers; print(*(type(one).__name__ for one in (t, t.__spec__.loader, t.__loader__)))"
-# Executes each code that it is given in a process of its own, forked when torch is there, and hf_msae and transformers
-# are not: torch takes seconds, and what the order of imports changes is between the other two.
+# Executes each code that it is given in a process of its own, forked when hf_msae and transformers are not there, and
+# much of what they import is: it takes seconds, and what the order of imports changes is between the two.
 EACH_APART = """
-import json, os, sys, tempfile, torch
+import gc, json, os, sys, tempfile
+import scipy.optimize, torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
+gc.freeze()
 assert not {"hf_msae", "transformers"} & set(sys.modules)
 printed = []
 for code in json.loads(sys.argv[1]):
@@ -131,34 +133,7 @@ print(json.dumps(printed))
 """
 
 
-def each_apart(*codes: str) -> list[str]:
-    """What each code prints in a process that has imported neither hf_msae nor transformers before it."""
-    printed = json.loads(python(EACH_APART, json.dumps(codes)).splitlines()[-1])
-    assert all(status == 0 for status, _ in printed), printed[-1]
-    return [text for _, text in printed]
-
-
-@pytest.fixture(scope="module")
-def registered() -> dict[str, str]:
-    """Of every order of imports, of what classes the model is then made."""
-    return dict(zip(ORDERS, each_apart(*(order + REGISTERED for order in ORDERS)), strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("imports", ORDERS)
-def test_the_model_is_registered_in_whatever_order_things_are_imported(registered, imports):
-    assert registered[imports] == "hf_msae.modeling.modeling_matryoshka_sae hf_msae.hub.publishing"
-
-
-@pytest.mark.slow
-def test_transformers_is_left_as_its_own_loader_makes_it():
-    ours, theirs = each_apart(f"import hf_msae, transformers; {LOADERS}", f"import transformers; {LOADERS}")
-    assert ours == theirs != ""
-
-
-@pytest.mark.slow
-def test_threads_may_use_names_at_once():
-    code = """
+THREADS = """
 import hf_msae, threading
 found, names = [], ["MatryoshkaSAE", "Site", "load_documents", "MatryoshkaSAE"]
 threads = [threading.Thread(target=lambda name=name: found.append(getattr(hf_msae, name))) for name in names]
@@ -166,7 +141,32 @@ threads = [threading.Thread(target=lambda name=name: found.append(getattr(hf_msa
 [thread.join() for thread in threads]
 print(len(found))
 """
-    assert python(code) == "4"
+OURS, THEIRS = f"import hf_msae, transformers; {LOADERS}", f"import transformers; {LOADERS}"
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What each code prints in a process that has imported neither hf_msae nor transformers before it."""
+    codes = {order: order + REGISTERED for order in ORDERS} | {code: code for code in (THREADS, OURS, THEIRS)}
+    ended = json.loads(python(EACH_APART, json.dumps([*codes.values()])).splitlines()[-1])
+    assert all(status == 0 for status, _ in ended), ended[-1]
+    return dict(zip(codes, (text for _, text in ended), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ORDERS)
+def test_the_model_is_registered_in_whatever_order_things_are_imported(printed, imports):
+    assert printed[imports] == "hf_msae.modeling.modeling_matryoshka_sae hf_msae.hub.publishing"
+
+
+@pytest.mark.slow
+def test_transformers_is_left_as_its_own_loader_makes_it(printed):
+    assert printed[OURS] == printed[THEIRS] != ""
+
+
+@pytest.mark.slow
+def test_threads_may_use_names_at_once(printed):
+    assert printed[THREADS] == "4"
 
 
 @pytest.mark.parametrize("name", hf_msae.__all__)

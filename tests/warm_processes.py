@@ -2,12 +2,14 @@
 
 A fresh Python needs ten seconds of a slow machine for torch, transformers and hf_msae, which is more than most runs of
 the tests take. So one process a session imports them, before any thread starts, and every process of a run is forked
-from it. They are real processes that talk over gloo, as those of a launcher; `tests/training/test_tensor_parallel.py`
-starts some by torch's own.
+from it. They are real processes that talk over gloo, as those of a launcher; `tests/cli/test_commands.py` starts some
+by torch's own.
 """
 
+import gc
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from collections.abc import Callable
@@ -47,18 +49,12 @@ def run_together(num_processes: int, program: Callable[..., Any], *arguments: An
     Returns:
         The status of the first process that failed, 0 where none did, and what all wrote.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the process that imports starts: its libraries read it once
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     group |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     started: list[BaseProcess] = []
     for rank in map(str, range(num_processes)):
         own = group | {"RANK": rank, "LOCAL_RANK": rank} if num_processes > 1 else {}
-        environment = {**os.environ, **own}
-        process = context.Process(target=_one, args=(environment, f"{output}.{rank}", program, arguments))
-        process.start()
-        started.append(process)
+        started.append(_start({**os.environ, **own}, f"{output}.{rank}", program, arguments))
     status = _wait_for(started)
     return status, "".join(Path(f"{output}.{rank}").read_text() for rank in range(num_processes))
 
@@ -66,6 +62,32 @@ def run_together(num_processes: int, program: Callable[..., Any], *arguments: An
 def run_command(num_processes: int, arguments: list[str], output: Path) -> tuple[int, str]:
     """Execute `hf-msae` with these arguments in so many processes, as `run_together` does."""
     return run_together(num_processes, _command, arguments, output=output)
+
+
+def start_command(arguments: list[str], output: Path) -> BaseProcess:
+    """Start `hf-msae` with these arguments and do not wait; what it writes goes to `output`."""
+    return _start(dict(os.environ), str(output), _command, (arguments,))
+
+
+def run_script(script: Path, arguments: list[str], output: Path, cwd: Path | None = None) -> tuple[int, str]:
+    """Execute `python SCRIPT ARGUMENTS` in a folder, as `run_together` does."""
+    return run_together(1, _script, str(script), arguments, str(cwd or Path.cwd()), output=output)
+
+
+def _start(environment: dict[str, str], output: str, program: Callable[..., Any], arguments: tuple) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the process that imports starts: its libraries read it once
+    process = context.Process(target=_one, args=(environment, output, program, arguments))
+    process.start()
+    return process
+
+
+def _script(script: str, arguments: list[str], cwd: str) -> None:
+    os.chdir(cwd)
+    sys.path.insert(0, str(Path(script).parent))
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def _command(arguments: list[str]) -> None:
@@ -81,6 +103,7 @@ def _one(environment: dict[str, str], output: str, program: Callable[..., Any], 
         os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # what was imported before stays, and need not be looked through again
     try:
         program(*arguments)
     finally:

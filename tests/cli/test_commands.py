@@ -11,8 +11,10 @@ import pytest
 import torch
 from patience import HANG_SECONDS, until
 from safetensors.torch import load_file
+from warm_processes import run_command, start_command
 
 from hf_msae import MatryoshkaSAE
+from hf_msae.cli import quickstart
 from hf_msae.cli.main import main
 from hf_msae.cli.quickstart import next_steps, telling_root
 from hf_msae.interpret import Edge, Hierarchy
@@ -62,6 +64,7 @@ def test_train_prints_a_table_and_what_to_do_next(folder, tmp_path, capsys):
 
 def test_the_quickstart_trains_prints_the_tree_and_steers(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "HELD_OUT", ("--eval-tokens", "10k", "--calibration-tokens", "10k"))
     assert run("quickstart", "--max-tokens", "120k", "--interpret-tokens", "30k") == 0
     captured = capsys.readouterr()
     printed = captured.out
@@ -147,42 +150,40 @@ def test_activations_are_cached_and_trained_on(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "ce" / "metrics.json").read_text())["ce_tokens"] > 0
 
 
-def process(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "hf_msae.cli", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_killed_between_checkpoints_it_resumes_to_the_same_bits(folder, tmp_path):
     """SIGKILL to a real process as soon as it has taken steps after its second checkpoint."""
     arguments = ["--save-steps", "40", "--logging-steps", "1", "--max-tokens", "12_800"]
-    whole = process(command(folder, tmp_path / "whole", *arguments))
-    victim = process(command(folder, tmp_path / "killed", *arguments))
+    whole = start_command(command(folder, tmp_path / "whole", *arguments), tmp_path / "whole.output")
+    victim = start_command(command(folder, tmp_path / "killed", *arguments), tmp_path / "killed.output")
     log = tmp_path / "killed" / "training_log.jsonl"
-    until(lambda: (log.exists() and '"step": 90,' in log.read_text()) or victim.poll() is not None)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait(HANG_SECONDS) == -signal.SIGKILL
+    until(lambda: (log.exists() and '"step": 90,' in log.read_text()) or not victim.is_alive())
+    victim.kill()
+    victim.join(HANG_SECONDS)
+    assert victim.exitcode == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint-80").is_dir()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    resumed = process(command(folder, tmp_path / "killed", *arguments, "--resume-from-checkpoint"))
-    assert resumed.wait(HANG_SECONDS) == 0, resumed.stderr.read()
-    assert whole.wait(HANG_SECONDS) == 0, whole.stderr.read()
+    again = command(folder, tmp_path / "killed", *arguments, "--resume-from-checkpoint")
+    status, written = run_command(1, again, tmp_path / "resumed.output")
+    assert status == 0, written
+    whole.join(HANG_SECONDS)
+    assert whole.exitcode == 0, (tmp_path / "whole.output").read_text()
     ours = load_file(tmp_path / "whole" / "model.safetensors")
     theirs = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_two_processes_train_and_save_once(folder, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    trained = process(command(folder, tmp_path / "two", "--save-steps", "5"), launcher)
-    output, errors = trained.communicate(timeout=HANG_SECONDS)
-    assert trained.returncode == 0, errors
-    assert output.count("Saved to") == 1
+    """Started by torch's launcher, as a user does it."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "hf_msae.cli")
+    trained = subprocess.run(
+        [sys.executable, *launcher, *command(folder, tmp_path / "two", "--save-steps", "5")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("Saved to") == 1
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["steps"] == 10  # 1,280 tokens in steps of 2 x 64
     state = json.loads((tmp_path / "two" / "checkpoint-10" / "trainer_state.json").read_text())

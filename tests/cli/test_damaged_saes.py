@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from patience import HANG_SECONDS
 from safetensors.torch import load_file, save_file
+from warm_processes import run_command
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
@@ -147,10 +145,9 @@ def test_a_damaged_sae_is_one_sentence_from_every_command(whole, hub, tmp_path, 
 def test_a_process_of_its_own_ends_the_same_way(whole, tmp_path, kind):
     shutil.copytree(whole, tmp_path / "sae")
     DAMAGE[kind](tmp_path / "sae")
-    command = [sys.executable, "-m", "hf_msae.cli", "convert", str(tmp_path / "sae"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
-    assert done.returncode == 2
-    check_words(done.stderr, "convert")
+    status, printed = run_command(1, ["convert", str(tmp_path / "sae"), str(tmp_path / "out")], tmp_path / "printed")
+    assert status == 2
+    check_words(printed, "convert")
 
 
 @pytest.mark.parametrize("name", ["training_arguments.json", "metrics.json"])

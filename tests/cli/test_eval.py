@@ -188,7 +188,9 @@ def test_stitching_leads_from_the_smaller_to_the_larger(tmp_path, capsys):
     assert page.tags.count("svg") == 3 + 2
 
 
-def test_composition_and_hedging_come_on_request(tmp_path, capsys):
+def test_composition_and_hedging_come_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_msae.research.meta.REPORT_STEPS", 50)
+    monkeypatch.setattr("hf_msae.research.hedging.REPORT_STEPS", 20)
     sae = story_sae(tmp_path / "sae")
     arguments = ("--metrics", "meta", "hedging", "--ce-tokens", "0", "--baselines", "random", "--output-dir")
     assert run("eval", str(sae), *SMALL, *arguments, str(tmp_path / "out")) == 0

@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from patience import HANG_SECONDS
+from warm_processes import run_script
 
 from hf_msae.cli.main import main
 from hf_msae.research.toys import TOYS
@@ -153,20 +150,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path, capsys, arguments, message)
 
 def test_the_benchmark_writes_the_tables_of_the_docs(tmp_path):
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "toys.py"
-    command = [sys.executable, str(script), "--settings", "parent", "--seeds", "2", "--steps", "3"]
+    arguments = ["--settings", "parent", "--seeds", "2", "--steps", "3", "--pictures", str(tmp_path / "pictures")]
     outputs = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
-    done = subprocess.run(
-        [*command, *outputs, "--pictures", str(tmp_path / "pictures")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
+    status, printed = run_script(script, [*arguments, *outputs], tmp_path / "out")
+    assert status == 0, printed
     written = json.loads((tmp_path / "a.json").read_text())["settings"]["parent"]
     table = (tmp_path / "a.md").read_text()
     cells = [run["matched_cosine"] for run in written["runs"]["vanilla"]]
     row = next(line for line in table.splitlines() if line.startswith("| matched cosine"))
     assert row.split("|")[2].strip() == format_cell(cells, signed=False)
-    assert table in done.stdout
+    assert table in printed
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["parent.png"]

@@ -3,12 +3,14 @@
 The Space's modules lie beside its `app.py`, where a script finds them; here their folder is put on the path.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from made_once import made_once
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.spaces import space_folder
@@ -35,8 +37,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an SAE of 256 latents in three levels."""
-    folder = tmp_path_factory.mktemp("space") / "story-sae"
+    """The folder of an SAE of 256 latents in three levels, a copy of one that is trained once a session."""
+    trained = made_once(tmp_path_factory, "story-sae", _train_story_sae)
+    return shutil.copytree(trained, tmp_path_factory.mktemp("space") / "story-sae")
+
+
+def _train_story_sae(folder: Path) -> None:
     model, tokenizer = load_story_lm()
     model.config.name_or_path = STORIES  # what the SAE records as its model
     sae = MatryoshkaSAE(
@@ -56,7 +62,6 @@ def story_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SAETrainer(model, sae, args, stories, processing_class=tokenizer).train()
     saved = MatryoshkaSAE.from_pretrained(folder).eval()
     interpret(model, tokenizer, saved, stories, folder / "interpretation", max_tokens=15_000)
-    return folder
 
 
 @pytest.fixture(scope="session")

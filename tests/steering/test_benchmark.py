@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from patience import HANG_SECONDS
+from warm_processes import run_script
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
@@ -64,14 +62,8 @@ def test_it_runs_on_an_sae_of_the_story_model(tmp_path):
     arguments += ["--concepts", "2", "--pairs", "1", "--held-out-stories", "60", "--stories", "2", "--new-tokens", "8"]
     arguments += ["--strengths", "1", "2", "--min-occurrences", "10", "--min-correlation", "0.1"]
     arguments += ["--plot", str(tmp_path / "plot.png")]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
+    status, printed = run_script(SCRIPT, arguments, tmp_path / "out")
+    assert status == 0, printed
     result = json.loads((tmp_path / "numbers.json").read_text())
     methods = ["latent", "latent of next", "DiffMean", "DiffMean of next", "random", "found latent", "found few"]
     given = [(row["method"], row["strength"]) for row in result["steering"]]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_of_processes import launch
 from safetensors.torch import load_file, save_file
-from test_distributed import FORMS, SETTINGS, SHAPE, assert_same_run, make_cache
+from test_distributed import FORMS, SETTINGS, SHAPE, STEPS, assert_same_run, make_cache
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import CachedActivations
@@ -42,11 +42,11 @@ def run(num_processes: int, cache: Path, output: Path, saes: dict = SAES, **chan
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, tokenizer) -> Path:
-    """`1`, `2` and `4`: the run of every form on so many processes, with checkpoints at steps 20 and 40."""
+    """`1`, `2` and `4`: the run of every form on so many processes, with checkpoints at steps 12 and 24."""
     folder = tmp_path_factory.mktemp("sharded")
     cache = make_cache(folder / "cache", lm, tokenizer)
     for num_processes in (1, 2, 4):
-        run(num_processes, cache, folder / str(num_processes), save_steps=20)
+        run(num_processes, cache, folder / str(num_processes), save_steps=STEPS // 2)
     return folder
 
 
@@ -68,7 +68,7 @@ def test_the_files_are_those_of_one_process(folder, form):
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sae.encode(x)[:, :30], prefix.encode(x))
     for name in ("learner.safetensors", "model.safetensors"):
-        ours, theirs = (load_file(folder / n / "checkpoint-20" / form / name) for n in ("4", "1"))
+        ours, theirs = (load_file(folder / n / "checkpoint-12" / form / name) for n in ("4", "1"))
         assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {
             key: (t.shape, t.dtype) for key, t in theirs.items()
         }
@@ -76,10 +76,10 @@ def test_the_files_are_those_of_one_process(folder, form):
 
 @pytest.mark.parametrize("num_processes", [1, 4])
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_four(folder, tmp_path, num_processes):
-    shutil.copytree(folder / "2" / "checkpoint-20", tmp_path / "run" / "checkpoint-20")
+    shutil.copytree(folder / "2" / "checkpoint-12", tmp_path / "run" / "checkpoint-12")
     log = (folder / "2" / "training_log.jsonl").read_text()
     (tmp_path / "run" / "training_log.jsonl").write_text(log)
-    run(num_processes, folder / "cache", tmp_path / "run", save_steps=20, resume_from_checkpoint="last")
+    run(num_processes, folder / "cache", tmp_path / "run", save_steps=STEPS // 2, resume_from_checkpoint="last")
     for form in SAES:
         assert_same_run(tmp_path / "run", folder / "2", form)
 

@@ -5,15 +5,11 @@ those of one process with the same batch, whether each has a part of the batch o
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from patience import HANG_SECONDS
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from warm_processes import run_command
@@ -37,26 +33,15 @@ def folder(tmp_path_factory, lm, tokenizer) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, *options: str, processes: int = 1, launched: bool = False) -> tuple[int, str]:
-    """The status of `hf-msae train`, and what was written, by it or by what torch's launcher starts."""
+def train(folder: Path, name: str, *options: str, processes: int = 1) -> tuple[int, str]:
+    """The status of `hf-msae train`, and what was written."""
     batch = str(128 // processes)
     arguments = ["--model", str(folder / "lm"), "--dataset", str(folder / "texts.txt"), "--site", "layers.0"]
     arguments += ["--num-latents", "64", "--prefix-sizes", "8", "64", "--k", "4", "--batch-size", batch, "--use-cpu"]
     arguments += ["--max-steps", str(STEPS), "--save-steps", "10", "--logging-steps", "10", "--context-length", "32"]
     arguments += ["--eval-tokens", "500", "--calibration-tokens", "500", "--ce-tokens", "300", "--disable-tqdm"]
     arguments += ["--block-tokens", "1000", "--output-dir", str(folder / name), *options]
-    if not launched:
-        return run_command(processes, ["train", *arguments], folder / f"{name}.output")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "hf_msae.cli", "train", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
-    return done.returncode, done.stderr
+    return run_command(processes, ["train", *arguments], folder / f"{name}.output")
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +72,7 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_run_is_that_of_one_process_and_goes_on_there(folder, whole, layout):
     name = layout.replace(" ", "-")
-    launched = layout == "parts of the batch"
-    status, written = train(folder, name, "--tensor-parallel", *LAYOUTS[layout], processes=2, launched=launched)
+    status, written = train(folder, name, "--tensor-parallel", *LAYOUTS[layout], processes=2)
     assert status == 0, written
     assert_same(folder / name, whole)
     shutil.rmtree(folder / name / "checkpoint-30")
@@ -109,9 +93,7 @@ def test_a_model_without_a_plan_is_refused(folder, tokenizer):
         folder / "gpt2"
     )
     tokenizer.save_pretrained(folder / "gpt2")
-    status, written = train(
-        folder, "refused", "--model", str(folder / "gpt2"), "--tensor-parallel", processes=2, launched=True
-    )
+    status, written = train(folder, "refused", "--model", str(folder / "gpt2"), "--tensor-parallel", processes=2)
     assert status != 0
     assert "transformers has no tensor parallel plan for gpt2" in written
 
