@@ -43,6 +43,7 @@ FLOORS = {
     "hf_msae.moved": 0,
     "hf_msae.plot_style": 0,
     "hf_msae.process_wide": 0,
+    "hf_msae.reading_fields": 0.5,  # it says what outliers are left out
     "hf_msae.special_tokens": 0,
     "hf_msae.language_models": 1.5,  # it knows the story model and what SAEs record
     "hf_msae.modeling": 1,

@@ -3,9 +3,9 @@
 import logging
 from dataclasses import dataclass, field
 
+from hf_msae import reading_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
-from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
 
 DESCRIPTION = """\
 Write activations to disk once, shuffled, and train from them with `hf-msae train --dataset DIR --model ...`. A token
@@ -22,15 +22,12 @@ class CacheArguments:
     site: list[str] = field(metadata={"help": "One or more sites, such as layers.12."})
     max_tokens: int = field(metadata={"help": "How many tokens to write."})
     context_length: int = field(default=512, metadata={"help": "Tokens per window."})
-    packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
+    packing: bool = reading_fields.packing()
     shard_tokens: int = field(default=131_072, metadata={"help": "Tokens per file."})
     block_tokens: int = field(default=262_144, metadata={"help": "Tokens shuffled together."})
-    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    lm_batch_size: int = reading_fields.lm_batch_size()
     batch_size: int = field(default=4096, metadata={"help": "Rows written at once."})
-    norm_outlier_multiple: float | None = field(
-        default=NORM_OUTLIER_MULTIPLE,
-        metadata={"help": "Drop tokens whose norm exceeds this multiple of the median; 0 keeps all."},
-    )
+    norm_outlier_multiple: float | None = reading_fields.norm_outlier_multiple("Drop")
     eval_tokens: int = field(
         default=100_000,
         metadata={"help": "Leave out the documents on which `train` and `eval` measure with so many tokens."},

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_msae import reading_fields
 from hf_msae.cli.arguments import JSON_HELP, SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
-from hf_msae.outliers import NORM_OUTLIER_MULTIPLE
+from hf_msae.reading_fields import WITHOUT_A_LIMIT
 
 if TYPE_CHECKING:
     from hf_msae.interpret import Interpretation, Labeller
@@ -38,15 +39,9 @@ class InterpretArguments:
         default=None, metadata={"help": "Folder to make. Default: interpretation in the SAE's folder."}
     )
     context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: the SAE's."})
-    packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
-    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
-    norm_outlier_multiple: float | None = field(
-        default=NORM_OUTLIER_MULTIPLE,
-        metadata={
-            "help": "Leave out tokens whose norm exceeds this multiple of the median, where the SAE does not record a "
-            "limit of its own; 0 keeps all."
-        },
-    )
+    packing: bool = reading_fields.packing()
+    lm_batch_size: int = reading_fields.lm_batch_size()
+    norm_outlier_multiple: float | None = reading_fields.norm_outlier_multiple(where=WITHOUT_A_LIMIT)
     labels_model: str | None = field(
         default=None, metadata={"help": "A chat model that names latents, and is tested on its names."}
     )

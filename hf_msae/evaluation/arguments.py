@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from hf_msae import reading_fields
 from hf_msae.errors import InputError
 from hf_msae.evaluation.names import DEFAULT_METRICS, METRICS
-from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, check_multiple
+from hf_msae.outliers import check_multiple
+from hf_msae.reading_fields import WITHOUT_A_LIMIT
 
 
 @dataclass
@@ -37,15 +39,9 @@ class EvaluationArguments:
     ce_tokens: int = field(default=25_000, metadata={"help": "How many of them cross-entropy takes; 0 skips it."})
     rate_tokens: int = field(default=25_000, metadata={"help": "How many of them rate and distortion take."})
     context_length: int | None = field(default=None, metadata={"help": "Tokens per window. Default: as in training."})
-    packing: bool = field(default=True, metadata={"help": "Pack documents into full windows."})
-    lm_batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
-    norm_outlier_multiple: float | None = field(
-        default=NORM_OUTLIER_MULTIPLE,
-        metadata={
-            "help": "Leave out tokens whose norm exceeds this multiple of the median, where the SAE does not record a "
-            "limit of its own; 0 keeps all."
-        },
-    )
+    packing: bool = reading_fields.packing()
+    lm_batch_size: int = reading_fields.lm_batch_size()
+    norm_outlier_multiple: float | None = reading_fields.norm_outlier_multiple(where=WITHOUT_A_LIMIT)
     stories: int = field(
         default=600, metadata={"help": "Stories whose words are labelled, for concept metrics; 0 skips these."}
     )
