@@ -187,8 +187,8 @@ def test_a_folder_that_is_not_there_is_named(name):
 
 
 def test_the_model_to_load_is_the_given_one_then_the_saes_own():
-    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=16, base_model="owner/lm", base_model_revision="abc")
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, base_model="owner/lm", base_model_revision="abc")
     assert model_to_load(config, "here") == ("owner/lm", "abc")
     assert model_to_load(config, "here", "another") == ("another", None)
     with pytest.raises(InputError, match=r"here does not say which language model it is of; give --model\."):
-        model_to_load(MatryoshkaSAEConfig(hidden_size=8, num_latents=16), "here")
+        model_to_load(MatryoshkaSAEConfig(hidden_size=8, num_latents=64), "here")
