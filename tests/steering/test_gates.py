@@ -4,7 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steered_runs import IDS, ends, generate, hidden_at, logits
+from steered_runs import (
+    BATCH,
+    IDS,
+    MASK,
+    check_batch_as_rows,
+    check_cached_as_uncached,
+    ends,
+    generate,
+    hidden_at,
+    logits,
+)
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -93,30 +103,17 @@ def test_generation_with_a_cache_equals_generation_without(architecture, decoder
     sae = make_sae(model)
     gate = Gate(rare_latent(model, sae), then=then)
     with steer(model, sae, EDIT, when=gate, positions=positions):
-        ids, steps = generate(model)
-        # Once more in the same context, after another text: what was seen before must not matter.
-        logits(model, IDS.flip(0))
-        assert torch.equal(generate(model)[1], steps)
-        uncached_ids, uncached_steps = generate(model, use_cache=False)
-    assert torch.equal(ids, uncached_ids)
-    torch.testing.assert_close(steps, uncached_steps, rtol=1e-4, atol=1e-3 if architecture == "mamba" else 1e-4)
+        steps = check_cached_as_uncached(model, atol=1e-3 if architecture == "mamba" else 1e-4)
     if then == "after":
         assert not torch.allclose(steps, generate(model)[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("then", ["here", "after"])
 def test_a_batch_with_padding_equals_its_rows_alone(llama, sae, then):
-    short, long = [1, 5, 9, 33], [1, 17, 3, 30, 42, 7, 8]
-    batch = torch.tensor([[0] * 3 + short, long])
-    mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
     gate = Gate(int((latents_at(llama, sae)[0, 1:3] > 0).any(0).nonzero()[0]), then=then)
     with steer(llama, sae, EDIT, when=gate):
-        ids, steps = generate(llama, batch, mask)
-        for row, tokens in enumerate((short, long)):
-            alone_ids, alone_steps = generate(llama, torch.tensor([tokens]))
-            assert torch.equal(alone_ids[0], ids[row])
-            torch.testing.assert_close(alone_steps[0], steps[row], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(steps, generate(llama, batch, mask)[1], atol=1e-3)
+        steps = check_batch_as_rows(llama)
+    assert not torch.allclose(steps, generate(llama, BATCH, MASK)[1], atol=1e-3)
 
 
 def test_a_prompt_in_chunks_and_several_answers_see_what_came_before(llama, sae):

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from steered_runs import IDS, ends, generate, hidden_at, logits
+from steered_runs import (
+    BATCH,
+    IDS,
+    MASK,
+    check_batch_as_rows,
+    check_cached_as_uncached,
+    ends,
+    generate,
+    hidden_at,
+    logits,
+)
 
 from hf_msae.sites import capture, resolve_site
 from hf_msae.steering import (
@@ -20,28 +30,15 @@ def test_generation_with_a_cache_equals_generation_without(architecture, decoder
     edits = [LatentEdit(1, 2.0), LatentEdit(2, 1.0, units="norm")]
     edits += [LatentEdit(active, 0.3, "clamp")] if active > 2 else []
     with steering_context(model, {"": sae}, edits, positions=positions):
-        ids, steps = generate(model)
-        # Once more in the same context, after another text: what was seen before must not matter.
-        logits(model, IDS.flip(0))
-        assert torch.equal(generate(model)[1], steps)
-        uncached_ids, uncached_steps = generate(model, use_cache=False)
-    assert torch.equal(ids, uncached_ids)
-    torch.testing.assert_close(steps, uncached_steps, rtol=1e-4, atol=1e-3 if architecture == "mamba" else 1e-4)
+        steps = check_cached_as_uncached(model, atol=1e-3 if architecture == "mamba" else 1e-4)
     assert not torch.allclose(steps, generate(model)[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", slice(1, 3), slice(-2, None)])
 def test_a_batch_with_padding_equals_its_rows_alone(llama, sae, positions):
-    short, long = [1, 5, 9, 33], [1, 17, 3, 30, 42, 7, 8]
-    batch = torch.tensor([[0] * 3 + short, long])
-    mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
     with steer(llama, sae, {1: 2.0, 20: 0.7}, method="clamp", positions=positions):
-        ids, steps = generate(llama, batch, mask)
-        for row, tokens in enumerate((short, long)):
-            alone_ids, alone_steps = generate(llama, torch.tensor([tokens]))
-            assert torch.equal(alone_ids[0], ids[row])
-            torch.testing.assert_close(alone_steps[0], steps[row], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(steps, generate(llama, batch, mask)[1], atol=1e-2)
+        steps = check_batch_as_rows(llama)
+    assert not torch.allclose(steps, generate(llama, BATCH, MASK)[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("positions", ["prompt", "generated"])
