@@ -30,7 +30,9 @@ class ConvertArguments:
 
     src: str = field(metadata={"help": "A folder or a Hub repo."})
     dest: str = field(metadata={"help": "A folder, which must not exist yet."})
-    to: Literal["hf_msae", "saelens", "sparsify"] = field(default="hf_msae", metadata={"help": "Form to write."})
+    to: Literal["hf_msae", "saelens", "sparsify", "circuit_tracer"] = field(
+        default="hf_msae", metadata={"help": "Form to write."}
+    )
     format: str | None = field(
         default=None, metadata={"help": f"Form of SRC if not recognised: {', '.join(FORMATS)}."}
     )

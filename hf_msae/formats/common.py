@@ -219,7 +219,7 @@ def check_tensors(files: Files, name: str, given: Mapping[str, Tensor], needed: 
         )
 
 
-def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def complete_state(files: Files, tensors: Mapping[str, Tensor], output_size: int | None = None) -> dict[str, Tensor]:
     """Make a state in our orientation: shapes that fit, own contiguous memory, and the weights' widest precision.
 
     Args:
@@ -227,6 +227,8 @@ def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         tensors: W_enc and W_dec (num_latents, hidden_size), b_enc (num_latents,), b_dec (hidden_size,); a `threshold`
             may be absent, one number, or (num_latents,). One below zero becomes zero: latent activations are never
             negative, so both keep the same latents.
+        output_size: Of a transcoder, the size of what it writes: W_dec is then (num_latents, output_size), b_dec
+            (output_size,), and there may be a W_skip (output_size, hidden_size).
 
     Returns:
         The tensors, a threshold for every latent where there was any.
@@ -241,13 +243,16 @@ def complete_state(files: Files, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     state = dict(tensors)
     if "threshold" in state and state["threshold"].numel() == 1:
         state["threshold"] = state["threshold"].reshape(()).expand(num_latents)
-    shapes = {"W_enc": (num_latents, hidden_size), "W_dec": (num_latents, hidden_size), "b_dec": (hidden_size,)}
+    written = hidden_size if output_size is None else output_size
+    shapes = {"W_enc": (num_latents, hidden_size), "W_dec": (num_latents, written), "b_dec": (written,)}
+    shapes["W_skip"] = (written, hidden_size)
     for name, tensor in state.items():
         expected = shapes.get(name, (num_latents,))
         if tuple(tensor.shape) != expected:
+            writes = "" if output_size is None else f" that writes {written}"
             raise FormatError(
                 f"The tensors of {files} do not belong together: beside an encoder of {num_latents} latents and "
-                f"hidden size {hidden_size}, {name} should be {expected}, but is {tuple(tensor.shape)}."
+                f"hidden size {hidden_size}{writes}, {name} should be {expected}, but is {tuple(tensor.shape)}."
             )
         _refuse_what_is_no_number(files, name, tensor)
     if "threshold" in state:
@@ -274,7 +279,7 @@ def in_one_dtype(state: Mapping[str, Tensor], least: dtype | None = None) -> dic
 
     What is kept in single precision anyway (thresholds, statistics) stays as it is.
     """
-    names = [name for name in ("W_enc", "W_dec", "b_enc", "b_dec") if name in state]
+    names = [name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip") if name in state]
     widest = least or state[names[0]].dtype
     for name in names:
         widest = promote_types(widest, state[name].dtype)

@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 OURS = MatryoshkaSAEConfig.model_type
 # What ends the name of a file of weights, where a user gives one in place of its folder.
-WEIGHTS = (".pt", ".npz", ".safetensors")
+WEIGHTS = (".pt", ".pth", ".npz", ".safetensors")
 # A folder of a run in which files of weights lie, whose configuration is one folder up.
 CHECKPOINTS = "checkpoints"
 
 
 def _format(name: str) -> ModuleType:
-    if name not in FORMATS:
+    if name not in {*FORMATS, *WRITABLE}:
         raise FormatError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
     return importlib.import_module(f"hf_msae.formats.{name}")
 

@@ -1,4 +1,6 @@
-"""Gemma Scope 1 (`params.npz`) and Gemma Scope 2 (`params.safetensors`): JumpReLU SAEs of Gemma 2 and Gemma 3.
+"""Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`): JumpReLU SAEs and transcoders of Gemma 2 and Gemma 3.
+
+Transcoders of both are read: they map the MLP's normalised input to its normalised output, some with an affine skip.
 
 The files of Gemma Scope 1 say nothing but the weights: model, layer and L0 are in the names of the repo and its
 folders (`gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`). Those of Gemma Scope 2 have a `config.json`, which
@@ -25,6 +27,7 @@ from hf_msae.formats.common import (
     holds,
     read_json,
     read_safetensors,
+    refuse_disagreement,
     refuse_many,
     target_k,
 )
@@ -48,10 +51,14 @@ _SITES = {
     "resid_post": "layers.{}:output",
     "mlp_out": "layers.{}.post_feedforward_layernorm:output",
     "attn_out": "layers.{}.self_attn.o_proj:input",
+    "transcoder": "layers.{}.pre_feedforward_layernorm:output",
+    "transcoders": "layers.{}.pre_feedforward_layernorm:output",
 }
+_TRANSCODER_OUT = "layers.{}.post_feedforward_layernorm:output"
+SKIP = "affine_skip_connection"
 # transformers multiplies the embedding by √d before the first layer reads it.
 EMBEDDING_SITE = "layers.0:input"
-_OTHER_KINDS = re.compile(r"(transcoder|crosscoder|clt)(_all)?")
+_OTHER_KINDS = re.compile(r"(crosscoder|clt)(_all)?")
 
 
 class _Origin(NamedTuple):
@@ -59,6 +66,8 @@ class _Origin(NamedTuple):
 
     base_model: str | None
     site: str | None
+    site_out: str | None = None
+    is_transcoder: bool = False
 
 
 def recognises(files: Files) -> bool:
@@ -69,18 +78,20 @@ def recognises(files: Files) -> bool:
 def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read one SAE's folder of either release.
 
-    Raises `FormatError` for transcoders and crosscoders, and for a folder that holds many SAEs.
+    Raises `FormatError` for crosscoders and cross-layer transcoders, and for a folder that holds many SAEs.
     """
     first = holds(files, WEIGHTS_1)
     refuse_many(files, WEIGHTS_1 if first else WEIGHTS_2, LIBRARY)
     place = _place(files)
     _refuse_kinds(files, place)
     weights = _read_npz(files) if first else read_safetensors(files, WEIGHTS_2)
-    state = _state(files, weights, WEIGHTS_1 if first else WEIGHTS_2)
-    num_latents, hidden_size = state["W_enc"].shape
     config = read_json(files, CONFIG) if not first and CONFIG in files.names else {}
     notes: list[str] = []
     origin = _origin_1(place, notes) if first else _origin_2(files, config, place, notes)
+    state = _state(files, weights, WEIGHTS_1 if first else WEIGHTS_2, origin.is_transcoder)
+    if config.get("affine_connection") is not None:
+        refuse_disagreement(files, "affine_connection", config["affine_connection"], WEIGHTS_2, "W_skip" in state)
+    num_latents, hidden_size = state["W_enc"].shape
     if first and origin.site == EMBEDDING_SITE:
         state = _of_scaled_embedding(state, notes)
     arguments = {
@@ -90,8 +101,11 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         "k": target_k(_l0(place, config), num_latents, notes),
         "activation": "jumprelu",
         "apply_b_dec_to_input": False,
+        "hidden_size_out": state["W_dec"].shape[1] if origin.is_transcoder else None,
+        "skip": "W_skip" in state,
         "base_model": origin.base_model,
         "site": origin.site,
+        "site_out": origin.site_out,
         "prepend_bos": True,
         "context_length": CONTEXT_LENGTH,
     }
@@ -106,11 +120,10 @@ def _place(files: Files) -> str:
 
 
 def _refuse_kinds(files: Files, place: str) -> None:
-    repo, parent = _REPO_1.search(place), place.split("/")[-2:-1]
-    if (repo is not None and repo[3] == "transcoders") or any(_OTHER_KINDS.fullmatch(name) for name in parent):
+    if any(_OTHER_KINDS.fullmatch(name) for name in place.split("/")[-2:-1]):
         raise FormatError(
-            f"{files} is a transcoder or crosscoder, which reads one site and writes another; only SAEs (resid_post, "
-            "mlp_out, attn_out) have an equal in MatryoshkaSAE."
+            f"{files} is a crosscoder or cross-layer transcoder, which reads or writes several layers; only SAEs "
+            "(resid_post, mlp_out, attn_out) and transcoders of one layer have an equal in MatryoshkaSAE."
         )
 
 
@@ -127,15 +140,15 @@ def _read_npz(files: Files) -> dict[str, Tensor]:
         ) from None
 
 
-def _state(files: Files, weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _state(files: Files, weights: Mapping[str, Tensor], name: str, is_transcoder: bool) -> dict[str, Tensor]:
     """Weights in our orientation. The first release writes W_enc, the second w_enc."""
     lower = {key.lower(): tensor for key, tensor in weights.items()}
     check_tensors(files, name, lower, ["w_enc", "w_dec", "b_enc", "b_dec", "threshold"])
-    if "affine_skip_connection" in lower or lower["w_dec"].ndim != 2:
+    if lower["w_dec"].ndim != 2 or (SKIP in lower and not is_transcoder):
         raise FormatError(
             f"{files} has w_dec of shape {tuple(lower['w_dec'].shape)}"
-            f"{' and an affine_skip_connection' if 'affine_skip_connection' in lower else ''}: it is a transcoder or "
-            "crosscoder, which has no equal in MatryoshkaSAE."
+            f"{f' and an {SKIP}' if SKIP in lower else ''}, which no SAE of one layer has: it is a crosscoder, or a "
+            "transcoder whose folder does not say so (transcoder_all/layer_12_...), as Gemma Scope's do."
         )
     ours = {
         "W_enc": lower["w_enc"].mT if lower["w_enc"].ndim == 2 else lower["w_enc"],
@@ -144,7 +157,9 @@ def _state(files: Files, weights: Mapping[str, Tensor], name: str) -> dict[str, 
         "b_dec": lower["b_dec"],
         "threshold": lower["threshold"],
     }
-    return complete_state(files, ours)
+    if SKIP in lower:
+        ours["W_skip"] = lower[SKIP].mT if lower[SKIP].ndim == 2 else lower[SKIP]
+    return complete_state(files, ours, lower["w_dec"].shape[1] if is_transcoder else None)
 
 
 def _of_scaled_embedding(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
@@ -193,8 +208,11 @@ def _origin_1(place: str, notes: list[str]) -> _Origin:
         return _Origin(base_model, EMBEDDING_SITE)
     if layer is None:
         notes.append("No folder says which layer this is; set config.site.")
-        return _Origin(base_model, None)
-    return _Origin(base_model, _SITES[repo[3]].format(layer[1]))
+        return _Origin(base_model, None, None, repo[3] == "transcoders")
+    site = _SITES[repo[3]].format(layer[1])
+    if repo[3] == "transcoders":
+        return _Origin(base_model, site, _TRANSCODER_OUT.format(layer[1]), True)
+    return _Origin(base_model, site)
 
 
 def _origin_2(files: Files, config: Mapping[str, Any], place: str, notes: list[str]) -> _Origin:
@@ -204,16 +222,20 @@ def _origin_2(files: Files, config: Mapping[str, Any], place: str, notes: list[s
             f"{files} has architecture={config['architecture']!r}; Gemma Scope 2's SAEs are 'jump_relu'."
         )
     hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    if hook_out is not None and hook_out != hook:
-        raise FormatError(
-            f"{files} reads {hook} and writes {hook_out}: it is a transcoder, which has no equal in MatryoshkaSAE."
-        )
+    in_folder = re.search(r"transcoder(?:_all)?/layer_(\d+)", place)
+    is_transcoder = (hook_out is not None and hook_out != hook) or in_folder is not None
     site = _hook_site(hook) if isinstance(hook, str) else _folder_site(place)
+    site_out = None
+    if is_transcoder:
+        site_out = _hook_site(hook_out) if isinstance(hook_out, str) else None
+        if site_out is None and in_folder is not None:
+            site_out = _TRANSCODER_OUT.format(in_folder[1])
     base_model = _model_2(config.get("model_name"), place)
-    unknown = [name for name, value in (("base_model", base_model), ("site", site)) if value is None]
+    places = [("base_model", base_model), ("site", site), *([("site_out", site_out)] if is_transcoder else [])]
+    unknown = [name for name, value in places if value is None]
     if unknown:
         notes.append(f"Neither {CONFIG} nor the folders' names say {' and '.join(unknown)}; set them in the config.")
-    return _Origin(base_model, site)
+    return _Origin(base_model, site, site_out, is_transcoder)
 
 
 def _hook_site(hook: str) -> str | None:
@@ -226,7 +248,7 @@ def _hook_site(hook: str) -> str | None:
 
 
 def _folder_site(place: str) -> str | None:
-    match = re.search(r"(resid_post|mlp_out|attn_out)(?:_all)?/layer_(\d+)", place)
+    match = re.search(r"(resid_post|mlp_out|attn_out|transcoder)(?:_all)?/layer_(\d+)", place)
     return _SITES[match[1]].format(match[2]) if match is not None else None
 
 

@@ -27,6 +27,7 @@ VERSION = 1
 # What every library's own fields say, and what the weights' shapes do.
 COMPUTED = frozenset(
     {"hidden_size", "num_latents", "prefix_sizes", "k", "activation", "inference", "apply_b_dec_to_input"}
+    | {"hidden_size_out", "skip"}
 )
 STATISTICS = ("max_activation", "firing_rate")
 # Relative difference of a matrix's norm that rounding to bfloat16 stays far below.

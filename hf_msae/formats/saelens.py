@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_msae.atomic_files import atomic_folder
+from hf_msae.errors import InputError
 from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
@@ -59,16 +60,19 @@ ACTIVATIONS = {
     "matryoshka_batchtopk": "batch_topk",
     "jumprelu": "jumprelu",
 }
+# Those that map one place to another, and whether they have a linear skip beside.
+TRANSCODERS = {
+    "transcoder": ("relu", False),
+    "skip_transcoder": ("relu", True),
+    "jumprelu_transcoder": ("jumprelu", False),
+    "jumprelu_skip_transcoder": ("jumprelu", True),
+}
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 REFUSED = {
     "gated": "its latents are switched on by a gate with weights of its own, not by their activation",
     "temporal": "it reads the tokens before, too, and this library's SAEs read one token at a time",
     "matching_pursuit": "it encodes in a loop of selections, not in one product",
     "abstopk": "its latent activations may be negative",
-    **dict.fromkeys(
-        ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
-        "it maps one place of the language model to another, so it is no autoencoder",
-    ),
 }
 FOLDED_NORMS = ("none", "expected_average_only_in", "covariance_whitening")
 REFUSED_NORMS = {
@@ -102,7 +106,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     if WEIGHTS not in files.names:
         raise FormatError(f"{files} has a SAELens {CONFIG} but no {WEIGHTS} beside it.")
     settings = _settings(files, read_json(files, CONFIG))
-    state = complete_state(files, _state(files, settings))
+    tensors = _state(files, settings)
+    transcoder = settings["architecture"] in TRANSCODERS
+    state = complete_state(files, tensors, tensors["b_dec"].numel() if transcoder else None)
     notes = fold(files, settings, state)
     metadata = settings["metadata"]
     facts = metadata.get(KEY)
@@ -126,7 +132,9 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
         "b_enc": sae.b_enc.detach(),
         "b_dec": sae.b_dec.detach(),
     }
-    if architecture == "jumprelu":
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.detach()
+    if architecture.startswith("jumprelu"):
         tensors["threshold"] = _rounded_down(sae.threshold.detach(), sae.W_enc.dtype)
     with atomic_folder(folder) as new:
         save_file(_on_cpu(tensors), new / WEIGHTS, metadata={"format": "pt"})
@@ -176,15 +184,25 @@ def _old_settings(files: Files, raw: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_what_has_no_equal(files: Files, settings: dict[str, Any]) -> None:
     architecture, metadata = settings["architecture"], settings["metadata"]
-    if metadata.get("hook_name_out") not in (None, metadata.get("hook_name")):
-        architecture = "transcoder"
+    writes_elsewhere = metadata.get("hook_name_out") not in (None, metadata.get("hook_name"))
+    if writes_elsewhere and architecture not in TRANSCODERS:
+        raise FormatError(
+            f"{files} is a SAELens {architecture} that writes {metadata['hook_name_out']}; its transcoders are "
+            f"{', '.join(TRANSCODERS)}."
+        )
     if architecture in REFUSED:
         raise FormatError(f"{files} is a SAELens {architecture}, which has no equal here: {REFUSED[architecture]}.")
-    if architecture not in ACTIVATIONS:
+    known = {**ACTIVATIONS, **TRANSCODERS}
+    if architecture not in known:
         raise FormatError(
-            f"{files} is a SAELens {architecture!r}, which is not known here; known are {', '.join(ACTIVATIONS)}."
+            f"{files} is a SAELens {architecture!r}, which is not known here; known are {', '.join(known)}."
         )
     normalisation = settings.get("normalize_activations") or "none"
+    if architecture in TRANSCODERS and normalisation != "none":
+        raise FormatError(
+            f"{files} is a transcoder with normalize_activations={normalisation!r}; SAELens scales what such a one "
+            "reads and not what it writes, and only transcoders of raw activations are read here."
+        )
     if normalisation not in FOLDED_NORMS:
         what = REFUSED_NORMS.get(normalisation, "what it does is not known here")
         raise FormatError(
@@ -202,16 +220,19 @@ def _state(files: Files, settings: dict[str, Any]) -> dict[str, Tensor]:
     thresholds = []
     if architecture in BATCH_TOPK:
         thresholds = ["topk_threshold"]
-    elif architecture == "jumprelu":
+    elif architecture.startswith("jumprelu"):
         # Checkpoints of before version 6 may store its logarithm.
         thresholds = ["log_threshold" if "log_threshold" in tensors else "threshold"]
-    needed = ["W_enc", "W_dec", "b_enc", "b_dec", *thresholds]
+    skip = ["W_skip"] if TRANSCODERS.get(architecture, ("", False))[1] else []
+    needed = ["W_enc", "W_dec", "b_enc", "b_dec", *thresholds, *skip]
     check_tensors(files, WEIGHTS, tensors, needed)
     unknown = sorted(tensors.keys() - {*needed, *FACTORS})
     if unknown:
         raise FormatError(f"{WEIGHTS} of {files} holds {', '.join(unknown)}, which no {architecture} SAE has.")
     for name, size in zip(("d_in", "d_sae"), tensors["W_enc"].shape, strict=False):
         refuse_disagreement(files, name, settings.get(name), WEIGHTS, size)
+    if architecture in TRANSCODERS:
+        refuse_disagreement(files, "d_out", settings.get("d_out"), WEIGHTS, tensors["b_dec"].numel())
     dtype = DTYPES.get(str(settings.get("dtype")).removeprefix("torch."), tensors["W_enc"].dtype)
     state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     state["W_enc"] = state["W_enc"].T
@@ -247,7 +268,9 @@ def _shape(
     ranked = architecture == "topk"
     # An inference form is named after what it does, and only its metadata say how it came to do it.
     name = trained_as if architecture == "jumprelu" and trained_as in ACTIVATIONS else architecture
-    activation = ACTIVATIONS[name]
+    activation = TRANSCODERS[name][0] if name in TRANSCODERS else ACTIVATIONS[name]
+    if name in TRANSCODERS and trained_as in ACTIVATIONS:
+        activation = ACTIVATIONS[trained_as]
     k = settings.get("k") if ranked else settings.get("k") or details.get("k") or metadata.get("l0")
     if not ranked:
         k = target_k(k, num_latents, notes)
@@ -263,7 +286,9 @@ def _shape(
         "k": round(k) if activation == "topk" else k,
         "activation": activation,
         "inference": "topk" if ranked else "threshold",
-        "apply_b_dec_to_input": bool(settings.get("apply_b_dec_to_input", True)),
+        "apply_b_dec_to_input": architecture not in TRANSCODERS and bool(settings.get("apply_b_dec_to_input", True)),
+        "hidden_size_out": state["W_dec"].shape[1] if architecture in TRANSCODERS else None,
+        "skip": "W_skip" in state,
     }
 
 
@@ -288,9 +313,17 @@ def _nesting(
 
 
 def _written_architecture(sae: MatryoshkaSAE) -> str:
+    by_threshold = sae.config.activation != "relu" or bool(sae.threshold.any())
+    if sae.config.is_transcoder:
+        if sae.config.inference == "topk":
+            raise InputError(
+                "SAELens has no transcoders that keep the k largest of each token. Train with inference='threshold', "
+                "or export it to sparsify (to_sparsify)."
+            )
+        return f"{'jumprelu_' if by_threshold else ''}{'skip_' if sae.config.skip else ''}transcoder"
     if sae.config.inference == "topk":
         return "topk"
-    return "standard" if sae.config.activation == "relu" and not sae.threshold.any() else "jumprelu"
+    return "jumprelu" if by_threshold else "standard"
 
 
 def _rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,6 +342,7 @@ def _written_config(sae: MatryoshkaSAE, architecture: str) -> dict[str, Any]:
         "architecture": architecture,
         "d_in": config.hidden_size,
         "d_sae": config.num_latents,
+        **({"d_out": config.output_size} if config.is_transcoder else {}),
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": config.apply_b_dec_to_input,

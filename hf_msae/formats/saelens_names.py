@@ -191,6 +191,7 @@ def origin(metadata: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         "base_model": base_model or model,
         "base_model_revision": loading.get("revision"),
         "site": _site(metadata, hook, base_model, notes),
+        **_site_out(metadata, base_model, notes),
         "prepend_bos": True if prepend_bos is None else bool(prepend_bos),
         "context_length": metadata.get("context_size"),
     }
@@ -205,6 +206,17 @@ def _site(metadata: dict[str, Any], hook: str | None, base_model: str | None, no
     if site is None and hook:
         notes.append(f"{hook} of {base_model or 'its model'} is no site that is known here; config.site is None.")
     return site
+
+
+def _site_out(metadata: dict[str, Any], base_model: str | None, notes: list[str]) -> dict[str, str | None]:
+    """The place that a transcoder writes; empty for an SAE, which has none."""
+    path, hook = metadata.get("hf_hook_name_out"), metadata.get("hook_name_out")
+    if hook in (None, metadata.get("hook_name")) and path in (None, metadata.get("hf_hook_name")):
+        return {}
+    site = site_of_path(path) if path else site_of_hook(str(hook), base_model)
+    if site is None:
+        notes.append(f"{hook} of {base_model or 'its model'} is no site that is known here; config.site_out is None.")
+    return {"site_out": site}
 
 
 def _note_processing(loading: dict[str, Any], is_current: bool, notes: list[str]) -> None:
@@ -240,6 +252,12 @@ def written_origin(config: MatryoshkaSAEConfig) -> dict[str, Any]:
         # SAELens hooks the output of the module that a path names; the input has no name there but ours.
         metadata["hook_name"] = hook or (site.path if site.io == "output" else str(site))
         metadata["hf_hook_name"] = str(site)
+    if config.site_out:
+        written = Site.parse(config.site_out)
+        hook_out = hook_of_site(config.site_out, str(config.base_model)) if hook else None
+        metadata["hook_name_out"] = hook_out or (written.path if written.io == "output" else str(written))
+        metadata["hook_head_index_out"] = None
+        metadata["hf_hook_name_out"] = str(written)
     measured = (config.measured or {}).get("l0")
     return metadata | ({"l0": measured[-1]} if measured else {})
 

@@ -42,6 +42,8 @@ LIBRARY = "sparsify"
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
 FILES = (WEIGHTS,)
+# Of a transcoder with a skip connection.
+SKIP = "W_skip"
 TENSORS = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 # A module path that passes through a numbered layer, such as layers.10 or h.3.mlp.
@@ -57,8 +59,9 @@ def recognises(files: Files) -> bool:
 def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:
     """Read the folder of one hookpoint.
 
-    Raises `FormatError` for transcoders, skip connections, GroupMax and signed SAEs, for a folder with many
-    hookpoints, and where configuration and tensors disagree.
+    A transcoder (`transcode`) reads its hookpoint's input and writes its output. Raises `FormatError` for SAEs with a
+    skip connection, GroupMax and signed SAEs, for a folder with many hookpoints, and where configuration and tensors
+    disagree.
     """
     refuse_many(files, WEIGHTS, LIBRARY)
     if CONFIG not in files.names:
@@ -66,8 +69,11 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     cfg = read_json(files, CONFIG)
     _refuse_kinds(files, cfg)
     weights = read_safetensors(files, WEIGHTS)
-    check_tensors(files, WEIGHTS, weights, list(TENSORS.values()))
-    state = complete_state(files, {ours: weights[theirs] for ours, theirs in TENSORS.items()})
+    transcode, skip = bool(cfg.get("transcode")), bool(cfg.get("skip_connection"))
+    check_tensors(files, WEIGHTS, weights, [*TENSORS.values(), *([SKIP] if skip else [])])
+    tensors = {ours: weights[theirs] for ours, theirs in TENSORS.items()} | ({SKIP: weights[SKIP]} if skip else {})
+    written = weights[TENSORS["b_dec"]].numel() if transcode else None
+    state = complete_state(files, tensors, written)
     num_latents, hidden_size = state["W_enc"].shape
     _check_sizes(files, cfg, num_latents, hidden_size)
     notes: list[str] = []
@@ -84,11 +90,16 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         "k": cfg["k"],
         "activation": "topk",
         "inference": "topk",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": not transcode,
+        "hidden_size_out": written,
+        "skip": skip,
         "base_model": run.get("model"),
         "context_length": run.get("ctx_len"),
         "site": _site(files, notes if facts is None else []),
     }
+    if transcode and arguments["site"] is not None:
+        arguments["site_out"], path = arguments["site"], arguments["site"].removesuffix(":output")
+        arguments["site"] = f"{path}:input"
     arguments, state = restore(files, facts, arguments, state, notes)
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
 
@@ -101,12 +112,11 @@ def _refuse_kinds(files: Files, cfg: dict[str, Any]) -> None:
             "(GroupMax takes the largest of each group of latents)."
         )
     reasons = {
-        "transcode": "predicts another module's output (a transcoder)",
-        "skip_connection": "adds a linear map of its input to the reconstruction",
+        "skip_connection": "adds a linear map of its input to the reconstruction of that input",
         "signed": "ranks latents by magnitude and keeps negative ones",
     }
     for key, reason in reasons.items():
-        if cfg.get(key):
+        if cfg.get(key) and not (key == "skip_connection" and cfg.get("transcode")):
             raise FormatError(f"{files} has {key}=true: it {reason}, which has no equal in MatryoshkaSAE.")
     if not isinstance(cfg.get("k"), int) or cfg["k"] < 1:
         raise FormatError(
@@ -174,8 +184,14 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
             f"activation={config.activation!r}, which keeps what exceeds a threshold. Export it to SAELens "
             "(to_saelens), whose JumpReLU form says the same."
         )
+    if config.hidden_size != config.output_size:
+        raise InputError(
+            f"sparsify's transcoders read and write one width, and this reads {config.hidden_size} and writes "
+            f"{config.output_size}. Export it to SAELens (to_saelens)."
+        )
     tensors = {theirs: _tensor(sae, ours) for ours, theirs in TENSORS.items()}
-    if not config.apply_b_dec_to_input:
+    tensors |= {SKIP: _tensor(sae, SKIP)} if config.skip else {}
+    if not config.is_transcoder and not config.apply_b_dec_to_input:
         # sparsify always subtracts b_dec before encoding; its encoder bias then has to add it back.
         shift = tensors["encoder.weight"].double() @ tensors["b_dec"].double()
         tensors["encoder.bias"] = (tensors["encoder.bias"].double() + shift).to(tensors["encoder.bias"].dtype)
@@ -186,8 +202,8 @@ def write(sae: MatryoshkaSAE, folder: str | Path) -> None:
         "num_latents": config.num_latents,
         "k": round(config.k),
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": config.skip,
+        "transcode": config.is_transcoder,
         "d_in": config.hidden_size,
         "prefix_sizes": list(config.prefix_sizes),
         # Ranking needs no threshold; what keeps latents here comes back with the rest.

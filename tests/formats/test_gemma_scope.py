@@ -205,20 +205,18 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         "folder",
-        ["gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_9", "somewhere/transcoder_all/layer_1"],
+        ["somewhere/clt/layer_1", "somewhere/crosscoder_all/layer_1"],
     )
     def test_other_kinds_by_their_folder(self, save_first, folder):
-        self.refused(save_first(folder), "is a transcoder or crosscoder, which reads one site and writes another")
+        self.refused(save_first(folder), "is a crosscoder or cross-layer transcoder, which reads or writes several")
 
     def test_other_kinds_by_their_tensors(self, save_second, tmp_path):
-        self.refused(save_second("a", affine_skip_connection=torch.zeros(12, 12)), "affine_skip_connection: it is a")
+        self.refused(
+            save_second("a", affine_skip_connection=torch.zeros(12, 12)), "affine_skip_connection, which no SAE of one"
+        )
         self.refused(save_second("b", w_dec=torch.zeros(40, 3, 12)), r"w_dec of shape \(40, 3, 12\)")
 
     def test_other_kinds_by_their_configuration(self, save_second):
-        hooks = {"hf_hook_point_in": "model.layers.1.a.output", "hf_hook_point_out": "model.layers.1.b.output"}
-        self.refused(
-            save_second("a", hooks), "reads model.layers.1.a.output and writes .*b.output: it is a transcoder"
-        )
         self.refused(save_second("b", {"architecture": "topk"}), "architecture='topk'; Gemma Scope 2's SAEs are")
 
     def test_pickled_arrays_are_never_run(self, save_first, tmp_path):

@@ -313,8 +313,7 @@ def test_names_the_folders_to_choose_from(tmp_path: Path) -> None:
         ("temporal", "reads the tokens before"),
         ("matching_pursuit", "in a loop"),
         ("abstopk", "may be negative"),
-        ("transcoder", "maps one place"),
-        ("jumprelu_skip_transcoder", "maps one place"),
+        ("jumprelu_skip_transcoder", "lacks W_skip"),
         ("lorsa", "is not known here; known are standard, topk"),
     ],
 )
@@ -325,7 +324,7 @@ def test_refuses_architectures_without_equal(tmp_path: Path, architecture: str, 
 
 def test_refuses_a_transcoder_that_calls_itself_standard(tmp_path: Path) -> None:
     places = {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}
-    with pytest.raises(FormatError, match="maps one place"):
+    with pytest.raises(FormatError, match=r"a SAELens standard that writes blocks\.1\.hook_mlp_out"):
         load(build(tmp_path, current("standard", places), random_tensors()))
 
 

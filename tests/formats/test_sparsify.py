@@ -161,7 +161,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("cfg", "message"),
         [
-            ({"transcode": True}, "transcode=true: it predicts another module's output"),
+            ({"transcode": True, "skip_connection": True}, "lacks W_skip"),
             ({"skip_connection": True}, "skip_connection=true: it adds a linear map"),
             ({"signed": True}, "signed=true: it ranks latents by magnitude"),
             ({"activation": "groupmax"}, "activation='groupmax'; only 'topk' has an equal"),
