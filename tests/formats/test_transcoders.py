@@ -174,6 +174,7 @@ def test_saelens_has_no_topk_transcoder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow  # importing SAELens starts git
 @pytest.mark.parametrize("kind", KINDS)
 def test_saelens_own_classes_compute_the_same(tmp_path, kind, imported):
     sae_lens = pytest.importorskip("sae_lens", reason="needs SAELens, which CI installs in an environment of its own")
