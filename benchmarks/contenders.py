@@ -107,9 +107,13 @@ def bare_product(setting: Setting, first: Tensor) -> Contender:
     return Contender(step, lambda: [W_enc])
 
 
-def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int]) -> Contender:
+def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int], output_size: int | None = None) -> Contender:
     config = MatryoshkaSAEConfig(
-        hidden_size=setting.hidden_size, num_latents=setting.num_latents, prefix_sizes=prefix_sizes, k=setting.k
+        hidden_size=setting.hidden_size,
+        hidden_size_out=output_size,
+        num_latents=setting.num_latents,
+        prefix_sizes=prefix_sizes,
+        k=setting.k,
     )
     args = SAETrainingArguments(
         per_device_train_batch_size=setting.batch_size,
@@ -121,14 +125,23 @@ def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int]) -> Conten
     )
     sae = MatryoshkaSAE(config)
     learner = Learner("sae", sae, Site("layers.0"), Run(args), MAX_STEPS)
-    learner.start(first)
+    # A transcoder is given the same activations as what it is to reconstruct, which its step cannot know.
+    learner.start(first, None if output_size is None else first)
     assert learner.optimizer is not None
     optimizer = learner.optimizer
-    return Contender(learner.step, lambda: with_optimizer(sae.parameters(), optimizer))
+
+    def step(x: Tensor, number: int) -> None:
+        learner.step(x, number, None if output_size is None else x)
+
+    return Contender(step, lambda: with_optimizer(sae.parameters(), optimizer))
 
 
 def ours(setting: Setting, first: Tensor) -> Contender:
     return _learner(setting, first, setting.prefix_sizes)
+
+
+def ours_transcoder(setting: Setting, first: Tensor) -> Contender:
+    return _learner(setting, first, setting.prefix_sizes, setting.hidden_size)
 
 
 def ours_plain(setting: Setting, first: Tensor) -> Contender:
@@ -236,6 +249,7 @@ CONTENDERS = {
     "gemm": Entry("encoder product alone", bare_product),
     "ours-plain": Entry("ours, 1 level", ours_plain),
     "ours": Entry("ours, {levels} levels", ours),
+    "ours-transcoder": Entry("ours, a transcoder of {levels} levels", ours_transcoder),
     "saelens": Entry("SAELens, {levels} levels", saelens, "sae_lens", "sae-lens"),
     "dictionary_learning": Entry(
         "dictionary_learning, {levels} levels", dictionary_learning, "dictionary_learning", "dictionary-learning"

@@ -212,10 +212,10 @@ def where(options: argparse.Namespace) -> str:
 
 
 def ratios(values: dict[str, float]) -> dict[str, float]:
-    """Ours over the bare product and over the plain SAE, and each peer over ours, of those that were measured, and
-    (memory of tiny steps) not as zero.
+    """Ours over the bare product and over the plain SAE, our transcoder and each peer over ours, of those that were
+    measured, and (memory of tiny steps) not as zero.
     """
-    pairs = [("ours", "gemm"), ("ours", "ours-plain")]
+    pairs = [("ours", "gemm"), ("ours", "ours-plain"), ("ours-transcoder", "ours")]
     pairs += [(name, "ours") for name, entry in CONTENDERS.items() if entry.distribution]
     return {f"{a}/{b}": values[a] / values[b] for a, b in pairs if a in values and values.get(b)}
 
