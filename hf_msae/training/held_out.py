@@ -12,13 +12,14 @@ the numbers come out the same. Cross-entropy alone is left to the main process w
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,6 +53,7 @@ from hf_msae.training.loaders import TextSource
 from hf_msae.training.sharded import ShardedSAE
 
 logger = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
 
 
 class HeldOut(ABC):
@@ -237,16 +239,23 @@ def _inlying(learner: Learner, batch: Mapping[Site, Tensor]) -> Tensor:
     return inlying & within_limit(batch[learner.output_site], config.norm_limit_out).to(x.device)
 
 
+def _meter(learner: Learner) -> ReconstructionMeter:
+    sae = learner.sae
+    kind = _ShardMeter if isinstance(sae, ShardedSAE) else ReconstructionMeter
+    return kind(sae, sae.config.norm_limit)  # type: ignore[arg-type]
+
+
 class Evaluator:
     """Calibrates and measures learners on the held-out data of a run; all processes call it at the same time.
 
     Args:
         model: The language model, for cross-entropy; None where there is none.
         held_out: The data.
+        disable_tqdm: Show no progress bar.
     """
 
-    def __init__(self, model: PreTrainedModel | None, held_out: HeldOut) -> None:
-        self.model, self.held_out = model, held_out
+    def __init__(self, model: PreTrainedModel | None, held_out: HeldOut, disable_tqdm: bool = False) -> None:
+        self.model, self.held_out, self.disable_tqdm = model, held_out, disable_tqdm
         # Per learner the step after which its threshold was last set, and that threshold.
         self._thresholds: dict[str, tuple[int, Tensor]] = {}
         # What the activations that were measured last are like, at each site.
@@ -268,7 +277,7 @@ class Evaluator:
             if known is not None and known[0] == step:
                 sae.threshold.copy_(known[1])
                 return
-            batches = self.held_out.calibration(ranks.rank, ranks.size)
+            batches = self._shown(self.held_out.calibration(ranks.rank, ranks.size), f"Threshold of {learner.name}")
             kept = (batch[learner.site][_inlying(learner, batch)] for batch in batches)
             sae.calibrate_threshold((x.to(sae.device) for x in kept), ranks)
             self._thresholds[learner.name] = (step, sae.threshold.detach().clone())
@@ -292,57 +301,66 @@ class Evaluator:
                 with torch.no_grad():
                     learner.sae.threshold.copy_(threshold)
 
-    def measure(self, learner: Learner) -> Measurement:
-        """Measure a calibrated SAE, and record in it what only measuring can tell.
+    def measure(self, learners: Sequence[Learner]) -> dict[str, Measurement]:
+        """Measure calibrated SAEs, and record in them what only measuring can tell.
 
-        That is each latent's firing rate and largest activation, and L0 and FVE of every prefix.
+        That is each latent's firing rate and largest activation, and L0 and FVE of every prefix. The held-out text is
+        read once for all of them.
 
         Args:
-            learner: Whose SAE it is.
+            learners: Whose SAEs they are.
 
         Returns:
-            The numbers of every prefix; cross-entropies on the main process.
+            Of each, by the learner's name, the numbers of every prefix; cross-entropies on the main process.
 
         Raises:
             InputError: Where the held-out data gives no activation.
         """
-        sae = learner.sae
-        meter = self._reconstruction(learner)
+        meters = self._reconstruction(learners)
         reason = self._why_no_cross_entropy()
-        cross_entropy = None if reason else self._cross_entropy(learner, meter.mean)
-        with torch.no_grad():
-            sae.max_activation.copy_(meter.max_activation)
-            sae.firing_rate.copy_(meter.firing_rate[learner.rows])
-        measurement = merge(meter, cross_entropy)
-        measurement.ce_absent = measurement.ce_absent or reason
-        sae.config.measured = measured_facts(measurement)
-        return measurement
+        measurements = {}
+        for learner in learners:
+            sae, meter = learner.sae, meters[learner.name]
+            cross_entropy = None if reason else self._cross_entropy(learner, meter.mean)
+            with torch.no_grad():
+                sae.max_activation.copy_(meter.max_activation)
+                sae.firing_rate.copy_(meter.firing_rate[learner.rows])
+            measurement = merge(meter, cross_entropy)
+            measurement.ce_absent = measurement.ce_absent or reason
+            sae.config.measured = measured_facts(measurement)
+            measurements[learner.name] = measurement
+        return measurements
 
     @torch.inference_mode()
-    def _reconstruction(self, learner: Learner) -> ReconstructionMeter:
-        sae, ranks = learner.sae, learner.data_parallel
-        kind = _ShardMeter if isinstance(sae, ShardedSAE) else ReconstructionMeter
-        meter = kind(sae, sae.config.norm_limit)  # type: ignore[arg-type]
-        for batch in self.held_out.evaluation(ranks.rank, ranks.size):
-            meter.update(batch[learner.site], batch[learner.output_site] if sae.config.is_transcoder else None)
-        meter.num_tokens, meter.num_outliers = ranks.total(meter.num_tokens), ranks.total(meter.num_outliers)
-        meter.sums = {name: ranks.sum(total) for name, total in meter.sums.items()}
-        meter.max_activation = ranks.maximum(meter.max_activation)
-        if meter.num_tokens == 0:
-            raise InputError("Nothing to measure: the held-out data gave no activation.")
-        sums = meter.sums
-        self.populations[learner.output_site] = Population(
-            meter.num_tokens, sums["x"].clone(), sums["x_squared"].clone()
-        )
-        return meter
+    def _reconstruction(self, learners: Sequence[Learner]) -> dict[str, ReconstructionMeter]:
+        ranks = learners[0].data_parallel  # those of all: a run's SAEs are split alike
+        meters = {learner.name: _meter(learner) for learner in learners}
+        for batch in self._shown(self.held_out.evaluation(ranks.rank, ranks.size), "Measuring"):
+            for learner in learners:
+                target = batch[learner.output_site] if learner.sae.config.is_transcoder else None
+                meters[learner.name].update(batch[learner.site], target)
+        for learner in learners:
+            meter = meters[learner.name]
+            meter.num_tokens, meter.num_outliers = ranks.total(meter.num_tokens), ranks.total(meter.num_outliers)
+            meter.sums = {name: ranks.sum(total) for name, total in meter.sums.items()}
+            meter.max_activation = ranks.maximum(meter.max_activation)
+            if meter.num_tokens == 0:
+                raise InputError("Nothing to measure: the held-out data gave no activation.")
+            x, x_squared = meter.sums["x"].clone(), meter.sums["x_squared"].clone()
+            self.populations[learner.output_site] = Population(meter.num_tokens, x, x_squared)
+        return meters
+
+    def _shown(self, batches: Iterable[Batch], what: str) -> Iterator[Batch]:
+        """The batches, with a bar that counts them; of the main process alone."""
+        return iter(tqdm(batches, desc=what, unit="batch", disable=self.disable_tqdm, leave=False))
 
     def _cross_entropy(self, learner: Learner, mean: Tensor) -> Measurement | None:
         """Cross-entropies, on the main process alone, or on all, where each has a part of the model or of the SAE."""
         if learner.data_parallel.rank and not self.held_out.tensor_parallel:
             return None
         assert self.model is not None
-        limit, batches = learner.sae.config.norm_limit, self.held_out.token_batches()
-        places = (learner.site, learner.sae, mean, batches, limit, learner.output_site)
+        batches = self._shown(self.held_out.token_batches(), f"Cross-entropy of {learner.name}")
+        places = (learner.site, learner.sae, mean, batches, learner.sae.config.norm_limit, learner.output_site)
         found = measure_cross_entropy(self.model, *places)
         reason = why_no_recovery(found, self.model)
         if reason is None:

@@ -119,7 +119,7 @@ class SAETrainer:
                 warm_start(item, run.args.init_from, run.args.seed)
         sites = list(dict.fromkeys([*self.sites.values(), *self.output_sites.values()]))
         held_out, self.loader = open_data(run, model, processing_class, self.saes, sites, train_dataset, eval_dataset)
-        self.evaluator = Evaluator(model, held_out)
+        self.evaluator = Evaluator(model, held_out, args.disable_tqdm)
         self.saver = Saver(run, self.evaluator)
         self.log = RunLog(run)
         self.pusher: Pusher | None = None
@@ -429,7 +429,7 @@ class SAETrainer:
                 "evaluate() measures what was trained; call train() first. `hf-msae eval` measures an SAE that exists."
             )
         with self._calibrated():
-            return {learner.name: self.evaluator.measure(learner) for learner in self.learners}
+            return self.evaluator.measure(self.learners)
 
     def _calibrated(self) -> AbstractContextManager[None]:
         return self.evaluator.calibrated(self.learners, self.state.global_step)

@@ -209,6 +209,24 @@ def test_a_grid_trains_each_as_if_alone_from_one_pass(train, tmp_path, lm):
     assert set(json.loads((tmp_path / "grid" / "metrics.json").read_text())) == names
 
 
+def test_a_grid_is_measured_from_one_pass_and_each_as_if_alone(train, lm):
+    alone, _ = train(make_sae(), name="alone", ce_tokens=0)
+    grid, _ = train([make_sae(), make_sae(k=2)], name="grid", ce_tokens=0)
+    forwards: list[torch.nn.Module] = []
+    handle = lm.model.layers[0].register_forward_hook(lambda module, *_: forwards.append(module))
+    try:
+        measured, passes = [], []
+        for trainer in (alone, grid):
+            forwards.clear()
+            measured.append(trainer.evaluate())  # thresholds are those that were set at the end
+            passes.append(len(forwards))
+    finally:
+        handle.remove()
+    assert passes[0] == passes[1] > 0
+    (lonely,) = measured[0].values()
+    assert measured[1]["layers.0-64-k4"] == lonely != measured[1]["layers.0-64-k2"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_says_how_to_go_on(train, tmp_path, number):
     train(name="whole")
