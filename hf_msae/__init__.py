@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 install()
 
 if TYPE_CHECKING:
-    from hf_msae.concepts import find_latents
+    from hf_msae.concepts import evaluate_steering, find_latents
     from hf_msae.data import CachedActivations, cache_activations, load_documents, make_activation_cache
     from hf_msae.errors import HfMsaeError
     from hf_msae.evaluation import EvaluationArguments, collect, evaluate, run_evaluation
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_msae.training import SAETrainer, SAETrainingArguments
 else:
     _HOMES = {
-        "hf_msae.concepts": ("find_latents",),
+        "hf_msae.concepts": ("evaluate_steering", "find_latents"),
         "hf_msae.data": ("CachedActivations", "cache_activations", "load_documents", "make_activation_cache"),
         "hf_msae.errors": ("HfMsaeError",),
         "hf_msae.evaluation": ("EvaluationArguments", "collect", "evaluate", "run_evaluation"),
@@ -59,6 +59,7 @@ __all__ = [
     "collect",
     "convert",
     "evaluate",
+    "evaluate_steering",
     "find_hierarchy",
     "find_latents",
     "interpret",

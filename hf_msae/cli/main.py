@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("hf_msae.cli.train", "train one SAE or a grid of them on a language model's activations"),
     "steer": ("hf_msae.cli.steer", "continue a prompt as it would be and steered by latents, side by side"),
     "find": ("hf_msae.cli.find", "find the latents of a concept by texts with it and without it, and a steering"),
+    "steer-eval": ("hf_msae.cli.steer_eval", "measure how well steerings bring concepts into texts, beside controls"),
     "serve": ("hf_msae.cli.serve", "serve a language model to OpenAI's clients, each request steered its own way"),
     "export-steering": ("hf_msae.cli.export_steering", "write a saved steering as a model, or for another program"),
     "meta": ("hf_msae.cli.meta", "what latents are made of: a meta-SAE on an SAE's decoder rows, and its browser"),

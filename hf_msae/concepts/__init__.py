@@ -6,20 +6,45 @@ save_steering(found.steering, "runs/quickstart")
 ```
 """
 
+from hf_msae.concepts.evaluating import (
+    METHODS,
+    Concept,
+    MethodResult,
+    SteeringEvaluation,
+    TextScores,
+    concepts_of_words,
+    evaluate_steering,
+)
 from hf_msae.concepts.examples import ConceptError
 from hf_msae.concepts.finding import Finding, FoundRow, find_latents
 from hf_msae.concepts.pushing import Effect, NeutralText
 from hf_msae.concepts.reading import LevelReading
+from hf_msae.concepts.scorers import JudgeScorer, WordScorer, endpoint_judge, model_judge
+from hf_msae.concepts.sets import read_concepts
+from hf_msae.concepts.steer_report import write_steering_report
 from hf_msae.concepts.typical import typical_scores, typical_tokens
 
 __all__ = [
+    "METHODS",
+    "Concept",
     "ConceptError",
     "Effect",
     "Finding",
     "FoundRow",
+    "JudgeScorer",
     "LevelReading",
+    "MethodResult",
     "NeutralText",
+    "SteeringEvaluation",
+    "TextScores",
+    "WordScorer",
+    "concepts_of_words",
+    "endpoint_judge",
+    "evaluate_steering",
     "find_latents",
+    "model_judge",
+    "read_concepts",
     "typical_scores",
     "typical_tokens",
+    "write_steering_report",
 ]

@@ -8,8 +8,9 @@ what needs no SAE (DiffMean, a probe) and what means nothing (random latents).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -47,7 +48,7 @@ from hf_msae.evaluation.labelled import encoder_of
 from hf_msae.metrics import why_no_next_token
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import Site, find_site
-from hf_msae.steering import LatentEdit, Steering
+from hf_msae.steering import LatentEdit, Steering, random_direction
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,29 @@ class Finding:
         }
 
 
+@dataclass(frozen=True)
+class Found:
+    """A finding with what it was measured with.
+
+    Args:
+        finding: what `find_latents` gives.
+        held_out: the neutral text on which effects are reported.
+        make_shifts: makes `shifts`.
+    """
+
+    finding: Finding
+    held_out: NeutralText
+    make_shifts: Callable[[], dict[str, Tensor]]
+
+    @cached_property
+    def shifts(self) -> dict[str, Tensor]:
+        """Shifts that cost the same loss, (hidden_size,) each.
+
+        They are "few latents", "one latent", "DiffMean", "random latent" and "random direction".
+        """
+        return self.make_shifts()
+
+
 def find_latents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -172,6 +196,46 @@ def find_latents(
             positive ones, or neither a latent nor a probe tells them apart on held-out examples.
         InputError: the SAE does not fit the model, or a number is out of its bounds.
     """
+    return find_with_shifts(
+        model,
+        tokenizer,
+        sae,
+        positive,
+        negative,
+        neutral=neutral,
+        words=words,
+        name=name,
+        max_latents=max_latents,
+        loss=loss,
+        num_candidates=num_candidates,
+        neutral_tokens=neutral_tokens,
+        context_length=context_length,
+        site=site,
+        lm_batch_size=lm_batch_size,
+        seed=seed,
+    ).finding
+
+
+def find_with_shifts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: MatryoshkaSAE,
+    positive: DocumentsLike,
+    negative: DocumentsLike,
+    *,
+    neutral: "DocumentsLike | None" = None,
+    words: Sequence[str] = (),
+    name: str = "found",
+    max_latents: int = MAX_LATENTS,
+    loss: float = 0.5,
+    num_candidates: int = 16,
+    neutral_tokens: int = 1000,
+    context_length: int | None = None,
+    site: str | None = None,
+    lm_batch_size: int = 16,
+    seed: int = 0,
+) -> Found:
+    """`find_latents`, which says what the arguments are, with the shifts that were tried."""
     _check_numbers(max_latents, loss, num_candidates, neutral_tokens)
     reason = why_no_next_token(model)
     if reason is not None:
@@ -232,9 +296,10 @@ def find_latents(
     for warning in warnings:
         logger.warning(warning)
     steering = _steering(sae, push, name, tokens, at_rest, few)
-    return Finding(
+    finding = Finding(
         tokens, ids, at_rest, loss, reading.levels, rows, latents, reading.tested, steering, warnings, facts
     )
+    return Found(finding, texts[1], lambda: finder.shifts(push, latents, wanted))
 
 
 def _check_numbers(max_latents: int, loss: float, num_candidates: int, neutral_tokens: int) -> None:
@@ -379,8 +444,31 @@ class _Finder:
             self._random(),
         ]
 
+    def shifts(self, push: Push, latents: Sequence[FoundRow], wanted: Tensor) -> dict[str, Tensor]:
+        """Shifts that cost the same loss, by what they are."""
+        directions = self._directions(wanted)
+        mean = directions.get("DiffMean of what foretells", directions["DiffMean of all tokens"])
+        drawn = random_direction(str(self.site), self.units.shape[1], self.seed).vector
+        one = latents[0]
+        return {
+            "few latents": self._shift(push),
+            "one latent": one.length * self.units[one.latents[0]],
+            "DiffMean": self._at_loss(mean),
+            "random latent": self._at_loss(self.units[self._drawn()[0]]),
+            "random direction": self._at_loss(drawn),
+        }
+
+    def _at_loss(self, vector: Tensor) -> Tensor:
+        """The shift in a direction that costs the loss."""
+        direction = vector.to(self.units)
+        length, _ = self.text.at_loss(direction, self.loss)
+        return length * direction / direction.norm().clamp_min(1e-30)
+
+    def _shift(self, push: Push) -> Tensor:
+        return torch.tensor(push.amounts, device=self.units.device) @ self.units[list(push.latents)]
+
     def _row(self, name: str, push: Push) -> FoundRow:
-        shift = torch.tensor(push.amounts, device=self.units.device) @ self.units[list(push.latents)]
+        shift = self._shift(push)
         level = None
         if len(push.latents) == 1:
             level = sum(push.latents[0] >= size for size in self.sae.config.prefix_sizes)
@@ -401,19 +489,22 @@ class _Finder:
 
     def _direction(self, name: str, vector: Tensor) -> FoundRow:
         told = self.reading.probe_auroc if name == "probe" else self.reading.of_direction(vector)
-        length, _ = self.text.at_loss(vector.to(self.units), self.loss)
-        unit = vector / vector.norm().clamp_min(1e-30)
-        return FoundRow(name, (), None, told, self.held_out.effect(unit.to(self.units) * length), length)
+        shift = self._at_loss(vector)
+        return FoundRow(name, (), None, told, self.held_out.effect(shift), float(shift.norm()))
 
     def _random(self) -> FoundRow:
-        """The mean of some latents that were drawn from all that fire."""
-        usable = self.usable.nonzero().flatten().cpu()
-        order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(self.seed))
-        drawn = tuple(usable[order[:NUM_RANDOM]].tolist())
+        """The mean of some random latents."""
+        drawn = self._drawn()
         rows = [self._row("", push) for push in best_single(self.text, self.units, drawn, self.loss)]
         mean = Effect(*(fmean(vars(row.effect)[name] for row in rows) for name in ("said", "loss", "kl")))
         told, length = fmean(row.auroc or 0.0 for row in rows), fmean(row.length for row in rows)
         return FoundRow(f"{len(rows)} random latents, each alone", drawn, None, told, mean, length)
+
+    def _drawn(self) -> tuple[int, ...]:
+        """Latents that were drawn from all that fire."""
+        usable = self.usable.nonzero().flatten().cpu()
+        order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(self.seed))
+        return tuple(usable[order[:NUM_RANDOM]].tolist())
 
 
 def _steering(

@@ -129,14 +129,19 @@ def steer_direction(
     units: Units = "absolute",
     positions: Positions = "all",
     special_ids: Iterable[int] | None = None,
+    norm_limit: float | None = None,
 ) -> Iterator[None]:
-    """Add `strength` times a direction, in units of length ("absolute") or of the token's own length ("norm")."""
+    """Add `strength` times a direction, in units of length ("absolute") or of the token's own length ("norm").
+
+    Activations beyond `norm_limit` are outliers and left alone, as an SAE leaves those beyond its own; None for none.
+    """
     if units not in ("absolute", "norm"):
         raise SteeringError(f"a direction has no latent, so units must be 'absolute' or 'norm', got {units!r}.")
 
     def delta(x: Tensor, tracker: TokenTracker) -> Tensor:
         shift = strength * direction.vector.to(x)
-        return shift * x.norm(dim=-1, keepdim=True) if units == "norm" else shift.expand_as(x)
+        shifts = shift * x.norm(dim=-1, keepdim=True) if units == "norm" else shift.expand_as(x)
+        return torch.where(within_limit(x, norm_limit).unsqueeze(-1), shifts, 0) if norm_limit else shifts
 
     site = resolve_site(model, direction.site)
     with _steered(model, {site: [delta] if strength else []}, positions, special_ids):
