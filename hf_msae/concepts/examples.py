@@ -5,7 +5,7 @@ beforehand, so equal texts count once.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +99,9 @@ def read_windows(
     encoder = DocumentEncoder(tokenizer, vocabulary(model))
     found: dict[tuple[int, ...], Window] = {}
     num_read = 0
-    for document in as_documents(documents):
+    # What looked for examples of its own may have found none.
+    is_empty = isinstance(documents, Sequence) and not documents
+    for document in () if is_empty else as_documents(documents):
         (ids,) = encoder.encode_each([document])
         if isinstance(ids, UnreadableRow) or not ids:
             continue

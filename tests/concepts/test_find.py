@@ -197,12 +197,13 @@ def test_words_say_what_should_be_said(known, birds):
     ("positive", "negative", "said"),
     [
         (["w0 w1"] * 40, None, "Positive examples: 1 different examples were given, 39 more repeat them, and 10"),
+        ([], None, "Positive examples: 0 different examples were given, and 10 are needed; give more."),
         (None, ["w20 w21 w3"], "Negative examples: 1 different examples were given, and 10 are needed"),
         ("swap some", None, "of the examples are positive and negative at once, such as"),
     ],
 )
 def test_examples_that_show_nothing_are_refused(known, birds, positive, negative, said):
-    positive = [*birds[0], birds[1][0]] if positive == "swap some" else positive or birds[0]
+    positive = [*birds[0], birds[1][0]] if positive == "swap some" else birds[0] if positive is None else positive
     with pytest.raises(ConceptError, match=said):
         find_latents(known.model, known.tokenizer, known.sae, positive, negative or birds[1])
 
