@@ -42,6 +42,13 @@ class InterpretArguments:
     packing: bool = reading_fields.packing()
     lm_batch_size: int = reading_fields.lm_batch_size()
     norm_outlier_multiple: float | None = reading_fields.norm_outlier_multiple(where=WITHOUT_A_LIMIT)
+    later_windows: int = field(
+        default=0,
+        metadata={
+            "help": "Windows of 32 tokens over which promoted tokens are found through the later layers; 0 stops at "
+            "the final norm. A window costs a backward pass for every dimension of the model."
+        },
+    )
     labels_model: str | None = field(
         default=None, metadata={"help": "A chat model that names latents, and is tested on its names."}
     )
@@ -78,6 +85,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
         packing=args.packing,
         lm_batch_size=args.lm_batch_size,
         norm_outlier_multiple=args.norm_outlier_multiple,
+        later_windows=args.later_windows,
     )
     if labeller is not None:
         write_labels(labeller, interpretation, args.num_labels)

@@ -5,6 +5,9 @@ the final norm: W_U · J · d, where J is the derivative of the final norm. What
 read the direction too, are left out; and J depends on the activation, so its mean over a few real activations behind
 the last layer is taken. A cap on the logits behind the unembedding (Gemma 2) is left out; it keeps their order.
 
+`later_layers.mean_jacobian` gives a derivative that goes through the later layers, and takes the place of J where it
+is given.
+
 J is found by running the model itself: its last layer's output is replaced by activations with tangents, and what
 reaches the unembedding is read. So any architecture's norm is right without being known here, and half precision
 loses nothing to differences of nearly equal numbers.
@@ -41,21 +44,25 @@ class LogitEffects:
         model: with an unembedding, in evaluation mode.
         directions: decoder rows, (num_latents, width), each as long as an activation of 1 makes it.
         references: activations behind the last layer, (n, width), at which the final norm is linearised.
+        jacobian: of what reaches the unembedding, (width of a direction, width there); by default of the final norm.
 
     Raises:
         InputError: the model has no unembedding, or directions are of another width than the residual stream.
     """
 
-    def __init__(self, model: PreTrainedModel, directions: Tensor, references: Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, directions: Tensor, references: Tensor, jacobian: Tensor | None = None
+    ) -> None:
         head = model.get_output_embeddings()
         if head is None:
             raise InputError(f"{type(model).__name__} has no unembedding, so its latents promote no tokens.")
-        if directions.shape[-1] != references.shape[-1]:
+        if jacobian is None and directions.shape[-1] != references.shape[-1]:
             raise InputError(
                 f"Directions of width {directions.shape[-1]} are not in a residual stream of width "
                 f"{references.shape[-1]}, so they have no direct effect on the output."
             )
-        jacobian = final_norm_jacobian(model, head, references)
+        if jacobian is None:
+            jacobian = final_norm_jacobian(model, head, references)
         self.unembedding = head.weight.detach()
         self.mapped = directions.detach().to(jacobian) @ jacobian
         # In float64, because a mean over hundreds of thousands of rows of half precision would drift.
