@@ -17,6 +17,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -40,6 +41,7 @@ from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.main import COMMANDS, overview
 from hf_msae.cli.parser import parse
 from hf_msae.cli.train import GridArguments, next_steps
+from hf_msae.data.cache_files import FORMAT, INDEX
 from hf_msae.training import make_saes
 from hf_msae.worlds.stories import load_story_lm
 
@@ -388,6 +390,14 @@ def test_flags_in_the_text_exist(document: str) -> None:
         flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
     }
     assert flags <= all_flags() | script_flags() | launcher_flags() | {"--help", "--version"}
+
+
+def test_what_a_run_on_a_cache_was_measured_on_is_what_comes_next(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"format": FORMAT}))
+    steps = next_steps(Path("runs/a"), SourceArguments(dataset=str(tmp_path), eval_dataset="texts.jsonl"))
+    assert steps.count("runs/a --dataset texts.jsonl ") == 2
+    assert str(tmp_path) not in steps
+    assert "--eval-dataset" not in steps
 
 
 @pytest.mark.parametrize(

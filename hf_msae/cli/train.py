@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 import sys
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -250,17 +250,17 @@ Next:
 def _given_again(sources: SourceArguments) -> str:
     """The flags that name the data, and how the model is loaded; which one it is the SAE says.
 
-    An activation cache holds no text to read, so text is left for people to fill in.
+    An activation cache holds no text to read: it is what the run measured on, or left for people to fill in.
     """
     from hf_msae.data import is_activation_cache
 
+    if sources.dataset is not None and is_activation_cache(sources.dataset):
+        sources = replace(sources, dataset=sources.eval_dataset or "...", eval_dataset=None)
     flags = ""
     for known in fields(sources):
         value = getattr(sources, known.name)
         if value == known.default or known.name in ("model", "model_revision"):
             continue
-        if known.name == "dataset" and is_activation_cache(value):
-            value = "..."
         flag = f" --{known.name.replace('_', '-')}"
         flags += flag if value is True else f"{flag} {shlex.quote(value)}"
     return flags

@@ -126,7 +126,7 @@ def check_apart(positive: list[Window], negative: list[Window], tokenizer: PreTr
         tuple(window.input_ids.tolist()) for window in negative
     }
     if shared:
-        text = tokenizer.decode(min(shared), skip_special_tokens=True)
+        text = tokenizer.decode(list(min(shared)), skip_special_tokens=True)
         raise ConceptError(
             f"{len(shared):,} of the examples are positive and negative at once, such as {text[:60]!r}; an example "
             "shows the concept or does not, so take each out on one side."

@@ -248,10 +248,10 @@ def find_with_shifts(
     place = find_site(model, sae.config, site)
     sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
     length = context_length or min(sae.config.context_length or CONTEXT_LENGTH, CONTEXT_LENGTH)
-    sides = [
-        read_windows(tokenizer, model, documents, length, called)
-        for documents, called in ((positive, "Positive examples"), (negative, "Negative examples"))
-    ]
+    sides = (
+        read_windows(tokenizer, model, positive, length, "Positive examples"),
+        read_windows(tokenizer, model, negative, length, "Negative examples"),
+    )
     check_apart(*sides, tokenizer)
     (plus, plus_held), (minus, minus_held) = (halves(side, seed) for side in sides)
     limit = sae.config.norm_limit

@@ -7,6 +7,7 @@ arXiv:2501.17148); what has no such number in it is counted as nonsense and scor
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -100,10 +101,12 @@ def model_judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> J
         raise ConceptError("A judge must be a chat model, whose tokenizer has a chat template; give another.")
 
     def ask(question: str) -> str:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        written = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        chat = [{"role": "user", "content": question}]
+        inputs: Any = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        writing: Any = model
+        written = writing.generate(**inputs.to(model.device), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
         return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return ask

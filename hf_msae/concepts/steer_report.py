@@ -85,9 +85,16 @@ def draw_curves(figure: "Figure", evaluation: SteeringEvaluation) -> None:
     axis = figure.subplots()
     for number, method in enumerate(evaluation.methods):
         points = evaluation.curve(method)
-        style = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
         losses, scores = [loss for _, loss, _ in points], [score for _, _, score in points]
-        axis.plot(losses, scores, markersize=5, linewidth=0 if method == NOTHING else 1.5, label=method, **style)
+        axis.plot(
+            losses,
+            scores,
+            markersize=5,
+            linewidth=0 if method == NOTHING else 1.5,
+            label=method,
+            marker=MARKERS[number % len(MARKERS)],
+            color=COLOURS[number % len(COLOURS)],
+        )
     axis.set_xlabel("loss under the model as it is (nats per token)")
     axis.set_ylabel("concept")
     legend_outside(axis)

@@ -42,9 +42,9 @@ def _tokens(word: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     for form in sorted(forms) if word else ():
         ids = tokenizer(form, add_special_tokens=False).input_ids
         # Some tokenizers write the space as a token of its own.
-        while len(ids) > 1 and not tokenizer.decode(ids[:1]).strip():
+        while len(ids) > 1 and not str(tokenizer.decode(ids[:1])).strip():
             ids = ids[1:]
-        text = tokenizer.decode(ids[:1]).strip() if ids else ""
+        text = str(tokenizer.decode(ids[:1])).strip() if ids else ""
         if text.casefold() == word.casefold() or (
             len(text) >= MIN_LETTERS and word.casefold().startswith(text.casefold())
         ):

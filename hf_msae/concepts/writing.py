@@ -93,7 +93,7 @@ class Writer:
             mask[row, width - len(prompt) :] = 1
         device = device_of(self.model)
         with context:
-            written = self.model.generate(
+            written = self.model.generate(  # type: ignore[operator]
                 ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=self.new_tokens,
@@ -106,7 +106,7 @@ class Writer:
     def _continuation(self, ids: list[int]) -> Continuation:
         end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids) - 1)
         ids = ids[: end + 1]
-        return Continuation(ids, self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Continuation(ids, str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
     @torch.no_grad()
     def losses(self, prompts: Sequence[list[int]], texts: Sequence[Continuation]) -> list[float]:

@@ -90,8 +90,9 @@ def complete_on_text(
     found = find_site(model, config, site, called=called)
     length = window_length(model, SAETrainingArguments(context_length=config.context_length))
     found_out = find_output_site(model, config, found, called=called) if config.is_transcoder else None
-    options = {"num_tokens": num_tokens, "context_length": length}
-    text = collect(model, tokenizer, found, documents, **options, site_out=found_out)
+    text = collect(
+        model, tokenizer, found, documents, num_tokens=num_tokens, context_length=length, site_out=found_out
+    )
     measurement = complete(sae.to(device_of(model)).eval(), text)  # type: ignore[arg-type]
     config.site = config.site or str(found)
     config.base_model = config.base_model or model.config.name_or_path or None

@@ -43,6 +43,13 @@ DeltaFunction = Callable[[Tensor, TokenTracker], Tensor]
 _OPEN: ContextVar[tuple[TokenTracker, ...]] = ContextVar("hf_msae_steering", default=())
 
 
+class _Kept(threading.local):
+    """What transcoders read in this thread, by site."""
+
+    def __init__(self) -> None:
+        self.hidden: dict[Site, Tensor] = {}
+
+
 @contextmanager
 def steer(
     model: PreTrainedModel,
@@ -102,7 +109,7 @@ def steering_context(
     check_sae_names(edits, saes)
     by_site: dict[Site, list[DeltaFunction]] = {}
     read: set[Site] = set()
-    kept = threading.local()  # what transcoders read in a thread's forward, by site
+    kept = _Kept()  # what transcoders read in a thread's forward, by site
     follows_texts = False
     for name, sae in saes.items():
         of_sae = [edit for edit in edits if edit.sae == name]
@@ -155,7 +162,7 @@ def _steered(
     positions: Positions,
     special_ids: Iterable[int] | None,
     follows_texts: bool = False,
-    read: Mapping[Site, threading.local] = MappingProxyType({}),
+    read: Mapping[Site, _Kept] = MappingProxyType({}),
 ) -> Iterator[None]:
     check_positions(positions)
     outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -203,12 +210,12 @@ def _edit(tracker: TokenTracker, functions: Sequence[DeltaFunction]) -> Callable
     return lambda hidden: _edited(hidden, functions, tracker)
 
 
-def _reading(site: Site, kept: threading.local, edit: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+def _reading(site: Site, kept: _Kept, edit: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
     """Keep what transcoders read at a site, before it is edited there, for where they act."""
 
     def keep(hidden: Tensor) -> Tensor:
         # What runs next may add into it in place.
-        vars(kept)[site] = hidden.clone()
+        kept.hidden[site] = hidden.clone()
         return hidden if edit is None else edit(hidden)
 
     return keep
@@ -233,7 +240,7 @@ def _on_device_of(
     model: PreTrainedModel,
     site: Site,
     name: str,
-    source: tuple[Site, threading.local] | None,
+    source: tuple[Site, _Kept] | None,
 ) -> DeltaFunction:
     """The function on the SAE's device and in its precision, for activations of any.
 
@@ -263,11 +270,9 @@ def _on_device_of(
     return moved
 
 
-def _read_of(
-    sae: MatryoshkaSAE, model: PreTrainedModel, source: tuple[Site, threading.local], site: Site, name: str
-) -> Tensor:
+def _read_of(sae: MatryoshkaSAE, model: PreTrainedModel, source: tuple[Site, _Kept], site: Site, name: str) -> Tensor:
     read, kept = source
-    hidden = vars(kept).get(read)
+    hidden = kept.hidden.get(read)
     if hidden is None:
         raise SteeringError(
             f"the transcoder {name or 'that steers'} reads {read}, which {type(model).__name__} does not run before "

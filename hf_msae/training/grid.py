@@ -63,8 +63,9 @@ def make_saes(
             f"Each site needs one site_out: there are {len(names)} of the one ({', '.join(names)}) and "
             f"{len(sites_out)} of the other ({', '.join(sites_out)})."
         )
+    outputs: Sequence[str | None] = sites_out or [None] * len(names)
     saes = []
-    for name, name_out in zip(names, sites_out or [None] * len(names), strict=True):
+    for name, name_out in zip(names, outputs, strict=True):
         site = resolve_site(model, name)
         values = options | {"site": str(site)}
         if name_out is not None:

@@ -8,7 +8,7 @@ those that the Space shows; without a name it is the first of these.
 import threading
 from typing import Any
 
-import gradio as gr
+from gradio import events
 
 from hf_msae.steering import Steering
 from msae_space import opening, validation
@@ -177,8 +177,8 @@ def add_tools(library: Library) -> None:
         return {"default": last.default, "steered": last.steered, "losses": last.losses}
 
     for function in (list_saes, search_latents, describe_latent, read_tokens):
-        gr.api(function)
-    gr.api(steer_text, concurrency_limit=4, concurrency_id="generate")
+        events.api(function)
+    events.api(steer_text, concurrency_limit=4, concurrency_id="generate")
 
 
 def _described(loaded: LoadedSAE, index: LatentIndex, hit: Hit) -> dict[str, Any]:
