@@ -9,8 +9,10 @@
   for must be possible; targets of `make`, modules and scripts of `python`, extras and files of `pip` must exist. A
   program that is not known here fails, so that nothing goes unread. Each such command is one that cannot run here, or
   that another test runs: `why_not_run` says which.
-- A ```yaml block that begins with `# name.yaml` is that file for `--config name.yaml`; any other file is empty.
-- `--flags` in the text must be flags of some command, of a script in `benchmarks/`, or of `accelerate launch`.
+- A ```yaml block that begins with `# name.yaml` is that file for `--config name.yaml`; any other file is the
+  checkout's of that name, or empty.
+- `--flags` in the text must be flags of some command, of a script in `benchmarks/` or `examples/`, or of
+  `accelerate launch`.
 """
 
 import ast
@@ -120,8 +122,8 @@ def all_flags() -> set[str]:
 
 @cache
 def script_flags() -> set[str]:
-    """What the scripts of `benchmarks/` take."""
-    sources = [path.read_text() for path in (ROOT / "benchmarks").glob("*.py")]
+    """What the scripts of `benchmarks/` and `examples/` take."""
+    sources = [path.read_text() for name in ("benchmarks", "examples") for path in (ROOT / name).rglob("*.py")]
     return {flag for source in sources for flag in re.findall(r'add_argument\("(--[\w-]+)"', source)}
 
 
@@ -140,9 +142,11 @@ def check_hf_msae(arguments: list[str], folder: Path) -> None:
         return
     if "--config" in arguments:
         place = arguments.index("--config") + 1
-        file = folder / arguments[place]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        file = ROOT / arguments[place]
+        if not file.is_file():
+            file = folder / arguments[place]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         arguments = [*arguments[:place], str(file), *arguments[place + 1 :]]
     for values in parse(parser_of(arguments[0]), arguments[1:]):
         if isinstance(values, GridArguments):
