@@ -43,6 +43,7 @@ FORMS = {
     "pareto": {"prefix_sampling": "pareto", "num_sampled_prefixes": 3},
     "held_back": {"inner_decoder_share": 0.0, "inner_activation_share": 0.25},
     "transcoder": {**MLP, "skip": True},
+    "jumprelu_transcoder": {**MLP, "activation": "jumprelu", "log_loss": True, "sparsity_weight": 0.5},
     "dead": {"num_latents": 256, "prefix_sizes": [16, 256], "k": 2, "num_aux_latents": 5},
 }
 # Processes, tokens of each in a micro-batch, and micro-batches: always 512 tokens a step.
