@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--batch-size", "64", "--hidden-size", "16", "--num-latents", "512", "--k", "4", "--threads", "1"]
 PEERS = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}
-OURS = ["gemm", "ours-plain", "ours"]
+OURS = ["gemm", "ours-plain", "ours", "ours-transcoder"]
 
 
 def numbers(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -43,7 +43,7 @@ def test_train_step_measures_all_that_are_installed(tmp_path):
         times = result["all_seconds"][name]
         assert len(times) == 3
         assert sorted(times)[1] == median > 0
-    pairs = ["ours/gemm", "ours/ours-plain", *(f"{name}/ours" for name in present)]
+    pairs = ["ours/gemm", "ours/ours-plain", "ours-transcoder/ours", *(f"{name}/ours" for name in present)]
     assert list(result["ratios"]["time"]) == pairs
     assert result["ratios"]["time"]["ours/gemm"] == result["seconds"]["ours"] / result["seconds"]["gemm"]
     assert result["setting"]["num_latents"] == 512

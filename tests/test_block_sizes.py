@@ -17,6 +17,7 @@ from hf_msae.modeling.selection import SINGLE_PROCESS
 
 import hf_msae
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.concepts.reading import auroc
 from hf_msae.data import TokenWindows, collate
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once
 from hf_msae.evaluation.core import rate_distortion
@@ -189,7 +190,12 @@ def pieces(world: World) -> Any:
     return torch.cat(list(row_pieces(world.x, SINGLE_PROCESS)))
 
 
+def aurocs(world: World) -> Any:
+    return auroc(world.x.round(decimals=1), world.labelled.labels[:, 0])
+
+
 CASES: dict[str, Callable[[World], Any]] = {
+    "hf_msae.concepts.reading.NUMBERS_AT_ONCE": aurocs,
     "hf_msae.data.windows.DOCUMENTS_PER_BATCH": windows,
     "hf_msae.evaluation.activations.LATENTS_AT_ONCE": encoded,
     "hf_msae.evaluation.geometry.ROWS_AT_ONCE": geometry,

@@ -196,8 +196,8 @@ def test_what_is_given_of_a_form_reaches_the_configuration(flag, value, expected
     _, args, *_ = parse(parser_of("train"), [f"--{flag.replace('_', '-')}", value])
     assert isinstance(args, GridArguments)
     grid = args.grid()
-    assert grid == {"sites": [], flag: expected}
-    grid.pop("sites")
+    assert grid == {"sites": [], "sites_out": [], flag: expected}
+    del grid["sites"], grid["sites_out"]
     assert getattr(MatryoshkaSAEConfig(**grid), flag) == expected
 
 

@@ -40,6 +40,8 @@ def fields(config: MatryoshkaSAEConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in MatryoshkaSAEConfig.__annotations__}
 
 
+# circuit-tracer's form holds transcoders alone, and is not read back: test_transcoders.py computes what it says.
+OF_SAES = [library for library in WRITABLE if library != "circuit_tracer"]
 configurations = st.fixed_dictionaries(
     {
         "k": st.sampled_from([1, 3, 2.5, F]),
@@ -93,7 +95,7 @@ def make_sae(
     return sae
 
 
-@pytest.mark.parametrize("library", WRITABLE)
+@pytest.mark.parametrize("library", OF_SAES)
 @given(
     values=configurations,
     kind=st.sampled_from(KINDS),
@@ -151,7 +153,7 @@ def exported(folder: Path, library: str, change: Callable[[dict], None]) -> Path
     return folder
 
 
-@pytest.mark.parametrize("library", WRITABLE)
+@pytest.mark.parametrize("library", OF_SAES)
 class TestWhatOthersChanged:
     def test_other_weights_lose_what_was_measured_and_a_note_says_so(self, tmp_path, library, caplog):
         def change(block: dict) -> None:
@@ -206,7 +208,7 @@ class TestWhatOthersChanged:
         assert "update hf_msae" in caplog.text
 
 
-@pytest.mark.parametrize("library", WRITABLE)
+@pytest.mark.parametrize("library", OF_SAES)
 def test_steering_in_units_of_the_maximum_is_the_same(tmp_path, lm: LlamaForCausalLM, library):
     width = lm.config.hidden_size
     config = MatryoshkaSAEConfig(

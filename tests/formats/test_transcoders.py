@@ -174,6 +174,7 @@ def test_saelens_has_no_topk_transcoder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.peer
 @pytest.mark.slow  # importing SAELens starts git
 @pytest.mark.parametrize("kind", KINDS)
 def test_saelens_own_classes_compute_the_same(tmp_path, kind, imported):
@@ -215,6 +216,7 @@ def test_sparsify_transcode(tmp_path, skip, imported):
     assert (sae.config.site, sae.config.site_out) == ("layers.2.mlp:input", "layers.2.mlp:output")
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("skip", [False, True])
 def test_sparsify_itself_computes_the_same(tmp_path, skip, imported):
     peer = pytest.importorskip("sparsify", reason="needs the package eai-sparsify")

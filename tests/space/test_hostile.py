@@ -200,7 +200,7 @@ def test_any_link_is_a_view_of_values_that_the_page_can_show(query):
     ],
 )
 def test_odd_links_open_the_page(server, query):
-    (load,) = (one for one in server.handlers if [None, "load"] in one["targets"] or one["targets"][0][1] == "load")
+    (load,) = (one for one in server.handlers if any(event == "load" for _, event in one["targets"]))
     said = server.call(load, [], query=query)
     assert said["success"], said
 
