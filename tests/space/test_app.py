@@ -70,19 +70,31 @@ def test_reading_is_what_the_sae_encodes(loaded):
     assert found.values(strongest[0])[5] == strongest[1]
 
 
+class Names:
+    """An index in which some latents are named by function words."""
+
+    def __init__(self, *dull: int) -> None:
+        self.dull = dull
+
+    def name(self, latent: int) -> str:
+        return "of, the" if latent in self.dull else "owl, of"
+
+
 def test_the_most_telling_latent_is_strong_and_rare(loaded, index):
-    assert tab_explore.most_telling(loaded, reading_of(loaded, [[]])) is None
+    names = Names()
+    assert tab_explore.most_telling(loaded, names, reading_of(loaded, [[]])) is None
     by_rate = sorted(range(len(loaded.maxima)), key=lambda latent: loaded.firing_rates[latent])
     alive = [latent for latent in by_rate if loaded.maxima[latent] > 0 and 0 < loaded.firing_rates[latent] < 0.9]
     rare, common, silent = alive[0], alive[-1], [one for one in by_rate if loaded.maxima[one] == 0]
     strong = [(latent, loaded.maxima[latent]) for latent in (common, rare)]
-    assert tab_explore.most_telling(loaded, reading_of(loaded, [strong[:1], strong[1:]])) == rare
+    assert tab_explore.most_telling(loaded, names, reading_of(loaded, [strong[:1], strong[1:]])) == rare
     weak = [(rare, 0.001 * loaded.maxima[rare])]
     half = [(common, 0.5 * loaded.maxima[common])]
-    assert tab_explore.most_telling(loaded, reading_of(loaded, [weak, half])) == common
+    assert tab_explore.most_telling(loaded, names, reading_of(loaded, [weak, half])) == common
+    assert tab_explore.most_telling(loaded, Names(common), reading_of(loaded, [weak, half])) == rare
     # A maximum that is not known tells nothing.
     assert all(
-        tab_explore.most_telling(loaded, reading_of(loaded, [[(one, 9.0)], weak])) == rare for one in silent[:3]
+        tab_explore.most_telling(loaded, names, reading_of(loaded, [[(one, 9.0)], weak])) == rare for one in silent[:3]
     )
     text, _ = tab_explore.draw_reading(loaded, index, reading_of(loaded, [half, []]), None, None, "levels")
     assert f'title="level {loaded.level_of(common)}: #{common} ' in text

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from hf_msae.interpret.function_words import is_function_word
 from hf_msae.interpret.pages import LatentPage, TokenEffect
 from msae_space import drawing, validation
 from msae_space.dials import draw_with, read_dials
@@ -76,7 +77,11 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     @reports_errors
     def tell(key: list[str], found: Reading | None, latent: int | None) -> Any:
         """Open a page where none is open yet."""
-        return gr.skip() if found is None or latent is not None else most_telling(shared.loaded(key), found)
+        return (
+            gr.skip()
+            if found is None or latent is not None
+            else most_telling(shared.loaded(key), shared.index(key), found)
+        )
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     done = text.submit(read_text, [shared.key, text], [reading, token], **quiet).then(draw, state, shown, **quiet)
@@ -131,11 +136,15 @@ def colour_choices(loaded: LoadedSAE) -> list[tuple[str, str]]:
     return [*FIRST_COLOURS, *levels]
 
 
-def most_telling(loaded: LoadedSAE, found: Reading) -> int | None:
-    """The latent that is near its largest activation on some token, and rarely active at all."""
+def most_telling(loaded: LoadedSAE, index: LatentIndex, found: Reading) -> int | None:
+    """The latent that is near its largest activation on some token, and rarely active at all.
 
-    def tells(latent: int, value: float) -> float:
-        return -loaded.share_of_maximum(latent, value) * math.log(max(loaded.firing_rates[latent], RAREST))
+    One that is named by a word which says what a text is about comes before all others.
+    """
+
+    def tells(latent: int, value: float) -> tuple[bool, float]:
+        is_concept = not all(map(is_function_word, index.name(latent).split(", ")))
+        return is_concept, -loaded.share_of_maximum(latent, value) * math.log(max(loaded.firing_rates[latent], RAREST))
 
     pairs = [pair for active in found.active for pair in active]
     return max(pairs, key=lambda pair: tells(*pair))[0] if pairs else None
