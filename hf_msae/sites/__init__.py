@@ -1,7 +1,6 @@
 """Where in a language model: name a site, capture the activations there, replace them."""
 
 from hf_msae.sites.fitting import (
-    check_output_width,
     check_width,
     find_output_site,
     find_site,
@@ -17,7 +16,6 @@ __all__ = [
     "capture",
     "check_layout",
     "check_order",
-    "check_output_width",
     "check_width",
     "find_output_site",
     "find_site",

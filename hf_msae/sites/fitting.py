@@ -66,7 +66,7 @@ def find_output_site(
     found = resolve_site(model, site_out or recorded_output_site(config, called=called))
     if found == site:
         raise SiteError(f"{_name(called)} reads and writes {site}: what reconstructs its own input needs no site_out.")
-    check_output_width(site_width(model, found), config, found, model, called=called)
+    check_width(site_width(model, found), config, found, model, called=called, output=True)
     check_order(model, site, found)
     return found
 
@@ -105,33 +105,6 @@ def recorded_output_site(config: MatryoshkaSAEConfig, *, called: str = "", error
     return config.site_out
 
 
-def check_output_width(
-    width: int,
-    config: MatryoshkaSAEConfig,
-    site: Site,
-    model: PreTrainedModel,
-    *,
-    called: str = "",
-    error: type[InputError] = SiteError,
-) -> None:
-    """Check that activations are as wide as those that a transcoder reconstructs.
-
-    Args:
-        width: of the activations.
-        config: the transcoder's.
-        site: where the activations are.
-        model: in which language model.
-        called: the transcoder's name in errors.
-        error: what is raised where the widths differ.
-    """
-    if width != config.output_size:
-        raise error(
-            f"{_name(called)} reconstructs activations of {config.output_size} dimensions, but those at {site} of "
-            f"{model.config.name_or_path or 'the model'} have {width}. Give another site_out, or make a transcoder "
-            f"with hidden_size_out={width}."
-        )
-
-
 def check_width(
     width: int,
     config: MatryoshkaSAEConfig,
@@ -140,6 +113,7 @@ def check_width(
     *,
     called: str = "",
     error: type[InputError] = SiteError,
+    output: bool = False,
 ) -> None:
     """Check that activations are as wide as those that an SAE reads.
 
@@ -150,14 +124,22 @@ def check_width(
         model: in which language model.
         called: the SAE's name in errors.
         error: what is raised where the widths differ.
+        output: the activations are those that a transcoder reconstructs.
     """
-    if width != config.hidden_size:
-        raise error(
-            f"{_name(called)} reads activations of {config.hidden_size} dimensions, but those at {site} of "
-            f"{model.config.name_or_path or 'the model'} have {width}. It was made for "
-            f"{config.site or 'an unrecorded site'} of {config.base_model or 'an unrecorded model'}: give these, or "
-            f"make an SAE with hidden_size={width}."
+    wanted = config.output_size if output else config.hidden_size
+    if width == wanted:
+        return
+    if output:
+        remedy = f"Give another site_out, or make a transcoder with hidden_size_out={width}."
+    else:
+        remedy = (
+            f"It was made for {config.site or 'an unrecorded site'} of {config.base_model or 'an unrecorded model'}: "
+            f"give these, or make an SAE with hidden_size={width}."
         )
+    raise error(
+        f"{_name(called)} {'reconstructs' if output else 'reads'} activations of {wanted} dimensions, but those at "
+        f"{site} of {model.config.name_or_path or 'the model'} have {width}. {remedy}"
+    )
 
 
 def _name(called: str) -> str:

@@ -24,7 +24,6 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
 from hf_msae.sites import (
     Site,
-    check_output_width,
     check_width,
     recorded_output_site,
     recorded_site,
@@ -254,7 +253,7 @@ def _on_device_of(
             check_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError)
             x = h
         else:
-            check_output_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError)
+            check_width(hidden.shape[-1], sae.config, site, model, called=name, error=SteeringError, output=True)
             x = _read_of(sae, model, source, site, name).flatten(0, 1).to(h.device)
         own = x.to(sae.device, sae.W_dec.dtype)
         there = own if source is None else h.to(own)

@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig, load_steering
+from hf_msae import load_steering
 from hf_msae.cli.main import main
 from hf_msae.worlds.stories import StoryWorld, word_concepts
 
@@ -15,14 +14,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, firing) -> Path:
     """An untrained SAE of the story model, with examples beside it: stories with birds and stories without."""
     folder = tmp_path_factory.mktemp("find")
-    torch.manual_seed(0)
-    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=64, k=4, site="layers.2", base_model="stories")
-    sae = MatryoshkaSAE(config).eval()
-    sae.threshold.fill_(0.5)
-    sae.save_pretrained(folder / "sae")
+    firing.save_pretrained(folder / "sae")
     world = StoryWorld(seed=7)
     sides: dict[bool, list[str]] = {True: [], False: []}
     for index in range(120):

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
 from hf_msae.worlds.stories import StoryWorld
 
@@ -14,14 +12,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, firing) -> Path:
     """An untrained SAE of the story model, with a concept, a few stories and prompts beside it."""
     folder = tmp_path_factory.mktemp("steer-eval")
-    torch.manual_seed(0)
-    config = MatryoshkaSAEConfig(hidden_size=128, num_latents=64, k=4, site="layers.2", base_model="stories")
-    sae = MatryoshkaSAE(config).eval()
-    sae.threshold.fill_(0.5)
-    sae.save_pretrained(folder / "sae")
+    firing.save_pretrained(folder / "sae")
     concepts = [{"name": "she", "words": ["she", "her"]}, {"name": "zebras", "words": ["zebra"]}]
     (folder / "concepts.jsonl").write_text("\n".join(map(json.dumps, concepts)))
     world = StoryWorld(seed=7)
