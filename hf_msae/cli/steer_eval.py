@@ -75,12 +75,11 @@ def run(arguments: list[str]) -> None:
     """Parse, load, measure, write, print."""
     args, sources = parse(build_parser("steer-eval", DESCRIPTION, (SteerEvalArguments, SourceArguments)), arguments)
 
-    from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model, load_sae, load_text
+    from hf_msae.cli.sources import choose_device, load_language_model, load_sae, load_text
     from hf_msae.concepts import METHODS, evaluate_steering, read_concepts, write_steering_report
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     choose_device(args.use_cpu)
-    check_sae_place(args.sae)
     sae = load_sae(args.sae, args.subfolder, sources)
     documents, _ = load_text(sources)
     texts = [text for text in islice(documents, MAX_TEXTS) if isinstance(text, str)]

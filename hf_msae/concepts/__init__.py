@@ -16,10 +16,11 @@ from hf_msae.concepts.evaluating import (
     evaluate_steering,
 )
 from hf_msae.concepts.examples import ConceptError
-from hf_msae.concepts.finding import Finding, FoundRow, find_latents
+from hf_msae.concepts.finding import Finding, find_latents
 from hf_msae.concepts.pushing import Effect, NeutralText
 from hf_msae.concepts.reading import LevelReading
 from hf_msae.concepts.scorers import JudgeScorer, WordScorer, endpoint_judge, model_judge
+from hf_msae.concepts.searching import FoundRow
 from hf_msae.concepts.sets import read_concepts
 from hf_msae.concepts.steer_report import write_steering_report
 from hf_msae.concepts.typical import typical_scores, typical_tokens
