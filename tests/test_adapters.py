@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cli.main import main
+from hf_msae.cross_entropy import predicts_next_token
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, load_language_model, load_language_model_config, model_of, origin_of
-from hf_msae.metrics import predicts_next_token
 from hf_msae.sites import capture, resolve_site
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering, save_steering
 from hf_msae.training.preparation import resolve_sites

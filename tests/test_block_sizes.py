@@ -18,6 +18,7 @@ from hf_msae.modeling.selection import SINGLE_PROCESS
 import hf_msae
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.concepts.reading import auroc
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.data import TokenWindows, collate
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once
 from hf_msae.evaluation.core import rate_distortion
@@ -32,7 +33,6 @@ from hf_msae.interpret.edges import find_candidates
 from hf_msae.interpret.effects import LogitEffects, final_norm_jacobian, nearest_latents
 from hf_msae.interpret.hierarchy import HierarchySettings
 from hf_msae.interpret.scan import scan
-from hf_msae.metrics import measure_cross_entropy
 from hf_msae.research.detection import measure_detection
 from hf_msae.research.novelty import measure_level_novelty
 from hf_msae.research.toys import Samples
@@ -209,7 +209,7 @@ CASES: dict[str, Callable[[World], Any]] = {
     "hf_msae.interpret.effects.EFFECTS_AT_ONCE": effects,
     "hf_msae.interpret.effects.TANGENTS_AT_ONCE": jacobian,
     "hf_msae.interpret.labels.PROMPTS_AT_ONCE": probabilities,
-    "hf_msae.metrics._Sums.CHUNK": cross_entropies,
+    "hf_msae.cross_entropy._Sums.CHUNK": cross_entropies,
     "hf_msae.research.detection.ROWS_AT_ONCE": detections,
     "hf_msae.research.toys.synth_bench.ROWS_AT_ONCE": apart,
     "hf_msae.training.collectives.PIECE_BYTES": pieces,

@@ -7,14 +7,9 @@ from small_saes import copying_sae
 from torch import nn
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.data import TokenWindows, collate, harvest
-from hf_msae.metrics import (
-    ReconstructionMeter,
-    measure_cross_entropy,
-    measure_reconstruction,
-    merge,
-    table_rows,
-)
+from hf_msae.metrics import ReconstructionMeter, measure_reconstruction, merge, table_rows
 from hf_msae.sites import resolve_site
 
 

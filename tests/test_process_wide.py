@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from hf_msae import MatryoshkaSAE, process_wide
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.data import TokenWindows, collate
 from hf_msae.interpret.effects import LogitEffects
 from hf_msae.language_models import count_parameters, load_language_model
-from hf_msae.metrics import measure_cross_entropy
 from hf_msae.sites import capture, resolve_site
 
 pytestmark = pytest.mark.slow

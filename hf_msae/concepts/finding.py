@@ -28,11 +28,11 @@ from hf_msae.concepts.reading import (
     LevelReading,
 )
 from hf_msae.concepts.searching import Finder, FoundRow, Reading, wanted_tokens
+from hf_msae.cross_entropy import why_no_next_token
 from hf_msae.data import Window, pad_id, vocabulary
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.devices import device_of
 from hf_msae.errors import InputError
-from hf_msae.metrics import why_no_next_token
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.sites import find_site
 from hf_msae.steering import LatentEdit, Steering

@@ -17,18 +17,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_msae.cross_entropy import measure_cross_entropies, predicts_next_token, why_no_recovery
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once, total_variance
 from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
 from hf_msae.evaluation.plots import Point, draw_lines, legend_outside, log_axis
 from hf_msae.evaluation.tables import Column, field_at_prefix, table_by_prefix
-from hf_msae.metrics import (
-    Measurement,
-    ReconstructionMeter,
-    measure_cross_entropies,
-    merge,
-    predicts_next_token,
-    why_no_recovery,
-)
+from hf_msae.metrics import Measurement, ReconstructionMeter, merge
 from hf_msae.modeling import MatryoshkaSAE
 
 if TYPE_CHECKING:

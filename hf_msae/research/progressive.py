@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_msae.cross_entropy import measure_cross_entropy, predicts_next_token
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations
 from hf_msae.evaluation.importance import IMPORTANCES, Importance, measure_importance, reorder
 from hf_msae.evaluation.metric import Evaluation, Metric, MetricInputs, Plot, Table
 from hf_msae.evaluation.tables import labelled_methods, write_cell
-from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy, predicts_next_token
+from hf_msae.metrics import ReconstructionMeter
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.research.representation import linear_cka, pair_ranks, rank_correlation
 from hf_msae.research.subjects import trained_saes

@@ -23,6 +23,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_msae.cross_entropy import measure_cross_entropy, why_no_next_token, why_no_recovery, without_recovery
 from hf_msae.data import (
     CachedActivations,
     Documents,
@@ -35,16 +36,7 @@ from hf_msae.data import (
 )
 from hf_msae.data.populations import Population
 from hf_msae.errors import InputError
-from hf_msae.metrics import (
-    Measurement,
-    ReconstructionMeter,
-    measure_cross_entropy,
-    measured_facts,
-    merge,
-    why_no_next_token,
-    why_no_recovery,
-    without_recovery,
-)
+from hf_msae.metrics import Measurement, ReconstructionMeter, measured_facts, merge
 from hf_msae.outliers import within_limit
 from hf_msae.sites import Site
 from hf_msae.training.arguments import SAETrainingArguments
@@ -198,7 +190,7 @@ def collated(
         pad_id: The token id that fills windows up.
 
     Yields:
-        Batches as [`hf_msae.metrics.measure_cross_entropy`] takes them.
+        Batches as [`hf_msae.cross_entropy.measure_cross_entropy`] takes them.
     """
     device = next(model.get_input_embeddings().parameters()).device
     taken = 0

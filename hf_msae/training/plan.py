@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from hf_msae.cross_entropy import predicts_next_token
 from hf_msae.errors import InputError
-from hf_msae.metrics import predicts_next_token
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.modeling_matryoshka_sae import MEASURED_COPIES
 from hf_msae.modeling.sparse_encoder import tile_shape, tokens_at_once

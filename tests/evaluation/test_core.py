@@ -7,11 +7,12 @@ import torch
 from small_saes import copying_sae
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.data import hold_out
 from hf_msae.evaluation.activations import collect
 from hf_msae.evaluation.baselines import build_pca
 from hf_msae.evaluation.core import DENSITY_EDGES, density, description_bits, measure_core, rate_distortion
-from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
+from hf_msae.metrics import ReconstructionMeter
 from hf_msae.sites import resolve_site
 
 
@@ -170,7 +171,7 @@ def test_principal_components_explain_their_eigenvalues():
 
 def test_an_ablation_that_changes_nothing_leaves_nothing_to_recover(lm, tokenizer, texts):
     """A site whose value does not matter: CE recovered is unknown, not infinite."""
-    from hf_msae.metrics import CLEAN, MEAN, ZERO, _functional_measurement
+    from hf_msae.cross_entropy import CLEAN, MEAN, ZERO, _functional_measurement
 
     sae = copying_sae()
     ce = {CLEAN: 2.0, ZERO: 2.0, MEAN: 3.0, ("", 16): 2.5, ("", 32): 2.0}

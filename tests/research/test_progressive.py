@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.evaluation.activations import TextActivations, collect
-from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
+from hf_msae.metrics import ReconstructionMeter
 from hf_msae.research.progressive import (
     draw_progressive,
     fit_power_law,

@@ -19,7 +19,7 @@ from msae_space.reading import MAX_TOKENS, Reading, activations, continuation_lo
 from msae_space.strengths import FLUENT_SHARE, MAX_DIALS, Dial, edits, fluent_up_to, limit, starting_value
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.metrics import measure_cross_entropy
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.outliers import within_limit
 from hf_msae.sites import capture
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM, BertConfig
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.metrics import why_no_recovery
+from hf_msae.cross_entropy import why_no_recovery
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
 pytestmark = pytest.mark.slow

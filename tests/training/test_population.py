@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.data import (
     ActivationStream,
     CachedActivations,
@@ -28,7 +29,7 @@ from hf_msae.evaluation.activations import collect
 from hf_msae.evaluation.baselines import build_random
 from hf_msae.evaluation.core import measure_core
 from hf_msae.interpret.scan import scan
-from hf_msae.metrics import ReconstructionMeter, measure_cross_entropy
+from hf_msae.metrics import ReconstructionMeter
 from hf_msae.outliers import within_limit
 from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainer, SAETrainingArguments

@@ -9,9 +9,9 @@ from small_runs import make_sae, make_trainer
 from transformers import TrainerCallback
 
 from hf_msae import MatryoshkaSAE
+from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.data import ActivationStream, CachedActivations, TokenWindows, as_documents, cache_activations
 from hf_msae.errors import InputError
-from hf_msae.metrics import measure_cross_entropy
 from hf_msae.sites import SiteError, capture, replace, resolve_site
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.grid import make_saes
