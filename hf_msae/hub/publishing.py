@@ -7,18 +7,14 @@ else's came first.
 
 import logging
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
-from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
-from hf_msae.errors import InputError
 from hf_msae.hub.card import CardFacts, render_collection_card, render_collection_part, render_model_card
-from hf_msae.hub.card_parts import CardError, has_marks, merge_cards
+from hf_msae.hub.card_parts import has_marks, merge_cards
 from hf_msae.hub.curves import NAME as CURVES_NAME
 from hf_msae.hub.index import (
     CONFIG_NAME,
@@ -31,20 +27,11 @@ from hf_msae.hub.index import (
 )
 from hf_msae.hub.links import refuse_links_out
 from hf_msae.hub.results import CARD_NAME, GENERATED, METRICS_NAME, Result, grid_folders, read_result, save_quietly
+from hf_msae.hub.retrying import PublishError, may_not_write, with_retries
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import inside
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = 6
-# As long as huggingface_hub itself waits between its own attempts.
-MAX_WAIT_S = 8
-PASSING = (408, 429, 500, 502, 503, 504)
-CONFLICTS = (409, 412)
-
-
-class PublishError(InputError):
-    """A push that the Hub, or what is to be pushed, does not allow."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +158,10 @@ def prepare_repo(repo_id: str, private: bool | None = None, token: str | bool | 
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         owners = {account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))}
         if role == "read" or target.repo_id.split("/")[0] not in owners:
-            raise PublishError(_may_not_write(target.repo_id, f"It is {account['name']}'s, with the role {role!r}."))
+            raise PublishError(may_not_write(target.repo_id, f"It is {account['name']}'s, with the role {role!r}."))
         return target.repo_id
 
-    return _with_retries(api, repo_id, None, attempt)
+    return with_retries(api, repo_id, None, attempt)
 
 
 # Checks
@@ -226,28 +213,7 @@ def _push(
         target = _prepare(api, repo_id, private, revision, create_pr)
         return _commit(target, results, weights, message)
 
-    return _with_retries(api, repo_id, revision, attempt)
-
-
-def _with_retries(api: HfApi, repo_id: str, revision: str | None, attempt: Callable[[], str]) -> str:
-    """Give the result of `attempt`, made again after errors that pass by themselves; others become a sentence."""
-    for number in range(ATTEMPTS):
-        try:
-            return attempt()
-        except HFValidationError as error:
-            raise PublishError(f"{repo_id!r} is not the id of a Hub repo (owner/name): {error}") from error
-        except CardError as error:
-            raise PublishError(f"{repo_id}: {error}") from error
-        except (HTTPError, RuntimeError) as failure:
-            cause = _http_error(failure)
-            status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-            passing = status is None or status in (*PASSING, *CONFLICTS)
-            if not passing or number == ATTEMPTS - 1:
-                raise PublishError(_in_words(cause, status, repo_id, revision, api.endpoint)) from failure
-            wait = 0 if status in CONFLICTS else min(2**number, MAX_WAIT_S)
-            logger.warning("%s: %s. Trying again in %d s.", repo_id, _last_line(cause), wait)
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    return with_retries(api, repo_id, revision, attempt)
 
 
 def _prepare(api: HfApi, repo_id: str, private: bool | None, revision: str | None, create_pr: bool) -> PushTarget:
@@ -383,47 +349,3 @@ def _merged(
     if not has_marks(existing):
         logger.warning("%s of %s was written by somebody and has no marks of ours, so it stays.", path, target.repo_id)
     return None
-
-
-# Refusals
-
-
-def _http_error(error: Exception) -> HTTPError:
-    """What went wrong with the Hub; of a large file that was not uploaded, huggingface_hub tells it as the cause."""
-    cause = error if isinstance(error, HTTPError) else error.__cause__
-    if not isinstance(cause, HTTPError):
-        raise error
-    return cause
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _may_not_write(repo_id: str, why: str) -> str:
-    return (
-        f"The token may not write to {repo_id}. Make one with the role `write` at "
-        f"https://huggingface.co/settings/tokens, push under your own name, or give create_pr=True. {why}"
-    )
-
-
-def _in_words(error: Exception, status: int | None, repo_id: str, revision: str | None, endpoint: str) -> str:
-    if status == 401:
-        return (
-            f"The Hub does not take this token, or it does not see {repo_id}: log in again (`hf auth login`), or give "
-            f"another token. ({_last_line(error)})"
-        )
-    if status == 403:
-        return _may_not_write(repo_id, f"({_last_line(error)})")
-    if isinstance(error, NoRevisionError):
-        return f"{repo_id} has no revision {revision!r}."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"There is no repo {repo_id} that this token sees. ({_last_line(error)})"
-    if status is None or status in PASSING:
-        return (
-            f"The push to {repo_id} did not get through to {endpoint} in {ATTEMPTS} attempts: {_last_line(error)}. A "
-            "commit is whole or absent; push again, and what was uploaded already is not sent twice."
-        )
-    if status in CONFLICTS:
-        return f"Others kept committing to {repo_id} during {ATTEMPTS} attempts; push again. ({_last_line(error)})"
-    return f"The Hub refused the push to {repo_id}: {error}"

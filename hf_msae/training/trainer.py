@@ -33,7 +33,7 @@ from hf_msae.training.checkpoints import CheckpointError, list_checkpoints
 from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.optimization import Length
-from hf_msae.training.outputs import Pusher, RunLog, Saver, check_output_dir, prepare_output_dir
+from hf_msae.training.outputs import RunLog, Saver, check_output_dir, prepare_output_dir
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
 from hf_msae.training.preparation import (
     named_saes,
@@ -43,6 +43,7 @@ from hf_msae.training.preparation import (
     set_norm_limits,
     warm_start,
 )
+from hf_msae.training.pushing import Pusher
 from hf_msae.training.resuming import (
     Checkpoint,
     check_same_data,

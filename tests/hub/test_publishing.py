@@ -15,7 +15,8 @@ from patience import HANG_SECONDS
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.index import NoSAEError, list_saes
-from hf_msae.hub.publishing import PublishError, push, push_folder
+from hf_msae.hub.publishing import push, push_folder
+from hf_msae.hub.retrying import PublishError
 
 pytestmark = pytest.mark.slow
 
@@ -363,7 +364,7 @@ def test_a_fault_that_passes_is_overcome(hub, fault, how):
 
 
 def test_a_push_that_fails_leaves_the_repo_as_it_was(hub, monkeypatch):
-    monkeypatch.setattr("hf_msae.hub.publishing.ATTEMPTS", 2)
+    monkeypatch.setattr("hf_msae.hub.retrying.ATTEMPTS", 2)
     push(make_sae(), REPO)
     before = hub.files(REPO)
     hub.fail("POST /api/models/tester/owls/commit", status=503, times=20)
@@ -377,7 +378,7 @@ def test_a_push_that_fails_leaves_the_repo_as_it_was(hub, monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_named(hub, monkeypatch):
-    monkeypatch.setattr("hf_msae.hub.publishing.ATTEMPTS", 1)
+    monkeypatch.setattr("hf_msae.hub.retrying.ATTEMPTS", 1)
     hub.stop()
     with pytest.raises(PublishError, match=f"did not get through to {hub.endpoint}"):
         push(make_sae(), REPO)

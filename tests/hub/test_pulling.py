@@ -9,9 +9,10 @@ from huggingface_hub import HfApi
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.index import INDEX_NAME, NoSAEError, list_saes, load_saes
-from hf_msae.hub.publishing import PublishError, push_folder
+from hf_msae.hub.publishing import push_folder
 from hf_msae.hub.pulling import pull
 from hf_msae.hub.results import CODE_NAMES
+from hf_msae.hub.retrying import PublishError
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import load_documents
-from hf_msae.hub.publishing import PublishError, prepare_repo, push_folder
+from hf_msae.hub.publishing import prepare_repo, push_folder
+from hf_msae.hub.retrying import PublishError
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
 pytestmark = pytest.mark.slow
