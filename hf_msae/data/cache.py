@@ -22,24 +22,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_msae.atomic_files import atomic_file, remove_drafts
+from hf_msae.atomic_files import atomic_file
 from hf_msae.data.cache_files import (
     FORMAT,
     INDEX,
-    PROGRESS,
     VERSION,
     CacheError,
     read_index,
     read_progress,
     shard_name,
-    unfinished_folder,
-    write_json,
 )
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.states import check_state
 from hf_msae.data.stream import ActivationStream, BatchIterator
+from hf_msae.data.unfinished import UnfinishedFolder
 from hf_msae.errors import InputError
 from hf_msae.sites import Site
 
@@ -82,7 +80,7 @@ class _CacheWriter:
     def __init__(self, stream: ActivationStream, directory: Path, shard_batches: int, max_tokens: int) -> None:
         self.stream = stream
         self.directory = directory
-        self.unfinished = unfinished_folder(directory)
+        self.folder = UnfinishedFolder(directory, "an unfinished cache", CacheError, read_progress)
         self.shard_batches = shard_batches
         self.max_tokens = max_tokens
         self.data = fingerprint(stream.windows.documents)
@@ -100,10 +98,7 @@ class _CacheWriter:
         index = {"format": FORMAT, "version": VERSION, "num_tokens": self.stream.num_tokens, "shards": self.shards}
         index |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes, **self._settings()}
         index |= {"num_outliers": self.stream.num_filtered}
-        write_json(self.unfinished / INDEX, index)
-        self.unfinished.rename(self.directory)
-        (self.directory / PROGRESS).unlink()
-        return self.directory
+        return self.folder.finish(index)
 
     def _settings(self) -> dict[str, Any]:
         """What the cache was made from; an unfinished cache is continued only where this is the same."""
@@ -122,29 +117,15 @@ class _CacheWriter:
 
     def _begin(self) -> None:
         """Makes the unfinished folder, or takes up the one that an earlier run left."""
-        progress_file = self.unfinished / PROGRESS
-        if not progress_file.exists():
-            self.unfinished.mkdir(parents=True, exist_ok=True)
+        progress = self.folder.begin(self._settings())
+        if progress is None:
             return
-        progress = read_progress(progress_file)
-        ours = self._settings()
-        changed = [key for key in ours if ours[key] != progress["settings"].get(key)]
-        if changed:
-            raise CacheError(
-                f"{self.unfinished} holds an unfinished cache with another {' and '.join(changed)} "
-                f"({', '.join(repr(progress['settings'].get(key)) for key in changed)}, now "
-                f"{', '.join(repr(ours[key]) for key in changed)}). Remove it to begin anew, or use the same settings."
-            )
-        remove_drafts(self.unfinished)
         self.shards = progress["shards"]
         self.hidden_sizes, self.dtypes = progress["hidden_sizes"], progress["dtypes"]
         try:
             self.stream.load_state_dict(progress["stream"])
         except InputError as error:
-            raise CacheError(
-                f"{progress_file} does not say where the data goes on ({error!s:.200}). Remove the folder "
-                f"{self.unfinished} to begin anew."
-            ) from error
+            raise self.folder.no_place(error) from error
 
     def _next_batches(self) -> list[dict[Site, Tensor]]:
         batches: list[dict[Site, Tensor]] = []
@@ -161,7 +142,7 @@ class _CacheWriter:
         self.hidden_sizes = {str(site): rows.shape[1] for site, rows in batch.items()}
         self.dtypes = {str(site): str(rows.dtype).removeprefix("torch.") for site, rows in batch.items()}
         token_bytes = sum(rows.shape[1] * rows.element_size() for rows in batch.values())
-        free = shutil.disk_usage(self.unfinished).free
+        free = shutil.disk_usage(self.folder.path).free
         if token_bytes * self.max_tokens > free:
             raise CacheError(
                 f"{self.max_tokens:,} tokens need {token_bytes * self.max_tokens / 1e9:.1f} GB, but the disk of "
@@ -171,12 +152,12 @@ class _CacheWriter:
     def _write_shard(self, batches: Sequence[Mapping[Site, Tensor]]) -> None:
         name = shard_name(len(self.shards))
         tensors = {str(site): torch.cat([batch[site] for batch in batches]) for site in batches[0]}
-        with atomic_file(self.unfinished / name) as draft:
+        with atomic_file(self.folder.path / name) as draft:
             save_file(tensors, draft)
         self.shards.append({"file": name, "num_tokens": len(batches) * self.stream.batch_size})
-        progress = {"settings": self._settings(), "shards": self.shards, "stream": self.stream.state_dict()}
+        progress = {"shards": self.shards, "stream": self.stream.state_dict()}
         progress |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes}
-        write_json(self.unfinished / PROGRESS, progress)
+        self.folder.save(self._settings(), progress)
 
 
 class CachedActivations(BatchIterator):
