@@ -73,9 +73,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     refuse_disagreement(files, "act_size", config.get("act_size"), WEIGHTS, hidden_size)
     if not nested:
         refuse_disagreement(files, "dict_size", config.get("dict_size"), WEIGHTS, num_latents)
-        sizes = single_level(prefix_sizes, num_latents, notes)
+        sizes = single_level(prefix_sizes, num_latents, files, notes)
     else:
-        sizes = chosen_prefix_sizes(_groups(files, config, num_latents), prefix_sizes, num_latents, files)
+        sizes = chosen_prefix_sizes(_groups(files, config, num_latents), prefix_sizes, num_latents, files, notes)
     if "threshold" in state and not state["threshold"].any():
         notes.append(
             "Its threshold is zero, so every positive pre-activation is active, as in the original code. Set one with "

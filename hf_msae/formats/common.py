@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, dtype, promote_types
 
 from hf_msae.errors import InputError
+from hf_msae.formats.known_releases import release_of
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
@@ -127,13 +128,17 @@ class ConvertedCheckpoint:
 
 
 def chosen_prefix_sizes(
-    recorded: Sequence[int] | None, given: Sequence[int] | None, num_latents: int, files: Files
+    recorded: Sequence[int] | None, given: Sequence[int] | None, num_latents: int, files: Files, notes: list[str]
 ) -> list[int]:
-    """Choose the nesting of a checkpoint whose library trains Matryoshka SAEs: recorded, else given, never invented.
+    """Choose the nesting of a checkpoint whose library trains Matryoshka SAEs.
+
+    It is what the files record, else what is given, else what the authors of a known release state; never invented.
 
     Raises:
-        FormatError: Neither says it, or both do and differ.
+        FormatError: None says it; or the files and what is given differ; or the release has another width.
     """
+    if recorded is None and given is None:
+        given = released_prefix_sizes(num_latents, files, notes)
     if recorded is None and given is None:
         raise FormatError(
             f"{files} is a Matryoshka SAE of {num_latents} latents, but its files do not say at which sizes it is "
@@ -145,14 +150,40 @@ def chosen_prefix_sizes(
     return sizes
 
 
-def single_level(given: Sequence[int] | None, num_latents: int, notes: list[str]) -> list[int]:
-    """The prefix sizes of a checkpoint whose library does not train nested dictionaries: one level, or as given."""
+def single_level(given: Sequence[int] | None, num_latents: int, files: Files, notes: list[str]) -> list[int]:
+    """The prefix sizes of a checkpoint whose form does not tell nested dictionaries from plain ones.
+
+    They are as given, or as the authors of a known release state, or else one level.
+
+    Raises:
+        FormatError: The release has another width.
+    """
+    given = released_prefix_sizes(num_latents, files, notes) if given is None else given
     if given is not None:
         return sorted({*map(int, given), num_latents})
     notes.append(
         "Nesting is not recorded in this format, so this is a plain SAE of one level; give prefix_sizes if not."
     )
     return [num_latents]
+
+
+def released_prefix_sizes(num_latents: int, files: Files, notes: list[str]) -> Sequence[int] | None:
+    """The nesting that the authors of a known release state outside of its files; None where it is of none.
+
+    Raises:
+        FormatError: The checkpoint has another width than the release.
+    """
+    release = release_of(files.source, files.subfolder)
+    if release is None:
+        return None
+    sizes = ", ".join(map(str, release.prefix_sizes))
+    if release.prefix_sizes[-1] != num_latents:
+        raise FormatError(
+            f"{files} has {num_latents} latents, but {release.source} says that the SAEs of {release.repo} are nested "
+            f"at {sizes}. It is not what was released; if it is nested, give prefix_sizes (--prefix-sizes)."
+        )
+    notes.append(f"It is nested at {sizes}, as {release.source} says; its files do not.")
+    return release.prefix_sizes
 
 
 def target_k(reported: Any, num_latents: int, notes: list[str]) -> float:

@@ -121,9 +121,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     }
     if kind_name == "MatryoshkaBatchTopKSAE":
         recorded = _recorded_sizes(files, weights, trainer, num_latents)
-        arguments["prefix_sizes"] = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files)
+        arguments["prefix_sizes"] = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files, notes)
     else:
-        arguments["prefix_sizes"] = single_level(prefix_sizes, num_latents, notes)
+        arguments["prefix_sizes"] = single_level(prefix_sizes, num_latents, files, notes)
     batch_topk = kind.activation == "batch_topk"
     if batch_topk and "threshold" in weights and float(weights["threshold"]) < 0:
         notes.append(

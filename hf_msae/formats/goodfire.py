@@ -66,7 +66,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
-        "prefix_sizes": single_level(prefix_sizes, num_latents, notes),
+        "prefix_sizes": single_level(prefix_sizes, num_latents, files, notes),
         "k": target_k(L0.get(match[1]), num_latents, notes),
         "activation": "relu",
         "apply_b_dec_to_input": False,

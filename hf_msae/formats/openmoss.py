@@ -91,7 +91,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
-        "prefix_sizes": single_level(prefix_sizes, num_latents, notes),
+        "prefix_sizes": single_level(prefix_sizes, num_latents, files, notes),
         "k": reported if ranked else target_k(reported, num_latents, notes),
         "activation": activation,
         "inference": "topk" if activation == "topk" else "threshold",

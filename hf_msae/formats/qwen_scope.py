@@ -72,7 +72,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
-        "prefix_sizes": single_level(prefix_sizes, num_latents, notes),
+        "prefix_sizes": single_level(prefix_sizes, num_latents, files, notes),
         "k": int(repo["k"]),
         "activation": "topk",
         "inference": "topk",

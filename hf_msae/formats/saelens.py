@@ -37,6 +37,7 @@ from hf_msae.formats.common import (
     read_safetensors,
     refuse_disagreement,
     refuse_many,
+    released_prefix_sizes,
     single_level,
     target_k,
 )
@@ -303,10 +304,10 @@ def _nesting(
     recorded = settings.get("matryoshka_widths") or details.get("matryoshka_widths")
     trained_as = settings["metadata"].get("training_architecture")
     if recorded is not None or "matryoshka_batchtopk" in (settings["architecture"], trained_as):
-        return chosen_prefix_sizes(recorded, given, num_latents, files)
+        return chosen_prefix_sizes(recorded, given, num_latents, files, notes)
     if given is None and (trained_as is not None or settings["architecture"] != "jumprelu"):
-        return [num_latents]
-    return single_level(given, num_latents, notes)
+        return list(released_prefix_sizes(num_latents, files, notes) or [num_latents])
+    return single_level(given, num_latents, files, notes)
 
 
 # Writing

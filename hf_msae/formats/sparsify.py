@@ -79,9 +79,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     notes: list[str] = []
     recorded = cfg.get("prefix_sizes")
     if recorded is None:
-        sizes = single_level(prefix_sizes, num_latents, notes)
+        sizes = single_level(prefix_sizes, num_latents, files, notes)
     else:
-        sizes = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files)
+        sizes = chosen_prefix_sizes(recorded, prefix_sizes, num_latents, files, notes)
     run, facts = _run_config(files), cfg.get(KEY)
     arguments = {
         "hidden_size": hidden_size,

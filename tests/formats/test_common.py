@@ -55,18 +55,18 @@ class TestCompleteState:
 class TestPrefixSizes:
     def test_recorded_given_and_neither(self, tmp_path):
         files = Files(tmp_path)
-        assert chosen_prefix_sizes([8, 40], None, 40, files) == [8, 40]
-        assert chosen_prefix_sizes(None, [8, 20], 40, files) == [8, 20, 40]
+        assert chosen_prefix_sizes([8, 40], None, 40, files, []) == [8, 40]
+        assert chosen_prefix_sizes(None, [8, 20], 40, files, []) == [8, 20, 40]
         with pytest.raises(FormatError, match=r"do not say at which sizes it is nested\. Give prefix_sizes"):
-            chosen_prefix_sizes(None, None, 40, files)
+            chosen_prefix_sizes(None, None, 40, files, [])
         with pytest.raises(FormatError, match=r"records the prefix sizes \[8, 40\], but \[9\] were given"):
-            chosen_prefix_sizes([8, 40], [9], 40, files)
+            chosen_prefix_sizes([8, 40], [9], 40, files, [])
 
-    def test_a_plain_sae_is_one_level_and_says_so(self):
+    def test_a_plain_sae_is_one_level_and_says_so(self, tmp_path):
         notes = []
-        assert single_level(None, 40, notes) == [40]
+        assert single_level(None, 40, Files(tmp_path), notes) == [40]
         assert "Nesting is not recorded" in notes[0]
-        assert single_level([10], 40, notes) == [10, 40]
+        assert single_level([10], 40, Files(tmp_path), notes) == [10, 40]
         assert len(notes) == 1
 
 
