@@ -29,6 +29,7 @@ held_out = min(50_000, options.max_tokens // 5)
 args = SAETrainingArguments(
     output_dir=options.output_dir,
     max_tokens=options.max_tokens,
+    block_tokens=min(262_144, options.max_tokens),  # are read, and shuffled, before the first step
     per_device_train_batch_size=2048,
     eval_tokens=held_out,
     calibration_tokens=held_out,

@@ -19,7 +19,7 @@ from hf_msae.cli.main import main
 TRAIN = [
     *("train", "--num-latents", "1024", "--prefix-sizes", "32", "128", "1024", "--k", "8", "--batch-size", "1024"),
     *("--max-tokens", "30k", "--eval-tokens", "5k", "--calibration-tokens", "5k", "--ce-tokens", "2k"),
-    *("--output-dir", "runs/quickstart", "--disable-tqdm"),
+    *("--block-tokens", "30k", "--output-dir", "runs/quickstart", "--disable-tqdm"),
 ]
 NAMES = """
 from hf_msae import MatryoshkaSAE, resolve_site

@@ -64,7 +64,8 @@ def test_train_prints_a_table_and_what_to_do_next(folder, tmp_path, capsys):
 
 def test_the_quickstart_trains_prints_the_tree_and_steers(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart, "HELD_OUT", ("--eval-tokens", "10k", "--calibration-tokens", "10k"))
+    smaller = ("--eval-tokens", "10k", "--calibration-tokens", "10k", "--block-tokens", "60k")
+    monkeypatch.setattr(quickstart, "HELD_OUT", smaller)
     assert run("quickstart", "--max-tokens", "120k", "--interpret-tokens", "30k") == 0
     captured = capsys.readouterr()
     printed = captured.out

@@ -10,32 +10,10 @@ from hf_msae.cli.main import main
 pytestmark = pytest.mark.slow
 
 TRAIN = [
-    *(
-        "train",
-        "--num-latents",
-        "64",
-        "--prefix-sizes",
-        "16",
-        "64",
-        "--k",
-        "4",
-        "--batch-size",
-        "256",
-        "--max-tokens",
-        "2k",
-    ),
-    *(
-        "--eval-tokens",
-        "600",
-        "--calibration-tokens",
-        "400",
-        "--ce-tokens",
-        "300",
-        "--disable-tqdm",
-        "--save-steps",
-        "0",
-    ),
-]
+    "train", "--num-latents", "64", "--prefix-sizes", "16", "64", "--k", "4", "--batch-size", "256",
+    "--max-tokens", "2k", "--block-tokens", "2k", "--eval-tokens", "600", "--calibration-tokens", "400",
+    "--ce-tokens", "300", "--disable-tqdm", "--save-steps", "0",
+]  # fmt: skip
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments: str) -> dict:

@@ -13,6 +13,7 @@ import pytest
 from made_once import made_once
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.hub import cache_folder
 from hf_msae.hub.spaces import space_folder
 from hf_msae.interpret.pipeline import interpret
 from hf_msae.training import SAETrainer, SAETrainingArguments
@@ -79,18 +80,28 @@ def loaded(library: "Library", story_sae: Path) -> "LoadedSAE":
 
 
 @pytest.fixture(scope="session")
-def index(loaded: "LoadedSAE") -> "LatentIndex":
+def index(loaded: "LoadedSAE", tmp_path_factory: pytest.TempPathFactory) -> "LatentIndex":
+    """What is known of its latents, with presets that were tried out once a session."""
     from msae_space.latent_index import LatentIndex
 
+    kept = made_once(tmp_path_factory, "story-presets", lambda folder: _try_presets(loaded, folder))
+    shutil.copytree(kept, cache_folder() / "presets", dirs_exist_ok=True)
     found = LatentIndex(loaded)
     found.wait()
     assert found.progress == ""
     return found
 
 
+def _try_presets(loaded: "LoadedSAE", folder: Path) -> None:
+    from msae_space.latent_index import LatentIndex
+
+    LatentIndex(loaded).wait()
+    shutil.copytree(cache_folder() / "presets", folder)
+
+
 @pytest.fixture(scope="session")
-def server(story_sae: Path) -> "Iterator[Server]":
-    """The page of the story SAE, which runs in this process."""
+def server(story_sae: Path, index: "LatentIndex") -> "Iterator[Server]":
+    """The page of the story SAE, which runs in this process and finds the presets that were tried out for `index`."""
     pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
     from space_server import serving
 

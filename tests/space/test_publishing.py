@@ -203,6 +203,7 @@ def GPU(function):
 LENT = """
 import json, sys
 import hf_msae, hf_msae.modeling, hf_msae.worlds.stories as stories
+from msae_space import trials
 from msae_space.library import Library
 from msae_space.links import View
 from msae_space.latent_index import LatentIndex
@@ -214,6 +215,8 @@ from msae_space.tab_steer import RUNS, run
 from msae_space.loaded_sae import Key
 import spaces
 
+# All is tried out here, and little of it.
+trials.NUM_STORIES, trials.NUM_CANDIDATES, trials.NUM_TRIED, trials.NUM_NEW_TOKENS = 4, 8, 2, 4
 settings = read_settings()
 library = Library(settings.saes)
 loaded = library.open(Key(settings.saes[0]))
@@ -255,6 +258,7 @@ def pushed(tmp_path_factory, loaded, story_sae) -> dict[str, Any]:
     (root / "lent").mkdir()
     (root / "lent" / "spaces.py").write_text(ZEROGPU)
     environment = {**os.environ, "PYTHONPATH": str(root / "lent"), "OMP_NUM_THREADS": "1"}
+    environment["XDG_CACHE_HOME"] = str(root / "cache")  # nothing is known of the latents yet
     environment.pop("MSAE_SPACE", None)
     ran = subprocess.run(
         [sys.executable, "-c", LENT],
