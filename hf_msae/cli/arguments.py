@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_msae.cli.common_fields import JSON_HELP as JSON_HELP
+from hf_msae.cli.common_fields import trust_remote_code as may_trust_remote_code
 from hf_msae.worlds import STORIES
-
-# Of the field `json` of every command that prints a table.
-JSON_HELP = "Print the result as one JSON object, and nothing else on standard output."
 
 
 @dataclass
@@ -26,7 +25,7 @@ class SourceArguments:
     device_map: str | None = field(
         default=None, metadata={"help": "'auto' splits a language model that is too large over all devices."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    trust_remote_code: bool = may_trust_remote_code()
     dataset: str | None = field(
         default=None,
         metadata={

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field
 
 from hf_msae import reading_fields
+from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 
@@ -35,7 +36,7 @@ class CacheArguments:
     calibration_tokens: int = field(
         default=50_000, metadata={"help": "Leave out as many tokens with which `train` sets thresholds."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
     seed: int = field(default=0, metadata={"help": "Fixes the order."})
 
 

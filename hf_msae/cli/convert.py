@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
@@ -46,7 +47,7 @@ class ConvertArguments:
     measure: bool = field(default=False, metadata={"help": "Record what only text can tell; see below."})
     measure_tokens: int = field(default=200_000, metadata={"help": "Tokens to measure on."})
     site: str | None = field(default=None, metadata={"help": "Where in the model, if SRC does not say."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
 
     def __post_init__(self) -> None:
         if self.measure_tokens < 2:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.evaluation.arguments import EvaluationArguments
 
@@ -33,7 +34,7 @@ class SubjectArguments:
         metadata={"help": "More SAEs of the same site, such as other seeds, for the same tables."},
     )
     site: str | None = field(default=None, metadata={"help": "Where in the model, if the SAE does not say."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 @dataclass

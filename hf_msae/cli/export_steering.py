@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from hf_msae.cli import common_fields
 from hf_msae.cli.parser import build_parser, parse
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ class ExportSteeringArguments:
     to: Literal["model", "gguf", "lm-eval"] = field(metadata={"help": "What is written."})
     output: str = field(metadata={"help": "The folder (model) or file (.gguf; .pt for lm-eval), not there yet."})
     steering: str | None = field(default=None, metadata={"help": "The steering's name, where there are several."})
-    subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
-    model: str | None = field(
-        default=None, metadata={"help": "The language model. Default: the one that the SAE was trained on."}
-    )
+    subfolder: str = common_fields.subfolder()
+    model: str | None = common_fields.language_model()
 
 
 def run(arguments: list[str]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -30,7 +31,7 @@ class FindArguments:
     _argument_group_name = "find"
     _positional = ("sae",)
 
-    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
+    sae: str = common_fields.sae()
     positive: str = field(
         metadata={"help": "Texts with the concept, 10 or more: a .txt, .jsonl or .parquet file, or a Hub dataset."}
     )
@@ -44,12 +45,10 @@ class FindArguments:
     )
     name: str = field(default="found", metadata={"help": "Of the steering; one of this name is replaced."})
     save: bool = field(default=True, metadata={"help": "Save the steering beside the SAE."})
-    subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
-    model: str | None = field(
-        default=None, metadata={"help": "The language model. Default: the one that the SAE was trained on."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    site: str | None = field(default=None, metadata={"help": "Site, where the SAE does not record one."})
+    subfolder: str = common_fields.subfolder()
+    model: str | None = common_fields.language_model()
+    trust_remote_code: bool = common_fields.trust_remote_code()
+    site: str | None = common_fields.site()
     separator: str | None = field(
         default=None,
         metadata={"help": "What separates texts in .txt files, such as '\\n'. Default: <|endoftext|> or blank lines."},
@@ -69,9 +68,9 @@ class FindArguments:
         default=None, metadata={"help": "Tokens of a text that are read. Default: the SAE's, 128 at most."}
     )
     lm_batch_size: int = field(default=16, metadata={"help": "Texts per forward pass."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
     seed: int = field(default=0, metadata={"help": "Of the division of the examples into halves."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str]) -> None:
@@ -83,10 +82,10 @@ def run(arguments: list[str]) -> None:
         choose_device,
         complete_model,
         load_language_model,
+        load_sae,
         load_text_files,
     )
     from hf_msae.concepts import find_latents
-    from hf_msae.modeling import MatryoshkaSAE
     from hf_msae.steering import save_steering
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -97,8 +96,8 @@ def run(arguments: list[str]) -> None:
         None if place is None else load_text_files(place, args.separator, args.text_column)
         for place in (args.positive, args.negative, args.neutral)
     )
-    sae = MatryoshkaSAE.from_pretrained(args.sae, subfolder=args.subfolder).eval()
     source = SourceArguments(model=args.model or "", trust_remote_code=args.trust_remote_code)
+    sae = load_sae(args.sae, args.subfolder, source)
     complete_model(source, sae.config, args.sae)
     model, tokenizer = load_language_model(source)
     found = find_latents(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_msae import reading_fields
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 from hf_msae.reading_fields import WITHOUT_A_LIMIT
@@ -31,9 +32,9 @@ class InterpretArguments:
     _argument_group_name = "interpretation"
     _positional = ("sae",)
 
-    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
-    subfolder: str = field(default="", metadata={"help": "Folder of the SAE within it."})
-    site: str | None = field(default=None, metadata={"help": "Site, where the SAE does not record one."})
+    sae: str = common_fields.sae()
+    subfolder: str = common_fields.subfolder()
+    site: str | None = common_fields.site()
     max_tokens: int = field(default=500_000, metadata={"help": "Tokens to read."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder to make. Default: interpretation in the SAE's folder."}
@@ -52,9 +53,9 @@ class InterpretArguments:
     labels_model: str | None = field(
         default=None, metadata={"help": "A chat model that names latents, and is tested on its names."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
     num_labels: int = field(default=100, metadata={"help": "How many latents are named, the first ones that fire."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str], brief: bool = False) -> None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -58,8 +59,8 @@ class MetaArguments:
     label_tokens: int = field(
         default=20_000, metadata={"help": "Tokens of text that give latents their names; 0 needs no language model."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    use_cpu: bool = common_fields.use_cpu()
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str]) -> None:

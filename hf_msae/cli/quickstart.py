@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_msae.cli import common_fields
 from hf_msae.cli.parser import build_parser, parse
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class QuickstartArguments:
         default="runs/quickstart", metadata={"help": "Where it is written. What a run left there is deleted."}
     )
     max_tokens: str = field(default="1.5M", metadata={"help": "Tokens to train on."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
     interpret_tokens: str = field(default="150k", metadata={"help": "Tokens to read what latents mean from."})
 
 

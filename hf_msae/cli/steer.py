@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, by_place, parse, parse_float
 
 if TYPE_CHECKING:
@@ -30,13 +31,11 @@ class SteerArguments:
     _argument_group_name = "steer"
     _positional = ("sae",)
 
-    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
+    sae: str = common_fields.sae()
     prompt: list[str] = field(metadata={"help": "One or more texts to continue."})
-    subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
-    model: str | None = field(
-        default=None, metadata={"help": "The language model. Default: the one that the SAE was trained on."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    subfolder: str = common_fields.subfolder()
+    model: str | None = common_fields.language_model()
+    trust_remote_code: bool = common_fields.trust_remote_code()
     latent: list[str] = field(
         default_factory=list,
         metadata={"help": "INDEX=VALUE or INDEX=ablate, such as 12=4 40=ablate."},
@@ -73,9 +72,9 @@ class SteerArguments:
     )
     max_new_tokens: int = field(default=60, metadata={"help": "Tokens to write."})
     temperature: float = field(default=0.7, metadata={"help": "Of the sampling; 0 is greedy."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
     seed: int = field(default=0, metadata={"help": "Fixes the randomness of both texts."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str], brief: bool = False) -> None:

@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -34,7 +35,7 @@ class SteerEvalArguments:
     _argument_group_name = "steer-eval"
     _positional = ("sae",)
 
-    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
+    sae: str = common_fields.sae()
     concepts: str = field(
         metadata={
             "help": "A .jsonl or .parquet file: rows with a name and words, or with positive and negative texts, or "
@@ -65,10 +66,10 @@ class SteerEvalArguments:
         default=None, metadata={"help": "An OpenAI-compatible endpoint; --judge-model is then the model's name there."}
     )
     neutral_tokens: int = field(default=1000, metadata={"help": "Tokens of text on which shifts are tried."})
-    subfolder: str = field(default="", metadata={"help": "The SAE's folder in a repo of several."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    subfolder: str = common_fields.subfolder()
+    use_cpu: bool = common_fields.use_cpu()
     seed: int = field(default=0, metadata={"help": "Of all that is random."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str]) -> None:

@@ -1,12 +1,12 @@
 """`hf-msae toy`: train SAEs where the truth is known, and see what each of them does to a hierarchy."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_msae.atomic_files import atomic_file
-from hf_msae.cli.arguments import JSON_HELP
+from hf_msae.cli import common_fields
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.research.toys.arguments import SHUFFLED, UNTRAINED, ToyArguments
 
@@ -46,7 +46,7 @@ class PrintArguments:
 
     _argument_group_name = "output"
 
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str]) -> None:

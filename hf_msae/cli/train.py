@@ -10,7 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.config_fields import read_config_fields
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.training.arguments import SAETrainingArguments
@@ -114,7 +115,7 @@ class RunArguments:
         default=False,
         metadata={"help": "Say what the run would need in memory, disk and time, after a few probe steps, and stop."},
     )
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str], brief: bool = False) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import JSON_HELP, SourceArguments
+from hf_msae.cli import common_fields
+from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -32,19 +33,19 @@ class TreeArguments:
     _argument_group_name = "tree"
     _positional = ("sae",)
 
-    sae: str = field(metadata={"help": "A folder or a Hub repo with an SAE."})
-    subfolder: str = field(default="", metadata={"help": "Folder of the SAE within it."})
-    site: str | None = field(default=None, metadata={"help": "Site, where the SAE does not record one."})
+    sae: str = common_fields.sae()
+    subfolder: str = common_fields.subfolder()
+    site: str | None = common_fields.site()
     root: int | None = field(default=None, metadata={"help": "Show only what is below this latent."})
     depth: int = field(default=3, metadata={"help": "Levels of children to show."})
     min_score: float = field(default=0.5, metadata={"help": "Least score of an edge: 0 is chance, 1 is always."})
     max_children: int = field(default=8, metadata={"help": "Roots, and children of one latent, to show."})
     max_tokens: int = field(default=200_000, metadata={"help": "Tokens to read."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})
+    use_cpu: bool = common_fields.use_cpu()
     output: str | None = field(
         default=None, metadata={"help": "Write all edges to this file, too: .json, or .dot for Graphviz."}
     )
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
 
 def run(arguments: list[str], brief: bool = False) -> None:

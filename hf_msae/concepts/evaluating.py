@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.concepts.examples import ConceptError
-from hf_msae.concepts.finding import Found, find_with_shifts
+from hf_msae.concepts.finding import Found, Search, find_with_shifts
 from hf_msae.concepts.scorers import JudgeScorer, Scorer, WordScorer
 from hf_msae.concepts.writing import Continuation, Writer
 from hf_msae.data.documents import DocumentsLike
@@ -213,18 +213,8 @@ def evaluate_steering(
     warnings: list[str] = []
     for concept in concepts:
         try:
-            found = find_with_shifts(
-                model,
-                tokenizer,
-                sae,
-                concept.positive,
-                concept.negative,
-                words=concept.words,
-                name=concept.name,
-                loss=loss,
-                seed=seed,
-                **finding,
-            )
+            search = Search(words=concept.words, name=concept.name, loss=loss, seed=seed, **finding)
+            found = find_with_shifts(model, tokenizer, sae, concept.positive, concept.negative, search)
         except ConceptError as error:
             skipped[concept.name] = str(error)
             logger.warning("%s is left out: %s", concept.name, error)

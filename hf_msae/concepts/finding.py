@@ -17,16 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.concepts.choosing import Push
-from hf_msae.concepts.examples import (
-    check_apart,
-    halves,
-    read_windows,
-    run_texts,
-)
+from hf_msae.concepts.examples import check_apart, halves, read_windows, run_texts
 from hf_msae.concepts.pushing import NeutralText
-from hf_msae.concepts.reading import (
-    LevelReading,
-)
+from hf_msae.concepts.reading import LevelReading
 from hf_msae.concepts.searching import Finder, FoundRow, Reading, wanted_tokens
 from hf_msae.cross_entropy import why_no_next_token
 from hf_msae.data import Window, pad_id, vocabulary
@@ -42,6 +35,38 @@ logger = logging.getLogger(__name__)
 # Tokens of an example or of neutral text that are read, where the SAE was trained on more.
 CONTEXT_LENGTH = 128
 MAX_LATENTS = 5
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for, and what that may cost: the arguments of `find_latents`, which says what they are."""
+
+    neutral: "DocumentsLike | None" = None
+    words: Sequence[str] = ()
+    name: str = "found"
+    max_latents: int = MAX_LATENTS
+    loss: float = 0.5
+    num_candidates: int = 16
+    neutral_tokens: int = 1000
+    context_length: int | None = None
+    site: str | None = None
+    lm_batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_latents <= MAX_LATENTS:
+            raise InputError(f"max_latents must be 1 to {MAX_LATENTS}, got {self.max_latents}.")
+        if not 0 < self.loss <= 10:
+            raise InputError(f"loss must be above 0 and at most 10 nats per token, got {self.loss}; 0.5 is usual.")
+        if self.num_candidates < 1 or self.neutral_tokens < 1:
+            raise InputError(
+                "num_candidates and neutral_tokens must be at least 1, got "
+                f"{self.num_candidates} and {self.neutral_tokens}."
+            )
+
+    def length(self, sae: MatryoshkaSAE) -> int:
+        """Tokens of a text that are read."""
+        return self.context_length or min(sae.config.context_length or CONTEXT_LENGTH, CONTEXT_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -161,12 +186,7 @@ def find_latents(
             positive ones, or neither a latent nor a probe tells them apart on held-out examples.
         InputError: the SAE does not fit the model, or a number is out of its bounds.
     """
-    return find_with_shifts(
-        model,
-        tokenizer,
-        sae,
-        positive,
-        negative,
+    search = Search(
         neutral=neutral,
         words=words,
         name=name,
@@ -178,7 +198,8 @@ def find_latents(
         site=site,
         lm_batch_size=lm_batch_size,
         seed=seed,
-    ).finding
+    )
+    return find_with_shifts(model, tokenizer, sae, positive, negative, search).finding
 
 
 def find_with_shifts(
@@ -187,64 +208,54 @@ def find_with_shifts(
     sae: MatryoshkaSAE,
     positive: DocumentsLike,
     negative: DocumentsLike,
-    *,
-    neutral: "DocumentsLike | None" = None,
-    words: Sequence[str] = (),
-    name: str = "found",
-    max_latents: int = MAX_LATENTS,
-    loss: float = 0.5,
-    num_candidates: int = 16,
-    neutral_tokens: int = 1000,
-    context_length: int | None = None,
-    site: str | None = None,
-    lm_batch_size: int = 16,
-    seed: int = 0,
+    search: Search,
 ) -> Found:
-    """`find_latents`, which says what the arguments are, with the shifts that were tried."""
-    _check_numbers(max_latents, loss, num_candidates, neutral_tokens)
-    reason = why_no_next_token(model)
-    if reason is not None:
-        raise InputError(f"Latents are found by what they make the model say, and {reason}.")
-    if sae.config.is_transcoder:
-        raise InputError(
-            "Latents are found of SAEs; this is a transcoder, which writes at another site than it reads: give an "
-            "SAE, or look latents up by what they promote (search_promoting)."
-        )
-    place = find_site(model, sae.config, site)
+    """What `find_latents` finds, with the shifts that were tried.
+
+    Args:
+        model: as there, and so are the texts.
+        tokenizer: its own.
+        sae: in evaluation mode; it is moved to where the model is.
+        positive: texts with the concept.
+        negative: texts without it.
+        search: what is looked for.
+    """
+    _check_fit(model, sae)
+    place = find_site(model, sae.config, search.site)
     sae.to(device_of(model))  # type: ignore[arg-type]  # transformers hides the signature
-    length = context_length or min(sae.config.context_length or CONTEXT_LENGTH, CONTEXT_LENGTH)
+    length = search.length(sae)
     sides = (
         read_windows(tokenizer, model, positive, length, "Positive examples"),
         read_windows(tokenizer, model, negative, length, "Negative examples"),
     )
     check_apart(*sides, tokenizer)
-    (plus, plus_held), (minus, minus_held) = (halves(side, seed) for side in sides)
+    (plus, plus_held), (minus, minus_held) = (halves(side, search.seed) for side in sides)
     limit = sae.config.norm_limit
     fitting, held = (
-        run_texts(model, tokenizer, place, a, b, limit, lm_batch_size)
+        run_texts(model, tokenizer, place, a, b, limit, search.lm_batch_size)
         for a, b in ((plus, minus), (plus_held, minus_held))
     )
     reading = Reading(sae, fitting, held)
     warnings = reading.check()
-    wanted = wanted_tokens(model, tokenizer, words, reading)
+    wanted = wanted_tokens(model, tokenizer, search.words, reading)
     quiet = (fitting.negatives(), held.negatives())
-    if neutral is not None:
-        quiet = halves(read_windows(tokenizer, model, neutral, length, "Neutral text"), seed)
+    if search.neutral is not None:
+        quiet = halves(read_windows(tokenizer, model, search.neutral, length, "Neutral text"), search.seed)
     texts = [
         NeutralText(
             model,
             place,
-            _first_tokens(windows, neutral_tokens),
+            _first_tokens(windows, search.neutral_tokens),
             wanted,
             norm_limit=limit,
             pad_id=pad_id(tokenizer, vocabulary(model)),
-            lm_batch_size=lm_batch_size,
+            lm_batch_size=search.lm_batch_size,
         )
         for windows in quiet
     ]
-    finder = Finder(sae, place, reading, texts[0], texts[1], loss, seed)
-    latents = finder.latents(num_candidates)
-    push = finder.few(latents, max_latents)
+    finder = Finder(sae, place, reading, texts[0], texts[1], search.loss, search.seed)
+    latents = finder.latents(search.num_candidates)
+    push = finder.few(latents, search.max_latents)
     rows = finder.rows(push, latents, wanted)
     ids = wanted.tolist()
     tokens = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
@@ -260,21 +271,22 @@ def find_with_shifts(
         warnings.append("Pushing these latents does not make the typical tokens likelier on held-out text.")
     for warning in warnings:
         logger.warning(warning)
-    steering = _steering(sae, push, name, tokens, at_rest, few)
+    steering = _steering(sae, push, search.name, tokens, at_rest, few)
     finding = Finding(
-        tokens, ids, at_rest, loss, reading.levels, rows, latents, reading.tested, steering, warnings, facts
+        tokens, ids, at_rest, search.loss, reading.levels, rows, latents, reading.tested, steering, warnings, facts
     )
     return Found(finding, texts[1], lambda: finder.shifts(push, latents, wanted))
 
 
-def _check_numbers(max_latents: int, loss: float, num_candidates: int, neutral_tokens: int) -> None:
-    if not 1 <= max_latents <= MAX_LATENTS:
-        raise InputError(f"max_latents must be 1 to {MAX_LATENTS}, got {max_latents}.")
-    if not 0 < loss <= 10:
-        raise InputError(f"loss must be above 0 and at most 10 nats per token, got {loss}; 0.5 is usual.")
-    if num_candidates < 1 or neutral_tokens < 1:
+def _check_fit(model: PreTrainedModel, sae: MatryoshkaSAE) -> None:
+    """Raises InputError where there is nothing to push, or nothing that pushing would make the model say."""
+    reason = why_no_next_token(model)
+    if reason is not None:
+        raise InputError(f"Latents are found by what they make the model say, and {reason}.")
+    if sae.config.is_transcoder:
         raise InputError(
-            f"num_candidates and neutral_tokens must be at least 1, got {num_candidates} and {neutral_tokens}."
+            "Latents are found of SAEs; this is a transcoder, which writes at another site than it reads: give an "
+            "SAE, or look latents up by what they promote (search_promoting)."
         )
 
 
