@@ -52,7 +52,9 @@ os.environ |= {"HF_ENDPOINT": _HUB.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME
 os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
 # Hypothesis must not take a busy machine for a slow function.
 # The same examples in every run, so that a run that fails fails again; `--hypothesis-seed N` looks at others.
-settings.register_profile("patient", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "patient", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("patient")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

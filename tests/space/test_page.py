@@ -6,15 +6,13 @@ the test that opened it.
 
 import re
 import shutil
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from patience import HANG_SECONDS, until
-from warm_processes import free_port
+from warm_processes import free_port, start_command
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
@@ -48,17 +46,15 @@ def answers(address: str) -> bool:
 def server(story_sae: Path, index: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the page, which finds the presets that were tried out for `index`."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "hf_msae.cli", "space", "run", str(story_sae), "--port", str(port)]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    process = start_command(["space", "run", str(story_sae), "--port", str(port)], log)
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: process.poll() is not None or answers(address), log.read_text)
-        assert process.poll() is None, f"the server ended: {log.read_text()[-3000:]}"
+        until(lambda: process.exitcode is not None or answers(address))
+        assert process.exitcode is None, f"the server ended: {log.read_text()[-3000:]}"
         yield address
     finally:
         process.terminate()
-        process.wait(timeout=HANG_SECONDS)
+        process.join(timeout=HANG_SECONDS)
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
 
 

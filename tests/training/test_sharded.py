@@ -27,6 +27,7 @@ SHARDED_SHAPE = SHAPE | {"num_latents": 97, "prefix_sizes": [8, 30, 97]}
 SAES = {form: SHARDED_SHAPE | options for form, options in FORMS.items()}
 SAES |= {"plain_topk": SHARDED_SHAPE | {"activation": "topk", "inference": "topk", "prefix_sizes": [97]}}
 BATCHES = {1: 512, 2: 256, 4: 128}
+HALF = STEPS // 2
 
 
 def run(num_processes: int, cache: Path, output: Path, saes: dict = SAES, **changes) -> None:
@@ -42,11 +43,11 @@ def run(num_processes: int, cache: Path, output: Path, saes: dict = SAES, **chan
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, tokenizer) -> Path:
-    """`1`, `2` and `4`: the run of every form on so many processes, with checkpoints at steps 12 and 24."""
+    """`1`, `2` and `4`: the run of every form on so many processes, with checkpoints in the middle and at the end."""
     folder = tmp_path_factory.mktemp("sharded")
     cache = make_cache(folder / "cache", lm, tokenizer)
     for num_processes in (1, 2, 4):
-        run(num_processes, cache, folder / str(num_processes), save_steps=STEPS // 2)
+        run(num_processes, cache, folder / str(num_processes), save_steps=HALF)
     return folder
 
 
@@ -68,7 +69,7 @@ def test_the_files_are_those_of_one_process(folder, form):
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sae.encode(x)[:, :30], prefix.encode(x))
     for name in ("learner.safetensors", "model.safetensors"):
-        ours, theirs = (load_file(folder / n / "checkpoint-12" / form / name) for n in ("4", "1"))
+        ours, theirs = (load_file(folder / n / f"checkpoint-{HALF}" / form / name) for n in ("4", "1"))
         assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {
             key: (t.shape, t.dtype) for key, t in theirs.items()
         }
@@ -76,10 +77,10 @@ def test_the_files_are_those_of_one_process(folder, form):
 
 @pytest.mark.parametrize("num_processes", [1, 4])
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_four(folder, tmp_path, num_processes):
-    shutil.copytree(folder / "2" / "checkpoint-12", tmp_path / "run" / "checkpoint-12")
+    shutil.copytree(folder / "2" / f"checkpoint-{HALF}", tmp_path / "run" / f"checkpoint-{HALF}")
     log = (folder / "2" / "training_log.jsonl").read_text()
     (tmp_path / "run" / "training_log.jsonl").write_text(log)
-    run(num_processes, folder / "cache", tmp_path / "run", save_steps=STEPS // 2, resume_from_checkpoint="last")
+    run(num_processes, folder / "cache", tmp_path / "run", save_steps=HALF, resume_from_checkpoint="last")
     for form in SAES:
         assert_same_run(tmp_path / "run", folder / "2", form)
 
