@@ -47,7 +47,11 @@ def convert(
     prefix_sizes: Sequence[int] | None = None,
     prefix: int | None = None,
     complete: Callable[[MatryoshkaSAE], object] | None = None,
-    **hub: Any,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> MatryoshkaSAE:
     """Read another library's checkpoint, or one of ours, and write it for us, or for another library.
 
@@ -60,7 +64,11 @@ def convert(
         prefix: Keep only the first latents.
         complete: Called with the SAE before it is written, to record what the files do not, such as
             `hf_msae.evaluation.complete_on_text`; an SAE that lacks a threshold is then read without one.
-        hub: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+        subfolder: A folder in the source, or a file of weights.
+        revision: Branch, tag or commit of a repo.
+        token: A token that may read it; the one that is logged in by default.
+        cache_dir: The Hub's cache, where another than the usual one is meant.
+        local_files_only: Whether to read only what was downloaded before.
 
     Returns:
         The SAE that was written.
@@ -73,6 +81,13 @@ def convert(
     folder = Path(folder)
     if folder.exists():
         raise OutputExistsError(f"{folder} exists already; give a folder that does not, or delete it.")
+    hub: dict[str, Any] = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     if name is not None or (complete is not None and recognise(locate(source, **hub)) is not None):
         sae = load_library_checkpoint(MatryoshkaSAE, source, name, prefix_sizes, complete is not None, **hub)
         sae = sae if prefix is None else sae.truncate(prefix)

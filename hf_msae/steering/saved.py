@@ -128,9 +128,25 @@ def load_steerings(source: str | Path, *, subfolder: str = "", **hub: Any) -> di
     return _parse(path.read_bytes(), where)
 
 
-def load_steering(source: str | Path, name: str | None = None, *, subfolder: str = "", **hub: Any) -> Steering:
+def load_steering(
+    source: str | Path,
+    name: str | None = None,
+    *,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Steering:
     """One steering beside an SAE: the one of this name, or the only one. Raises SteeringError as `load_steerings`."""
-    found = load_steerings(source, subfolder=subfolder, **hub)
+    found = load_steerings(
+        source,
+        subfolder=subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name not in found:
