@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 JOB = [
     *("--output-dir", "runs/job", "--num-latents", "64", "--k", "4", "--batch-size", "256", "--max-steps", "6"),
     *("--save-steps", "4", "--eval-tokens", "600", "--calibration-tokens", "400", "--disable-tqdm"),
-    *("--ce-tokens", "0", "--block-tokens", "2k"),
+    *("--ce-tokens", "0"),
 ]
 # In the order in which a reader runs them.
 COMMANDS = [
@@ -62,11 +62,7 @@ def test_every_example_runs(tmp_path: Path) -> None:
 def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path) -> None:
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
-    smaller = "block_tokens=30_000"  # by default a quarter of a million tokens are read before the first step
-    changes = {
-        "MAX_TOKENS = 1_000_000": "MAX_TOKENS = 30_000",
-        "max_tokens=MAX_TOKENS,": f"max_tokens=MAX_TOKENS, {smaller},",
-    }
+    changes = {"MAX_TOKENS = 1_000_000": "MAX_TOKENS = 30_000"}
     notebook = str(EXAMPLES / "tour.ipynb")
     status, printed = run_together(1, run_notebook, str(tmp_path), notebook, changes, output=tmp_path / "out")
     assert status == 0, printed[-4000:]
