@@ -71,10 +71,10 @@ def pytest_unconfigure() -> None:
 
 
 def _check(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Fail a test that is not marked slow and starts a process."""
+    """Fail a test that is not marked slow and starts a process; what another library starts, `make fast` has not."""
     _started.clear()
     result = yield
-    if _started and item.get_closest_marker("slow") is None:
+    if _started and not any(item.get_closest_marker(name) for name in ("slow", "peer")):
         pytest.fail(f"it starts a process ({_started[0]}), so it needs @pytest.mark.slow", pytrace=False)
     return result
 

@@ -52,12 +52,16 @@ def test_fails():
 @pytest.mark.slow
 def test_slow(started):
     pass
+
+@pytest.mark.peer
+def test_peer(started):
+    pass
 """
 
 
 def test_every_way_of_starting_a_process_is_seen(tmp_path):
     (tmp_path / "test_tried.py").write_text(TRIED)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    peer\n")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "slow_tests", "-p", "no:cacheprovider", "-rA", "--tb=line"],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "300"},
@@ -68,7 +72,8 @@ def test_every_way_of_starting_a_process_is_seen(tmp_path):
     )
     summary = [line for line in done.stdout.splitlines() if line.startswith(("PASSED", "FAILED", "ERROR"))]
     told = {line.split("::")[1].split(" ")[0] for line in summary if "needs @pytest.mark.slow" in line}
-    assert {line.split("::")[1] for line in summary if line.startswith("PASSED")} == {"test_slow", "test_nothing"}
+    passed = {line.split("::")[1] for line in summary if line.startswith("PASSED")}
+    assert passed == {"test_slow", "test_peer", "test_nothing"}
     assert told == {
         "test_runs",
         "test_forks",

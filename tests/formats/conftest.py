@@ -4,6 +4,7 @@ A test that needs another library has the marker `peer`, and is skipped where th
 them, and runs these tests alone.
 """
 
+import os
 import re
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -18,6 +19,10 @@ from hf_msae import MatryoshkaSAE
 from hf_msae.formats.conversion import load_library_checkpoint
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
+
+# Where Triton is installed, as it comes with torch, sparsify takes its kernels on a CPU, too, which has no driver.
+if not torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 
 
 PEER_IS_ABSENT = re.compile(r"needs .*(SAELens|SAEBench|TransformerLens|sae-lens|eai-sparsify|dictionary-learning)")
