@@ -93,7 +93,7 @@ def without_recovery(measured: Measurement, reason: str) -> Measurement:
     return replace_fields(measured, levels=levels, ce_absent=reason)
 
 
-class _Splice:
+class Splice:
     """The model with one site under control: reads the activations once, then runs with others in their place.
 
     What a transcoder reads is of another site, `read`, which is left as it is.
@@ -217,7 +217,7 @@ def measure_cross_entropies(
         inputs = {"input_ids": batch["input_ids"]}
         if batch["attention_mask"] is not None:
             inputs["attention_mask"] = batch["attention_mask"]
-        splice = _Splice(model, output_site or site, inputs, site)
+        splice = Splice(model, output_site or site, inputs, site)
         clean, hidden, read = splice.clean()
         keep = keep & within_limit(read, norm_limit).to(keep.device)
         for sae in saes.values():

@@ -40,7 +40,15 @@ from .dense_ops import (
 )
 from .selection import SINGLE_PROCESS, ProcessGroup, sum_over
 from .sparse_encoder import ActiveLatents, select_exceeding, select_largest, select_largest_per_token
-from .sparse_ops import ActiveIndices, GradientMemory, LevelErrors, PreActivations, dense_dead_share, index_active
+from .sparse_ops import (
+    ActiveIndices,
+    Decode,
+    GradientMemory,
+    LevelErrors,
+    PreActivations,
+    dense_dead_share,
+    index_active,
+)
 from .untrusted import SAEError
 
 
@@ -191,6 +199,31 @@ class ObjectiveMixin:
         if active is None:
             return self._dense_errors(x, y, k, sizes, variance, BatchContext())[0]
         return self._sparse_errors(x, y, active, k, sizes, variance, BatchContext())[0]
+
+    def reconstruct_as_trained(self, hidden_states: Tensor, k: float, variance: Tensor, widths: Tensor) -> Tensor:
+        """Reconstruct activations as a training step does, for a loss of its own: every weight has its gradient.
+
+        Args:
+            hidden_states: Activations (N, hidden_size); of all of them, `batch_topk` selects at once.
+            k: As in `forward`.
+            variance: As in `forward`.
+            widths: How many of the first latents each activation is reconstructed from, (N,).
+
+        Returns:
+            Reconstructions (N, output_size).
+        """
+        x = self._flat(hidden_states)
+        active = self._select(x, k, variance)
+        if active is None:
+            pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
+            latents, _ = self._select_for_loss(pre, variance, k, BatchContext())
+            inside = torch.arange(latents.shape[1], device=x.device) < widths[:, None]
+            return self._base(x) + (latents * inside) @ self.W_dec
+        active = active.take(active.latents < widths[active.tokens])
+        places = index_active(active, self.W_enc.shape[0])
+        pre = PreActivations.apply(x, self.W_enc, self.b_enc, self._subtracted_bias(), active.values, None, *places)
+        values, _ = self._activate(pre, places, x, k, variance, BatchContext())
+        return self._base(x) + Decode.apply(values, self.W_dec, x.shape[0], *places)
 
     @property
     def inner_shares(self) -> InnerShares:

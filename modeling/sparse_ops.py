@@ -247,6 +247,30 @@ class LevelErrors(torch.autograd.Function):
         return grad_x, grad_values, grad_W_dec, grad_base, *[None] * 9
 
 
+class Decode(torch.autograd.Function):
+    """The sum of decoder rows at some places, each times its latent activation, (B, d), for a loss of any form.
+
+    forward takes the latent activations (n,), W_dec, the number of tokens and the `ActiveIndices`.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, W_dec: Tensor, num_tokens: int, *places: Tensor) -> Tensor:
+        """Compute the sums (B, d)."""
+        tokens, latents, *_ = places
+        begins = torch.searchsorted(tokens, torch.arange(num_tokens, device=tokens.device))
+        ctx.save_for_backward(values, W_dec, begins, *places)
+        return _segment_sum(W_dec, latents, values, begins)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Give the gradients of latent activations and decoder."""
+        values, W_dec, begins, tokens, latents, order, first = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_W_dec = _segment_sum(grad, tokens[order], values[order].to(grad.dtype), first).to(W_dec.dtype)
+        grad_values = _segment_dot(grad, W_dec, latents, begins, tokens).to(values.dtype)
+        return grad_values, grad_W_dec, *[None] * 5
+
+
 def _toward_whole(grads: Tensor, share: float) -> Tensor:
     """Keep a share of what inner levels ask for in groups' gradients (B, G, d), in place.
 

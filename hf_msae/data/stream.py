@@ -222,6 +222,24 @@ class ActivationStream(BatchIterator):
         self.num_filtered = state["num_filtered"]
         self._restore(state)
 
+    def draw_windows(self, num_tokens: int) -> list[Window]:
+        """Windows of the block that the latest batch comes from, drawn anew for each batch as a function of its place.
+
+        num_tokens: how many tokens that count they hold together, at least; all of the block's where it has fewer.
+        """
+        block = self._current
+        if block is None:
+            raise RuntimeError("draw_windows comes after a batch, of whose block it draws.")
+        windows = [window for passed in block.passes for window in passed]
+        generator = seeded_generator(self.seed, self.shard, block.number, self._position)
+        drawn: list[Window] = []
+        for index in torch.randperm(len(windows), generator=generator).tolist():
+            if num_tokens <= 0:
+                break
+            drawn.append(windows[index])
+            num_tokens -= int(windows[index].keep.sum())
+        return drawn
+
     @property
     def settings(self) -> dict[str, Any]:
         """What decides which token comes when."""

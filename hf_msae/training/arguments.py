@@ -73,6 +73,9 @@ class SAETrainingArguments:
             levels' gradients being whole before; below 1: as a share of all steps.
         sort_latents_at: Step before which latents, and all that training keeps of them, are put in order of their mean
             squared activation, the largest first; below 1: as a share of all steps. Default: never.
+        kl_from: Step from which the language model's predictions count, too: the KL divergence between it and itself
+            with the reconstructions in place; below 1: as a share of all steps. Default: never.
+        kl_weight: Size of that divergence's part of the loss, as a multiple of the reconstruction's.
         adam_beta1: Adam's first beta.
         adam_beta2: Adam's second beta.
         adam_epsilon: Adam's epsilon.
@@ -131,6 +134,8 @@ class SAETrainingArguments:
     k_initial: float | None = None
     inner_share_start: float = 0.25
     sort_latents_at: float | None = None
+    kl_from: float | None = None
+    kl_weight: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-8
@@ -194,6 +199,10 @@ class SAETrainingArguments:
             raise InputError(
                 f"sort_latents_at must be above 0, got {self.sort_latents_at}; leave it out where latents are to stay."
             )
+        if self.kl_from is not None and self.kl_from < 0:
+            raise InputError(f"kl_from must not be negative, got {self.kl_from}; leave it out for none.")
+        if self.kl_weight <= 0:
+            raise InputError(f"kl_weight must be above 0, got {self.kl_weight}; leave kl_from out for none.")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise InputError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.max_tokens is not None and self.max_tokens < self.per_device_train_batch_size:

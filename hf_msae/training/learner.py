@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_msae.hub.results import save_quietly
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.dense_ops import ALL_GRADIENTS
+from hf_msae.modeling.devices import constants
 from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.modeling.sparse_encoder import ActiveLatents
@@ -31,10 +32,12 @@ from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
 from hf_msae.training.checkpoints import read_tensors, write_tensors
 from hf_msae.training.collectives import sum_gradients
+from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.optimization import (
     DictionaryAdam,
     Length,
     annealed_k,
+    counts_divergence,
     default_learning_rate,
     learning_rate_factor,
     passes_all_gradients,
@@ -106,6 +109,7 @@ class Learner:
         max_steps: Length of the run, for the schedules.
         extensions: (From step, steps in all) each time the run was given another length than `max_steps`.
         output_site: Where what it reconstructs comes from; `site` by default, as of an SAE.
+        end_to_end: What has the language model's predictions count from the step that `kl_from` says.
 
     Attributes:
         data_parallel: The processes that have other tokens of the same batch. Where each process has some of the
@@ -127,10 +131,12 @@ class Learner:
         max_steps: int,
         extensions: tuple[tuple[int, int], ...] = (),
         output_site: Site | None = None,
+        end_to_end: EndToEnd | None = None,
     ) -> None:
         sae.to(run.device)  # type: ignore[arg-type]  # transformers hides the signature
         self.name, self.sae, self.site, self.output_site = name, sae.train(), site, output_site or site
         self.args, self.device, self.max_steps, self.extensions = run.args, run.device, max_steps, extensions
+        self.end_to_end = end_to_end
         if self.device.type == "cpu":
             sae.gradient_memory = GradientMemory()
         self.data_parallel = SINGLE_PROCESS if isinstance(sae, ShardedSAE) else run.processes
@@ -311,12 +317,16 @@ class Learner:
         targets = [None] * len(parts) if y is None else y.split(size)
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             contexts = self._batch_contexts(x, parts, targets, options)
+        level_losses = []
         for part, wanted, context in zip(parts, targets, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
                 output = self.sae(part, target=wanted, batch=context, **options)
             weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
             (output.loss * weight).backward()
             statistics.add(output, weight)
+            level_losses.append(weight * output.level_losses)
+        if self.end_to_end is not None and counts_divergence(step, self.max_steps, self.args, self.extensions):
+            self._add_divergence(torch.stack(level_losses).sum(0), options)
         factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -350,6 +360,20 @@ class Learner:
             mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
             level_errors = self.data_parallel.sum(mean) / self.data_parallel.size
         return [BatchContext(active, l0, level_errors) for active in own]
+
+    def _add_divergence(self, level_losses: Tensor, options: Mapping[str, Any]) -> None:
+        """Have the language model's predictions count in this step, as much as the levels' mean errors (G,) do."""
+        assert self.end_to_end is not None
+        config = self.sae.config
+        if config.log_loss:  # as there, the divergence's gradient is divided by the divergence alone
+            error = level_losses.new_tensor(1 / self.data_parallel.size)
+        elif options["prefix_sizes"] is not None:
+            error = level_losses.mean()
+        else:
+            error = (level_losses * constants(config.normalized_level_weights, level_losses)).sum()
+        sites = (self.site, self.output_site)
+        divergence = self.end_to_end.add_gradients(self.sae, sites, options, error, self.data_parallel)
+        self._log_divergence += torch.stack([divergence, torch.ones_like(divergence)])
 
     def _drop_gradients(self) -> None:
         if self.sae.gradient_memory is not None:
@@ -398,6 +422,7 @@ class Learner:
         double: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         self._log_sums = torch.zeros(3, **double)
         self._log_levels = torch.zeros(self.sae.config.num_levels, **double)
+        self._log_divergence = torch.zeros(2, **double)
         self._log_steps = 0
 
     def read_log(self) -> dict[str, Any]:
@@ -405,7 +430,8 @@ class Learner:
 
         Returns:
             Means over the steps: `loss`, `aux_loss`, `l0`, with fixed prefixes `level_losses` (each level's error over
-            the variance); and `dead`, the share of latents that are dead now.
+            the variance); with `kl_from`, from that step on, `kl`, the divergence in nats per token; and `dead`, the
+            share of latents that are dead now.
         """
         loss, aux_loss, l0 = (self._log_sums / max(1, self._log_steps)).tolist()
         levels = (self._log_levels / max(1, self._log_steps)).tolist()
@@ -413,6 +439,9 @@ class Learner:
         values = {"loss": loss, "aux_loss": aux_loss, "l0": l0, "dead": dead}
         if self.sae.config.prefix_sampling == "fixed":
             values["level_losses"] = levels
+        if self.end_to_end is not None:
+            divergence, steps = self._log_divergence.tolist()
+            values |= {"kl": divergence / steps} if steps else {}
         self._reset_log()
         return values
 
@@ -476,6 +505,9 @@ class Learner:
         if self.optimizer is None:
             raise RuntimeError("Learner.state_dict was called before Learner.start.")
         shared = {name: value for name, value in self.sae.named_parameters() if name not in PER_LATENT}
+        log = {"sums": self._log_sums, "levels": self._log_levels, "steps": self._log_steps}
+        if self.args.kl_from is not None:
+            log["divergence"] = self._log_divergence
         return {
             "optimizer": {
                 "step": self.optimizer.state[self.sae.b_dec]["step"],
@@ -484,7 +516,7 @@ class Learner:
             },
             "moments": self.moments,
             "sparsity_weight": self.sparsity_weight,
-            "log": {"sums": self._log_sums, "levels": self._log_levels, "steps": self._log_steps},
+            "log": log,
         }
 
     def _averages(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -518,6 +550,8 @@ class Learner:
         self._log_sums = state["log"]["sums"].to(device)
         self._log_levels = state["log"]["levels"].to(device)
         self._log_steps = state["log"]["steps"]
+        if "divergence" in state["log"]:
+            self._log_divergence = state["log"]["divergence"].to(device)
 
 
 def _default_dead_after(tokens_per_step: int, max_steps: int) -> int:
@@ -531,6 +565,7 @@ def make_learners(
     sites: Mapping[str, Site],
     length: Length,
     output_sites: Mapping[str, Site] | None = None,
+    end_to_end: EndToEnd | None = None,
 ) -> list[Learner]:
     """Make a learner for each SAE: of all its latents, or, with `shard_latents`, of this process's part of them.
 
@@ -540,6 +575,7 @@ def make_learners(
         sites: Sites by the SAEs' names.
         length: Steps of the run.
         output_sites: Where what they reconstruct comes from, by the same names; by default `sites`.
+        end_to_end: What has the language model's predictions count, where they do.
 
     Returns:
         The learners, in the order of the SAEs.
@@ -552,5 +588,6 @@ def make_learners(
             if run.args.init_from is not None:
                 trained.take_rows(sae)
         output_site = (output_sites or sites)[name]
-        learners.append(Learner(name, trained, sites[name], run, length.first, length.extensions, output_site))
+        lengths = (length.first, length.extensions)
+        learners.append(Learner(name, trained, sites[name], run, *lengths, output_site, end_to_end))
     return learners

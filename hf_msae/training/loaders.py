@@ -20,6 +20,7 @@ from hf_msae.data import (
     CachedActivations,
     Documents,
     TokenWindows,
+    Window,
     count_tokens,
     fingerprint,
     pad_id,
@@ -264,6 +265,12 @@ class TextLoader(ActivationLoader):
             norm_limits=self.norm_limits,
             pad_id=self.source.pad_id,
         )
+
+    def draw_windows(self) -> list[Window]:
+        """Windows with about as many tokens as the latest batch, from its block (`ActivationStream.draw_windows`)."""
+        batches = self._current()
+        assert isinstance(batches, ActivationStream)
+        return batches.draw_windows(self.args.tokens_per_process)
 
     @property
     def unreadable_documents(self) -> set[int]:

@@ -230,6 +230,23 @@ def sorting_steps(max_steps: int, args: SAETrainingArguments) -> range:
     return range(stop // 2, stop)
 
 
+def counts_divergence(
+    step: int, max_steps: int, args: SAETrainingArguments, extensions: Sequence[tuple[int, int]] = ()
+) -> bool:
+    """Whether a step is one of the last, in which the language model's predictions count (`kl_from`).
+
+    Args:
+        step: The step, from 0.
+        max_steps: Length of the run as it was first planned.
+        args: The arguments of the run.
+        extensions: (From step, steps in all) each time the run was given another length; the latest one counts.
+    """
+    if args.kl_from is None:
+        return False
+    length = extensions[-1][1] if extensions else max_steps
+    return step >= _steps(args.kl_from, length, share_up_to=1 - 1e-9)
+
+
 def sample_prefix_sizes(step: int, config: MatryoshkaSAEConfig, seed: int) -> list[int]:
     """Draw the levels of a step without replacement, small ones more often, and the whole dictionary.
 

@@ -153,6 +153,8 @@ def make_plan(
     passing["measuring"] = max(_measuring_bytes(model, sae, args, pass_tokens, device) for sae in saes.values())
     if model is not None:
         passing["the language model's pass"] = _pass_bytes(model, pass_tokens)
+        if args.kl_from is not None:
+            passing["the way back through it"] = _way_back_bytes(model, pass_tokens) + state["gradients"]
     result = state["weights"] + SMALL_FILES * len(saes)
     checkpoint = result + state["optimizer"] + state["counters"]
     return Plan(
@@ -246,6 +248,13 @@ def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
     hidden = next(iter(model.get_input_embeddings().parameters())).shape[-1]
     inner = config.get("intermediate_size") or 4 * hidden
     return tokens * (8 * hidden + 3 * inner) * model.dtype.itemsize
+
+
+def _way_back_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Of end-to-end fine-tuning: what every layer keeps for its gradient, and the logits of both runs with theirs."""
+    config = model.config.get_text_config()
+    logits = 3 * tokens * config.vocab_size * model.dtype.itemsize + 4 * 1024 * config.vocab_size * FLOAT
+    return config.num_hidden_layers * _pass_bytes(model, tokens) + logits
 
 
 def _checkpoints_at_once(args: SAETrainingArguments, steps: int) -> int:

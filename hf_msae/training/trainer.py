@@ -30,6 +30,7 @@ from hf_msae.metrics import Measurement
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, list_checkpoints
+from hf_msae.training.end_to_end import make_end_to_end
 from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.optimization import Length
@@ -120,6 +121,7 @@ class SAETrainer:
                 warm_start(item, run.args.init_from, run.args.seed)
         sites = list(dict.fromkeys([*self.sites.values(), *self.output_sites.values()]))
         held_out, self.loader = open_data(run, model, processing_class, self.saes, sites, train_dataset, eval_dataset)
+        self.end_to_end = make_end_to_end(run, model, self.loader)
         self.evaluator = Evaluator(model, held_out, args.disable_tqdm)
         self.saver = Saver(run, self.evaluator)
         self.log = RunLog(run)
@@ -205,7 +207,8 @@ class SAETrainer:
         prepare_output_dir(run)
         resumed, held_out = self._configs_in(checkpoint), self.evaluator.held_out
         set_norm_limits(run, self.saes, self.sites, self.loader, held_out, resumed, self.output_sites)
-        self.learners = make_learners(run, self.saes, self.sites, self._length, self.output_sites)
+        places = (self.sites, self._length, self.output_sites)
+        self.learners = make_learners(run, self.saes, *places, self.end_to_end)
         self.log.open()
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)

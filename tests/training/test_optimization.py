@@ -10,6 +10,7 @@ from hf_msae.training import SAETrainingArguments
 from hf_msae.training.optimization import (
     DictionaryAdam,
     annealed_k,
+    counts_divergence,
     default_learning_rate,
     learning_rate_factor,
     sample_prefix_sizes,
@@ -140,6 +141,20 @@ def test_k_anneals_linearly_from_its_start_to_k():
     assert values[5] == 9
     assert values[10:] == [4, 4]
     assert annealed_k(0, 100, config, arguments()) == 4
+
+
+def test_predictions_count_at_the_end_of_the_run_as_it_is_now():
+    def first(kl_from, *extensions):
+        return next(
+            (step for step in range(300) if counts_divergence(step, 100, arguments(**kl_from), extensions)), None
+        )
+
+    assert first({}) is None
+    assert first({"kl_from": 0.9}) == 90
+    assert first({"kl_from": 20}) == 20
+    assert first({"kl_from": 0}) == 0
+    assert first({"kl_from": 0.9}, (80, 200)) == 180
+    assert first({"kl_from": 20}, (80, 200)) == 20
 
 
 def test_pareto_prefixes_are_distinct_increasing_and_end_with_the_dictionary():
