@@ -1,5 +1,6 @@
 """A step on a pretended GPU: what it waits for, that it gives the same bits again, and that it is the CPU's step."""
 
+import copy
 import os
 
 import pytest
@@ -8,11 +9,12 @@ from hf_msae.modeling import devices, objective, sparse_encoder
 from pretended_cuda import DEVICE, PretendedCuda, interpreted_kernels, pretended_cuda
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.data import make_activation_cache
-from hf_msae.sites import Site
+from hf_msae.data import as_documents, make_activation_cache
+from hf_msae.sites import Site, resolve_site
 from hf_msae.training import SAETrainingArguments
+from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.learner import Learner, make_learners
-from hf_msae.training.loaders import CacheLoader
+from hf_msae.training.loaders import CacheLoader, TextLoader, TextSource
 from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
 
@@ -119,6 +121,31 @@ def test_no_step_mixes_devices(gpu, options: dict) -> None:
     assert all(parameter.device == DEVICE for parameter in learner.sae.parameters())
     state = learner.state_dict()["optimizer"]["b_dec"].values()
     assert {tensor.device for tensor in (*learner.latent_state().values(), *state)} == {DEVICE}
+
+
+def test_predictions_count_where_the_language_model_is(gpu, lm, tokenizer, texts) -> None:
+    """End-to-end fine-tuning on the device is that of the CPU, and mixes no devices."""
+    learners = {}
+    for device in (torch.device("cpu"), DEVICE):
+        args = {"per_device_train_batch_size": 96, "use_cpu": True, "kl_from": 0, "block_tokens": 300, "seed": 1}
+        run = Run(SAETrainingArguments(**args))
+        run.device = device
+        model, site = copy.deepcopy(lm).to(device), resolve_site(lm, "layers.0")
+        loader = TextLoader(run, TextSource(model, tokenizer, [site], 32, False), as_documents(texts))
+        loader.device = device
+        loader.norm_limits = {site: None}
+        torch.manual_seed(0)
+        sae = MatryoshkaSAE(MatryoshkaSAEConfig(hidden_size=16, num_latents=64, prefix_sizes=[8, 64], k=4))
+        places = ({"sae": sae}, {"sae": site}, Length(20))
+        (learner,) = make_learners(run, *places, end_to_end=EndToEnd(run, model, loader))
+        for step in range(2):
+            learner.take(next(loader), step)
+        learners[device.type] = learner
+    here, there = learners["cpu"], learners[DEVICE.type]
+    assert there.read_log()["kl"] == pytest.approx(here.read_log()["kl"], rel=1e-3)
+    for mine, its in zip(here.sae.parameters(), there.sae.parameters(), strict=True):
+        # Adam's steps have a fixed size, so a rounding error shows where a gradient is nearly nothing.
+        assert ((mine - its.cpu()).abs() > 1e-3 * mine.abs().max()).float().mean() < 0.02
 
 
 def test_cached_activations_arrive_once_and_without_waiting(gpu, lm, tokenizer, texts, tmp_path) -> None:
