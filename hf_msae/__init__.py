@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_msae.errors import HfMsaeError
     from hf_msae.evaluation import EvaluationArguments, collect, evaluate, run_evaluation
     from hf_msae.formats import convert
-    from hf_msae.hub import SAEEntry, list_saes, load_saes, pull, push_folder
+    from hf_msae.hub import SAEEntry, find_saes, list_saes, load_saes, pull, push_folder
     from hf_msae.interpret import Interpretation, find_hierarchy, interpret, scan
     from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
     from hf_msae.sites import Site, capture, resolve_site
@@ -31,7 +31,7 @@ else:
         "hf_msae.errors": ("HfMsaeError",),
         "hf_msae.evaluation": ("EvaluationArguments", "collect", "evaluate", "run_evaluation"),
         "hf_msae.formats": ("convert",),
-        "hf_msae.hub": ("SAEEntry", "list_saes", "load_saes", "pull", "push_folder"),
+        "hf_msae.hub": ("SAEEntry", "find_saes", "list_saes", "load_saes", "pull", "push_folder"),
         "hf_msae.interpret": ("Interpretation", "find_hierarchy", "interpret", "scan"),  # a room that can be called
         "hf_msae.modeling": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
         "hf_msae.sites": ("Site", "capture", "resolve_site"),
@@ -62,6 +62,7 @@ __all__ = [
     "evaluate_steering",
     "find_hierarchy",
     "find_latents",
+    "find_saes",
     "interpret",
     "list_saes",
     "load_documents",

@@ -1,5 +1,6 @@
 """The unmodified `huggingface_hub` client against the Hub that the other tests use."""
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -78,7 +79,7 @@ class TestRepos:
         card = b"---\ntags: [sae, matryoshka]\nlibrary_name: transformers\n---\nText"
         api.upload_file(repo_id=REPO, path_or_fileobj=card, path_in_repo="README.md")
         info = api.model_info(REPO, files_metadata=True)
-        assert (info.tags, info.library_name) == (["sae", "matryoshka"], "transformers")
+        assert (info.tags, info.library_name) == (["transformers", "sae", "matryoshka"], "transformers")
         assert info.card_data.tags == ["sae", "matryoshka"]
         assert {file.rfilename: file.size for file in info.siblings}["README.md"] == len(card)
 
@@ -152,6 +153,48 @@ class TestCommits:
         api.upload_file(repo_id=REPO, path_or_fileobj=b"1", path_in_repo="1.txt", parent_commit=pushed)
         with pytest.raises(HfHubHTTPError, match="412"):
             api.upload_file(repo_id=REPO, path_or_fileobj=b"2", path_in_repo="2.txt", parent_commit=pushed)
+
+
+class TestLists:
+    """`list_models`, as far as it is asked here: by tags, by author, by what the id contains."""
+
+    def put(self, hub, repo_id: str, **card) -> None:
+        hub.put(repo_id, {"README.md": f"---\n{json.dumps(card)}\n---\n".encode(), "config.json": b"{}"})
+
+    def test_filters(self, hub, api: HfApi):
+        self.put(hub, "tester/a", tags=["sae"], base_model="org/lm", base_model_relation="adapter")
+        self.put(hub, "tester/b", tags=["sae"], base_model=["org/lm", "org/other"], library_name="saelens")
+        self.put(hub, "org/LM-tuned", base_model="org/lm")
+
+        def ids(**asked) -> list[str]:
+            return [model.id for model in api.list_models(**asked)]
+
+        assert ids() == ["org/LM-tuned", "tester/a", "tester/b"]
+        assert ids(filter="base_model:org/lm") == ["org/LM-tuned", "tester/a", "tester/b"]
+        assert ids(filter=["base_model:org/lm", "sae"]) == ["tester/a", "tester/b"]
+        assert ids(filter="base_model:adapter:org/lm") == ["tester/a"]
+        assert ids(filter=["base_model:org/other", "saelens"]) == ["tester/b"]
+        assert ids(search="lm-TUN", author="org") == ["org/LM-tuned"]
+        assert ids(author="tester", limit=1) == ["tester/a"]
+        assert ids(filter="absent") == []
+        assert next(iter(api.list_models(author="org"))).siblings is None
+        (model,) = api.list_models(author="org", full=True)
+        assert "config.json" in [sibling.rfilename for sibling in model.siblings]
+
+    def test_pages(self, hub, api: HfApi):
+        hub.page_size = 3
+        for number in range(8):
+            self.put(hub, f"tester/m{number}", tags=["sae", "not all" if number else "first"])
+        names = [f"tester/m{number}" for number in range(8)]
+        assert [model.id for model in api.list_models(filter="sae")] == names
+        assert len(hub.asked("GET /api/models$")) == 3
+        assert [model.id for model in api.list_models(filter=["sae", "not all"], search="m", limit=4)] == names[1:5]
+
+    def test_private_models_are_listed_for_their_owner(self, hub, api: HfApi):
+        api.create_repo(REPO, private=True)
+        assert [model.id for model in api.list_models()] == [REPO]
+        for token in (False, hub.stranger_token):
+            assert list(api.list_models(token=token)) == []
 
 
 class TestDownloads:

@@ -25,6 +25,7 @@ COMMANDS = {
     "tree": ("hf_msae.cli.tree", "print the hierarchy between an SAE's levels, or write it as JSON or Graphviz"),
     "demo": ("hf_msae.cli.demo", "look inside an SAE of the story model in the browser, and steer with it"),
     "space": ("hf_msae.cli.space", "the same for an SAE of yours, on this machine or as a Space on the Hub"),
+    "find-saes": ("hf_msae.cli.find_saes", "list the SAEs of a language model on the Hub, and how each is loaded"),
     "push": ("hf_msae.cli.push", "publish an SAE or a grid on the Hub, with a model card"),
     "pull": ("hf_msae.cli.pull", "fetch SAEs from the Hub into a folder, whole or only their first latents"),
     "convert": ("hf_msae.cli.convert", "read another library's checkpoint, or write one for it"),

@@ -20,10 +20,12 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     chosen_prefix_sizes,
     complete_state,
     holds,
+    outlined,
     read_json,
     refuse_disagreement,
     refuse_many,
@@ -81,8 +83,7 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
             "Its threshold is zero, so every positive pre-activation is active, as in the original code. Set one with "
             "`hf-msae convert --measure`, or call calibrate_threshold on activations of its site."
         )
-    model_name = config.get("model_name")
-    base_model = model_on_hub(model_name) or model_name if isinstance(model_name, str) else None
+    base_model = _base_model(config)
     arguments = {
         "hidden_size": hidden_size,
         "num_latents": num_latents,
@@ -97,6 +98,28 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     }
     uncalibrated = activation == "batch_topk" and "threshold" not in state
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes, uncalibrated)
+
+
+def outline(files: Files) -> Outline:
+    """What `config.json` says. Raises `FormatError` for what has no equal here."""
+    config = _literals(read_json(files, CONFIG))
+    nested = _is_matryoshka(files, config)
+    _refuse_options(files, config)
+    base_model, groups = _base_model(config), config.get("group_sizes")
+    # Of a nested one `dict_size` says nothing.
+    num_latents = config.get("dict_size") if not nested else sum(groups) if isinstance(groups, list) else None
+    known: dict[str, Any] = {"base_model": base_model, "site": _site(config, base_model, [])}
+    known["num_latents"] = num_latents
+    if num_latents is None:
+        return Outline(**known)
+    if nested:
+        return outlined(lambda: _groups(files, config, num_latents), **known)
+    return outlined(lambda: single_level(None, num_latents, files, []), **known)
+
+
+def _base_model(config: Mapping[str, Any]) -> str | None:
+    name = config.get("model_name")
+    return model_on_hub(name) or name if isinstance(name, str) else None
 
 
 def _literals(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A format's reader sees a `Files`, so that a folder and a repo of the Hub are one
 conversion.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -125,6 +125,35 @@ class ConvertedCheckpoint:
     state: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     uncalibrated: bool = False
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a checkpoint's configuration and names say of it, before any weight is fetched; None is not said.
+
+    Args:
+        base_model: The language model.
+        site: The place that it reads.
+        site_out: The place that a transcoder writes.
+        num_latents: Size of the dictionary.
+        prefix_sizes: Its nested sizes, as it would be read.
+        needs: Why it is not read as it is, and what to give where that helps.
+    """
+
+    base_model: str | None = None
+    site: str | None = None
+    site_out: str | None = None
+    num_latents: int | None = None
+    prefix_sizes: Sequence[int] | None = None
+    needs: str | None = None
+
+
+def outlined(choose: Callable[[], Sequence[int] | None], **known: Any) -> Outline:
+    """An outline with the prefix sizes that `choose` gives, or with the reason why it does not."""
+    try:
+        return Outline(**known, prefix_sizes=choose())
+    except FormatError as error:
+        return Outline(**known, needs=str(error))
 
 
 def chosen_prefix_sizes(

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from transformers.utils import cached_file
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import OutputExistsError
-from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError
-from hf_msae.formats.libraries import FORMATS, WRITABLE
+from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError, Outline
+from hf_msae.formats.libraries import FORMATS, NAMED_BY_FILE, WRITABLE
 from hf_msae.formats.naming import describe_absence, describe_name, first_few, natural_order
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import read_json
@@ -292,7 +292,7 @@ def describe_library_checkpoints(files: Files) -> str | None:
     if name is None:
         return None
     module = _format(name)
-    places = _places_of_weights(module, files)
+    places = places_of_weights(name, files)
     if not places:
         return f"It holds the configuration of a {module.LIBRARY} checkpoint, but not its weights."
     count = "a checkpoint" if len(places) == 1 else f"{len(places)} checkpoints"
@@ -307,12 +307,44 @@ def describe_library_checkpoints(files: Files) -> str | None:
     )
 
 
-def _places_of_weights(module: ModuleType, files: Files) -> list[str]:
-    """Folders of checkpoints, "." for this one, and of a trainer that has nothing but weights in training, those."""
-    weights = [path for path in map(PurePosixPath, files.names) if any(map(path.match, module.FILES))]
+def places_of_weights(name: str, files: Files) -> list[str]:
+    """Where checkpoints of a format are in a folder or repo: what is given as their subfolder, "." for the root.
+
+    These are folders; of a trainer that has nothing but weights in training, and of formats that name each SAE by its
+    file where there are several, files.
+    """
+    weights = [path for path in map(PurePosixPath, files.names) if any(map(path.match, _format(name).FILES))]
+    if name in NAMED_BY_FILE and len(weights) > 1:
+        return sorted(map(str, weights), key=natural_order)
     whole = {path.parent for path in weights if path.parent.name != CHECKPOINTS}
     in_training = {path for path in weights if path.parent.name == CHECKPOINTS and path.parent.parent not in whole}
     return sorted(map(str, whole | in_training), key=natural_order)
+
+
+def outline(name: str, source: str | Path, place: str, **hub: Any) -> Outline:
+    """What the configuration and the names of a checkpoint say of it; no weights are fetched.
+
+    Args:
+        name: Its form, of `FORMATS`.
+        source: A folder or a repo of the Hub.
+        place: Where in it, as `places_of_weights` gives it.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        The outline; where the checkpoint has no equal here, with the reason.
+    """
+    files = locate(source, None if place == "." else place, **hub)
+    try:
+        return cast(Outline, _format(name).outline(files))
+    except FormatError as error:
+        return Outline(needs=str(error))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        return Outline(needs=f"Its configuration is not as {_format(name).LIBRARY} writes it ({error!r:.200}).")
+
+
+def library_of(name: str) -> str:
+    """What the library of a format is called."""
+    return str(_format(name).LIBRARY)
 
 
 def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> Any:

@@ -22,11 +22,13 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     chosen_prefix_sizes,
     complete_state,
     holds,
     in_one_dtype,
+    outlined,
     plain_names,
     read_json,
     refuse_disagreement,
@@ -138,6 +140,30 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     )
 
 
+def outline(files: Files) -> Outline:
+    """What `config.json` says. Raises `FormatError` for gated SAEs and transcoders."""
+    config = _config(files)
+    trainer, buffer = config.get("trainer"), config.get("buffer") or {}
+    if not isinstance(trainer, dict):
+        return Outline()
+    if trainer.get("dict_class") == "GatedAutoEncoder":
+        raise FormatError(_gated(files))
+    num_latents, groups = trainer.get("dict_size"), trainer.get("group_sizes")
+    # Where they are not written here, they are in the weights.
+    nested = list(accumulate(groups)) if isinstance(groups, list) else None
+    plain = trainer.get("dict_class") != "MatryoshkaBatchTopKSAE" and isinstance(num_latents, int)
+    return outlined(
+        lambda: single_level(None, int(num_latents or 0), files, []) if plain else nested,
+        base_model=trainer.get("lm_name"),
+        site=_site(trainer, buffer, files, []),
+        num_latents=num_latents,
+    )
+
+
+def _gated(files: Files) -> str:
+    return f"{files} is a gated SAE, whose two encoders have no equal in MatryoshkaSAE."
+
+
 def _refuse_choice(files: Files) -> None:
     """Raises `FormatError` that lists what to choose from, where there is no `ae.pt` in this very folder."""
     if WEIGHTS in files.names:
@@ -194,7 +220,7 @@ def _unwrapped(files: Files, content: dict[str, Any], trainer: Any) -> tuple[dic
 def _class_name(files: Files, weights: Mapping[str, Tensor], recorded: str | None) -> str:
     """The library's class, from the tensors' names and from what the configuration records; both must agree."""
     if "r_mag" in weights or recorded == "GatedAutoEncoder":
-        raise FormatError(f"{files} is a gated SAE, whose two encoders have no equal in MatryoshkaSAE.")
+        raise FormatError(_gated(files))
     candidates = [name for name, kind in KINDS.items() if {*kind.tensors.values(), *kind.also} <= weights.keys()]
     if "MatryoshkaBatchTopKSAE" in candidates:
         candidates = ["MatryoshkaBatchTopKSAE"]  # it has all tensors of a JumpReLU SAE, too

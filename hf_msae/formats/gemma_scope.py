@@ -22,6 +22,7 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     complete_state,
     holds,
@@ -110,6 +111,19 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         "context_length": CONTEXT_LENGTH,
     }
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
+
+
+def outline(files: Files) -> Outline:
+    """What the names of repo and folders say: the second release has a configuration a folder, and many hundreds."""
+    place = _place(files)
+    _refuse_kinds(files, place)
+    origin = _origin_1(place, []) if WEIGHTS_1 in files.names else _origin_2(files, {}, place, [])
+    width = re.search(r"width_(\d+)(k|m)(?:[_/]|$)", place)
+    if width is None:
+        return Outline(origin.base_model, origin.site, origin.site_out)
+    # "65k" is 65,536.
+    num_latents = 2 ** round(math.log2(int(width[1]) * {"k": 1e3, "m": 1e6}[width[2]]))
+    return Outline(origin.base_model, origin.site, origin.site_out, num_latents, [num_latents])
 
 
 def _place(files: Files) -> str:

@@ -13,6 +13,7 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     complete_state,
     single_level,
@@ -39,6 +40,12 @@ def recognises(files: Files) -> bool:
 
 def _named(files: Files) -> list[str]:
     return [name for name in files.names if _FILE.fullmatch(name)]
+
+
+def outline(files: Files) -> Outline:
+    """What the file's name says; its width stands in the weights alone."""
+    match = _FILE.fullmatch(PurePosixPath(files.chosen or (_named(files) or [""])[0]).name)
+    return Outline(f"meta-llama/{match[2]}", f"layers.{match[3]}:output") if match is not None else Outline()
 
 
 def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCheckpoint:

@@ -60,6 +60,24 @@ RELEASES = (
 )
 
 
+# What the ids of repos contain in which SAEs of a language model were released, by the model's id. These do not name
+# their language model by tags, nor as the Hub does.
+NAMED_AFTER = (
+    (re.compile(r"google/gemma-2-(2b|9b|27b)"), "gemma-scope-{}-pt-"),
+    (re.compile(r"google/gemma-2-(2b|9b|27b)-it"), "gemma-scope-{}-it-"),
+    (re.compile(r"google/gemma-3-(270m|1b|4b|12b|27b)(?:-pt)?"), "gemma-scope-2-{}-pt"),
+    (re.compile(r"google/gemma-3-(270m|1b|4b|12b|27b)-it"), "gemma-scope-2-{}-it"),
+    (re.compile(r"Qwen/(Qwen.+)"), "SAE-Res-{}-W"),
+    (re.compile(r"meta-llama/(Llama-3\..+)"), "{}-SAE-l"),
+)
+
+
+def named_after(base_model: str) -> list[str]:
+    """What the ids of repos contain in which SAEs of a language model were released."""
+    matches = ((pattern.fullmatch(base_model), form) for pattern, form in NAMED_AFTER)
+    return [form.format(match[1]) for match, form in matches if match is not None]
+
+
 def release_of(source: str | Path, subfolder: str) -> Release | None:
     """The release that a checkpoint is of.
 

@@ -12,3 +12,5 @@ FORMATS = (
     "goodfire",
 )
 WRITABLE = ("saelens", "sparsify", "circuit_tracer")
+# Those that name each SAE by its file, where others have a folder for each.
+NAMED_BY_FILE = ("qwen_scope", "goodfire")

@@ -22,8 +22,10 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     complete_state,
+    outlined,
     peek_json,
     read_json,
     read_safetensors,
@@ -101,6 +103,21 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     }
     # Of batch TopK this library stores no threshold: it takes the largest of whatever batch it is given.
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes, activation == "batch_topk")
+
+
+def outline(files: Files) -> Outline:
+    """What the configuration says. Raises `FormatError` for what has no equal here."""
+    old = OLD_CONFIG in files.names
+    config = read_json(files, OLD_CONFIG if old else CONFIG)
+    _refuse_kinds(files, config, OLD_WEIGHTS if old else WEIGHTS)
+    base_model = _base_model(files, [])
+    num_latents = config.get("d_sae") or round((config.get("expansion_factor") or 0) * config["d_model"]) or None
+    return outlined(
+        lambda: single_level(None, num_latents, files, []) if num_latents else None,
+        base_model=base_model,
+        site=_site(config["hook_point_in"], base_model, []),
+        num_latents=num_latents,
+    )
 
 
 def _refuse_kinds(files: Files, config: Mapping[str, Any], weights_name: str) -> None:

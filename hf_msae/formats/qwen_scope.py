@@ -13,8 +13,10 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     complete_state,
+    outlined,
     refuse_disagreement,
     single_level,
 )
@@ -44,18 +46,9 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     neither k nor model; for another place than the residual stream; and where name and tensors disagree.
     """
     name = files.chosen or _only_layer(files)
-    layer = _FILE.fullmatch(PurePosixPath(name).name)
-    place = (Path(files.source) / files.subfolder).resolve().as_posix() if files.is_local else str(files)
-    repo = _REPO.search(place)
-    if layer is None or repo is None:
-        raise FormatError(
-            f"{files} is not named as Qwen-Scope's repos are (SAE-Res-Qwen3-1.7B-Base-W32K-L0_50), and only the name "
-            "says k and the language model: give the repo, or name the folder after it."
-        )
-    if repo["place"] != "Res":
-        raise FormatError(
-            f"{files} is of the place {repo['place']!r}; only 'Res', the residual stream after a layer, is known here."
-        )
+    layer, repo = _FILE.fullmatch(PurePosixPath(name).name), _named(files)
+    if layer is None:
+        raise FormatError(f"{name} of {files} is not named as Qwen-Scope's files are (layer12.sae.pt).")
     weights = read_pt(files, name)
     check_tensors(files, name, weights, TENSORS)
     unknown = sorted(weights.keys() - set(TENSORS))
@@ -81,6 +74,36 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         "site": f"layers.{layer[1]}:output",
     }
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
+
+
+def outline(files: Files) -> Outline:
+    """What the names of the repo and of the file chosen say. Raises `FormatError` for another place."""
+    layer = _FILE.fullmatch(PurePosixPath(files.chosen or _only_layer(files)).name)
+    repo = _named(files)
+    site = f"layers.{layer[1]}:output" if layer is not None else None
+    num_latents = 1024 * int(repo["width"])
+    return outlined(
+        lambda: single_level(None, num_latents, files, []),
+        base_model=f"Qwen/{repo['model']}",
+        site=site,
+        num_latents=num_latents,
+    )
+
+
+def _named(files: Files) -> re.Match[str]:
+    """What the repo's name says. Raises `FormatError` where it says nothing, and for places that are unknown."""
+    place = (Path(files.source) / files.subfolder).resolve().as_posix() if files.is_local else str(files)
+    repo = _REPO.search(place)
+    if repo is None:
+        raise FormatError(
+            f"{files} is not named as Qwen-Scope's repos are (SAE-Res-Qwen3-1.7B-Base-W32K-L0_50), and only the name "
+            "says k and the language model: give the repo, or name the folder after it."
+        )
+    if repo["place"] != "Res":
+        raise FormatError(
+            f"{files} is of the place {repo['place']!r}; only 'Res', the residual stream after a layer, is known here."
+        )
+    return repo
 
 
 def _only_layer(files: Files) -> str:

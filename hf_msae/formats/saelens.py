@@ -29,9 +29,11 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     chosen_prefix_sizes,
     complete_state,
+    outlined,
     peek_json,
     read_json,
     read_safetensors,
@@ -118,6 +120,20 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
     config |= origin(metadata, notes if facts is None else [])
     config, state = restore(files, facts, config, state, notes)
     return ConvertedCheckpoint(LIBRARY, config, state, notes)
+
+
+def outline(files: Files) -> Outline:
+    """What `cfg.json` says. Raises `FormatError` for what has no equal here."""
+    settings = _settings(files, read_json(files, CONFIG))
+    num_latents = settings.get("d_sae")
+    places = origin(settings["metadata"], [])
+    known = {name: places.get(name) for name in ("base_model", "site", "site_out")}
+    if not isinstance(num_latents, int):
+        return Outline(**known)
+    details = settings["metadata"].get("training_architecture_details") or {}
+    return outlined(
+        lambda: _nesting(files, settings, details, None, num_latents, []), num_latents=num_latents, **known
+    )
 
 
 def write(sae: MatryoshkaSAE, folder: str | Path) -> None:

@@ -23,10 +23,12 @@ from hf_msae.formats.common import (
     ConvertedCheckpoint,
     Files,
     FormatError,
+    Outline,
     check_tensors,
     chosen_prefix_sizes,
     complete_state,
     holds,
+    outlined,
     read_json,
     read_safetensors,
     refuse_disagreement,
@@ -102,6 +104,23 @@ def read(files: Files, prefix_sizes: Sequence[int] | None = None) -> ConvertedCh
         arguments["site"] = f"{path}:input"
     arguments, state = restore(files, facts, arguments, state, notes)
     return ConvertedCheckpoint(LIBRARY, arguments, state, notes)
+
+
+def outline(files: Files) -> Outline:
+    """What `cfg.json`, the folder's name and the run's root say. Raises `FormatError` for what has no equal here."""
+    cfg = read_json(files, CONFIG)
+    _refuse_kinds(files, cfg)
+    num_latents = cfg.get("num_latents") or (cfg.get("expansion_factor") or 0) * (cfg.get("d_in") or 0) or None
+    site, path = _site(files, []), (_site(files, []) or "").removesuffix(":output")
+    transcodes = bool(cfg.get("transcode")) and site is not None
+    recorded = cfg.get("prefix_sizes")
+    return outlined(
+        lambda: recorded or (single_level(None, num_latents, files, []) if num_latents else None),
+        base_model=_run_config(files).get("model"),
+        site=f"{path}:input" if transcodes else site,
+        site_out=site if transcodes else None,
+        num_latents=num_latents,
+    )
 
 
 def _refuse_kinds(files: Files, cfg: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ class SAEEntry:
         activation: As in `MatryoshkaSAEConfig`.
         l0: Active latents per token of the whole dictionary on held-out tokens; None where it was not measured.
         fve: Fraction of variance explained by the whole dictionary there; None where it was not measured.
+        site_out: The place that a transcoder reconstructs; None of an SAE.
     """
 
     subfolder: str
@@ -75,6 +76,12 @@ class SAEEntry:
     activation: str
     l0: float | None = None
     fve: float | None = None
+    site_out: str | None = None
+
+
+def _of_config() -> list[str]:
+    """The fields of an entry that are those of the configuration."""
+    return [field.name for field in fields(SAEEntry) if field.name not in ("subfolder", "l0", "fve")]
 
 
 def make_entry(subfolder: str, config: MatryoshkaSAEConfig) -> SAEEntry:
@@ -82,8 +89,7 @@ def make_entry(subfolder: str, config: MatryoshkaSAEConfig) -> SAEEntry:
     per_level = [(config.measured or {}).get(name, ()) for name in ("l0", "fve")]
     # A prefix that was no level of the run has numbers for the levels inside it only.
     l0, fve = (values[-1] if len(values) == config.num_levels else None for values in per_level)
-    names = [field.name for field in fields(SAEEntry)][1:-2]
-    return SAEEntry(subfolder, **{name: getattr(config, name) for name in names}, l0=l0, fve=fve)
+    return SAEEntry(subfolder, **{name: getattr(config, name) for name in _of_config()}, l0=l0, fve=fve)
 
 
 def format_index(entries: Sequence[SAEEntry]) -> str:
@@ -117,8 +123,7 @@ def _read_entry(values: Mapping[str, Any]) -> SAEEntry:
     entry = SAEEntry(**{field.name: values[field.name] for field in fields(SAEEntry) if field.name in values})
     if inside(entry.subfolder) != entry.subfolder or re.search(r"(^|/)[.-]", entry.subfolder):
         raise InputError(f"{entry.subfolder!r} is no folder of an SAE")
-    names = [field.name for field in fields(SAEEntry)][1:-2]
-    MatryoshkaSAEConfig(**{name: getattr(entry, name) for name in names})
+    MatryoshkaSAEConfig(**{name: getattr(entry, name) for name in _of_config()})
     if not all(value is None or isinstance(value, int | float) for value in (entry.l0, entry.fve)):
         raise TypeError(f"l0 and fve are numbers, got {entry.l0!r} and {entry.fve!r}")
     return entry

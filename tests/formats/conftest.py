@@ -4,9 +4,11 @@ A test that needs another library has the marker `peer`, and is skipped where th
 them, and runs these tests alone.
 """
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Generator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
+from hf_msae.formats import conversion
+from hf_msae.formats.common import Files
 from hf_msae.formats.conversion import load_library_checkpoint
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
@@ -43,6 +47,26 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     if PEER_IS_ABSENT.search(skipped) and item.get_closest_marker("peer") is None:
         report.outcome, report.longrepr = "failed", f"it {skipped}, so it needs @pytest.mark.peer"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _outlines_say_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every checkpoint that a test of this folder reads: what is said of it before is what is read, or nothing."""
+    read = conversion._read
+
+    def compared(name: str, files: Files, prefix_sizes=None, calibrating: bool = False):
+        config, state = read(name, files, prefix_sizes, calibrating)
+        outline = importlib.import_module(f"hf_msae.formats.{name}").outline(files)
+        said = {field: value for field, value in asdict(outline).items() if value is not None and field != "needs"}
+        assert prefix_sizes is not None or outline.needs is None
+        # Gemma Scope's names say widths that checkpoints of tests do not have.
+        apart = ("num_latents", "prefix_sizes") if name == "gemma_scope" else ()
+        for field in apart if prefix_sizes is None else (*apart, "prefix_sizes"):
+            said.pop(field, None)
+        assert said == {field: getattr(config, field) for field in said}, str(files)
+        return config, state
+
+    monkeypatch.setattr(conversion, "_read", compared)
 
 
 @pytest.fixture(scope="session")

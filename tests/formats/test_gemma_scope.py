@@ -257,3 +257,23 @@ class TestRefusals:
     def test_missing_arrays(self, tmp_path):
         np.savez(tmp_path / "params.npz", W_enc=np.zeros((2, 3)))
         self.refused(tmp_path, "lacks w_dec, b_enc, b_dec, threshold; it holds w_enc")
+
+
+@pytest.mark.parametrize(
+    ("place", "site", "num_latents"),
+    [
+        ("gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", "layers.12:output", 2**14),
+        ("gemma-scope-9b-pt-mlp/layer_3/width_131k/average_l0_9", "layers.3.post_feedforward_layernorm:output", 2**17),
+        ("gemma-scope-2-1b-it/resid_post_all/layer_7_width_65k_l0_big", "layers.7:output", 2**16),
+        ("gemma-scope-2-270m-pt/resid_post/layer_5_width_262k_l0_small", "layers.5:output", 2**18),
+        ("gemma-scope-2-4b-pt/attn_out/layer_9_width_1m_l0_medium", "layers.9.self_attn.o_proj:input", 2**20),
+    ],
+)
+def test_names_outline_an_sae(tmp_path, place, site, num_latents):
+    """Hundreds of them are listed without a file being fetched."""
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / ("params.safetensors" if "scope-2-" in place else "params.npz")).touch()
+    outline = gemma_scope.outline(Files(folder))
+    assert (outline.site, outline.num_latents, outline.prefix_sizes) == (site, num_latents, [num_latents])
+    assert outline.base_model.startswith("google/gemma-3-" if "scope-2-" in place else "google/gemma-2-")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 import yaml
 from local_hub.handler import Handler
@@ -110,6 +110,29 @@ class HubHandler(Handler):
     def info(self, kinds: str, repo_id: str, revision: str | None) -> None:
         blobs = "blobs" in self.query or "siblings" in self.query.get("expand", [])
         self.send_json(self.readable(kinds, repo_id).describe(revision or "main", blobs))
+
+    def list_models(self) -> None:
+        """Those with all tags asked for, of an author, whose id contains a text; a page at a time."""
+
+        def asked(name: str) -> str:
+            return self.query.get(name, [""])[0]
+
+        account, (search, author) = self.account(), (asked("search").lower(), asked("author"))
+        repos = [repo for (kind, _), repo in sorted(self.hub.repos.items()) if kind == "model"]
+        found = []
+        for repo in repos:
+            about = repo.describe("main", blobs=False)
+            visible = not repo.private or (account is not None and account.name == repo.owner)
+            fits = search in repo.id.lower() and author in ("", repo.owner)
+            if visible and fits and {*self.query.get("filter", [])} <= {*about["tags"]}:
+                hidden = () if asked("full") else ("siblings", "cardData", "sha", "lastModified", "author")
+                found.append({key: value for key, value in about.items() if key not in hidden})
+        size, start = min(int(asked("limit") or self.hub.page_size), self.hub.page_size), int(asked("cursor") or 0)
+        headers = {}
+        if start + size < len(found):
+            following = urlencode({**self.query, "cursor": [str(start + size)]}, doseq=True)
+            headers["Link"] = f'<{self.hub.endpoint}/api/models?{following}>; rel="next"'
+        self.send_json(found[start : start + size], **headers)
 
     def tree(self, kinds: str, repo_id: str, revision: str, folder: str | None) -> None:
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
@@ -257,6 +280,7 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", "/api/validate-yaml", HubHandler.validate_yaml),
     ("POST", "/api/repos/create", HubHandler.create_repo),
     ("DELETE", "/api/repos/delete", HubHandler.delete_repo),
+    ("GET", "/api/models", HubHandler.list_models),
     ("PUT", f"{_REPO}/settings", HubHandler.settings),
     ("GET", f"{_REPO}/auth-check", HubHandler.auth_check),
     ("GET", f"{_REPO}/refs", HubHandler.refs),

@@ -60,7 +60,8 @@ class LocalHub:
     writes as somebody else.
 
     `cdn=False` serves large files itself rather than by redirect; `ranges=False` ignores Range headers, as some
-    proxies do. Between `stop` and `start` connections are refused.
+    proxies do; `page_size` is how many models a page of their list holds. Between `stop` and
+    `start` connections are refused.
     """
 
     user = "tester"
@@ -100,7 +101,7 @@ class LocalHub:
         self.large_files: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.cdn, self.ranges = True, True
+        self.cdn, self.ranges, self.page_size = True, True, 1000
 
     def fail(self, pattern: str, **how: Any) -> Fault:
         """Add a `Fault`."""

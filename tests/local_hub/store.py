@@ -93,6 +93,17 @@ def front_matter(text: str) -> dict | None:
     return None if match is None else yaml.safe_load(match.group(1))
 
 
+def tags_of(card: Mapping[str, Any]) -> list[str]:
+    """The tags by which the Hub filters: those of the card, and what follows from its other keys."""
+    models = card.get("base_model") or []
+    models = [models] if isinstance(models, str) else models
+    named = [card[key] for key in ("library_name", "pipeline_tag") if key in card]
+    relation = card.get("base_model_relation")
+    related = [f"base_model:{relation}:{model}" for model in models if relation]
+    own = list(card.get("tags") or [])
+    return list(dict.fromkeys([*named, *own, *(f"base_model:{model}" for model in models), *related]))
+
+
 @dataclass
 class Repo:
     """One repo of `kind` `model`, `dataset` or `space`; `gated` lets only `approved` accounts download."""
@@ -232,7 +243,7 @@ class Repo:
         dates = {"lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z"}
         about = {"id": self.id, "modelId": self.id, "author": self.owner, "sha": commit.sha, "private": self.private}
         about |= {"gated": "manual" if self.gated else False, "disabled": False, "downloads": 0, "likes": 0}
-        about |= {"tags": (data or {}).get("tags", []), "cardData": data or {}, "siblings": siblings, **dates}
+        about |= {"tags": tags_of(data or {}), "cardData": data or {}, "siblings": siblings, **dates}
         for key in ("library_name", "pipeline_tag"):
             if data and key in data:
                 about[key] = data[key]
