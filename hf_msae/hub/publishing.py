@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_msae.hub.card import CardFacts, render_collection_card, render_collection_part, render_model_card
 from hf_msae.hub.card_parts import has_marks, merge_cards
@@ -27,7 +27,7 @@ from hf_msae.hub.index import (
 )
 from hf_msae.hub.links import refuse_links_out
 from hf_msae.hub.results import CARD_NAME, GENERATED, METRICS_NAME, Result, grid_folders, read_result, save_quietly
-from hf_msae.hub.retrying import PublishError, may_not_write, with_retries
+from hf_msae.hub.retrying import PublishError, check_may_write, with_retries, writing_api
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.modeling.untrusted import inside
 
@@ -153,12 +153,7 @@ def prepare_repo(repo_id: str, private: bool | None = None, token: str | bool | 
 
     def attempt() -> str:
         target = _prepare(api, repo_id, private, None, create_pr=False)
-        # Of a repo that is there, the Hub does not tell a token that only reads that it may not have made it.
-        account = api.whoami()
-        role = account.get("auth", {}).get("accessToken", {}).get("role")
-        owners = {account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))}
-        if role == "read" or target.repo_id.split("/")[0] not in owners:
-            raise PublishError(may_not_write(target.repo_id, f"It is {account['name']}'s, with the role {role!r}."))
+        check_may_write(api, target.repo_id)
         return target.repo_id
 
     return with_retries(api, repo_id, None, attempt)
@@ -171,12 +166,7 @@ def _checked_api(repo_id: str, token: str | bool | None) -> HfApi:
     """Refuses what cannot work before anything is read or sent."""
     if repo_id.startswith(("datasets/", "spaces/", "http://", "https://")):
         raise PublishError(f"SAEs go to model repos; give owner/name rather than {repo_id!r}.")
-    if token is False or (not isinstance(token, str) and get_token() is None):
-        raise PublishError(
-            "A push needs a token that may write: run `hf auth login`, set HF_TOKEN, or give token=. Tokens are made "
-            "at https://huggingface.co/settings/tokens."
-        )
-    return HfApi(token=token, library_name="hf_msae")
+    return writing_api(token)
 
 
 def _checked_subfolder(subfolder: str | None) -> str:

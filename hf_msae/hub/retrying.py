@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
@@ -53,6 +53,40 @@ def with_retries(api: HfApi, repo_id: str, revision: str | None, attempt: Callab
             logger.warning("%s: %s. Trying again in %d s.", repo_id, _last_line(cause), wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
+
+
+def writing_api(token: str | bool | None) -> HfApi:
+    """The Hub's client with a token, which is asked for before anything is read or sent.
+
+    Args:
+        token: One that may write; None for the one that is logged in.
+
+    Raises:
+        PublishError: There is none.
+    """
+    if token is False or (not isinstance(token, str) and get_token() is None):
+        raise PublishError(
+            "A push needs a token that may write: run `hf auth login`, set HF_TOKEN, or give token=. Tokens are made "
+            "at https://huggingface.co/settings/tokens."
+        )
+    return HfApi(token=token, library_name="hf_msae")
+
+
+def check_may_write(api: HfApi, repo_id: str) -> None:
+    """Check a token's role and the repo's owner: of a repo that is there, the Hub tells neither before a push.
+
+    Args:
+        api: With the token.
+        repo_id: Its whole id, owner/name.
+
+    Raises:
+        PublishError: The token may not write there.
+    """
+    account = api.whoami()
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    owners = {account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))}
+    if role == "read" or repo_id.split("/")[0] not in owners:
+        raise PublishError(may_not_write(repo_id, f"It is {account['name']}'s, with the role {role!r}."))
 
 
 def may_not_write(repo_id: str, why: str) -> str:
