@@ -60,6 +60,7 @@ FLOORS = {
     "hf_msae.interpret": 3,
     "hf_msae.serving": 3,
     "hf_msae.concepts": 4,
+    "hf_msae.corpora": 4,
     "hf_msae.research": 4,
     "hf_msae.cli": 5,
 }

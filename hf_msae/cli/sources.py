@@ -102,6 +102,21 @@ def load_sae(name: str, subfolder: str, args: SourceArguments) -> MatryoshkaSAE:
     return sae
 
 
+def load_sae_prefix(name: str, subfolder: str, prefix: int | None) -> MatryoshkaSAE:
+    """The SAE in evaluation mode, cut to one of its levels where that is asked for.
+
+    Raises InputError for a prefix that is none of its levels.
+    """
+    check_sae_place(name)
+    sae = MatryoshkaSAE.from_pretrained(name, subfolder=subfolder).eval()
+    if prefix is None:
+        return sae
+    if prefix not in sae.config.prefix_sizes:
+        known = ", ".join(f"{size:,}" for size in sae.config.prefix_sizes)
+        raise InputError(f"--prefix {prefix}: the prefixes of {name} are {known}.")
+    return sae.truncate(prefix)
+
+
 def load_training_data(args: SourceArguments) -> tuple[Documents | CachedActivations, Documents | None]:
     """What `SAETrainer` takes as `train_dataset` and `eval_dataset`."""
     if args.dataset is None:
