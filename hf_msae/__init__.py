@@ -14,6 +14,7 @@ install()
 
 if TYPE_CHECKING:
     from hf_msae.concepts import evaluate_steering, find_latents
+    from hf_msae.corpora import EncodedLatents, diff_corpora, encode_dataset
     from hf_msae.data import CachedActivations, cache_activations, load_documents, make_activation_cache
     from hf_msae.errors import HfMsaeError
     from hf_msae.evaluation import EvaluationArguments, collect, evaluate, run_evaluation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "hf_msae.concepts": ("evaluate_steering", "find_latents"),
+        "hf_msae.corpora": ("EncodedLatents", "diff_corpora", "encode_dataset"),
         "hf_msae.data": ("CachedActivations", "cache_activations", "load_documents", "make_activation_cache"),
         "hf_msae.errors": ("HfMsaeError",),
         "hf_msae.evaluation": ("EvaluationArguments", "collect", "evaluate", "run_evaluation"),
@@ -42,6 +44,7 @@ else:
 
 __all__ = [
     "CachedActivations",
+    "EncodedLatents",
     "EvaluationArguments",
     "HfMsaeError",
     "Interpretation",
@@ -58,6 +61,8 @@ __all__ = [
     "capture",
     "collect",
     "convert",
+    "diff_corpora",
+    "encode_dataset",
     "evaluate",
     "evaluate_steering",
     "find_hierarchy",

@@ -146,6 +146,17 @@ def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig
     return _load_config(*_find(name, hub))
 
 
+def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model alone, named as for [`load_language_model`].
+
+    `hub` is of `from_pretrained`.
+
+    Raises:
+        InputError: There is no such model, or it has no tokenizer.
+    """
+    return _load_tokenizer(_find(name, hub)[0], hub)
+
+
 def outline_of(name: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration without its weights: its modules, and their shapes.
 

@@ -21,6 +21,8 @@ COMMANDS = {
     "eval": ("hf_msae.cli.eval", "measure an SAE at every prefix, beside baselines, and write a report"),
     "toy": ("hf_msae.cli.toy", "train where the truth is known, and see what each variant does to a hierarchy"),
     "interpret": ("hf_msae.cli.interpret", "make a page for every latent: contexts, effects on the output, labels"),
+    "encode": ("hf_msae.cli.encode", "write which latents are active on each token or document of some text"),
+    "diff": ("hf_msae.cli.diff", "compare two corpora by latents: what one has more of, how much, and where"),
     "neuronpedia": ("hf_msae.cli.neuronpedia", "write an interpretation in the form that Neuronpedia imports"),
     "tree": ("hf_msae.cli.tree", "print the hierarchy between an SAE's levels, or write it as JSON or Graphviz"),
     "demo": ("hf_msae.cli.demo", "look inside an SAE of the story model in the browser, and steer with it"),
