@@ -140,3 +140,18 @@ def test_only_absent_peers_leave_nothing_to_measure(train_step, monkeypatch, cap
     with pytest.raises(SystemExit, match=r"pip install hf-msae\[benchmarks\]"):
         train_step.main()
     assert "skipped saelens: sae-lens is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="memory on the CPU is read from /proc")
+def test_encoding_is_timed_beside_the_language_model(tmp_path):
+    sizes = ["--tokens", "2k", "--num-latents", "64", "--k", "4", "--repeats", "1", "--threads", "1"]
+    result, printed = numbers(tmp_path, "encode.py", *sizes)
+    assert 2000 <= result["setting"]["tokens"] < 2300
+    assert result["setting"]["active"] == pytest.approx(4, rel=0.1)
+    seconds = {name: times[0] for name, times in result["seconds"].items()}
+    assert result["ratios"] == {
+        f"encode/{name}": seconds["encode"] / seconds[name] for name in ("until the site", "whole model")
+    }
+    assert len(result["memory_mb"]) == 4
+    assert max(result["memory_mb"]) > 100
+    assert "bytes a token" in printed
