@@ -33,7 +33,7 @@ def small_batches(monkeypatch) -> None:
     monkeypatch.setattr(windows, "DOCUMENTS_PER_BATCH", 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(documents=DOCUMENTS.filter(lambda d: any(d)), context_length=st.integers(2, 20))
 def test_packing_conserves_tokens_and_starts_every_window_with_bos(tokenizer, documents, context_length):
     packed = list(TokenWindows(as_texts(documents), tokenizer, context_length=context_length))
@@ -95,7 +95,7 @@ def test_chats_need_a_template(build_tokenizer):
 
 
 @pytest.mark.usefixtures("small_batches")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     documents=DOCUMENTS.filter(lambda d: any(d)),
     context_length=st.integers(2, 9),

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-properties = settings(max_examples=40, deadline=None, derandomize=True)
+properties = settings(max_examples=25, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(1, 8), st.integers(1, 40))
 seeds = st.integers(0, 10_000)
 
@@ -297,7 +297,7 @@ def test_gradients_of_the_auxiliary_loss_are_its_derivatives() -> None:
 
 
 @given(exponent=st.integers(-6, 6), share=st.floats(0.005, 0.4), seed=st.integers(0, 50))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_threshold_keeps_the_wanted_number_at_every_scale(exponent: int, share: float, seed: int) -> None:
     values = random(200_000, seed=seed) * 10.0**exponent
     values[::7] = 0
@@ -323,7 +323,8 @@ def test_threshold_is_as_near_as_bfloat16_allows_and_says_what_it_keeps(
     kept = int((values > threshold).sum())
     assert int(count_above(histogram, threshold)) == kept
     # In bfloat16 many values coincide: no other threshold between two of them may be nearer.
-    possible = torch.tensor([int((values >= value).sum()) for value in values.unique() if value > 0])
+    each, counts = values.unique(return_counts=True)
+    possible = counts.flip(0).cumsum(0)[: int((each > 0).sum())]  # how many are at least each of them
     assert abs(kept - count) == int((possible - count).abs().min())
 
 

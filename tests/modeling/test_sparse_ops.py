@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
-properties = settings(max_examples=60, deadline=None, derandomize=True)
+properties = settings(max_examples=30, deadline=None, derandomize=True)
 # Numbers of a tile, and its most tokens.
 TILES = st.tuples(st.sampled_from([1, 64, 1 << 20]), st.sampled_from([1, 5, 1 << 11]))
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
@@ -236,7 +236,7 @@ SHARES = st.sampled_from([0.0, 0.25, 0.7, 1.0])
     log_loss=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_shares_of_inner_gradients_are_those_of_the_formula(
     activation, path, sizes, tokens, hidden_size, shares, balance, log_loss, seed
 ):
@@ -269,7 +269,7 @@ def test_shares_of_inner_gradients_are_those_of_the_formula(
     apply_b_dec=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_loss_and_gradients_are_the_dense_ones(activation, sizes, tokens, hidden_size, detach, apply_b_dec, seed):
     options = {"detach_prefixes": detach, "apply_b_dec_to_input": apply_b_dec, "sparsity_weight": 0.3}
     sae = make(activation, sizes, hidden_size, seed, **options)

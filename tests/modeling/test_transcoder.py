@@ -22,7 +22,7 @@ PASSED = [
     {"inner_decoder_share": 0.0},
     {"inner_activation_share": 0.25},
 ]
-properties = settings(max_examples=40, deadline=None, derandomize=True)
+properties = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def make(activation: str = "batch_topk", skip: bool = True, seed: int = 0, **change) -> MatryoshkaSAE:

@@ -50,7 +50,7 @@ def rare_latent(model, sae) -> int:
     ),
     tokens=st.lists(st.lists(st.integers(1, 40), min_size=7, max_size=7), min_size=1, max_size=3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_edits_act_exactly_where_all_gates_are_open(llama, sae, gates, tokens):
     """Against the definition, a token at a time."""
     ids = torch.tensor(tokens)
