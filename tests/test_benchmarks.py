@@ -155,3 +155,19 @@ def test_encoding_is_timed_beside_the_language_model(tmp_path):
     assert len(result["memory_mb"]) == 4
     assert max(result["memory_mb"]) > 100
     assert "bytes a token" in printed
+
+
+def test_methods_are_trained_on_the_same_tokens_and_not_again(tmp_path):
+    """A method that changes the run has a pass of its own, and a second call trains what was not asked for before."""
+    sizes = ["--num-latents", "32", "--k", "2", "--tokens", "2048", "--batch-size", "256", "--seeds", "2"]
+    small = ["--eval-tokens", "2000", "--ce-tokens", "1000", "--output-dir", str(tmp_path / "methods")]
+    first, _ = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", "BatchTopK")
+    both, printed = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", "BatchTopK", "TopK")
+    assert both["numbers"]["BatchTopK"] == first["numbers"]["BatchTopK"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert rows[0] == ["method", "L0", *(f"FVE at {size}" for size in (2, 4, 8, 16, 32)), "CE rec. (mean)", "dead"]
+    assert [row[0] for row in rows[2:]] == ["BatchTopK", "TopK"]
+    for row, name in zip(rows[2:], ("BatchTopK", "TopK"), strict=True):
+        fve = [one["levels"][-1]["fve"] for one in both["numbers"][name]]
+        assert len(set(fve)) == 2
+        assert row[6].startswith(f"{sum(fve) / 2:.3f} ± ")
