@@ -42,6 +42,10 @@ METHODS: dict[str, Method] = {
     "BatchTopK": Method(),
     "TopK": Method({"activation": "topk"}),
     "ReLU + L1": Method({"activation": "relu"}),
+    "ReLU, p-annealing": Method({"activation": "relu", "p_end": 0.2}),
+    "BatchTopK, aligned": Method({"aligned": True}),
+    "TopK, aligned": Method({"activation": "topk", "aligned": True}),
+    "ReLU, p-annealing, aligned": Method({"activation": "relu", "p_end": 0.2, "aligned": True}),
 }
 
 
@@ -56,8 +60,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--eval-tokens", type=int, default=50_000)
-    parser.add_argument("--ce-tokens", type=int, default=20_000)
+    parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--ce-tokens", type=int, default=5_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output-dir", default="runs/methods")
     parser.add_argument("--json", help="write all numbers here")

@@ -95,6 +95,10 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     hidden_size_out (`int`, *optional*):
         Makes a transcoder, which reads activations of one site and reconstructs those of another: the size of these;
         `hidden_size` where only `site_out` is given.
+    aligned (`bool`, *optional*, defaults to `False`):
+        Keep the inner product of each latent's encoder and decoder row at 1 (aligned training, arXiv:2605.18629): the
+        encoder row is the decoder row and a learnt remainder at right angles to it. A trainer holds it, as it holds
+        decoder rows at norm 1; the weights are stored as any others.
     skip (`bool`, *optional*, defaults to `False`):
         Whether a transcoder also adds a linear map of what it reads, `W_skip` (arXiv:2501.18823), to every level.
 
@@ -130,6 +134,10 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         How many dead latents a token uses in that loss; half of `hidden_size` if not given.
     sparsity_weight (`float`, *optional*, defaults to 0.01):
         Weight of the sparsity penalty of `relu` (where a controller moves it until L0 is `k`) and `jumprelu`.
+    p_end (`float`, *optional*, defaults to 1.0):
+        The p of the penalty Σ f^p of `relu`, in (0, 1]; 1 is L1. Below 1, small activations cost more and large ones
+        hardly more than those of middle size, so that what is left shrinks less. A trainer begins with 1 and lets p
+        fall from `p_anneal_start` on (p-annealing, arXiv:2408.00113, with 0.2).
     jumprelu_bandwidth (`float`, *optional*, defaults to 0.5):
         Width of the kernel through which thresholds get their gradient, in units of the activations' standard
         deviation per dimension.
@@ -172,6 +180,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     inference: str = "threshold"
     apply_b_dec_to_input: bool = True
     hidden_size_out: int | None = None
+    aligned: bool = False
     skip: bool = False
     level_weights: str | list[float | int] | tuple[float | int, ...] = "uniform"
     balance: float | int | None = None
@@ -185,6 +194,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     aux_loss_weight: float | int = 1 / 32
     num_aux_latents: int | None = None
     sparsity_weight: float | int = 0.01
+    p_end: float | int = 1.0
     jumprelu_bandwidth: float | int = 0.5
     base_model: str | None = None
     base_model_revision: str | None = None
@@ -339,6 +349,13 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
             limit = getattr(self, name)
             if limit is not None and not 0 <= limit < math.inf:
                 raise SAEError(f"{name} must be finite and not negative (0 is no limit), got {limit}.")
+        if not 0 < self.p_end <= 1:
+            raise SAEError(f"p_end must be in (0, 1], got {self.p_end}; 1 is the L1 penalty, 0.2 the paper's.")
+        if self.p_end < 1 and self.activation != "relu":
+            raise SAEError(
+                f"p_end={self.p_end} is the exponent of relu's penalty, and {self.activation!r} has no such penalty: "
+                "set activation='relu', or leave p_end out."
+            )
         if not 0 < self.jumprelu_bandwidth < math.inf:
             raise SAEError(f"jumprelu_bandwidth must be finite and above 0, got {self.jumprelu_bandwidth}.")
         if not 0 < self.pareto_alpha <= 1:
@@ -376,6 +393,11 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
                         f"{name}={getattr(self, name)!r} is of a transcoder: give site_out and hidden_size_out, "
                         f"where and how wide the activations are that it reconstructs, or leave {name} out."
                     )
+        elif self.aligned:
+            raise SAEError(
+                "aligned=True keeps the inner product of encoder and decoder rows at 1, and a transcoder's have none: "
+                "they are of different places. Leave aligned out, or site_out and hidden_size_out."
+            )
         elif self.site is not None and self.site == self.site_out:
             raise SAEError(
                 f"site and site_out are both {self.site}: what reconstructs its own input is an SAE, so leave "

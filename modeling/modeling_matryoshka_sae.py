@@ -287,6 +287,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         batch: BatchContext | None = None,
         inner_shares: InnerShares | None = None,
         target: Tensor | None = None,
+        sparsity_p: float | None = None,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations at every level and give the loss.
 
@@ -303,6 +304,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             inner_shares: Shares of inner levels' gradients of this step in place of the configuration's (schedule).
             target: What a transcoder is to reconstruct, the activations at its `site_out`, (..., output_size); of an
                 SAE that is `hidden_states`.
+            sparsity_p: The p of the penalty of `relu` of this step in place of `config.p_end` (annealing).
 
         Returns:
             The loss and what it is made of.
@@ -319,17 +321,18 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         # Outside training, outputs can be differentiated as those of any module; only the dense path offers that.
         batch = batch or BatchContext()
         shares = self.inner_shares if inner_shares is None else inner_shares
+        p = float(self.config.p_end if sparsity_p is None else sparsity_p)
         active = batch.active
         if active is None and (self.training or not torch.is_grad_enabled()):
             active = self._select(x, k, variance)
         latents: Tensor | None
         if active is None:
             errors, reconstruction, latents, sparsity_loss = self._dense_errors(
-                x, y, k, sizes, variance, batch, shares
+                x, y, k, sizes, variance, batch, shares, p
             )
         else:
             errors, reconstruction, active, sparsity_loss = self._sparse_errors(
-                x, y, active, k, sizes, variance, batch, shares
+                x, y, active, k, sizes, variance, batch, shares, p
             )
             if return_latents:
                 latents = active.to_dense(x.shape[0], self.config.num_latents)

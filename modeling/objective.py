@@ -66,6 +66,11 @@ class BatchContext(NamedTuple):
     level_errors: Tensor | None = None
 
 
+# Added to activations, in units of the standard deviation of what is reconstructed, before they are raised to a power
+# below 1: the power's slope has no bound at 0, and one latent that is hardly active would outweigh all others.
+POWER_FLOOR = 1e-3
+
+
 def straight_through(part: Tensor, whole: Tensor | None) -> Tensor:
     """The value of the whole batch with the gradient of this part; the part itself where there is no more."""
     return part if whole is None else part + (whole - part).detach()
@@ -265,6 +270,7 @@ class ObjectiveMixin:
         variance: Tensor | float,
         batch: BatchContext,
         shares: InnerShares = ALL_GRADIENTS,
+        p: float = 1.0,
     ) -> tuple[Tensor, Tensor, ActiveLatents, Tensor]:
         """Compute the loss's parts on the sparse path.
 
@@ -274,7 +280,7 @@ class ObjectiveMixin:
         places, memory = index_active(active, self.W_enc.shape[0]), self.gradient_memory
         bias = self._subtracted_bias()
         pre = PreActivations.apply(x, self.W_enc, self.b_enc, bias, active.values, memory, *places)
-        values, sparsity_loss = self._activate(pre, places, x, k, variance, batch)
+        values, sparsity_loss = self._activate(pre, places, x, k, variance, batch, p)
         detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
         errors, reconstruction = LevelErrors.apply(
             y, values, self.W_dec, self._base(x), sizes_here, detach, shares, memory, self.ranks, *places
@@ -283,7 +289,14 @@ class ObjectiveMixin:
         return errors, reconstruction, ActiveLatents(places.tokens, places.latents, values), sparsity_loss
 
     def _activate(
-        self, pre: Tensor, places: ActiveIndices, x: Tensor, k: float, variance: Tensor | float, batch: BatchContext
+        self,
+        pre: Tensor,
+        places: ActiveIndices,
+        x: Tensor,
+        k: float,
+        variance: Tensor | float,
+        batch: BatchContext,
+        p: float,
     ) -> tuple[Tensor, Tensor]:
         """Give latent activations (n,) at some places, and the penalty, as `_select_for_loss`."""
         if self.config.activation == "jumprelu":
@@ -292,6 +305,8 @@ class ObjectiveMixin:
             return values, self._l0_penalty(active.sum() / x.shape[0], k, batch)
         if self.config.activation == "relu":
             norms = self.W_dec.norm(dim=-1)[places.latents]
+            if p != 1:
+                return pre, self._power_penalty(pre * norms, x.shape[0], variance, p)
             total = sum_over((pre * norms).sum(), self.ranks)
             return pre, total / (x.shape[0] * self._scale(variance, x) * math.sqrt(self.config.output_size))
         return pre, pre.new_zeros(())
@@ -302,6 +317,37 @@ class ObjectiveMixin:
         It is relative, so that its size does not depend on k (Gemma Scope 2 uses this form).
         """
         return (straight_through(sum_over(l0, self.ranks), batch.l0) / k - 1).pow(2)
+
+    def _power_penalty(self, values: Tensor, num_tokens: int, variance: Tensor | float, p: float) -> Tensor:
+        """Give the penalty (scalar) of `relu`, Σ (f/σ)^p per token, of activations of any shape that may be zero.
+
+        σ is the standard deviation of what is reconstructed, as in the L1 penalty, which is that of p = 1.
+        """
+        units = values / (self._scale(variance, values) * math.sqrt(self.config.output_size))
+        powers = torch.where(values > 0, (units.clamp_min(0) + POWER_FLOOR).pow(p), 0)
+        return sum_over(powers.sum(), self.ranks) / num_tokens
+
+    @torch.no_grad()
+    def sparsity_at(
+        self, active: ActiveLatents | None, latents: Tensor | None, num_tokens: int, variance: Tensor | float, p: float
+    ) -> Tensor:
+        """Measure what the penalty of `relu` would be with another p, from what a training step gave.
+
+        Args:
+            active: Active latents, where the step took the sparse path.
+            latents: Else all latent activations (N, num_latents).
+            num_tokens: N.
+            variance: As in `forward`.
+            p: The exponent, below 1.
+
+        Returns:
+            The penalty per token, a scalar.
+        """
+        norms = self.W_dec.norm(dim=-1)
+        if active is not None:
+            return self._power_penalty(active.values * norms[active.latents], num_tokens, variance, p)
+        assert latents is not None
+        return self._power_penalty(latents * norms, num_tokens, variance, p)
 
     def _scale(self, variance: Tensor | float, like: Tensor) -> Tensor:
         """Standard deviation per dimension of what is reconstructed, which latent activations are as large as."""
@@ -319,10 +365,11 @@ class ObjectiveMixin:
         variance: Tensor | float,
         batch: BatchContext,
         shares: InnerShares = ALL_GRADIENTS,
+        p: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, latent activations (B, F), and the sparsity penalty."""
         pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
-        latents, sparsity_loss = self._select_for_loss(pre, variance, k, batch)
+        latents, sparsity_loss = self._select_for_loss(pre, variance, k, batch, p)
         errors, reconstruction, base = [], y, self._base(x)
         detach, width = self.config.detach_prefixes, latents.shape[1]
         sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
@@ -369,7 +416,7 @@ class ObjectiveMixin:
         return select_topk(pre, round(k))
 
     def _select_for_loss(
-        self, pre: Tensor, variance: Tensor | float, k: float, batch: BatchContext
+        self, pre: Tensor, variance: Tensor | float, k: float, batch: BatchContext, p: float
     ) -> tuple[Tensor, Tensor]:
         """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
         if self.config.activation == "jumprelu":
@@ -379,6 +426,8 @@ class ObjectiveMixin:
         if self.config.activation == "relu":
             latents = torch.relu(pre)
             norms = self.W_dec.norm(dim=-1)
+            if p != 1:
+                return latents, self._power_penalty(latents * norms, latents.shape[0], variance, p)
             scale = self._scale(variance, pre)
             total = sum_over((latents @ norms).mean(), self.ranks)
             return latents, total / (scale * math.sqrt(self.config.output_size))

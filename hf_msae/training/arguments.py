@@ -71,6 +71,11 @@ class SAETrainingArguments:
         k_initial: Where k-annealing starts. Default: 8 times k, at most a quarter of the latents.
         inner_share_start: Step from which `inner_decoder_share` and `inner_activation_share` of the SAE hold, inner
             levels' gradients being whole before; below 1: as a share of all steps.
+        p_anneal_start: Step from which the p of the penalty falls from 1 to `p_end` of the SAE; below 1: as a share of
+            all steps.
+        n_sparsity_updates: In how many equal steps, as long as each other, p falls; at each the weight of the penalty
+            is changed so that the penalty is as strong as before.
+        sparsity_queue_length: Of how many training steps before such a change the penalties are compared for that.
         sort_latents_at: Step before which latents, and all that training keeps of them, are put in order of their mean
             squared activation, the largest first; below 1: as a share of all steps. Default: never.
         kl_from: Step from which the language model's predictions count, too: the KL divergence between it and itself
@@ -133,6 +138,9 @@ class SAETrainingArguments:
     k_anneal_steps: float = 0.0
     k_initial: float | None = None
     inner_share_start: float = 0.25
+    p_anneal_start: float = 0.25
+    n_sparsity_updates: int = 10
+    sparsity_queue_length: int = 10
     sort_latents_at: float | None = None
     kl_from: float | None = None
     kl_weight: float = 1.0
@@ -181,6 +189,8 @@ class SAETrainingArguments:
         positive = (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
+            "n_sparsity_updates",
+            "sparsity_queue_length",
             "block_tokens",
             "lm_batch_size",
             "logging_steps",
@@ -191,7 +201,7 @@ class SAETrainingArguments:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        steps = ("warmup_steps", "decay_steps", "k_anneal_steps", "inner_share_start", "save_steps")
+        steps = ("warmup_steps", "decay_steps", "k_anneal_steps", "inner_share_start", "p_anneal_start", "save_steps")
         for name in (*steps, "max_grad_norm", "ce_tokens"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")

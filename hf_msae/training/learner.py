@@ -36,10 +36,13 @@ from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.optimization import (
     DictionaryAdam,
     Length,
+    align_rows,
     annealed_k,
+    annealed_p,
     counts_divergence,
     default_learning_rate,
     learning_rate_factor,
+    next_p,
     passes_all_gradients,
     sample_prefix_sizes,
     sorting_steps,
@@ -66,17 +69,20 @@ class _StepStatistics:
     """What logs and counters want of a step, in one tensor, so that it travels in one message.
 
     That is how often each latent was active, how many losses were not finite, the loss and the auxiliary loss, the
-    error of each level, and, where latents are to be sorted by it, each latent's sum of squared activations.
+    error of each level, where latents are to be sorted by it, each latent's sum of squared activations, and, before
+    the penalty's p changes, the penalty with this p and with the next.
     """
 
-    def __init__(self, num_latents: int, num_levels: int, device: torch.device, energies: bool = False) -> None:
-        self.sizes = [num_latents, 1, 2, num_levels, num_latents if energies else 0]
+    def __init__(
+        self, num_latents: int, num_levels: int, device: torch.device, energies: bool = False, penalties: bool = False
+    ) -> None:
+        self.sizes = [num_latents, 1, 2, num_levels, num_latents if energies else 0, 2 if penalties else 0]
         self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, output: Any, weight: float) -> None:
+    def add(self, output: Any, weight: float, next_penalty: Tensor | None = None) -> None:
         """Take in a micro-batch's `MatryoshkaSAEOutput`; losses count by its weight in the mean."""
-        counts, bad, losses, levels, energies = self.sums.split(self.sizes)
+        counts, bad, losses, levels, energies, penalties = self.sums.split(self.sizes)
         if output.active is not None:
             # Whole numbers, whose order of summing changes nothing; `bincount` would wait for a GPU.
             ones = (output.active.values > 0).long()
@@ -90,6 +96,8 @@ class _StepStatistics:
             energies += output.latents.double().square().sum(0)
         bad += ~output.loss.isfinite()
         losses += weight * torch.stack([output.loss, output.aux_loss])
+        if next_penalty is not None:
+            penalties += weight * torch.stack([output.sparsity_loss, next_penalty])
         if output.level_losses.shape == levels.shape:  # not where other levels are drawn every step
             levels += weight * output.level_losses
 
@@ -150,6 +158,8 @@ class Learner:
         self.silent_tokens = torch.zeros(sae.W_dec.shape[0], dtype=torch.int64, device=device)
         self.energies = torch.zeros(sae.W_dec.shape[0], **double)
         self.sparsity_weight = torch.full((), float(config.sparsity_weight), device=device)
+        # The penalty over the last steps before its p changes: with the p that was, and with the one that comes.
+        self.penalties = torch.zeros(2, **double)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer: DictionaryAdam | None = None
         self._reset_log()
@@ -171,6 +181,8 @@ class Learner:
         mean, gain = (None, 1.0) if target is None else self._input_mean_and_gain(x)
         if self.args.init_from is None:
             self._draw_weights(x, mean, gain)
+        if self.sae.config.aligned:
+            align_rows(self.sae.W_enc, self.sae.W_dec)
         self.optimizer = self._make_optimizer(gain)
         for moment in self.moments.values():
             moment.zero_()  # the first step counts these activations again
@@ -233,6 +245,7 @@ class Learner:
             args.max_grad_norm,
             self.sae.ranks,
             [parameter for name, parameter in self.sae.named_parameters() if name not in PER_LATENT],
+            self.sae.W_enc if self.sae.config.aligned else None,
             lr=self.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -300,18 +313,22 @@ class Learner:
         x = self._all_activations(activations).to(torch.float32)
         y = None if target is None else self._all_activations(target).to(torch.float32)
         self._update_moments(x if y is None else y)
+        self._adapt_sparsity_weight(step)
+        later_p = next_p(step, self.max_steps, config, self.args)
         options: dict[str, Any] = {
             "dead_latents": self.silent_tokens > self.dead_after,
             "prefix_sizes": None,
             "variance": self.variance.float(),
             "k": annealed_k(step, self.max_steps, config, self.args),
             "sparsity_weight": self.sparsity_weight,
+            "sparsity_p": annealed_p(step, self.max_steps, config, self.args),
             "inner_shares": ALL_GRADIENTS if passes_all_gradients(step, self.max_steps, self.args) else None,
             "return_latents": False,
         }
         if config.prefix_sampling == "pareto":
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
-        statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, step in sorting)
+        counted = (step in sorting, later_p is not None)
+        statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, *counted)
         size = -(-x.shape[0] // self.args.gradient_accumulation_steps)
         parts = x.split(size)
         targets = [None] * len(parts) if y is None else y.split(size)
@@ -323,7 +340,10 @@ class Learner:
                 output = self.sae(part, target=wanted, batch=context, **options)
             weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
             (output.loss * weight).backward()
-            statistics.add(output, weight)
+            later = None
+            if later_p is not None:
+                later = self.sae.sparsity_at(output.active, output.latents, len(part), options["variance"], later_p)
+            statistics.add(output, weight, later)
             level_losses.append(weight * output.level_losses)
         if self.end_to_end is not None and counts_divergence(step, self.max_steps, self.args, self.extensions):
             self._add_divergence(torch.stack(level_losses).sum(0), options)
@@ -386,9 +406,11 @@ class Learner:
         """`num_tokens` are those of all processes."""
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)
-        counts, bad, losses, levels, energies = statistics.reduce(self.data_parallel)
+        counts, bad, losses, levels, energies, penalties = statistics.reduce(self.data_parallel)
         if energies.numel():
             self.energies += energies
+        if penalties.numel():
+            self.penalties += penalties
         self.silent_tokens += num_tokens
         self.silent_tokens[counts > 0] = 0
         l0 = self.sae.ranks.sum(counts.sum()) / num_tokens
@@ -398,6 +420,19 @@ class Learner:
         self._log_sums += torch.cat([losses, l0[None]])
         self._log_levels += levels
         self._log_steps += 1
+
+    @torch.no_grad()
+    def _adapt_sparsity_weight(self, step: int) -> None:
+        """Where the penalty has another p from this step on, give it the weight with which it is as strong as before.
+
+        (Coefficient annealing, arXiv:2408.00113.) Where nothing was active, the weight stays.
+        """
+        last, p = (annealed_p(at, self.max_steps, self.sae.config, self.args) for at in (step - 1, step))
+        if p != last:
+            before, after = self.penalties
+            ratio = torch.where((before > 0) & (after > 0), before / after, 1.0)
+            self.sparsity_weight *= ratio.float()
+            self.penalties.zero_()
 
     @torch.no_grad()
     def _sort_latents(self) -> None:
@@ -517,6 +552,7 @@ class Learner:
             "moments": self.moments,
             "sparsity_weight": self.sparsity_weight,
             "log": log,
+            **({"penalties": self.penalties} if self.sae.config.p_end < 1 else {}),
         }
 
     def _averages(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -538,6 +574,8 @@ class Learner:
             self.energies = rows["energies"].to(device)
         self.moments = {name: value.to(device) for name, value in state["moments"].items()}
         self.sparsity_weight = state["sparsity_weight"].to(device)
+        if self.sae.config.p_end < 1:
+            self.penalties = state["penalties"].to(device)
         self.optimizer = self._make_optimizer()
         saved = state["optimizer"]
         for group, peak_lr in zip(self.optimizer.param_groups, saved["peak_lr"], strict=True):

@@ -2,6 +2,10 @@
 
 Schedules are pure functions of the step, so that a resumed run needs no scheduler state.
 
+An aligned encoder (arXiv:2605.18629) has rows e = d + r - (r·d)d for a decoder row d and a remainder r that is learnt,
+so that e·d = 1. What is stored is e. A step subtracts d, which leaves r at right angles to d, changes the gradients of
+e and d into those of r and d, and puts e together again from what Adam made of both.
+
 Decoder rows have norm 1. What a gradient would change of that norm is taken out before Adam averages it, and the rows
 are normalised after the step. One after another, projection, clipping, step and normalisation are six passes over the
 gradients and weights; here they are two. The first reads the gradients for their norm, which after projection is known
@@ -36,6 +40,8 @@ class DictionaryAdam(torch.optim.Adam):
         max_grad_norm: The norm to which all gradients together are clipped; 0 does not clip.
         ranks: The processes that hold other rows of the same parameters.
         shared: Those parameters that all of these hold; they count once in the norm.
+        aligned_rows: The parameter (num_latents, hidden_size) whose rows are to have inner product 1 with the unit
+            rows, and have it already.
         **options: As in Adam.
     """
 
@@ -46,10 +52,12 @@ class DictionaryAdam(torch.optim.Adam):
         max_grad_norm: float,
         ranks: ProcessGroup = SINGLE_PROCESS,
         shared: Sequence[Tensor] = (),
+        aligned_rows: Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__(groups, fused=True, **options)
         self._unit_rows, self._max_grad_norm, self._ranks, self._shared = unit_rows, max_grad_norm, ranks, shared
+        self._aligned_rows = aligned_rows
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -61,12 +69,30 @@ class DictionaryAdam(torch.optim.Adam):
         rows, gradient = self._unit_rows, self._unit_rows.grad
         if gradient is None:
             raise RuntimeError("DictionaryAdam.step needs gradients: call backward() first.")
+        if self._aligned_rows is not None:
+            self._take_remainders(self._aligned_rows, rows, gradient)
         radial = torch.einsum("fd,fd->f", gradient, rows)
         clipping = self._clipping(radial)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_parameter(parameter, parameter.grad, group, radial, clipping)
+        if self._aligned_rows is not None:
+            self._aligned_rows.add_(rows)
+            align_rows(self._aligned_rows, rows)
+
+    @staticmethod
+    def _take_remainders(encoder: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        """Leave of the encoder its remainder, and make the gradients those of the remainder and of the rows.
+
+        With e = d + r - (r·d)d and r·d = 0, a gradient g of e is g - (g·d)d for r and adds g - (g·d)r to that of d.
+        """
+        if encoder.grad is None:
+            raise RuntimeError("DictionaryAdam.step needs gradients: call backward() first.")
+        encoder.sub_(rows)
+        along = torch.einsum("fd,fd->f", encoder.grad, rows)[:, None]
+        gradient.add_(encoder.grad).addcmul_(along, encoder, value=-1)
+        encoder.grad.addcmul_(along, rows, value=-1)
 
     def _clipping(self, radial: Tensor) -> Tensor | None:
         """What gradients are to be divided by, a scalar of at least 1."""
@@ -117,6 +143,18 @@ class DictionaryAdam(torch.optim.Adam):
             if parameter is self._unit_rows:
                 weights.div_(torch.linalg.vector_norm(weights, dim=-1, keepdim=True))
         state["step"] += 1
+
+
+@torch.no_grad()
+def align_rows(encoder: Tensor, rows: Tensor) -> None:
+    """Bring the inner product of each encoder row with its decoder row to 1, along the decoder row.
+
+    Args:
+        encoder: (num_latents, hidden_size), which is changed.
+        rows: Of norm 1, of the same shape.
+    """
+    missing = 1 - torch.einsum("fd,fd->f", encoder, rows)
+    encoder.addcmul_(missing[:, None], rows)
 
 
 # What changes from step to step
@@ -199,6 +237,46 @@ def annealed_k(step: int, max_steps: int, config: MatryoshkaSAEConfig, args: SAE
         return config.k
     initial = args.k_initial if args.k_initial is not None else min(8 * config.k, config.num_latents / 4)
     return config.k + (max(initial, config.k) - config.k) * (1 - step / steps)
+
+
+def annealed_p(step: int, max_steps: int, config: MatryoshkaSAEConfig, args: SAETrainingArguments) -> float:
+    """Compute the p of a step's penalty, which falls from 1 to `config.p_end` (arXiv:2408.00113).
+
+    It falls by as much at `n_sparsity_updates` steps, the first of them `p_anneal_start`, the last so long before the
+    end as they are apart.
+
+    Args:
+        step: The step, from 0.
+        max_steps: Length of the run.
+        config: Of the SAE.
+        args: The arguments of the run.
+
+    Returns:
+        The exponent, from 1 down.
+    """
+    start = math.ceil(_steps(args.p_anneal_start, max_steps, share_up_to=1 - 1e-9))
+    if step < start or config.p_end == 1:
+        return 1.0
+    updates = args.n_sparsity_updates
+    done = (step - start) * updates // max(1, max_steps - start) + 1
+    return float(config.p_end) if done >= updates else 1 + (config.p_end - 1) * done / updates
+
+
+def next_p(step: int, max_steps: int, config: MatryoshkaSAEConfig, args: SAETrainingArguments) -> float | None:
+    """Find the p to which that of a step changes within `sparsity_queue_length` steps, which must then be measured.
+
+    Args:
+        step: The step, from 0.
+        max_steps: Length of the run.
+        config: Of the SAE.
+        args: The arguments of the run.
+
+    Returns:
+        The next p; None where it stays.
+    """
+    p = annealed_p(step, max_steps, config, args)
+    ahead = range(step + 1, step + 1 + args.sparsity_queue_length) if config.p_end < 1 else ()
+    return next((later for at in ahead if (later := annealed_p(at, max_steps, config, args)) != p), None)
 
 
 def passes_all_gradients(step: int, max_steps: int, args: SAETrainingArguments) -> bool:

@@ -321,6 +321,8 @@ def _check(config: MatryoshkaSAEConfig, initial: MatryoshkaSAEConfig, source: st
         changed.append(f"its site is {initial.site}, and {config.site} is to be trained")
     if initial.site_out is not None and initial.site_out != config.site_out:
         changed.append(f"its site_out is {initial.site_out}, and {config.site_out} is to be reconstructed")
+    if config.aligned and not initial.aligned:
+        changed.append("aligned is True here, and its encoder rows are not aligned, so what it computes would be lost")
     kept = min(initial.num_latents, config.num_latents)
     missing = [size for size in wider_prefix_sizes(initial, kept) if size not in config.prefix_sizes]
     if missing:

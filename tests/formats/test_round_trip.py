@@ -57,6 +57,7 @@ configurations = st.fixed_dictionaries(
         "norm_limit": st.sampled_from([None, 0, 12.5]),
         "converted_from": st.sampled_from([None, "dictionary_learning"]),
         "detach_prefixes": st.booleans(),
+        "aligned": st.booleans(),
         "log_loss": st.booleans(),
         "pareto_alpha": st.sampled_from([0.5, 1]),
         "num_aux_latents": st.sampled_from([None, 3]),

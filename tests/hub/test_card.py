@@ -263,6 +263,16 @@ def test_what_inner_levels_pass_on_is_described() -> None:
     assert said == "0 to the decoder, 0.25 to latent activations"
 
 
+def test_the_penalty_and_an_aligned_encoder_are_described() -> None:
+    def activation(**options: Any) -> str:
+        return dict(read_tables(render(**options).text)[1])["activation"]
+
+    plain = activation()
+    assert activation(aligned=True) == f"{plain}, encoder rows aligned with decoder rows"
+    l1 = activation(activation="relu")
+    assert activation(activation="relu", p_end=0.2) == f"{l1}, penalty Σ f^p with p from 1 to 0.2"
+
+
 # The snippet
 
 

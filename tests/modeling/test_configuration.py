@@ -57,6 +57,13 @@ REFUSED = {
     "negative aux weight": ({"aux_loss_weight": -1.0}, r"aux_loss_weight must be finite and not negative, got -1\.0"),
     "aux weight not a number": ({"aux_loss_weight": math.nan}, r"aux_loss_weight must be finite.*nan"),
     "negative sparsity weight": ({"sparsity_weight": -1}, r"sparsity_weight must be finite and not negative, got -1"),
+    "power of zero": ({"activation": "relu", "p_end": 0}, r"p_end must be in \(0, 1\], got 0; 1 is the L1 penalty"),
+    "power above one": ({"activation": "relu", "p_end": 1.5}, r"p_end must be in \(0, 1\], got 1\.5"),
+    "power of no penalty": (
+        {"p_end": 0.2},
+        r"p_end=0\.2 is the exponent of relu's penalty, and 'batch_topk'",
+    ),
+    "aligned transcoder": ({"aligned": True, "hidden_size_out": 8}, r"aligned=True keeps .* a transcoder's have none"),
     "bandwidth of zero": ({"jumprelu_bandwidth": 0.0}, r"jumprelu_bandwidth must be finite and above 0, got 0\.0"),
     "hidden_size of zero": ({"hidden_size": 0}, r"hidden_size must be at least 1, got 0"),
     "hidden_size as text": ({"hidden_size": "8"}, r"'hidden_size'.*got str"),

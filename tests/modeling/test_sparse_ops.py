@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_msae.modeling import sparse_encoder, sparse_ops
 from hf_msae.modeling.dense_ops import InnerShares
+from hf_msae.modeling.objective import POWER_FLOOR
 from hf_msae.modeling.sparse_encoder import select_exceeding, select_largest, select_largest_per_token
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hypothesis import given, settings
@@ -184,7 +185,9 @@ def reference(sae: MatryoshkaSAE, x: Tensor, variance: float) -> Tensor:
         f = torch.zeros_like(pre).scatter(-1, places, values)
     elif config.activation == "relu":
         f = torch.relu(pre)
-        penalty = (f * sae.W_dec.norm(dim=-1)).sum() / len(x) / (scale * config.hidden_size**0.5)
+        units = f * sae.W_dec.norm(dim=-1) / (scale * config.hidden_size**0.5)
+        powers = units if config.p_end == 1 else (units[f > 0] + POWER_FLOOR) ** config.p_end
+        penalty = powers.sum() / len(x)
     else:
         width = config.jumprelu_bandwidth * scale
         gate = (pre > sae.threshold).double()
@@ -286,6 +289,38 @@ def test_loss_and_gradients_are_the_dense_ones(activation, sizes, tokens, hidden
     for one, other in zip(ours, theirs, strict=True):
         assert one is not None
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@given(
+    sizes=st.lists(st.integers(3, 60), min_size=1, max_size=8, unique=True).map(sorted),
+    tokens=st.integers(1, 9),
+    hidden_size=st.integers(1, 7),
+    p=st.floats(0.05, 1),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_the_penalty_of_any_power_is_that_of_the_formula(path, sizes, tokens, hidden_size, p, seed):
+    """Both paths, loss and gradients, the zeros' among them; and a step's p takes the configuration's place."""
+    sae = make("relu", sizes, hidden_size, seed, p_end=p, sparsity_weight=0.3)
+    l1 = make("relu", sizes, hidden_size, seed, sparsity_weight=0.3)
+    x = draw(tokens, hidden_size, seed=seed + 20).requires_grad_()
+    inputs = [x, *sae.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_encoder, "dense_share", lambda device: 1.0 if path == "sparse" else -1.0)
+        output, other = sae(x, variance=1.7), l1(x, variance=1.7, sparsity_p=p)
+        assert sae(x, variance=1.7, sparsity_p=1).loss.item() == l1(x, variance=1.7).loss.item()
+    assert (output.active is None) == (path == "dense")
+    assert output.loss.item() == other.loss.item()
+    expected = reference(sae, x, 1.7)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-10, atol=1e-10)
+    theirs = torch.autograd.grad(expected, inputs, allow_unused=True)
+    for one, its in zip(torch.autograd.grad(output.loss, inputs), theirs, strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(one) if its is None else its, rtol=1e-9, atol=1e-10)
+    given = (output.active, None if path == "sparse" else output.latents)
+    measured = l1.sparsity_at(*given, tokens, 1.7, p)
+    if p < 1:
+        torch.testing.assert_close(measured, output.sparsity_loss, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", [1, 40, 1 << 20])

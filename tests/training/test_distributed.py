@@ -39,6 +39,8 @@ FORMS = {
     "topk": {"activation": "topk"},
     "jumprelu": {"activation": "jumprelu", "sparsity_weight": 0.5},
     "relu": {"activation": "relu"},
+    "p_annealed": {"activation": "relu", "p_end": 0.3},
+    "aligned": {"aligned": True},
     "log_loss": {"log_loss": True},
     "pareto": {"prefix_sampling": "pareto", "num_sampled_prefixes": 3},
     "held_back": {"inner_decoder_share": 0.0, "inner_activation_share": 0.25},

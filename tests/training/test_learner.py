@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hf_msae.modeling import sparse_encoder
 from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -14,11 +15,14 @@ from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
-SAE_OPTIONS = ("k", "prefix_sampling", "log_loss", "inner_decoder_share", "inner_activation_share")
+SAE_OPTIONS = ("k", "prefix_sampling", "log_loss", "inner_decoder_share", "inner_activation_share", "p_end", "aligned")
 SITE = Site("layers.0")
 # Parents without their children: held back from step 4 on, sorted before step 6.
 HELD_BACK = {"inner_decoder_share": 0.0, "inner_activation_share": 0.25, "inner_share_start": 4}
 SORTED = {"sort_latents_at": 6}
+# p falls before steps 2, 8 and 14, and is compared with the next one in the three steps before each.
+ANNEALED = {"activation": "relu", "p_end": 0.2}
+ANNEALED |= {"p_anneal_start": 2, "n_sparsity_updates": 3, "sparsity_queue_length": 3}
 
 
 def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -107,16 +111,18 @@ FORMS = {
     "pareto": {"prefix_sampling": "pareto"},
     "held back": HELD_BACK | {"inner_share_start": 2},
     "sorted": SORTED | {"sort_latents_at": 3},
+    "p annealed": ANNEALED,
+    "aligned": {"aligned": True},
 }
 
 
 @pytest.mark.parametrize("form", [*ACTIVATIONS, *FORMS])
 def test_micro_batches_are_one_batch(form):
     options = FORMS.get(form, {})
-    activation = form if form in ACTIVATIONS else "batch_topk"
-    whole = train(make_learner(activation, **options), range(6))
+    options = {"activation": form} if form in ACTIVATIONS else options
+    whole = train(make_learner(**options), range(6))
     sizes = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4}
-    parts = train(make_learner(activation, **sizes, **options), range(6))
+    parts = train(make_learner(**sizes, **options), range(6))
     assert_nearly_the_same(parts, whole)
     ours, theirs = parts.read_log(), whole.read_log()
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -191,6 +197,77 @@ def test_what_is_written_goes_on_to_the_same_bits(tmp_path, activation, sharded,
     assert torch.equal(resumed.silent_tokens, whole.silent_tokens)
     assert resumed.read_log() == whole.read_log()
     assert load_file(tmp_path / "model.safetensors")["W_dec"].shape == (64, 16)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("saved_after", [1, 6, 8, 12])
+def test_annealing_goes_on_where_it_was(tmp_path, sharded, saved_after):
+    """Also from the middle of the steps over which penalties are compared, and from just before p changes."""
+    settings = {"sharded": sharded, "dead_after_tokens": 100} | ANNEALED
+    whole = train(make_learner(**settings), range(16))
+    half = train(make_learner(**settings), range(saved_after))
+    half.write_model(tmp_path)
+    half.write_state(tmp_path)
+    resumed = make_learner(**settings)
+    resumed.read(tmp_path)
+    train(resumed, range(saved_after, 16))
+    for name, tensor in whole.sae.state_dict().items():
+        assert torch.equal(resumed.sae.state_dict()[name], tensor), name
+    assert resumed.sparsity_weight == whole.sparsity_weight
+    assert torch.equal(resumed.penalties, whole.penalties)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_aligned_rows_stay_aligned_and_go_on_where_they_were(tmp_path, activation, sharded):
+    """Also where latents change places, before step 6; and the weights are written as any others."""
+    settings = {"activation": activation, "sharded": sharded, "aligned": True, "dead_after_tokens": 100} | SORTED
+    whole = make_learner(**settings)
+    whole.start(batches(1)[0])
+    torch.testing.assert_close(whole.sae.W_enc, whole.sae.W_dec, rtol=0, atol=1e-6)
+    for step, x in enumerate(batches(10)):
+        whole.step(x, step)
+        torch.testing.assert_close((whole.sae.W_enc * whole.sae.W_dec).sum(1), torch.ones(64), rtol=0, atol=1e-5)
+    assert not torch.allclose(whole.sae.W_enc, whole.sae.W_dec, atol=1e-3)
+    half = train(make_learner(**settings), range(5))
+    half.write_model(tmp_path)
+    half.write_state(tmp_path)
+    resumed = make_learner(**settings)
+    resumed.read(tmp_path)
+    train(resumed, range(5, 10))
+    for name, tensor in whole.sae.state_dict().items():
+        assert torch.equal(resumed.sae.state_dict()[name], tensor), name
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["W_enc"], half.sae.W_enc)
+    loaded, part = MatryoshkaSAE.from_pretrained(tmp_path), MatryoshkaSAE.from_pretrained(tmp_path, prefix=24)
+    x = batches(1)[0]
+    assert torch.equal(loaded.encode(x), half.sae.eval().encode(x))
+    assert torch.equal(part.encode(x), loaded.truncate(24).encode(x))
+    assert part.config.aligned
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_the_penalty_is_as_strong_after_p_changed_as_before(monkeypatch, path):
+    """The weight changes by the ratio of the penalties with both p over the steps before, and by nothing else."""
+    monkeypatch.setattr("hf_msae.training.learner.CONTROLLER_RATE", 0.0)
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0 if path == "sparse" else -1.0)
+    learner = make_learner(**ANNEALED, learning_rate=1e-12)
+    given, weights, penalties = batches(16), [], []
+    for step, x in enumerate(given):
+        train(learner, range(step, step + 1))
+        weights.append(learner.sparsity_weight.item())
+        deviation = learner.variance.float().sqrt()
+        with torch.no_grad():
+            units = torch.relu(learner.sae.pre_activations(x)) / deviation
+        powers = [units[units > 0] if p == 1 else (units[units > 0] + 1e-3) ** p for p in (1, 11 / 15, 7 / 15, 0.2)]
+        penalties.append([power.double().sum().item() / 96 for power in powers])
+    expected = 0.01
+    for number, change in enumerate((2, 8, 14)):
+        window = penalties[max(0, change - 3) : change]
+        assert weights[change - 1] == pytest.approx(expected, rel=1e-4)
+        expected *= sum(each[number] for each in window) / sum(each[number + 1] for each in window)
+        assert weights[change] == pytest.approx(expected, rel=1e-4)
+    assert weights[-1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_first_bad_step_is_kept():

@@ -28,8 +28,10 @@ FORMS = {
     "pareto": {"prefix_sampling": "pareto"},
     "held back": {"inner_decoder_share": 0.0, "inner_activation_share": 0.25},
     "detached": {"detach_prefixes": True},
+    "aligned": {"aligned": True},
+    "p annealed": {"activation": "relu", "p_end": 0.2, "p_anneal_start": 2},
 }
-RUN_OPTIONS = ("dead_after_tokens", "sort_latents_at", "bf16", "gradient_accumulation_steps")
+RUN_OPTIONS = ("dead_after_tokens", "sort_latents_at", "bf16", "gradient_accumulation_steps", "p_anneal_start")
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,25 @@
 """The fused step against Adam, clipping and normalisation done one after another; schedules, functions of the step."""
 
 import copy
+import math
+from itertools import pairwise
 
 import pytest
 import torch
 from hf_msae.modeling import MatryoshkaSAEConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.optimization import (
     DictionaryAdam,
+    align_rows,
     annealed_k,
+    annealed_p,
     counts_divergence,
     default_learning_rate,
     learning_rate_factor,
+    next_p,
     sample_prefix_sizes,
 )
 
@@ -70,6 +77,38 @@ def test_rows_keep_norm_one():
         set_gradients(parameters, step, 100.0)
         fused.step()
     assert torch.allclose(parameters["rows"].norm(dim=-1), torch.ones(37), atol=1e-6)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_an_aligned_encoder_is_learnt_as_its_definition_is(max_grad_norm):
+    """Encoder rows d + r - (r·d)d, by autograd of any loss, against the rows that are stored and their gradients."""
+    ours, theirs = make_parameters(0), make_parameters(0)
+    align_rows(ours["encoder"], ours["rows"])
+    mixing = torch.randn(37, 5, generator=torch.Generator().manual_seed(9))
+
+    def loss(encoder, rows, bias):
+        return ((encoder * mixing).sin().sum(-1) * (rows.cos().sum(-1) + bias)).sum()
+
+    fused = DictionaryAdam(groups(ours), ours["rows"], max_grad_norm, aligned_rows=ours["encoder"], betas=(0.9, 0.98))
+    plain = torch.optim.Adam(groups(theirs), betas=(0.9, 0.98))
+    rest, rows = theirs["encoder"], theirs["rows"]  # the remainder, of which only what is across the rows counts
+    for _ in range(8):
+        fused.zero_grad(), plain.zero_grad()
+        loss(ours["encoder"], ours["rows"], ours["bias"]).backward()
+        fused.step()
+        with torch.no_grad():
+            rest.sub_((rest * rows).sum(-1, keepdim=True) * rows)
+        loss(rows + rest - (rest * rows).sum(-1, keepdim=True) * rows, rows, theirs["bias"]).backward()
+        with torch.no_grad():
+            rows.grad -= (rows.grad * rows).sum(-1, keepdim=True) * rows
+            if max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(theirs.values(), max_grad_norm)
+            plain.step()
+            rows.div_(rows.norm(dim=-1, keepdim=True))
+            encoder = rows + rest - (rest * rows).sum(-1, keepdim=True) * rows
+        torch.testing.assert_close(ours["rows"], rows, rtol=2e-5, atol=5e-6)
+        torch.testing.assert_close(ours["encoder"], encoder, rtol=2e-5, atol=5e-6)
+        torch.testing.assert_close((ours["encoder"] * ours["rows"]).sum(-1), torch.ones(37))
 
 
 def test_its_state_goes_on_where_it_was():
@@ -141,6 +180,42 @@ def test_k_anneals_linearly_from_its_start_to_k():
     assert values[5] == 9
     assert values[10:] == [4, 4]
     assert annealed_k(0, 100, config, arguments()) == 4
+
+
+def test_p_anneals_in_equal_steps_from_1_to_its_end_and_what_comes_is_known_before():
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, k=4, activation="relu", p_end=0.2)
+    args = arguments(p_anneal_start=0.2, n_sparsity_updates=4, sparsity_queue_length=3)
+    values = [annealed_p(step, 100, config, args) for step in range(120)]
+    assert values[:20] == [1.0] * 20
+    assert values[20:80:20] == pytest.approx([0.8, 0.6, 0.4])
+    assert values[80:] == [0.2] * 40  # also where the run is made longer
+    assert [step for step in range(1, 120) if values[step] != values[step - 1]] == [20, 40, 60, 80]
+    measured = {step: p for step in range(120) if (p := next_p(step, 100, config, args)) is not None}
+    assert measured == {at - back: values[at] for at in (20, 40, 60, 80) for back in (1, 2, 3)}
+    l1 = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, k=4, activation="relu")
+    assert {annealed_p(step, 100, l1, args) for step in range(120)} == {1.0}
+    assert {next_p(step, 100, l1, args) for step in range(120)} == {None}
+
+
+@given(
+    max_steps=st.integers(1, 60),
+    start=st.one_of(st.integers(0, 70), st.floats(0, 0.99)),
+    updates=st.integers(1, 90),
+    queue=st.integers(1, 9),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_p_falls_to_its_end_whatever_the_schedule(max_steps, start, updates, queue):
+    config = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, k=4, activation="relu", p_end=0.3)
+    args = arguments(p_anneal_start=start, n_sparsity_updates=updates, sparsity_queue_length=queue)
+    values = [annealed_p(step, max_steps, config, args) for step in range(max_steps)]
+    assert all(1 >= one >= other >= 0.3 for one, other in pairwise(values))
+    first = math.ceil(start * max_steps if start < 1 else start)
+    assert set(values[:first]) <= {1.0}
+    if updates <= max_steps - first:
+        assert values[-1] == 0.3
+    for step in range(max_steps - 1):
+        if values[step] != values[step + 1]:
+            assert next_p(step, max_steps, config, args) == values[step + 1]
 
 
 def test_predictions_count_at_the_end_of_the_run_as_it_is_now():

@@ -165,9 +165,11 @@ def test_a_crashed_run_resumes_to_the_same_bits(train, tmp_path):
     [
         {"activation": "jumprelu"},
         {"activation": "relu"},
+        {"activation": "relu", "p_end": 0.2},
+        {"aligned": True},
         {"prefix_sampling": "pareto", "num_sampled_prefixes": 3},
     ],
-    ids=["jumprelu", "relu", "pareto"],
+    ids=["jumprelu", "relu", "p annealed", "aligned", "pareto"],
 )
 def test_other_forms_resume_to_the_same_bits(train, tmp_path, options):
     train(make_sae(**options), name="whole", k_anneal_steps=6)

@@ -101,6 +101,7 @@ def test_rows_without_a_direction_get_one(tmp_path, x):
         ({"site": "model.layers.1:output"}, "its site is model.layers.0:output, and model.layers.1:output is to be"),
         ({"prefix_sizes": [32, 64]}, r"its levels \[8, 24\] are not among prefix_sizes=\[32, 64\]"),
         ({"num_latents": 128, "prefix_sizes": [8, 24, 128]}, r"its levels \[64\] are not among"),
+        ({"aligned": True}, "aligned is True here, and its encoder rows are not aligned"),
     ],
 )
 def test_what_does_not_fit_is_told(source, changes, message):
