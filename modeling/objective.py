@@ -296,7 +296,7 @@ class ObjectiveMixin:
         k: float,
         variance: Tensor | float,
         batch: BatchContext,
-        p: float,
+        p: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Give latent activations (n,) at some places, and the penalty, as `_select_for_loss`."""
         if self.config.activation == "jumprelu":
@@ -416,7 +416,7 @@ class ObjectiveMixin:
         return select_topk(pre, round(k))
 
     def _select_for_loss(
-        self, pre: Tensor, variance: Tensor | float, k: float, batch: BatchContext, p: float
+        self, pre: Tensor, variance: Tensor | float, k: float, batch: BatchContext, p: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Latent activations (B, F) and the sparsity penalty (scalar; zero where k is met by construction)."""
         if self.config.activation == "jumprelu":
