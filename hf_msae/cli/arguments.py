@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_msae.cli.common_fields import JSON_HELP as JSON_HELP
-from hf_msae.cli.common_fields import trust_remote_code as may_trust_remote_code
+from hf_msae.cli import common_fields
 from hf_msae.worlds import STORIES
 
 
@@ -25,7 +24,7 @@ class SourceArguments:
     device_map: str | None = field(
         default=None, metadata={"help": "'auto' splits a language model that is too large over all devices."}
     )
-    trust_remote_code: bool = may_trust_remote_code()
+    trust_remote_code: bool = common_fields.trust_remote_code()
     dataset: str | None = field(
         default=None,
         metadata={

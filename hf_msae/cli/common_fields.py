@@ -6,8 +6,6 @@ Read before anything that takes time is imported.
 from dataclasses import field
 from typing import Any
 
-JSON_HELP = "Print the result as one JSON object, and nothing else on standard output."
-
 
 def sae() -> Any:
     """The SAE, which every command takes by its place."""
@@ -41,4 +39,5 @@ def use_cpu() -> Any:
 
 def as_json() -> Any:
     """What is printed, of every command that prints a table."""
-    return field(default=False, metadata={"help": JSON_HELP})
+    help_text = "Print the result as one JSON object, and nothing else on standard output."
+    return field(default=False, metadata={"help": help_text})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from hf_msae.cli.arguments import JSON_HELP
+from hf_msae.cli import common_fields
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.errors import InputError
 
@@ -31,7 +31,7 @@ class FindSAEsArguments:
 
     model: str = field(metadata={"help": "The language model's id on the Hub, such as google/gemma-2-2b."})
     max_repos: int = field(default=100, metadata={"help": "How many repos to look into."})
-    json: bool = field(default=False, metadata={"help": JSON_HELP})
+    json: bool = common_fields.as_json()
 
     def __post_init__(self) -> None:
         if self.max_repos < 1:
