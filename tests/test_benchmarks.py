@@ -171,3 +171,23 @@ def test_methods_are_trained_on_the_same_tokens_and_not_again(tmp_path):
         fve = [one["levels"][-1]["fve"] for one in both["numbers"][name]]
         assert len(set(fve)) == 2
         assert row[6].startswith(f"{sum(fve) / 2:.3f} ± ")
+
+
+def test_a_copy_that_leaves_for_predictions_ends_where_a_run_with_them_does(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("kl_finetune")
+    sizes = ["--tokens", "4096", "--batch-size", "512", "--num-latents", "64", "--held-out-tokens", "600"]
+    monkeypatch.setattr(sys, "argv", ["kl_finetune.py", *sizes, "--ce-tokens", "400", "--kl-from", "0.5"])
+    options = benchmark.parse()
+    monkeypatch.setattr("claims.STORY_DOCUMENTS", 400)
+    world = benchmark.load_world(options)
+    found = benchmark.train(world, options, 0, str(tmp_path / "copy"))
+    (whole,) = benchmark.make_trainer(world, options, 0, str(tmp_path / "whole")).train().values()
+    assert list(found) == ["never", "from 0.5"]
+    for name in ("l0", "fve", "kl", "ce_recovered_mean"):
+        assert [level[name] for level in found["from 0.5"]["levels"]] == [getattr(one, name) for one in whole.levels]
+    table = benchmark.write_table({name: [measured, measured] for name, measured in found.items()})
+    rows = [line.split(" | ") for line in table.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["| never", "| from 0.5", "| difference"]
+    levels = [found[name]["levels"][-1]["fve"] for name in ("from 0.5", "never")]
+    assert rows[-1][6] == f"{levels[0] - levels[1]:.3f} ± 0.000"
