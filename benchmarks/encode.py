@@ -135,7 +135,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model, tokenizer = load_language_model(args.model)
     if args.dataset is None:
-        documents = as_documents(StoryWorld(seed=0).documents(10 + args.tokens // TOKENS_PER_STORY))
+        # Written beforehand: the world would otherwise tell each story when it is read.
+        documents = as_documents(list(StoryWorld(seed=0).documents(10 + args.tokens // TOKENS_PER_STORY)))
     else:
         documents = load_documents(args.dataset)
     sae = make_sae(args, model, tokenizer, documents) if args.sae is None else MatryoshkaSAE.from_pretrained(args.sae)
