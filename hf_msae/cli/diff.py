@@ -196,6 +196,7 @@ def _show(found: "CorpusDiff") -> None:
         for row in table.rows:
             shown.add_row(*map(escape, row))
         console.print(shown)
-        console.print(table.note, style="dim", markup=False)
+        if table.note:
+            console.print(table.note, style="dim", markup=False)
     for warning in found.warnings:
         console.print(f"Note: {warning}", markup=False)

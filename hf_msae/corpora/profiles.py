@@ -214,7 +214,8 @@ def profile_of_text(
     """
     gatherer = _Gatherer(called, pool, max_documents)
     blocks = reader.blocks(documents.shuffle(seed), document_tokens=document_tokens, max_documents=max_documents)
-    with logging.tqdm(total=max_documents, desc=f"Reading {called}", unit=" documents") as progress:
+    total = min(max_documents, documents.num_documents or max_documents)
+    with logging.tqdm(total=total, desc=f"Reading {called}", unit=" documents") as progress:
         for block, rows in reader.read_all(blocks):
             gatherer.add_tokens(rows, len(block.numbers), block.texts)
             progress.update(len(block.numbers))
