@@ -324,7 +324,7 @@ class _Comparison:
 
     def result(self, facts: dict[str, Any], warnings: list[str]) -> CorpusDiff:
         tests = rank_tests(*self.values, self.num_latents)
-        shares = [values.firing(self.num_latents) / values.num_documents for values in self.values]
+        shares = [values.firing(self.num_latents).double() / values.num_documents for values in self.values]
         means = [values.mean(self.num_latents) for values in self.values]
         levels = torch.searchsorted(torch.tensor(self.sizes), torch.arange(self.num_latents), right=True)
         chosen = (tests.q <= self.fdr).nonzero().flatten()
