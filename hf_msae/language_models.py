@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,7 +41,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
-from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
+from transformers.utils import cached_file, find_adapter_config_file, is_bitsandbytes_available, is_peft_available
 from transformers.utils.hub import extract_commit_hash
 
 from hf_msae.errors import HfMsaeError, InputError
@@ -51,6 +52,8 @@ from hf_msae.worlds.stories import STORIES, story_lm_path
 logger = logging.getLogger(__name__)
 # Options of `from_pretrained` that configuration, tokenizer and weights all take.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
+# To how many bits bitsandbytes takes a model's linear layers as it is loaded.
+QUANTIZATIONS = ("4bit", "8bit")
 
 # What transformers raises for files that are absent, damaged, of an unknown architecture, or in need of a package that
 # is not installed.
@@ -84,6 +87,7 @@ def load_language_model(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     needs_head: bool = False,
+    quantization: str | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model in evaluation mode, and its tokenizer.
@@ -97,12 +101,14 @@ def load_language_model(
         dtype: Precision in which the model runs; "auto" is the one it was saved in.
         trust_remote_code: Run code that comes with the model.
         needs_head: Refuse a model without a head, which could write no text.
+        quantization: "4bit" or "8bit" has bitsandbytes quantize the linear layers as they are loaded; None leaves the
+            model as it was saved.
         options: What else `from_pretrained` takes, such as `device_map` or `token`.
 
     Raises:
         InputError: There is no such model, layers or embeddings were not saved or have other shapes than the
-            configuration says, it has an encoder that cannot be loaded alone, it lacks a head that is needed, or the
-            adapter is damaged or does not fit.
+            configuration says, it has an encoder that cannot be loaded alone, it lacks a head that is needed, it
+            cannot be quantized here, or the adapter is damaged or does not fit.
     """
     hub = {option: options[option] for option in HUB_OPTIONS if option in options}
     hub |= {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -113,6 +119,8 @@ def load_language_model(
             "(merge_and_unload) and give the merged one."
         )
     config = _load_config(origin, of_model)
+    if quantization is not None:
+        options |= _quantizing(quantization, str(name), config, dtype, options)
     try:
         tokenizer = _load_tokenizer(origin, hub)
         # Others' models are made after this one: see `process_wide.loading`.
@@ -124,6 +132,13 @@ def load_language_model(
         raise
     except LOADING_ERRORS as error:
         raise InputError(f"Cannot load the model {str(name)!r}: {error}") from error
+    except RuntimeError as error:
+        if quantization is None:
+            raise
+        raise InputError(
+            f"bitsandbytes cannot quantize {str(name)!r} to {quantization} on this device ({error!s:.300}); load it "
+            "as it is (--quantization none)."
+        ) from error
     if needs_head and model.get_output_embeddings() is None:
         raise InputError(
             f"The model {str(name)!r} was saved without a head that predicts the next token, so it can write no text. "
@@ -133,6 +148,62 @@ def load_language_model(
         model.config.name_or_path = STORIES
     _ORIGINS[model] = _at_commits(origin, hub)
     return model.eval(), tokenizer
+
+
+def _quantizing(
+    quantization: str, name: str, config: PreTrainedConfig, dtype: str | torch.dtype, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `from_pretrained` must be told to quantize a model. Raises `InputError` where that cannot be."""
+    if quantization not in QUANTIZATIONS:
+        raise InputError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
+    saved = config.to_dict().get("quantization_config")
+    if saved is not None:
+        if _bits(saved) == quantization:
+            return {}
+        raise InputError(
+            f"The model {name!r} was saved quantized ({_bits(saved) or saved.get('quant_method')}), so it cannot be "
+            f"loaded in {quantization}: leave the quantization out, or give the model that it was made from."
+        )
+    if options.keys() & {"tp_plan", "distributed_config"}:
+        raise InputError("A quantized model cannot be split by tensor parallelism; give one of the two.")
+    if not is_bitsandbytes_available():
+        raise InputError(
+            f"To load {name!r} in {quantization} needs bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or load it as it is (--quantization none)."
+        )
+    if quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    # Products are computed in the precision of the rest of the model; bitsandbytes' default is float32.
+    computing = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": computing}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
+
+
+def _bits(quantization_config: Mapping[str, Any]) -> str | None:
+    """Which of `QUANTIZATIONS` a model's configuration has; None for other methods."""
+    return next((bits for bits in QUANTIZATIONS if quantization_config.get(f"load_in_{bits}")), None)
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """To how many bits bitsandbytes has quantized a model, as `load_language_model` takes it; None for any other."""
+    return _bits(model.config.to_dict().get("quantization_config") or {})
+
+
+def quantization_to_load(config: MatryoshkaSAEConfig) -> str | None:
+    """The quantization in which an SAE's language model is read: that of its training, where it can be had.
+
+    Where bitsandbytes is not installed, the model is read as it was saved, and a warning says so.
+    """
+    quantization = config.base_model_quantization
+    if quantization is None or is_bitsandbytes_available():
+        return quantization
+    logger.warning(
+        "The SAE was trained on %s in %s. bitsandbytes is not installed, so the model is read as it was saved, and "
+        "its activations differ somewhat (pip install bitsandbytes).",
+        config.base_model,
+        quantization,
+    )
+    return None
 
 
 def load_language_model_config(name: str | Path, **hub: Any) -> PreTrainedConfig:

@@ -29,6 +29,7 @@ from .untrusted import DTYPES, SAEError, read_json, shown, weight_shapes
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 INFERENCE = ("threshold", "topk")
+QUANTIZATIONS = ("4bit", "8bit")
 LEVEL_WEIGHTS = ("uniform", "size")
 PREFIX_SAMPLING = ("fixed", "pareto")
 # The nested sizes used when none are given are the dictionary's over these: every level doubles it.
@@ -146,6 +147,8 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
 
     base_model (`str`, *optional*), base_model_revision (`str`, *optional*):
         The language model, and its commit.
+    base_model_quantization (`str`, *optional*):
+        To how many bits bitsandbytes had quantized it, `"4bit"` or `"8bit"`.
     adapter (`str`, *optional*), adapter_revision (`str`, *optional*):
         The PEFT adapter that was on it, and the adapter's commit.
     site (`str`, *optional*):
@@ -198,6 +201,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     jumprelu_bandwidth: float | int = 0.5
     base_model: str | None = None
     base_model_revision: str | None = None
+    base_model_quantization: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
     site: str | None = None
@@ -306,6 +310,11 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         for name, choices in options:
             if getattr(self, name) not in choices:
                 raise SAEError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        if self.base_model_quantization not in (None, *QUANTIZATIONS):
+            raise SAEError(
+                f"base_model_quantization must be one of {', '.join(QUANTIZATIONS)} or None, got "
+                f"{self.base_model_quantization!r:.40}."
+            )
 
     def validate_level_weights(self):
         """Refuse weights that do not fit the levels, or one another."""

@@ -21,6 +21,7 @@ class SourceArguments:
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision in which the language model runs."}
     )
+    quantization: Literal["none", "4bit", "8bit"] | None = common_fields.quantization()
     device_map: str | None = field(
         default=None, metadata={"help": "'auto' splits a language model that is too large over all devices."}
     )

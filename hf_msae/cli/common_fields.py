@@ -32,6 +32,12 @@ def trust_remote_code() -> Any:
     return field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
+def quantization() -> Any:
+    """To how many bits the language model is quantized."""
+    words = "Have bitsandbytes quantize the language model. Default: as it was where the SAE was trained, else none."
+    return field(default=None, metadata={"help": words})
+
+
 def use_cpu() -> Any:
     """Where all is computed."""
     return field(default=False, metadata={"help": "Stay on the CPU even where an accelerator is present."})

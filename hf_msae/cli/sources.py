@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.data import CachedActivations, Documents, as_documents, is_activation_cache, load_documents
-from hf_msae.devices import stays_on_cpu
+from hf_msae.devices import move_language_model, stays_on_cpu
 from hf_msae.errors import InputError
-from hf_msae.language_models import model_of, model_to_load
+from hf_msae.language_models import model_of, model_to_load, quantization_to_load
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.worlds.stories import STORIES, StoryWorld
 
@@ -48,14 +48,20 @@ def load_language_model(
     It is on this process's device, or split by `device_map` or over all processes.
     """
     hub: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    quantization = None if args.quantization == "none" else args.quantization
     if tensor_parallel:
         places = _tensor_parallel(args, language_models.load_language_model_config(args.model, **hub))
+    elif quantization is not None and args.device_map is None:
+        # What is quantized is not moved afterwards.
+        places = {"device_map": {"": PartialState().device}}
     else:
         places = {"device_map": args.device_map}
     dtype = args.model_dtype if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
-    model, tokenizer = language_models.load_language_model(args.model, dtype=dtype, **places, **hub)
+    model, tokenizer = language_models.load_language_model(
+        args.model, dtype=dtype, quantization=quantization, **places, **hub
+    )
     if args.device_map is None and not tensor_parallel:
-        model = model.to(PartialState().device)  # type: ignore[arg-type]
+        move_language_model(model, PartialState().device)  # type: ignore[arg-type]
     return model, tokenizer
 
 
@@ -99,6 +105,7 @@ def load_sae(name: str, subfolder: str, args: SourceArguments) -> MatryoshkaSAE:
     model_name, revision = model_of(sae.config)
     if args.model == STORIES and model_name is not None:
         args.model, args.model_revision = model_name, args.model_revision or revision
+        args.quantization = args.quantization or quantization_to_load(sae.config)  # type: ignore[assignment]
     return sae
 
 
@@ -167,6 +174,7 @@ def complete_model(args: SourceArguments, config: MatryoshkaSAEConfig, called: s
         return
     name, revision = model_to_load(config, called)
     args.model, args.model_revision = name, args.model_revision or revision
+    args.quantization = args.quantization or quantization_to_load(config)  # type: ignore[assignment]
 
 
 def _unescaped(separator: str | None) -> str | None:

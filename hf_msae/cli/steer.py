@@ -35,6 +35,7 @@ class SteerArguments:
     prompt: list[str] = field(metadata={"help": "One or more texts to continue."})
     subfolder: str = common_fields.subfolder()
     model: str | None = common_fields.language_model()
+    quantization: Literal["none", "4bit", "8bit"] | None = common_fields.quantization()
     trust_remote_code: bool = common_fields.trust_remote_code()
     latent: list[str] = field(
         default_factory=list,
@@ -82,7 +83,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
     (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
 
     from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model
-    from hf_msae.language_models import model_to_load
+    from hf_msae.language_models import model_to_load, quantization_to_load
     from hf_msae.steering import SteeredPipeline
     from hf_msae.steering.edits import check_edits
     from hf_msae.steering.saved import load_saes_of
@@ -97,6 +98,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
     config = next(iter(saes.values())).config
     model_name, revision = model_to_load(config, args.sae, args.model)
     source = SourceArguments(model=model_name, model_revision=revision, trust_remote_code=args.trust_remote_code)
+    source.quantization = args.quantization or (None if args.model else quantization_to_load(config))  # type: ignore[assignment]
     model, tokenizer = load_language_model(source)
     show(SteeredPipeline(model, tokenizer, saes, steering), args)
 

@@ -9,9 +9,10 @@ from accelerate import PartialState
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_msae.devices import move_language_model
 from hf_msae.errors import InputError
 from hf_msae.hub.index import list_saes
-from hf_msae.language_models import load_language_model, model_to_load
+from hf_msae.language_models import load_language_model, model_to_load, quantization_to_load
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
 from hf_msae.sites import find_output_site, find_site
@@ -126,8 +127,12 @@ def _language_model(
         raise InputError(f"{source} has SAEs of several language models ({shown}); name one's folder with subfolder.")
     name, revision = next(iter(names))
     if (name, revision) not in loaded:
-        language_model, tokenizer = load_language_model(name, revision=revision, needs_head=True)
-        loaded[name, revision] = language_model.to(PartialState().device), tokenizer  # type: ignore[arg-type]
+        quantization = None if model else quantization_to_load(next(iter(saes.values())).config)
+        language_model, tokenizer = load_language_model(
+            name, revision=revision, needs_head=True, quantization=quantization
+        )
+        move_language_model(language_model, PartialState().device)  # type: ignore[arg-type]
+        loaded[name, revision] = language_model, tokenizer
     return loaded[name, revision]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 
 from hf_msae.devices import device_of
-from hf_msae.language_models import load_language_model, model_of
+from hf_msae.language_models import load_language_model, model_of, quantization_to_load
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.special_tokens import special_token_ids
 from hf_msae.steering.gates import SteeringError
@@ -128,10 +128,11 @@ def _language_model(
     name: str | None, saes: Mapping[str, MatryoshkaSAE], source: str, token: str | bool | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     configs = [sae.config for sae in saes.values()]
-    revision = None
+    revision = quantization = None
     if name is None:
         names = {model_of(config)[0] for config in configs}
         if len(names) != 1 or None in names:
             raise SteeringError(f"{source} does not say which one language model it steers; give model=.")
         name, revision = model_of(configs[0])
-    return load_language_model(str(name), revision=revision, token=token, needs_head=True)
+        quantization = quantization_to_load(configs[0])
+    return load_language_model(str(name), revision=revision, token=token, needs_head=True, quantization=quantization)

@@ -22,7 +22,7 @@ from hf_msae.data import CachedActivations, as_documents
 from hf_msae.data.cache import TrainingData
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.errors import InputError
-from hf_msae.language_models import has_adapter, origin_of
+from hf_msae.language_models import has_adapter, origin_of, quantization_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site, find_output_site, find_site, recorded_output_site, recorded_site
 from hf_msae.training.held_out import HeldOut, HeldOutCache, HeldOutText
@@ -140,6 +140,7 @@ def _record_model(sae: MatryoshkaSAE, model: PreTrainedModel) -> None:
     """Write into an SAE's configuration which language model it reads, and which adapter on it."""
     config, origin = sae.config, origin_of(model)
     config.base_model = from_anywhere(model.config.name_or_path) or None
+    config.base_model_quantization = quantization_of(model)
     if origin is not None:
         config.base_model_revision = origin.revision
         config.adapter, config.adapter_revision = from_anywhere(origin.adapter), origin.adapter_revision
