@@ -25,7 +25,7 @@ from hf_msae.hub.card import (
 from hf_msae.hub.card_parts import CardError, fingerprint, fingerprint_parts, merge_cards, split_card
 from hf_msae.hub.index import make_entry
 from hf_msae.metrics import LevelMetrics, Measurement
-from hf_msae.sites import replace, resolve_site
+from hf_msae.sites import capture, replace, resolve_site
 from hf_msae.worlds.stories import load_story_lm
 
 pytestmark = pytest.mark.slow
@@ -317,6 +317,41 @@ def test_the_snippets_of_a_pushed_card_run_and_compute_what_they_say(hub, sae: M
     assert not torch.equal(steered, model.generate(**inputs, max_new_tokens=30))
     again = run_snippet(without_package)["sae"]
     assert torch.equal(again.W_dec, sae.W_dec)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_snippet_of_a_transcoder_runs_reads_one_place_and_steers_the_other(hub, skip: bool) -> None:
+    places = {"site": "model.layers.2.mlp:input", "site_out": "model.layers.2.mlp:output", "hidden_size_out": 128}
+    model, tokenizer = load_story_lm()
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    sites = [resolve_site(model, places[name]) for name in ("site", "site_out")]
+    x, y = capture(model, sites, **inputs).values()
+    torch.manual_seed(0)
+    sae = MatryoshkaSAE(make_config(base_model="stories", skip=skip, **places)).eval()
+    with torch.no_grad():
+        sae.calibrate_threshold([x.flatten(0, 1)])
+        sae.b_dec.copy_(y.mean((0, 1)))
+        if skip:
+            sae.W_skip.normal_(0, 0.1)
+        sae.max_activation[5], sae.firing_rate[5] = 40.0, 0.01
+    sae.push_to_hub("tester/sae")
+    card = hub.files("tester/sae")["README.md"].decode()
+    assert "# Matryoshka transcoder of" in card
+    assert "reconstructs from them the 128-dimensional ones at `model.layers.2.mlp:output`" in card
+    assert ("beside a linear map of what it reads" in card) == skip
+    names = run_snippet(read_snippets(ModelCard(card))[0])
+    torch.testing.assert_close(names["activations"], x)
+    torch.testing.assert_close(names["latents"], sae.encode(x))
+    torch.testing.assert_close(names["coarse"], sae.reconstruct_levels(x)[0])
+    special = torch.tensor(tokenizer.all_special_ids)
+    counted = ~torch.isin(inputs.input_ids, special).unsqueeze(-1)
+
+    def edit(h: torch.Tensor) -> torch.Tensor:
+        return h + 40 * sae.W_dec[5] * (counted if h.shape[1] > 1 else 1)
+
+    with replace(model, {sites[1]: edit}), torch.no_grad():
+        steered = model.generate(**inputs, max_new_tokens=30)
+    assert torch.equal(names["generated"], steered)
 
 
 def test_where_nothing_was_measured_the_snippet_finds_a_latent_itself(hub, sae: MatryoshkaSAE) -> None:

@@ -229,3 +229,11 @@ def test_a_damaged_sae_is_told_in_a_sentence(tmp_path, damage):
     with pytest.raises((SpaceError, ValueError), match=r"\w+ \w+ .*\w") as caught:
         Library((str(folder),)).open(Key(str(folder)))
     assert type(caught.value).__name__ in ("SpaceError", "NoSAEError")
+
+
+def test_a_transcoder_is_refused_in_words(tmp_path):
+    """The page reconstructs what it reads; what a transcoder writes is at another place."""
+    places = {"site": "layers.1.mlp:input", "site_out": "layers.1.mlp", "hidden_size_out": 128}
+    source = str(write_sae(tmp_path / "transcoder", **places))
+    with pytest.raises(SpaceError, match=r"is a transcoder, which reconstructs another place .* hf-msae steer"):
+        Library(source).open(Key(source))
