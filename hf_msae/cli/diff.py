@@ -33,7 +33,7 @@ class DiffArguments:
     _argument_group_name = "comparison"
     _positional = ("sae", "a", "b")
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     a: str = field(metadata={"help": "One corpus: text, or latents that encode wrote."})
     b: str = field(metadata={"help": "The other corpus."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the report. Default: none is written."})

@@ -27,7 +27,7 @@ class EncodeArguments:
     _argument_group_name = "latents"
     _positional = ("sae",)
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     output_dir: str = field(metadata={"help": "The folder to make."})
     subfolder: str = common_fields.subfolder()
     prefix: int | None = field(

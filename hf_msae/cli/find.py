@@ -31,7 +31,7 @@ class FindArguments:
     _argument_group_name = "find"
     _positional = ("sae",)
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     positive: str = field(
         metadata={"help": "Texts with the concept, 10 or more: a .txt, .jsonl or .parquet file, or a Hub dataset."}
     )

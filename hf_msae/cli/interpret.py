@@ -32,7 +32,7 @@ class InterpretArguments:
     _argument_group_name = "interpretation"
     _positional = ("sae",)
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     subfolder: str = common_fields.subfolder()
     site: str | None = common_fields.site()
     max_tokens: int = field(default=500_000, metadata={"help": "Tokens to read."})

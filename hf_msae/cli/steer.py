@@ -31,7 +31,7 @@ class SteerArguments:
     _argument_group_name = "steer"
     _positional = ("sae",)
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     prompt: list[str] = field(metadata={"help": "One or more texts to continue."})
     subfolder: str = common_fields.subfolder()
     model: str | None = common_fields.language_model()

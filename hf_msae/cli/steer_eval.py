@@ -35,7 +35,7 @@ class SteerEvalArguments:
     _argument_group_name = "steer-eval"
     _positional = ("sae",)
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     concepts: str = field(
         metadata={
             "help": "A .jsonl or .parquet file: rows with a name and words, or with positive and negative texts, or "

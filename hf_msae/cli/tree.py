@@ -33,7 +33,7 @@ class TreeArguments:
     _argument_group_name = "tree"
     _positional = ("sae",)
 
-    sae: str = common_fields.sae()
+    sae: str = field(metadata={"help": common_fields.SAE_HELP})
     subfolder: str = common_fields.subfolder()
     site: str | None = common_fields.site()
     root: int | None = field(default=None, metadata={"help": "Show only what is below this latent."})
