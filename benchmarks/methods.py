@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--calibration-tokens", type=int, default=50_000)
     parser.add_argument("--ce-tokens", type=int, default=5_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output-dir", default="runs/methods")
@@ -95,6 +96,7 @@ def train(world: World, options: argparse.Namespace, names: Sequence[str], seed:
         "per_device_train_batch_size": options.batch_size,
         "context_length": CONTEXT_LENGTH,
         "eval_tokens": options.eval_tokens,
+        "calibration_tokens": options.calibration_tokens,
         "ce_tokens": options.ce_tokens,
         "save_steps": 0,
         "seed": seed,

@@ -160,7 +160,8 @@ def test_encoding_is_timed_beside_the_language_model(tmp_path):
 def test_methods_are_trained_on_the_same_tokens_and_not_again(tmp_path):
     """A method that changes the run has a pass of its own, and a second call trains what was not asked for before."""
     sizes = ["--num-latents", "32", "--k", "2", "--tokens", "2048", "--batch-size", "256", "--seeds", "2"]
-    small = ["--eval-tokens", "2000", "--ce-tokens", "1000", "--output-dir", str(tmp_path / "methods")]
+    small = [f"--{name}-tokens=1000" for name in ("eval", "calibration", "ce")]
+    small += ["--output-dir", str(tmp_path / "methods")]
     first, _ = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", "BatchTopK")
     both, printed = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", "BatchTopK", "TopK")
     assert both["numbers"]["BatchTopK"] == first["numbers"]["BatchTopK"]
