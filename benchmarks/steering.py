@@ -7,11 +7,11 @@ In the story world the truth is known: every word says which concepts it express
 A concept's latent is the one whose activation correlates best with the concept's labels on held-out stories, where
 the concept is also the one that fits the latent best. Such a latent says what a token is, which need not make the
 model say it; so the latent that correlates best with the labels of the *next* token is tried, too. DiffMean gets its
-two means from the same stories, with the labels of the token or of the next one. `find_latents` is not told which
-words are the concept's: it gets stories with it and stories without it, and gives one latent or a few. All add a shift
-to every token but BOS: a latent in units of its maximum, the directions as far as the concept's latent, what was found
-in units of what costs `--find-loss`. Stories are continued from the same openings with the same noise. Counted are
-only words that the model wrote.
+two means from the same stories, with the labels of the token or of the next one. `find_latents` gets stories with
+the concept and stories without it, and its words only with `--find-words`; it gives one latent or a few. All add a
+shift to every token but BOS: a latent in units of its maximum, the directions as far as the concept's latent, what was
+found in units of what costs `--find-loss`. Stories are continued from the same openings with the same noise. Counted
+are only words that the model wrote.
 
 Loss is that of the unsteered model, in nats per generated token: low is fluent, but a text that repeats itself is
 cheap, too, so the share of repeated three-word sequences stands beside it.
@@ -65,6 +65,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--min-correlation", type=float, default=0.4)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--find-loss", type=float, default=1.3, help="of what find_latents finds, at strength 1")
+    parser.add_argument(
+        "--find-words",
+        action="store_true",
+        help="tell find_latents which words are the concept's, as DiffMean is told",
+    )
     parser.add_argument("--json", help="write the numbers here")
     parser.add_argument("--plot", help="draw here")
     return parser.parse_args()
@@ -219,8 +224,11 @@ class World:
         """What `find_latents` finds in stories with a word of the concept and stories without one, if anything."""
         if concept not in self.findings:
             sides: dict[bool, list[str]] = {True: [], False: []}
+            words: set[str] = set()
             for text in self._texts(HELD_OUT_SEED, self.options.held_out_stories):
-                sides[any(concept in word_concepts(word) for word in WORD.findall(text))].append(text)
+                own = {word for word in WORD.findall(text) if concept in word_concepts(word)}
+                sides[bool(own)].append(text)
+                words |= own
             try:
                 self.findings[concept] = find_latents(
                     self.model,
@@ -228,6 +236,7 @@ class World:
                     self.sae,
                     sides[True][:FIND_STORIES],
                     sides[False][:FIND_STORIES],
+                    words=sorted(words) if self.options.find_words else (),
                     loss=self.options.find_loss,
                 )
             except ConceptError as error:

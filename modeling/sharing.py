@@ -142,7 +142,7 @@ class SharingMixin:
             The SAE; its latents and reconstruction are those of the library for raw activations.
 
         Raises:
-            ValueError: A transcoder, a signed or GroupMax SAE, or files that do not belong together.
+            ValueError: A signed or GroupMax SAE, or files that do not belong together.
         """
         return cls._imported(cls.formats_module).load_library_checkpoint(cls, source, "sparsify", prefix_sizes, **hub)
 

@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 JOB = [
     *("--output-dir", "runs/job", "--num-latents", "64", "--k", "4", "--batch-size", "256", "--max-steps", "6"),
     *("--save-steps", "4", "--eval-tokens", "600", "--calibration-tokens", "400", "--disable-tqdm"),
-    *("--ce-tokens", "0"),
+    *("--ce-tokens", "0", "--block-tokens", "2k"),
 ]
 # In the order in which a reader runs them.
 COMMANDS = [
@@ -35,6 +35,8 @@ COMMANDS = [
     ["interpret.py", "--max-tokens", "20000"],
     ["steer.py", "--strengths", "1"],
     ["evaluate.py", "--eval-tokens", "5000", "--metrics", "core", "geometry"],
+    ["serve.py", "--strengths", "4"],
+    ["transcode.py", "--max-tokens", "30000"],
     # The same job twice: the second goes on from the checkpoint that the first left.
     ["jobs.py", *JOB],
     ["jobs.py", *JOB],
@@ -54,6 +56,13 @@ def test_every_example_runs(tmp_path: Path) -> None:
     assert of["steer.py"].count("It was a cold day, and Ben was very") == 2
     assert "angry-1.0" in (tmp_path / "runs/example/steering.json").read_text()
     assert "random" in of["evaluate.py"]
+    unsteered, steered = re.findall(r"^[04]:.+$", of["serve.py"], re.MULTILINE)
+    assert unsteered[1:] != steered[1:]
+    assert re.search(
+        r"first 1,024 latents: \d\d\.\d% of the MLP's output, -?\d+\.\d% of the cross", of["transcode.py"]
+    )
+    assert "layers.2.mlp:input, writes model.layers.2.mlp" in of["transcode.py"].replace(".input", ":input")
+    assert (tmp_path / "runs/transcoder/circuit-tracer").is_dir()
     assert "the run goes on from the newest" in of["jobs.py"]
     assert printed.count("has checkpoints") == 1
     assert (tmp_path / "runs/example/evaluation/report.html").is_file()
@@ -62,7 +71,11 @@ def test_every_example_runs(tmp_path: Path) -> None:
 def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path) -> None:
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
-    changes = {"MAX_TOKENS = 1_000_000": "MAX_TOKENS = 30_000"}
+    smaller = "block_tokens=30_000"  # by default a quarter of a million tokens are read before the first step
+    changes = {
+        "MAX_TOKENS = 1_000_000": "MAX_TOKENS = 30_000",
+        "max_tokens=MAX_TOKENS,": f"max_tokens=MAX_TOKENS, {smaller},",
+    }
     notebook = str(EXAMPLES / "tour.ipynb")
     status, printed = run_together(1, run_notebook, str(tmp_path), notebook, changes, output=tmp_path / "out")
     assert status == 0, printed[-4000:]
