@@ -104,6 +104,18 @@ def restore(
     return own | computed | {"measured": None}, state
 
 
+def recorded_places(facts: Any) -> dict[str, Any]:
+    """What `describe` wrote of the language model and its sites, without the weights; empty where nothing readable is.
+
+    Args:
+        facts: What stands under `KEY`.
+    """
+    config = facts.get("config") if isinstance(facts, Mapping) and facts.get("version") == VERSION else None
+    if not isinstance(config, Mapping):
+        return {}
+    return {name: config[name] for name in ("base_model", "site", "site_out") if isinstance(config.get(name), str)}
+
+
 def _unreadable(where: str, problem: object) -> str:
     return f"{where} is not as hf_msae writes it ({problem}). Export the SAE again, or take that key out."
 

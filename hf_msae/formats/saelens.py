@@ -43,7 +43,7 @@ from hf_msae.formats.common import (
     single_level,
     target_k,
 )
-from hf_msae.formats.round_trip import KEY, describe, restore
+from hf_msae.formats.round_trip import KEY, describe, recorded_places, restore
 from hf_msae.formats.saelens_folding import CONFIG, FACTORS, fold
 from hf_msae.formats.saelens_names import origin, written_origin
 from hf_msae.modeling import MatryoshkaSAE
@@ -126,7 +126,7 @@ def outline(files: Files) -> Outline:
     """What `cfg.json` says. Raises `FormatError` for what has no equal here."""
     settings = _settings(files, read_json(files, CONFIG))
     num_latents = settings.get("d_sae")
-    places = origin(settings["metadata"], [])
+    places = origin(settings["metadata"], []) | recorded_places(settings["metadata"].get(KEY))
     known = {name: places.get(name) for name in ("base_model", "site", "site_out")}
     if not isinstance(num_latents, int):
         return Outline(**known)

@@ -35,7 +35,7 @@ from hf_msae.formats.common import (
     refuse_many,
     single_level,
 )
-from hf_msae.formats.round_trip import KEY, describe, restore
+from hf_msae.formats.round_trip import KEY, describe, recorded_places, restore
 from hf_msae.modeling import MatryoshkaSAE
 
 logger = logging.getLogger(__name__)
@@ -114,12 +114,15 @@ def outline(files: Files) -> Outline:
     site, path = _site(files, []), (_site(files, []) or "").removesuffix(":output")
     transcodes = bool(cfg.get("transcode")) and site is not None
     recorded = cfg.get("prefix_sizes")
+    places = {
+        "base_model": _run_config(files).get("model"),
+        "site": f"{path}:input" if transcodes else site,
+        "site_out": site if transcodes else None,
+    }
     return outlined(
         lambda: recorded or (single_level(None, num_latents, files, []) if num_latents else None),
-        base_model=_run_config(files).get("model"),
-        site=f"{path}:input" if transcodes else site,
-        site_out=site if transcodes else None,
         num_latents=num_latents,
+        **places | recorded_places(cfg.get(KEY)),
     )
 
 
