@@ -261,7 +261,8 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> tuple[Any, ...]:
     config, _ = finder.parse_known_args(arguments)
     if config.config is not None:
         _set_defaults(parser, _read_yaml(parser, Path(config.config).expanduser()))
-    namespace, unknown = parser.parse_known_args(arguments)
+    # Intermixed, because argparse otherwise takes no optional place behind a flag: `encode SAE --pool max DATASET`.
+    namespace, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         parser.refuse(unknown)
     found = []

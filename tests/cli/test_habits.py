@@ -44,7 +44,7 @@ def given(action, parser, value: str) -> list[str]:
 def test_a_tilde_is_the_users_home_in_every_path(monkeypatch, command, action):
     monkeypatch.setenv("HOME", "/home/me")
     parser = parser_of(command)
-    value = vars(parser.parse_args(given(action, parser, "~/x")))[action.dest]
+    value = vars(parser.parse_intermixed_args(given(action, parser, "~/x")))[action.dest]
     expected = "~/x" if action.dest in TEXTS else "/home/me/x"
     assert value in (expected, [expected])
 
