@@ -18,8 +18,9 @@ from hf_msae.modeling.selection import SINGLE_PROCESS
 import hf_msae
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.concepts.reading import auroc
+from hf_msae.corpora.blocks import DocumentBlocks
 from hf_msae.cross_entropy import measure_cross_entropy
-from hf_msae.data import TokenWindows, collate
+from hf_msae.data import TokenWindows, as_documents, collate
 from hf_msae.evaluation.activations import TextActivations, tokens_at_once
 from hf_msae.evaluation.core import rate_distortion
 from hf_msae.evaluation.geometry import measure_agreement, measure_geometry, nearest_rows
@@ -39,6 +40,7 @@ from hf_msae.research.toys import Samples
 from hf_msae.research.toys.synth_bench import pushed_apart
 from hf_msae.sites import resolve_site
 from hf_msae.training.collectives import row_pieces
+from hf_msae.training.end_to_end import divergence
 
 pytestmark = pytest.mark.slow
 
@@ -175,6 +177,18 @@ def windows(world: World) -> Any:
     return [window.input_ids for window in found], [window.keep.float() for window in found]
 
 
+def blocks_of_documents(world: World) -> Any:
+    documents = as_documents(world.texts[:40])
+    blocks = list(DocumentBlocks(documents, world.tokenizer, context_length=16, block_tokens=200))
+    numbers = [number for block in blocks for number in block.numbers]
+    return numbers, [placed.window.input_ids for block in blocks for placed in block.windows]
+
+
+def divergences(world: World) -> Any:
+    clean, logits = world.x[:60].view(3, 20, -1), world.x[60:120].view(3, 20, -1)
+    return divergence(clean, logits, torch.arange(60).view(3, 20) % 7 > 0)
+
+
 def detections(world: World) -> Any:
     directions = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
     features = world.x @ directions.T - 3
@@ -196,6 +210,7 @@ def aurocs(world: World) -> Any:
 
 CASES: dict[str, Callable[[World], Any]] = {
     "hf_msae.concepts.reading.NUMBERS_AT_ONCE": aurocs,
+    "hf_msae.corpora.blocks.CHARACTERS_PER_BATCH": blocks_of_documents,
     "hf_msae.data.windows.DOCUMENTS_PER_BATCH": windows,
     "hf_msae.evaluation.activations.LATENTS_AT_ONCE": encoded,
     "hf_msae.evaluation.geometry.ROWS_AT_ONCE": geometry,
@@ -213,6 +228,7 @@ CASES: dict[str, Callable[[World], Any]] = {
     "hf_msae.research.detection.ROWS_AT_ONCE": detections,
     "hf_msae.research.toys.synth_bench.ROWS_AT_ONCE": apart,
     "hf_msae.training.collectives.PIECE_BYTES": pieces,
+    "hf_msae.training.end_to_end.CHUNK": divergences,
 }
 
 

@@ -151,7 +151,8 @@ def divergence(clean: Tensor, logits: Tensor, counted: Tensor) -> tuple[Tensor, 
         The sum in nats, a float64 scalar, and its gradient with respect to `logits`: the difference of the
         probabilities, zero where tokens do not count.
     """
-    gradient = torch.zeros_like(logits)
+    # In rows, whatever the logits' own layout, so that the flat gradient is a view.
+    gradient = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     flat, flat_clean, flat_gradient = (tensor.flatten(0, 1) for tensor in (logits, clean, gradient))
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for rows in counted.flatten().nonzero().flatten().split(CHUNK):
