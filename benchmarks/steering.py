@@ -10,8 +10,8 @@ model say it; so the latent that correlates best with the labels of the *next* t
 two means from the same stories, with the labels of the token or of the next one. `find_latents` gets stories with
 the concept and stories without it, and its words only with `--find-words`; it gives one latent or a few. All add a
 shift to every token but BOS: a latent in units of its maximum, the directions as far as the concept's latent, what was
-found in units of what costs `--find-loss`. Stories are continued from the same openings with the same noise. Counted
-are only words that the model wrote.
+found in units of what costs `--find-loss` on neutral text, and DiffMean so, too, as a method of its own. Stories are
+continued from the same openings with the same noise. Counted are only words that the model wrote.
 
 Loss is that of the unsteered model, in nats per generated token: low is fluent, but a text that repeats itself is
 cheap, too, so the share of repeated three-word sequences stands beside it.
@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE
-from hf_msae.concepts import ConceptError, Finding, find_latents
+from hf_msae.concepts import ConceptError
+from hf_msae.concepts.finding import Found, Search, find_with_shifts
 from hf_msae.sites import capture, resolve_site
 from hf_msae.steering import (
     Direction,
@@ -44,7 +45,16 @@ from hf_msae.steering import (
 )
 from hf_msae.worlds.stories import CONCEPTS, StoryWorld, ancestors, load_story_lm, token_concepts, word_concepts
 
-METHODS = ("latent", "latent of next", "DiffMean", "DiffMean of next", "random", "found latent", "found few")
+METHODS = (
+    "latent",
+    "latent of next",
+    "DiffMean",
+    "DiffMean of next",
+    "random",
+    "found latent",
+    "found few",
+    "DiffMean at loss",
+)
 # Stories on each side that `find_latents` gets.
 FIND_STORIES = 100
 OPENING_TOKENS = 5
@@ -135,7 +145,7 @@ class World:
         openings = [self.tokenizer(text).input_ids for text in self._texts(OPENING_SEED, options.stories)]
         self.openings = torch.tensor([ids[:OPENING_TOKENS] for ids in openings])
         self.activations, self.labels, self.next_labels = self._held_out()
-        self.findings: dict[str, Finding | None] = {}
+        self.findings: dict[str, Found | None] = {}
 
     @staticmethod
     def _texts(seed: int, count: int) -> Iterator[str]:
@@ -200,15 +210,18 @@ class World:
         """The shift of `strength` × the latent's maximum, along the latent or a direction, or × what was found."""
         if method.startswith("found"):
             return self._found(match.concept, method, strength)
+        if method == "DiffMean at loss":
+            return self._at_loss(match, strength)
         if method.startswith("latent"):
             latent = match.latent if method == "latent" else match.next_latent
             return steer(self.model, self.sae, {latent: strength})
         return steer_direction(self.model, self.direction(match, method), strength * match.length)
 
     def _found(self, concept: str, method: str, strength: float) -> AbstractContextManager[None]:
-        found = self.finding(concept)
-        if found is None:
+        known = self.finding(concept)
+        if known is None:
             return nullcontext()
+        found = known.finding
         if method == "found few":
             return steer(
                 self.model,
@@ -220,8 +233,17 @@ class World:
         unit = self.sae.W_dec.detach()[best.latents[0]].norm().item()
         return steer(self.model, self.sae, {best.latents[0]: strength * best.length / unit}, units="absolute")
 
-    def finding(self, concept: str) -> Finding | None:
-        """What `find_latents` finds in stories with a word of the concept and stories without one, if anything."""
+    def _at_loss(self, match: Match, strength: float) -> AbstractContextManager[None]:
+        """DiffMean of what foretells the concept, scaled on the neutral text on which what is found is scaled."""
+        known = self.finding(match.concept)
+        if known is None:
+            return nullcontext()
+        direction = self.direction(match, "DiffMean of next")
+        length, _ = known.held_out.at_loss(direction.vector, self.options.find_loss)
+        return steer_direction(self.model, direction, strength * length)
+
+    def finding(self, concept: str) -> Found | None:
+        """What is found in stories with a word of the concept and stories without one, if anything."""
         if concept not in self.findings:
             sides: dict[bool, list[str]] = {True: [], False: []}
             words: set[str] = set()
@@ -230,14 +252,13 @@ class World:
                 sides[bool(own)].append(text)
                 words |= own
             try:
-                self.findings[concept] = find_latents(
+                self.findings[concept] = find_with_shifts(
                     self.model,
                     self.tokenizer,
                     self.sae,
                     sides[True][:FIND_STORIES],
                     sides[False][:FIND_STORIES],
-                    words=sorted(words) if self.options.find_words else (),
-                    loss=self.options.find_loss,
+                    Search(words=sorted(words) if self.options.find_words else (), loss=self.options.find_loss),
                 )
             except ConceptError as error:
                 print(f"{concept}: {error}", flush=True)
@@ -365,7 +386,7 @@ def draw(rows: Sequence[dict], grains: Sequence[dict], path: str) -> None:
     from matplotlib import pyplot
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    marks = dict(zip(METHODS, ("o-", "o--", "s-", "s--", "^:", "D-", "D--"), strict=True)) | {
+    marks = dict(zip(METHODS, ("o-", "o--", "s-", "s--", "^:", "D-", "D--", "s:"), strict=True)) | {
         "coarse": "o-",
         "fine": "s-",
         "both": "^-",
