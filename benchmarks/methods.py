@@ -93,6 +93,8 @@ def train(world: World, options: argparse.Namespace, names: Sequence[str], seed:
         "output_dir": str(folder / "pass"),
         "overwrite_output_dir": True,
         "max_tokens": options.tokens,
+        # No more text is read before the first step than the run takes.
+        "block_tokens": min(SAETrainingArguments.block_tokens, max(options.tokens, options.batch_size)),
         "per_device_train_batch_size": options.batch_size,
         "context_length": CONTEXT_LENGTH,
         "eval_tokens": options.eval_tokens,
