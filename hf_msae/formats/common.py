@@ -5,6 +5,7 @@ A format's reader sees a `Files`, so that a folder and a repo of the Hub are one
 conversion.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,8 @@ from hf_msae.formats.known_releases import release_of
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
-NAMED_FOLDERS = 12
+NAMED_FOLDERS = 100
+DIGITS = re.compile(r"(\d+)")
 # What the weights of an SAE of ours are called.
 OWN_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # What wrappers put before the names of a module's tensors: DataParallel and its kin, and torch.compile.
@@ -359,7 +361,11 @@ def refuse_many(files: Files, marker: str, library: str) -> None:
     """Raises `FormatError` that lists what to choose from, where `marker` lies only in folders below this one."""
     if marker in files.names:
         return
-    folders = [str(PurePosixPath(name).parent) for name in files.names if PurePosixPath(name).name == marker]
+    found = (str(PurePosixPath(name).parent) for name in files.names if PurePosixPath(name).name == marker)
+    # Layer 10 behind layer 9.
+    folders = sorted(
+        found, key=lambda folder: [int(part) if part.isdigit() else part for part in DIGITS.split(folder)]
+    )
     more = f" and {len(folders) - NAMED_FOLDERS} more" if len(folders) > NAMED_FOLDERS else ""
     own = sorted({str(PurePosixPath(name).parent) for name in files.names if PurePosixPath(name).name in OWN_WEIGHTS})
     beside = f" Beside them are safetensors models, ours or others': {', '.join(own[:NAMED_FOLDERS])}." if own else ""
@@ -367,6 +373,12 @@ def refuse_many(files: Files, marker: str, library: str) -> None:
         f"{files} holds {len(folders)} {library} checkpoint(s) in folders; choose one with subfolder=: "
         f"{', '.join(folders[:NAMED_FOLDERS])}{more}.{beside}"
     )
+
+
+def _by_number(name: str) -> list[tuple[str, int]]:
+    """A key by which layer 10 comes behind layer 9: the text before each number, and the number."""
+    parts = [*DIGITS.split(name), "-1"]
+    return [(text, int(number)) for text, number in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def holds(files: Files, marker: str) -> bool:

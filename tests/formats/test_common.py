@@ -1,5 +1,7 @@
 """What every format's reader and writer rests on."""
 
+import re
+
 import pytest
 import torch
 
@@ -77,13 +79,16 @@ def test_target_k(reported, k):
     assert len(notes) == (k == 32)
 
 
-def test_many_folders_are_named_up_to_twelve(tmp_path):
-    for index in range(15):
-        (tmp_path / f"sae_{index:02}").mkdir()
-        (tmp_path / f"sae_{index:02}" / "w.bin").touch()
-    with pytest.raises(FormatError, match=r"holds 15 X checkpoint.*: sae_00, .*, sae_11 and 3 more\."):
+@pytest.mark.parametrize("count", [1, 40, 120])
+def test_folders_are_named_in_the_order_of_their_layers_a_hundred_of_them(tmp_path, count):
+    for index in range(count):
+        (tmp_path / f"layers.{index}").mkdir()
+        (tmp_path / f"layers.{index}" / "w.bin").touch()
+    names = ", ".join(f"layers.{index}" for index in range(min(count, 100)))
+    more = r" and 20 more" if count == 120 else ""
+    with pytest.raises(FormatError, match=rf"holds {count} X checkpoint.*: {re.escape(names)}{more}\."):
         refuse_many(Files(tmp_path), "w.bin", "X")
-    refuse_many(Files(tmp_path, subfolder="sae_03"), "w.bin", "X")
+    refuse_many(Files(tmp_path, subfolder="layers.0"), "w.bin", "X")
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]"])
