@@ -156,7 +156,7 @@ class TestRefusals:
     def test_a_run_of_many_hookpoints(self, save, tmp_path):
         save("layers.10")
         save("layers.2")
-        self.refused(tmp_path, r"holds 2 sparsify checkpoint.*subfolder=: layers\.10, layers\.2\.")
+        self.refused(tmp_path, r"holds 2 sparsify checkpoint.*subfolder=: layers\.2, layers\.10\.")
 
     @pytest.mark.parametrize(
         ("cfg", "message"),
