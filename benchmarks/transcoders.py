@@ -78,6 +78,7 @@ class Contest:
             eval_tokens=10_000,
             calibration_tokens=10_000,
             ce_tokens=0,
+            block_tokens=min(SAETrainingArguments.block_tokens, self.options.max_tokens),
             seed=seed,
             report_to="none",
         )
