@@ -43,7 +43,8 @@ from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.main import COMMANDS, overview
 from hf_msae.cli.parser import parse
 from hf_msae.cli.train import GridArguments, next_steps
-from hf_msae.data.cache_files import FORMAT, INDEX
+from hf_msae.data.cache_files import FORMAT
+from hf_msae.data.unfinished import INDEX
 from hf_msae.training import make_saes
 from hf_msae.worlds.stories import load_story_lm
 

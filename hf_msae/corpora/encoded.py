@@ -6,7 +6,7 @@ from typing import Any
 from hf_msae.corpora.card import render_card
 from hf_msae.corpora.encoded_files import CARD_NAME, FORMAT, SHARDS, EncodedError, is_encoded, read_index
 from hf_msae.corpora.reading import sae_fingerprint
-from hf_msae.data.cache_files import INDEX, MAX_INDEX_BYTES, unfinished_folder
+from hf_msae.data.unfinished import INDEX, MAX_INDEX_BYTES, unfinished_folder
 from hf_msae.hub.data_sets import data_file, fetch_data, push_data
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import read_json

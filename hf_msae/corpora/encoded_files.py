@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from hf_msae.corpora.rows import POOLS, PooledRows, TokenRows, counts_by_level
-from hf_msae.data.cache_files import INDEX, MAX_INDEX_BYTES, PROGRESS, unfinished_folder
+from hf_msae.data.unfinished import (
+    INDEX,
+    MAX_INDEX_BYTES,
+    PROGRESS,
+    are_shards,
+    check_contents,
+    is_mapping,
+    read_contents,
+    unfinished_folder,
+)
 from hf_msae.errors import InputError
 from hf_msae.modeling.untrusted import read_json
 
@@ -70,13 +79,13 @@ def read_index(folder: Path) -> dict[str, Any]:
                 "again to finish them."
             )
         raise EncodedError(f"There are no latents at {folder}; `hf-msae encode` writes them.")
-    index = _read(folder / INDEX)
+    index = read_contents(folder / INDEX, EncodedError, "it")
     if index.get("version") != VERSION:
         raise EncodedError(
             f"The latents {folder} have version {index.get('version')!r:.20}, this hf_msae reads {VERSION}; write "
             "them anew."
         )
-    _check(index, folder / INDEX, _CONTENTS)
+    check_contents(index, folder / INDEX, _CONTENTS, EncodedError, "it")
     for shard in index["shards"]:
         if not (folder / shard["file"]).is_file():
             raise EncodedError(f"The shard {folder / shard['file']} is missing; write or fetch the latents anew.")
@@ -85,39 +94,16 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """What a run that wrote part of it has left. Raises `EncodedError` where it is damaged."""
-    progress = _read(path)
-    _check(
-        progress,
-        path,
-        {
-            "settings": _is_mapping,
-            "shards": _are_shards,
-            "blocks": _is_mapping,
-            "norm_limit": lambda value: isinstance(value, int | float),
-            "num_outliers": _is_count,
-        },
-    )
+    progress = read_contents(path, EncodedError, "it")
+    checks: dict[str, Callable[[Any], bool]] = {
+        "settings": is_mapping,
+        "shards": _are_shards,
+        "blocks": is_mapping,
+        "norm_limit": lambda value: isinstance(value, int | float),
+        "num_outliers": _is_count,
+    }
+    check_contents(progress, path, checks, EncodedError, "it")
     return progress
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, max_bytes=MAX_INDEX_BYTES)
-    except ValueError as error:
-        raise EncodedError(f"{error} (Remove the folder {path.parent}, and write it anew.)") from error
-
-
-def _check(contents: Mapping[str, Any], path: Path, checks: Mapping[str, Callable[[Any], bool]]) -> None:
-    wrong = next((key for key, check in checks.items() if not check(contents.get(key))), None)
-    if wrong is not None:
-        raise EncodedError(
-            f"{path} is damaged: its {wrong!r} is {contents.get(wrong)!r:.80}. Remove the folder {path.parent}, and "
-            "write it anew."
-        )
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _is_count(value: Any) -> bool:
@@ -133,13 +119,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _are_shards(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(shard, dict)
-        and isinstance(shard.get("file"), str)
-        and SHARD_NAME.fullmatch(shard["file"]) is not None
-        and _is_count(shard.get("num_rows"))
-        for shard in value
-    )
+    return are_shards(value, SHARD_NAME, "num_rows", least=0)
 
 
 _CONTENTS: dict[str, Callable[[Any], bool]] = {
@@ -150,7 +130,7 @@ _CONTENTS: dict[str, Callable[[Any], bool]] = {
     "site": _is_text,
     "prefix_sizes": _are_sizes,
     "dataset": _is_text,
-    "data": _is_mapping,
+    "data": is_mapping,
     "tokenizer": _is_text,
     "pool": lambda value: value is None or value in POOLS,
     "by_level": lambda value: isinstance(value, bool),

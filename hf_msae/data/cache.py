@@ -25,7 +25,6 @@ from transformers.utils import logging
 from hf_msae.atomic_files import atomic_file
 from hf_msae.data.cache_files import (
     FORMAT,
-    INDEX,
     VERSION,
     CacheError,
     read_index,
@@ -37,7 +36,7 @@ from hf_msae.data.fingerprints import fingerprint, of_files
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.states import check_state
 from hf_msae.data.stream import ActivationStream, BatchIterator
-from hf_msae.data.unfinished import UnfinishedFolder
+from hf_msae.data.unfinished import INDEX, UnfinishedFolder
 from hf_msae.errors import InputError
 from hf_msae.sites import Site
 

@@ -4,7 +4,6 @@ A cache is a folder that others may have written or damaged, so its index is che
 says is believed: names lead nowhere else, numbers are numbers, and every shard holds what the index says of it.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -13,18 +12,23 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_msae.atomic_files import atomic_file
+from hf_msae.data.unfinished import (
+    INDEX,
+    MAX_INDEX_BYTES,
+    PROGRESS,
+    are_shards,
+    check_contents,
+    is_mapping,
+    read_contents,
+    unfinished_folder,
+)
 from hf_msae.errors import InputError
 from hf_msae.modeling.untrusted import read_json
 from hf_msae.sites import Site
 
-INDEX = "index.json"
-PROGRESS = "progress.json"
 FORMAT = "hf_msae.activations"
 VERSION = 1
 SHARD_NAME = re.compile(r"activations-\d{5,}\.safetensors")
-# An index has some eighty bytes a shard, and a stream's state as many for each of its files.
-MAX_INDEX_BYTES = 1 << 26
 
 
 class CacheError(InputError):
@@ -48,11 +52,6 @@ def shard_name(number: int) -> str:
     return f"activations-{number:05d}.safetensors"
 
 
-def unfinished_folder(directory: Path) -> Path:
-    """Where a cache lies before it is whole."""
-    return directory.with_name(directory.name + ".incomplete")
-
-
 def read_index(directory: Path) -> dict[str, Any]:
     """The index of a complete cache whose shards are all there; only their headers are read.
 
@@ -66,13 +65,15 @@ def read_index(directory: Path) -> dict[str, Any]:
                 "cache_activations again with the same settings to finish it"
             )
         raise CacheError(f"no activation cache at {directory}; cache_activations makes one")
-    index = _read(directory / INDEX)
+    index = read_contents(directory / INDEX, CacheError, "the cache")
     if index.get("version") != VERSION:
         raise CacheError(
             f"the activation cache {directory} has version {index.get('version')!r:.20}, this hf_msae reads "
             f"{VERSION}; write it anew"
         )
-    _check(index, directory / INDEX, {**_CONTENTS, "norm_limits": _are_limits})
+    # A version of hf_msae before limits were recorded wrote none.
+    limits = {"norm_limits": _are_limits} if "norm_limits" in index else {}
+    check_contents(index, directory / INDEX, {**_CONTENTS, **limits}, CacheError, "the cache")
     if not index["shards"]:
         raise CacheError(f"{directory / INDEX} names no shards; write the cache anew")
     for shard in index["shards"]:
@@ -82,33 +83,10 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """What a run that wrote part of a cache has left. Raises `CacheError` where it is damaged."""
-    progress = _read(path)
-    _check(progress, path, {**_CONTENTS, "settings": _is_mapping, "stream": _is_mapping})
+    progress = read_contents(path, CacheError, "the cache")
+    checks = {**_CONTENTS, "settings": is_mapping, "stream": is_mapping}
+    check_contents(progress, path, checks, CacheError, "the cache")
     return progress
-
-
-def write_json(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write a file that is whole or absent."""
-    with atomic_file(path) as draft:
-        draft.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, max_bytes=MAX_INDEX_BYTES)
-    except ValueError as error:
-        raise CacheError(f"{error} (Remove the folder {path.parent}, and write the cache anew.)") from error
-
-
-def _check(contents: Mapping[str, Any], path: Path, checks: Mapping[str, Callable[[Any], bool]]) -> None:
-    # A version of hf_msae before limits were recorded wrote none.
-    wrong = [key for key, check in checks.items() if not (key == "norm_limits" and key not in contents)]
-    wrong = [key for key in wrong if not checks[key](contents.get(key))]
-    if wrong:
-        raise CacheError(
-            f"{path} is damaged: its {wrong[0]!r} is {contents.get(wrong[0])!r:.80}. Remove the folder {path.parent}, "
-            "and write the cache anew."
-        )
 
 
 def _check_shard(path: Path, num_tokens: int, hidden_sizes: Mapping[str, int]) -> None:
@@ -122,22 +100,12 @@ def _check_shard(path: Path, num_tokens: int, hidden_sizes: Mapping[str, int]) -
         raise CacheError(f"the shard {path} holds {found}, its index says {expected}; write the cache anew")
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
 def _are_shards(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(shard, dict)
-        and isinstance(shard.get("file"), str)
-        and SHARD_NAME.fullmatch(shard["file"]) is not None
-        and _is_count(shard.get("num_tokens"))
-        for shard in value
-    )
+    return are_shards(value, SHARD_NAME, "num_tokens", least=1)
 
 
 def _are_widths(value: Any) -> bool:
@@ -160,5 +128,5 @@ def _is_site(name: str) -> bool:
 _CONTENTS: dict[str, Callable[[Any], bool]] = {
     "shards": _are_shards,
     "hidden_sizes": _are_widths,
-    "dtypes": _is_mapping,
+    "dtypes": is_mapping,
 }

@@ -2,15 +2,97 @@
 
 So a folder that exists is complete. Until then it keeps what it is made from and how far it has come after each shard,
 and the same call made again goes on there; another call is refused.
+
+Somebody else may have written or damaged what is read here, so contents are checked before they are believed.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_msae.atomic_files import remove_drafts
-from hf_msae.data.cache_files import INDEX, PROGRESS, unfinished_folder, write_json
+from hf_msae.atomic_files import atomic_file, remove_drafts
 from hf_msae.errors import InputError
+from hf_msae.modeling.untrusted import read_json
+
+INDEX = "index.json"
+PROGRESS = "progress.json"
+# An index has some eighty bytes a shard, and a stream's state as many for each of its files.
+MAX_INDEX_BYTES = 1 << 26
+
+
+def unfinished_folder(directory: Path) -> Path:
+    """Where a folder lies before it is whole."""
+    return directory.with_name(directory.name + ".incomplete")
+
+
+def read_contents(path: Path, error: type[InputError], what: str) -> dict[str, Any]:
+    """What an index or a progress file holds.
+
+    Args:
+        path: of the file.
+        error: raised where it is no JSON object.
+        what: is to be written anew then, such as "the cache".
+    """
+    try:
+        return read_json(path, max_bytes=MAX_INDEX_BYTES)
+    except ValueError as cause:
+        raise error(f"{cause} (Remove the folder {path.parent}, and write {what} anew.)") from cause
+
+
+def check_contents(
+    contents: Mapping[str, Any],
+    path: Path,
+    checks: Mapping[str, Callable[[Any], bool]],
+    error: type[InputError],
+    what: str,
+) -> None:
+    """Raise `error`, with the arguments of `read_contents`, where a value is not what it must be.
+
+    Args:
+        contents: what was read.
+        path: where from.
+        checks: of the values, by their names.
+        error: see there.
+        what: see there.
+    """
+    wrong = next((key for key, check in checks.items() if not check(contents.get(key))), None)
+    if wrong is not None:
+        raise error(
+            f"{path} is damaged: its {wrong!r} is {contents.get(wrong)!r:.80}. Remove the folder {path.parent}, and "
+            f"write {what} anew."
+        )
+
+
+def is_mapping(value: Any) -> bool:
+    """Whether it is a JSON object."""
+    return isinstance(value, dict)
+
+
+def are_shards(value: Any, name: re.Pattern[str], size: str, least: int) -> bool:
+    """Whether it is a list of shards, whose names lead nowhere else and whose sizes are numbers.
+
+    Args:
+        value: what was read.
+        name: what files are called.
+        size: the key of how much a shard holds.
+        least: how much that is at least.
+    """
+    return isinstance(value, list) and all(
+        isinstance(shard, dict)
+        and isinstance(shard.get("file"), str)
+        and name.fullmatch(shard["file"]) is not None
+        and type(shard.get(size)) is int
+        and shard[size] >= least
+        for shard in value
+    )
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write a file that is whole or absent."""
+    with atomic_file(path) as draft:
+        draft.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 class UnfinishedFolder:
