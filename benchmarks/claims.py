@@ -57,23 +57,28 @@ COUNT = 10  # latents ablated for the erasure scores
 LABEL_STORIES, EDGE_TOKENS, MIN_CORRELATION = 600, 120_000, 0.5
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_world_arguments(parser: argparse.ArgumentParser, *, num_latents: int, tokens: int) -> None:
+    """What `load_world` reads, and the SAEs of it that are trained."""
     parser.add_argument("--model", help="a folder; default: the story model")
     parser.add_argument("--dataset", help="text for it; default: stories")
-    parser.add_argument("--labelled", help="documents with a label each, to probe too")
     parser.add_argument("--site", default="layers.2")
-    parser.add_argument("--num-latents", type=int, default=1024)
+    parser.add_argument("--num-latents", type=int, default=num_latents)
     parser.add_argument("--k", type=float, default=8)
-    parser.add_argument("--tokens", type=int, default=1_400_000, help="to train each SAE on")
+    parser.add_argument("--tokens", type=int, default=tokens, help="to train each SAE on")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", help="write all numbers here")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_world_arguments(parser, num_latents=1024, tokens=1_400_000)
+    parser.add_argument("--labelled", help="documents with a label each, to probe too")
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--stories", type=int, default=600, help="labelled ones")
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--meta-steps", type=int, default=500, help="of each meta-SAE; 0 trains none")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output-dir", default="runs/claims", help="where the SAEs go")
-    parser.add_argument("--json", help="write all numbers here")
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims import World, cell, load_world
+from claims import World, add_world_arguments, cell, load_world
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import site_width
@@ -37,20 +37,12 @@ Numbers = dict[str, list[dict[str, Any]]]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder; default: the story model")
-    parser.add_argument("--dataset", help="text for it; default: stories")
-    parser.add_argument("--site", default="layers.2")
-    parser.add_argument("--num-latents", type=int, default=512)
-    parser.add_argument("--k", type=float, default=8)
-    parser.add_argument("--tokens", type=int, default=300_000, help="to train each SAE on")
+    add_world_arguments(parser, num_latents=512, tokens=300_000)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--kl-from", type=float, nargs="+", default=[0.9], metavar="SHARE")
     parser.add_argument("--kl-weight", type=float, default=1.0)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out-tokens", type=int, default=10_000, help="to calibrate, and to measure on")
     parser.add_argument("--ce-tokens", type=int, default=4_000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="write all numbers here")
     return parser.parse_args()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims import World, cell, load_world
+from claims import World, add_world_arguments, cell, load_world
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import site_width
@@ -51,21 +51,13 @@ METHODS: dict[str, Method] = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder; default: the story model")
-    parser.add_argument("--dataset", help="text for it; default: stories")
-    parser.add_argument("--site", default="layers.2")
-    parser.add_argument("--num-latents", type=int, default=512)
-    parser.add_argument("--k", type=float, default=8)
-    parser.add_argument("--tokens", type=int, default=300_000, help="to train each SAE on")
+    add_world_arguments(parser, num_latents=512, tokens=300_000)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--eval-tokens", type=int, default=20_000)
     parser.add_argument("--calibration-tokens", type=int, default=50_000)
     parser.add_argument("--ce-tokens", type=int, default=5_000)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output-dir", default="runs/methods")
-    parser.add_argument("--json", help="write all numbers here")
     return parser.parse_args()
 
 

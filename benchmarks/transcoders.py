@@ -171,11 +171,8 @@ def main() -> None:
                         column.append(value)
     print("\n| transcoder | latents | L0 | FVE of the output | CE recovered | seconds |\n|---|---|---|---|---|---|")
     for (name, prefix), row in rows.items():
-        spread = {column: f"{fmean(values):.3f} ± {pstdev(values):.3f}" for column, values in row.items()}
-        print(
-            f"| {name} | {prefix:,} | {fmean(row['L0']):.1f} | {spread['FVE']} | {spread['CE recovered']} | "
-            f"{fmean(row['seconds']):.0f} |"
-        )
+        fve, recovered = (f"{fmean(row[of]):.3f} ± {pstdev(row[of]):.3f}" for of in ("FVE", "CE recovered"))
+        print(f"| {name} | {prefix:,} | {fmean(row['L0']):.1f} | {fve} | {recovered} | {fmean(row['seconds']):.0f} |")
     if options.json:
         found = [{"transcoder": name, "latents": prefix, **row} for (name, prefix), row in rows.items()]
         Path(options.json).write_text(json.dumps({"setting": vars(options), "rows": found}, indent=1))

@@ -15,6 +15,12 @@ def subfolder() -> Any:
     return field(default="", metadata={"help": "The SAE's folder in a repo of several."})
 
 
+def prefix() -> Any:
+    """How much of the SAE counts."""
+    help_text = "Only the latents of this prefix, one of the SAE's levels. Default: all."
+    return field(default=None, metadata={"help": help_text})
+
+
 def site() -> Any:
     """Where the SAE reads."""
     return field(default=None, metadata={"help": "Site, where the SAE does not record one."})

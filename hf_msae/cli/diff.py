@@ -38,9 +38,7 @@ class DiffArguments:
     b: str = field(metadata={"help": "The other corpus."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder of the report. Default: none is written."})
     subfolder: str = common_fields.subfolder()
-    prefix: int | None = field(
-        default=None, metadata={"help": "Only the latents of this prefix, one of the SAE's levels. Default: all."}
-    )
+    prefix: int | None = common_fields.prefix()
     pool: Literal["max", "mean", "sum"] | None = field(
         default=None,
         metadata={"help": "What a latent is worth in a document. Default: as encoded corpora are pooled, else mean."},

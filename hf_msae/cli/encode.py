@@ -30,9 +30,7 @@ class EncodeArguments:
     sae: str = field(metadata={"help": common_fields.SAE_HELP})
     output_dir: str = field(metadata={"help": "The folder to make."})
     subfolder: str = common_fields.subfolder()
-    prefix: int | None = field(
-        default=None, metadata={"help": "Only the latents of this prefix, one of the SAE's levels. Default: all."}
-    )
+    prefix: int | None = common_fields.prefix()
     pool: Literal["max", "mean", "sum"] | None = field(
         default=None, metadata={"help": "A row a document, pooled over its tokens. Default: a row a token."}
     )
