@@ -66,6 +66,7 @@ def test_it_runs_on_an_sae_of_the_story_model(tmp_path):
     assert status == 0, printed
     result = json.loads((tmp_path / "numbers.json").read_text())
     methods = ["latent", "latent of next", "DiffMean", "DiffMean of next", "random", "found latent", "found few"]
+    methods += ["DiffMean at loss"]
     given = [(row["method"], row["strength"]) for row in result["steering"]]
     assert given == [("unsteered", 0.0), *((method, strength) for method in methods for strength in (1.0, 2.0))]
     assert all(len(row["rates"]) == 2 and row["loss"] > 0 for row in result["steering"])
