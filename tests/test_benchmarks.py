@@ -192,3 +192,33 @@ def test_a_copy_that_leaves_for_predictions_ends_where_a_run_with_them_does(tmp_
     assert [row[0] for row in rows[2:]] == ["| never", "| from 0.5", "| difference"]
     levels = [found[name]["levels"][-1]["fve"] for name in ("from 0.5", "never")]
     assert rows[-1][6] == f"{levels[0] - levels[1]:.3f} ± 0.000"
+
+
+def test_synth_bench_gives_all_methods_the_same_samples_and_trains_none_twice(tmp_path):
+    sizes = ["--scale", "128", "--samples", "5120", "--batch-size", "256", "--seeds", "2", "--eval-samples", "6000"]
+    sizes += ["--saelens-rates", "3e-3", "--output-dir", str(tmp_path / "bench")]
+    first, _ = numbers(tmp_path, "synth_bench.py", *sizes, "--methods", "BatchTopK")
+    both, printed = numbers(tmp_path, "synth_bench.py", *sizes, "--methods", "BatchTopK", "Matryoshka")
+    peers = ["SAELens BatchTopK, 0.003", "SAELens Matryoshka, 0.003"]
+    if not list(metadata.distributions(name="sae-lens")):
+        assert "skipped SAELens: sae-lens is not installed" in printed
+        peers = []
+    assert list(both["numbers"]) == ["BatchTopK", "Matryoshka", *peers]
+    for name, found in first["numbers"].items():
+        assert both["numbers"][name] == found  # times included: it was read, not trained again
+    facts = both["facts"]
+    assert (facts["features"], facts["num_latents"], facts["prefix_sizes"]) == (128, 32, [1, 4, 16, 32])
+    # As much of what fires is active, and as much noise is read, as in the full world.
+    assert facts["k"] / facts["true_l0"] == pytest.approx(25 / 34.5)
+    assert facts["true_l0"] / facts["hidden_size"] == pytest.approx(34.5 / 768, rel=0.02)
+    true_l0 = {tuple(run["true_l0"] for run in found) for found in both["numbers"].values()}
+    assert len(true_l0) == 1, "the same samples measure all of them"
+    (of_seeds,) = true_l0
+    assert of_seeds[0] != of_seeds[1]
+    assert of_seeds == pytest.approx([facts["true_l0"]] * 2, rel=0.1)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert rows[0][1:5] == ["F1", "precision", "recall", "MCC"]
+    for row, (name, found) in zip(rows[2:], both["numbers"].items(), strict=True):
+        assert [run["l0"] for run in found] == pytest.approx([facts["k"]] * 2, rel=0.15)
+        assert row[0] == name
+        assert row[1].startswith(f"{sum(run['f1'] for run in found) / 2:.3f} ± ")
