@@ -226,7 +226,7 @@ def measure_cross_entropies(
         counted = keep[:, :-1] & keep[:, 1:]
         sums.add(CLEAN, clean, clean, batch["input_ids"], counted)
         where = keep.to(hidden.device).unsqueeze(-1)
-        for name, replacement in _replacements(saes, read, hidden, mean):
+        for name, replacement in _replacements(saes, read, hidden, mean, batch["input_ids"]):
             logits = splice.logits(torch.where(where, replacement.to(hidden), hidden))
             sums.add(name, logits, clean, batch["input_ids"], counted)
         sums.count += int(counted.sum())
@@ -235,12 +235,12 @@ def measure_cross_entropies(
 
 
 def _replacements(
-    saes: Mapping[str, MatryoshkaSAE], read: Tensor, hidden: Tensor, mean: Tensor
+    saes: Mapping[str, MatryoshkaSAE], read: Tensor, hidden: Tensor, mean: Tensor, token_ids: Tensor
 ) -> Iterator[tuple[Key, Tensor]]:
     yield ZERO, torch.zeros_like(hidden)
     yield MEAN, mean.to(hidden).expand_as(hidden)
     for name, sae in saes.items():
-        levels = sae.reconstruct_levels(read.to(sae.device))
+        levels = sae.reconstruct_levels(read.to(sae.device), token_ids)
         for prefix, reconstruction in zip(sae.config.prefix_sizes, levels, strict=True):
             yield (name, prefix), reconstruction
 

@@ -121,32 +121,37 @@ class ReconstructionMeter:
         self.max_activation = torch.zeros(config.num_latents, device=device)
 
     @torch.no_grad()
-    def update(self, x: Tensor, target: Tensor | None = None) -> None:
+    def update(self, x: Tensor, target: Tensor | None = None, token_ids: Tensor | None = None) -> None:
         """Take in activations.
 
         Args:
             x: (n, hidden_size).
             target: what a transcoder is to reconstruct of them, (n, output_size).
+            token_ids: the token of each, (n,), which a tokenized SAE needs.
         """
         inlying = within_limit(x, self.norm_limit)
         if target is not None:
             inlying = inlying & within_limit(target, self.sae.config.norm_limit_out).to(inlying.device)
             target = target[inlying.to(target.device)].to(self.sae.device, self.sae.dtype)
+        if token_ids is not None:
+            token_ids = token_ids[inlying.to(token_ids.device)]
         x = x[inlying].to(self.sae.device, self.sae.dtype)
         self.num_outliers += len(inlying) - len(x)
         begin = 0
         for part in self.sae.in_parts(x):
-            self._take_in(part, part if target is None else target[begin : begin + len(part)])
+            own = slice(begin, begin + len(part))
+            ids = None if token_ids is None else token_ids[own]
+            self._take_in(part, part if target is None else target[own], ids)
             begin += len(part)
 
-    def _take_in(self, x: Tensor, y: Tensor) -> None:
+    def _take_in(self, x: Tensor, y: Tensor, token_ids: Tensor | None) -> None:
         latents = self.sae.encode(x)
         self.num_tokens += x.shape[0]
         doubles = y.double()
         self.sums["x"] += doubles.sum(0)
         self.sums["x_squared"] += doubles.pow(2).sum()
         norms = doubles.norm(dim=-1).clamp_min(1e-30)
-        for level, reconstruction in enumerate(self.sae.decode_levels(latents, x)):
+        for level, reconstruction in enumerate(self.sae.decode_levels(latents, x, token_ids)):
             self.sums["errors"][level] += (doubles - reconstruction).pow(2).sum()
             sizes = reconstruction.double().norm(dim=-1)
             products = (doubles * reconstruction).sum(-1)

@@ -102,6 +102,11 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         decoder rows at norm 1; the weights are stored as any others.
     skip (`bool`, *optional*, defaults to `False`):
         Whether a transcoder also adds a linear map of what it reads, `W_skip` (arXiv:2501.18823), to every level.
+    lookup_size (`int`, *optional*):
+        Makes a tokenized SAE (arXiv:2502.17332), which adds a learnt vector of the activation's own token, a row of
+        `W_token`, to every level: the number of token ids. Latents then need not say which token it is.
+    lookup_tokenizer (`str`, *optional*), lookup_vocabulary (`str`, *optional*):
+        The tokenizer whose ids these are, and the SHA-256 of its vocabulary.
 
     > Training loss (arXiv:2503.17547 unless said)
 
@@ -185,6 +190,9 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     hidden_size_out: int | None = None
     aligned: bool = False
     skip: bool = False
+    lookup_size: int | None = None
+    lookup_tokenizer: str | None = None
+    lookup_vocabulary: str | None = None
     level_weights: str | list[float | int] | tuple[float | int, ...] = "uniform"
     balance: float | int | None = None
     detach_prefixes: bool = False
@@ -277,7 +285,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     def validate_counts(self):
         """Refuse sizes that are none, and k beyond the dictionary."""
         names = ("hidden_size", "num_latents", "num_aux_latents", "num_sampled_prefixes", "context_length")
-        for name in (*names, "hidden_size_out"):
+        for name in (*names, "hidden_size_out", "lookup_size"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_SIZE:
                 bound = "at least 1" if value < 1 else f"at most {MAX_SIZE:,}"
@@ -446,6 +454,11 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
         return self.hidden_size_out is not None
 
     @property
+    def is_tokenized(self) -> bool:
+        """Whether reconstructions begin with a vector of the activation's own token."""
+        return self.lookup_size is not None
+
+    @property
     def output_size(self) -> int:
         """Size of the activations that are reconstructed."""
         return self.hidden_size if self.hidden_size_out is None else self.hidden_size_out
@@ -458,7 +471,7 @@ class MatryoshkaSAEConfig(PreTrainedConfig):
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of a checkpoint and their shapes."""
-        return weight_shapes(self.num_latents, self.hidden_size, self.output_size, self.skip)
+        return weight_shapes(self.num_latents, self.hidden_size, self.output_size, self.skip, self.lookup_size)
 
     @property
     def num_levels(self) -> int:

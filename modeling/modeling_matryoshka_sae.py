@@ -23,7 +23,7 @@ disk.
 
 A transcoder is the same with another target: it reads an activation at one site, such as an MLP's input, and its
 levels reconstruct that of another, such as the MLP's output (arXiv:2406.11944), by choice beside a linear map of what
-it reads.
+it reads. A tokenized SAE adds a learnt vector of the activation's own token to every level (arXiv:2502.17332).
 """
 
 # The branches below are training objectives that a user chooses between, not the variants of released checkpoints.
@@ -125,6 +125,8 @@ class MatryoshkaSAEPreTrainedModel(PreTrainedModel):
                 init.zeros_(tensor)
             if module.W_skip is not None:
                 init.zeros_(module.W_skip)
+            if module.W_token is not None:
+                init.zeros_(module.W_token)
 
 
 # `push_to_hub` publishes one thing with a card, so it takes less than what it stands in for.
@@ -148,6 +150,8 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         self.W_dec = nn.Parameter(torch.empty(num_latents, output_size))
         self.b_dec = nn.Parameter(torch.empty(output_size))
         self.W_skip = nn.Parameter(torch.empty(output_size, hidden_size)) if config.skip else None
+        lookup_size = config.lookup_size
+        self.W_token = None if lookup_size is None else nn.Parameter(torch.empty(lookup_size, output_size))
         threshold = torch.empty(num_latents, dtype=torch.float32)
         self.threshold = nn.Parameter(threshold) if config.activation == "jumprelu" else nn.Buffer(threshold)
         self.max_activation = nn.Buffer(torch.empty(num_latents, dtype=torch.float32))
@@ -195,56 +199,66 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             return select_topk(pre.reshape(-1, pre.shape[-1]), round(self.config.k)).view_as(pre)
         return select_above(pre, self.threshold[: pre.shape[-1]])
 
-    def decode(self, latents: Tensor, prefix: int | None = None, hidden_states: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        prefix: int | None = None,
+        hidden_states: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
         """Reconstruct activations from the first latents.
 
         Args:
             latents: Latent activations (..., m) for any m up to num_latents: what `encode` gave, or its first columns.
             prefix: Only the first latents; all that are given by default.
             hidden_states: What was encoded, (..., hidden_size): a transcoder with a skip needs it.
+            token_ids: The token of each activation, (...,) int64: a tokenized SAE needs them.
 
         Returns:
             Reconstruction (..., output_size).
 
         Raises:
-            ValueError: More columns than latents, a prefix that is none, or a skip without what it maps.
+            ValueError: More columns than latents, a prefix that is none, a skip without what it maps, or token ids
+                that are missing or beyond the tokenizer's.
         """
         width = latents.shape[-1]
         if width > self.config.num_latents:
             raise SAEError(f"latents must have at most num_latents={self.config.num_latents} columns, got {width}.")
         m = min(self._checked_prefix(prefix), width)
         flat = latents[..., :m].reshape(-1, m)
-        base = self._decoder_base(hidden_states)
+        base = self._decoder_base(hidden_states, token_ids, flat.shape[0])
         return decode(flat, self.W_dec[:m], base).view(*latents.shape[:-1], self.config.output_size)
 
-    def _decoder_base(self, hidden_states: Tensor | None) -> Tensor:
-        if self.W_skip is None:
-            return self.b_dec
-        if hidden_states is None:
+    def _decoder_base(self, hidden_states: Tensor | None, token_ids: Tensor | None, num_tokens: int) -> Tensor:
+        if self.W_skip is not None and hidden_states is None:
             raise SAEError(
                 "This transcoder has a skip, which maps what was encoded to a part of the reconstruction: give that "
                 "as hidden_states, beside the latents."
             )
-        return self._base(self._flat(hidden_states))
+        x = None if self.W_skip is None or hidden_states is None else self._flat(hidden_states)
+        return self._base(x, self._flat_token_ids(token_ids, num_tokens))
 
-    def decode_levels(self, latents: Tensor, hidden_states: Tensor | None = None) -> Tensor:
+    def decode_levels(
+        self, latents: Tensor, hidden_states: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> Tensor:
         """Reconstruct activations by every prefix of `config.prefix_sizes`.
 
         Args:
             latents: Latent activations (..., num_latents).
             hidden_states: As in `decode`.
+            token_ids: As in `decode`.
 
         Returns:
             Reconstructions (num_levels, ..., output_size).
 
         Raises:
-            ValueError: Not all latents are given, or a skip without what it maps.
+            ValueError: Not all latents are given, or not what a skip or a tokenized SAE needs.
         """
         num_latents = self.config.num_latents
         if latents.shape[-1] != num_latents:
             raise SAEError(f"Every level needs all latents, (..., {num_latents}), got {tuple(latents.shape)}.")
         flat = latents.reshape(-1, num_latents)
-        base = self._decoder_base(hidden_states)
+        base = self._decoder_base(hidden_states, token_ids, flat.shape[0])
         levels = list(decode_levels(flat, self.W_dec, base, self.config.prefix_sizes))
         return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.output_size)
 
@@ -260,16 +274,22 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         yield from flat.split(tokens_at_once(MEASURED_COPIES * self.config.num_latents, self.device))
 
-    def reconstruct_levels(self, hidden_states: Tensor) -> Tensor:
+    def reconstruct_levels(self, hidden_states: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Reconstruct activations by every prefix, without all tokens' latents at once.
 
         Args:
             hidden_states: Activations (..., hidden_size).
+            token_ids: As in `decode`.
 
         Returns:
             Reconstructions (num_levels, ..., output_size): those of `encode` and `decode_levels` one after the other.
         """
-        parts = [self.decode_levels(self.encode(part), part) for part in self.in_parts(hidden_states)]
+        parts, begin = [], 0
+        ids = self._flat_token_ids(token_ids, hidden_states[..., 0].numel())
+        for part in self.in_parts(hidden_states):
+            own = None if ids is None else ids[begin : begin + len(part)]
+            parts.append(self.decode_levels(self.encode(part), part, own))
+            begin += len(part)
         return torch.cat(parts, dim=1).view(-1, *hidden_states.shape[:-1], self.config.output_size)
 
     # Training
@@ -288,6 +308,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         inner_shares: InnerShares | None = None,
         target: Tensor | None = None,
         sparsity_p: float | None = None,
+        token_ids: Tensor | None = None,
     ) -> MatryoshkaSAEOutput:
         """Reconstruct activations at every level and give the loss.
 
@@ -305,6 +326,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             target: What a transcoder is to reconstruct, the activations at its `site_out`, (..., output_size); of an
                 SAE that is `hidden_states`.
             sparsity_p: The p of the penalty of `relu` of this step in place of `config.p_end` (annealing).
+            token_ids: The token of each activation, (...,) int64, of a tokenized SAE; others do not look at them.
 
         Returns:
             The loss and what it is made of.
@@ -313,7 +335,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
             ValueError: Activations of another width, or levels that are none.
         """
         x = self._flat(hidden_states)
-        y = self._flat_target(x, target)
+        y, base = self._flat_target(x, target), self._base(x, self._flat_token_ids(token_ids, x.shape[0]))
         if variance is None:
             variance = self._batch_variance(y)
         k = self.config.k if k is None else k
@@ -328,11 +350,11 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
         latents: Tensor | None
         if active is None:
             errors, reconstruction, latents, sparsity_loss = self._dense_errors(
-                x, y, k, sizes, variance, batch, shares, p
+                x, y, base, k, sizes, variance, batch, shares, p
             )
         else:
             errors, reconstruction, active, sparsity_loss = self._sparse_errors(
-                x, y, active, k, sizes, variance, batch, shares, p
+                x, y, base, active, k, sizes, variance, batch, shares, p
             )
             if return_latents:
                 latents = active.to_dense(x.shape[0], self.config.num_latents)

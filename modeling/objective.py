@@ -89,6 +89,7 @@ class ObjectiveMixin:
     W_dec: Tensor
     b_dec: Tensor
     W_skip: Tensor | None
+    W_token: Tensor | None
     threshold: Tensor
     # Set by a trainer on the CPU, where fresh memory for gradients costs as much as the gradients.
     gradient_memory: GradientMemory | None = None
@@ -124,9 +125,44 @@ class ObjectiveMixin:
             )
         return target.reshape(-1, config.output_size).to(self.W_enc.dtype)
 
-    def _base(self, x: Tensor) -> Tensor:
-        """What every level of a reconstruction begins with: b_dec (d,), with a skip (B, d) for activations x."""
-        return self.b_dec if self.W_skip is None else torch.nn.functional.linear(x, self.W_skip, self.b_dec)
+    def _flat_token_ids(self, token_ids: Tensor | None, num_tokens: int) -> Tensor | None:
+        """The token of each of `num_tokens` activations, (B,) int64; None of an SAE that does not ask for it."""
+        config = self.config
+        if not config.is_tokenized:
+            # A batch of several SAEs may hold them for another.
+            return None
+        if token_ids is None:
+            raise SAEError(
+                f"This SAE adds a vector of the activation's own token to what it reconstructs "
+                f"(lookup_size={config.lookup_size}): give token_ids, the token of each activation."
+            )
+        ids = token_ids.reshape(-1)
+        if ids.shape[0] != num_tokens or ids.is_floating_point():
+            raise SAEError(
+                f"Expected token_ids, whole numbers, one for each of the {num_tokens} activations, got "
+                f"{tuple(token_ids.shape)} of {str(token_ids.dtype).removeprefix('torch.')}."
+            )
+        # On a GPU this would be waited for, and torch says it there.
+        if ids.device.type == "cpu" and num_tokens and not 0 <= int(ids.min()) <= int(ids.max()) < config.lookup_size:
+            raise SAEError(
+                f"token_ids go from {int(ids.min())} to {int(ids.max())}, and this SAE knows ids below "
+                f"{config.lookup_size}, those of {config.lookup_tokenizer or 'its tokenizer'}."
+            )
+        return ids.to(self.W_enc.device)
+
+    def _base(self, x: Tensor | None, ids: Tensor | None) -> Tensor:
+        """What every level of a reconstruction begins with.
+
+        That is b_dec (d,); with a skip, or with a vector of each token, (B, d) for activations x and their token ids.
+        """
+        base = self.b_dec
+        if self.W_skip is not None:
+            assert x is not None
+            base = torch.nn.functional.linear(x, self.W_skip, base)
+        if self.W_token is not None:
+            assert ids is not None
+            base = base + torch.nn.functional.embedding(ids, self.W_token)
+        return base
 
     @staticmethod
     def _batch_variance(x: Tensor) -> Tensor:
@@ -185,6 +221,7 @@ class ObjectiveMixin:
         prefix_sizes: Sequence[int] | None,
         variance: Tensor,
         target: Tensor | None = None,
+        token_ids: Tensor | None = None,
     ) -> Tensor:
         """Measure the squared error of every level in a training step.
 
@@ -195,17 +232,20 @@ class ObjectiveMixin:
             prefix_sizes: As in `forward`.
             variance: As in `forward`.
             target: As in `forward`.
+            token_ids: As in `forward`.
 
         Returns:
             Mean squared errors (G,).
         """
         x, (sizes, _) = self._flat(hidden_states), self._levels_of_step(prefix_sizes)
-        y = self._flat_target(x, target)
+        y, base = self._flat_target(x, target), self._base(x, self._flat_token_ids(token_ids, x.shape[0]))
         if active is None:
-            return self._dense_errors(x, y, k, sizes, variance, BatchContext())[0]
-        return self._sparse_errors(x, y, active, k, sizes, variance, BatchContext())[0]
+            return self._dense_errors(x, y, base, k, sizes, variance, BatchContext())[0]
+        return self._sparse_errors(x, y, base, active, k, sizes, variance, BatchContext())[0]
 
-    def reconstruct_as_trained(self, hidden_states: Tensor, k: float, variance: Tensor, widths: Tensor) -> Tensor:
+    def reconstruct_as_trained(
+        self, hidden_states: Tensor, k: float, variance: Tensor, widths: Tensor, token_ids: Tensor | None = None
+    ) -> Tensor:
         """Reconstruct activations as a training step does, for a loss of its own: every weight has its gradient.
 
         Args:
@@ -213,22 +253,24 @@ class ObjectiveMixin:
             k: As in `forward`.
             variance: As in `forward`.
             widths: How many of the first latents each activation is reconstructed from, (N,).
+            token_ids: As in `forward`.
 
         Returns:
             Reconstructions (N, output_size).
         """
         x = self._flat(hidden_states)
+        base = self._base(x, self._flat_token_ids(token_ids, x.shape[0]))
         active = self._select(x, k, variance)
         if active is None:
             pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
             latents, _ = self._select_for_loss(pre, variance, k, BatchContext())
             inside = torch.arange(latents.shape[1], device=x.device) < widths[:, None]
-            return self._base(x) + (latents * inside) @ self.W_dec
+            return base + (latents * inside) @ self.W_dec
         active = active.take(active.latents < widths[active.tokens])
         places = index_active(active, self.W_enc.shape[0])
         pre = PreActivations.apply(x, self.W_enc, self.b_enc, self._subtracted_bias(), active.values, None, *places)
         values, _ = self._activate(pre, places, x, k, variance, BatchContext())
-        return self._base(x) + Decode.apply(values, self.W_dec, x.shape[0], *places)
+        return base + Decode.apply(values, self.W_dec, x.shape[0], *places)
 
     @property
     def inner_shares(self) -> InnerShares:
@@ -264,6 +306,7 @@ class ObjectiveMixin:
         self,
         x: Tensor,
         y: Tensor,
+        base: Tensor,
         active: ActiveLatents,
         k: float,
         sizes: Sequence[int],
@@ -283,7 +326,7 @@ class ObjectiveMixin:
         values, sparsity_loss = self._activate(pre, places, x, k, variance, batch, p)
         detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
         errors, reconstruction = LevelErrors.apply(
-            y, values, self.W_dec, self._base(x), sizes_here, detach, shares, memory, self.ranks, *places
+            y, values, self.W_dec, base, sizes_here, detach, shares, memory, self.ranks, *places
         )
         values = values.detach()
         return errors, reconstruction, ActiveLatents(places.tokens, places.latents, values), sparsity_loss
@@ -360,6 +403,7 @@ class ObjectiveMixin:
         self,
         x: Tensor,
         y: Tensor,
+        base: Tensor,
         k: float,
         sizes: Sequence[int],
         variance: Tensor | float,
@@ -370,7 +414,7 @@ class ObjectiveMixin:
         """The same, latent activations (B, F), and the sparsity penalty."""
         pre = pre_activations(x, self.W_enc, self.b_enc, self._subtracted_bias())
         latents, sparsity_loss = self._select_for_loss(pre, variance, k, batch, p)
-        errors, reconstruction, base = [], y, self._base(x)
+        errors, reconstruction = [], y
         detach, width = self.config.detach_prefixes, latents.shape[1]
         sizes_here = [min(max(size - self.first_latent, 0), width) for size in sizes]
         levels = decode_levels(latents, self.W_dec, base, sizes_here, detach, self.ranks)

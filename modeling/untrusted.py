@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tensors with a row per latent; the others are b_dec, and a transcoder's W_skip.
+# Tensors with a row per latent, and those that all latents share: the last two of a transcoder with a skip and of a
+# tokenized SAE, which has a row per token.
 PER_LATENT = ("W_enc", "b_enc", "W_dec", "threshold", "max_activation", "firing_rate")
+SHARED_TENSORS = ("b_dec", "W_skip", "W_token")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # A configuration or an index of files has some kilobytes.
 MAX_JSON_BYTES = 1 << 20
@@ -95,13 +97,21 @@ def shown(values: Any) -> str:
 
 
 def weight_shapes(
-    num_latents: int, hidden_size: int, output_size: int | None = None, skip: bool = False
+    num_latents: int,
+    hidden_size: int,
+    output_size: int | None = None,
+    skip: bool = False,
+    lookup_size: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The tensors of an SAE and their shapes; of a transcoder, where what it writes has a size of its own."""
     output_size = hidden_size if output_size is None else output_size
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PER_LATENT, (num_latents,))
     shapes |= {"W_enc": (num_latents, hidden_size), "W_dec": (num_latents, output_size), "b_dec": (output_size,)}
-    return shapes | {"W_skip": (output_size, hidden_size)} if skip else shapes
+    if skip:
+        shapes["W_skip"] = (output_size, hidden_size)
+    if lookup_size is not None:
+        shapes["W_token"] = (lookup_size, output_size)
+    return shapes
 
 
 def check_shapes(

@@ -47,6 +47,13 @@ class GridArguments:
             "--site is layers.12.mlp:input. One for each --site.",
         },
     )
+    token_lookup: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a tokenized SAE, which adds a learnt vector of the activation's own token to what it "
+            "reconstructs, so that latents need not say which token it is.",
+        },
+    )
     num_latents: list[int] = field(
         default_factory=list,
         metadata={"help": "Size of the dictionary. Default: 16 times the width."},
@@ -86,6 +93,9 @@ NOT_FLAGS = frozenset(
     {
         "hidden_size",
         "hidden_size_out",
+        "lookup_size",
+        "lookup_tokenizer",
+        "lookup_vocabulary",
         "num_latents",
         "prefix_sizes",
         "k",

@@ -5,7 +5,7 @@ from hf_msae.data.cache_files import CacheError, is_activation_cache
 from hf_msae.data.caching import make_activation_cache
 from hf_msae.data.documents import Documents
 from hf_msae.data.fingerprints import differences, fingerprint
-from hf_msae.data.forward import find_norm_limits, harvest
+from hf_msae.data.forward import TOKEN_IDS, find_norm_limits, harvest
 from hf_msae.data.hash_split import Split
 from hf_msae.data.holding_out import HeldOutWindows, TrainingHoldOut, hold_out, hold_out_for_training
 from hf_msae.data.loading import as_documents, load_documents
@@ -16,6 +16,7 @@ from hf_msae.data.windows import TokenBatch, TokenWindows, Window, collate, coun
 from hf_msae.outliers import ActivationError
 
 __all__ = [
+    "TOKEN_IDS",
     "ActivationError",
     "ActivationStream",
     "BatchIterator",

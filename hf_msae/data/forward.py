@@ -16,6 +16,9 @@ from hf_msae.modeling.devices import sent
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, NORM_TOKENS, activation_norms, check_multiple, norm_limit_of
 from hf_msae.sites import Site, capture
 
+# Among the sites of a batch: not a place in the model, but the token id of each activation, (n,) int64.
+TOKEN_IDS = Site("token ids", "input")
+
 
 def leave_out(windows: Sequence[Window], inlying: Tensor) -> list[Window]:
     """The windows, in which outliers no longer count; inlying: of all tokens that count, bool (n,)."""
@@ -57,6 +60,7 @@ def find_norm_limits(
     if not multiple:
         return dict.fromkeys(sites, 0.0)
     check_multiple(multiple)
+    sites = activation_sites(sites)
     norms: dict[Site, list[Tensor]] = {site: [] for site in sites}
     tokens = 0
     for captured in harvest(model, sites, windows, lm_batch_size=lm_batch_size, pad_id=pad_id):
@@ -75,8 +79,9 @@ def harvest(
     """Activations of the tokens that count, in the order of the windows, one forward pass at a time.
 
     Yields:
-        `{site: (tokens that count in the pass, hidden_size)}`, on the device where the model gives them. Passes over
-        windows without any such token are left out.
+        `{site: (tokens that count in the pass, hidden_size)}`, on the device where the model gives them; where
+        `TOKEN_IDS` is among the sites, with the tokens themselves. Passes over windows without any such token are left
+        out.
 
     Raises:
         ValueError: the model is in training mode, where dropout would change its activations.
@@ -91,7 +96,7 @@ def harvest(
 def capture_counted(
     model: PreTrainedModel, sites: Sequence[Site], windows: Sequence[Window], pad_id: int
 ) -> dict[Site, Tensor] | None:
-    """`{site: (tokens that count, hidden_size)}` of one forward pass; None where no token counts."""
+    """`{site: (tokens that count, hidden_size)}` of one forward pass, as `harvest`; None where no token counts."""
     check_eval(model)
     device = device_of(model)
     batch = collate(windows, pad_id)
@@ -101,8 +106,16 @@ def capture_counted(
     inputs = {"input_ids": sent(batch["input_ids"], device)}
     if batch["attention_mask"] is not None:
         inputs["attention_mask"] = sent(batch["attention_mask"], device)
-    captured = capture(model, sites, **inputs)
-    return {site: captured[site].flatten(0, 1)[sent(rows, captured[site].device)] for site in sites}
+    captured = capture(model, activation_sites(sites), **inputs)
+    found = {site: x.flatten(0, 1)[sent(rows, x.device)] for site, x in captured.items()}
+    if TOKEN_IDS in sites:
+        found[TOKEN_IDS] = sent(batch["input_ids"].flatten()[rows], device)
+    return {site: found[site] for site in sites}
+
+
+def activation_sites(sites: Iterable[Site]) -> list[Site]:
+    """The places in the model among sites: without `TOKEN_IDS`."""
+    return [site for site in sites if site != TOKEN_IDS]
 
 
 def groups(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:

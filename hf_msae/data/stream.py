@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_msae.data.forward import capture_counted, check_eval, groups
+from hf_msae.data.forward import TOKEN_IDS, capture_counted, check_eval, groups
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.states import check_state
@@ -140,7 +140,7 @@ class ActivationStream(BatchIterator):
 
     Args:
         model: the language model, in eval mode; with or without its head, on any device or split over several.
-        sites: sites, or their names.
+        sites: sites, or their names; `TOKEN_IDS` among them asks for the tokens, too.
         windows: the token windows of this process.
         batch_size: rows per batch.
         block_tokens: tokens that count in a block; more mixes better and takes more memory (see the module).
@@ -154,7 +154,7 @@ class ActivationStream(BatchIterator):
 
     Yields:
         `{site: (batch_size, hidden_size)}`, in the dtype and on the device on which the model gives them. Row i is the
-        same token at every site.
+        same token at every site. `TOKEN_IDS`, where asked for, are (batch_size,) int64.
 
     Attributes:
         num_tokens, num_dropped: as in `BatchIterator`.
@@ -182,13 +182,15 @@ class ActivationStream(BatchIterator):
         ahead: bool | None = None,
     ) -> None:
         super().__init__(batch_size)
-        if not sites:
+        if not any(site != TOKEN_IDS for site in sites):
             raise InputError("sites is empty: name at least one site, such as 'layers.4'")
         if block_tokens < 1 or lm_batch_size < 1:
             raise InputError(f"block_tokens ({block_tokens}) and lm_batch_size ({lm_batch_size}) must be at least 1")
         check_eval(model)
         self.model = model
-        self.sites = list(dict.fromkeys(resolve_site(model, site) for site in sites))
+        places = [site for site in sites if site != TOKEN_IDS]
+        tokens = [TOKEN_IDS] if TOKEN_IDS in sites else []
+        self.sites = list(dict.fromkeys([*(resolve_site(model, site) for site in places), *tokens]))
         self.windows = windows
         self.block_tokens = block_tokens
         self.lm_batch_size = lm_batch_size
@@ -348,9 +350,11 @@ class ActivationStream(BatchIterator):
             for site, activations in captured.items():
                 if site not in block.buffers:
                     # A block ends with the window that completes it, so it is at most one window longer than asked.
-                    size = (self.block_tokens + self.windows.context_length, activations.shape[-1])
+                    size = (self.block_tokens + self.windows.context_length, *activations.shape[1:])
                     block.buffers[site] = activations.new_empty(size)
                 block.buffers[site][before : block.rows] = activations
+                if site == TOKEN_IDS:
+                    continue
                 # Pass by pass, because on the CPU this makes a float32 copy.
                 block.norms.setdefault(site, []).append(activation_norms(activations))
 

@@ -93,15 +93,19 @@ class TextActivations:
         for part in self.x.split(tokens_at_once(sae)):
             yield part.to(sae.device)
 
-    def pairs(self, sae: MatryoshkaSAE) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """As `batches`, each with what a transcoder is to reconstruct of it; None where SAEs are measured.
+    def with_targets(self, sae: MatryoshkaSAE) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """As `batches`, each with what is to be reconstructed of it and with its tokens.
+
+        The former is None where SAEs are measured, which reconstruct what they read, and the tokens are where the SAE
+        is not tokenized.
 
         Args:
             sae: the SAE.
         """
-        begin = 0
+        begin, ids = 0, self.token_ids if sae.config.is_tokenized else None
         for x in self.batches(sae):
-            yield x, None if self.y is None else self.y[begin : begin + len(x)].to(sae.device)
+            own = slice(begin, begin + len(x))
+            yield x, None if self.y is None else self.y[own].to(sae.device), None if ids is None else ids[own]
             begin += len(x)
 
     def token_batches(self, num_tokens: int) -> Iterator[TokenBatch]:

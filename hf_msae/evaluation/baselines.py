@@ -58,6 +58,9 @@ def baseline_config(kind: str, config: MatryoshkaSAEConfig) -> MatryoshkaSAEConf
         site_out=config.site_out,
         hidden_size_out=config.hidden_size_out,
         skip=config.skip,
+        lookup_size=config.lookup_size,
+        lookup_tokenizer=config.lookup_tokenizer,
+        lookup_vocabulary=config.lookup_vocabulary,
     )
 
 

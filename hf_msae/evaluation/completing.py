@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.documents import DocumentsLike
+from hf_msae.data.lookups import check_lookup
 from hf_msae.devices import device_of
 from hf_msae.evaluation.activations import TextActivations, collect
 from hf_msae.metrics import Measurement, ReconstructionMeter, measured_facts, merge
@@ -41,13 +42,13 @@ def complete(sae: MatryoshkaSAE, text: TextActivations) -> Measurement:
     Returns:
         What was measured.
     """
-    x, y = text.x, text.y
+    x, y, ids = text.x, text.y, text.token_ids
     if lacks_threshold(sae):
         half = len(x) // 2
         sae.calibrate_threshold(part.to(sae.device) for part in sae.in_parts(x[:half]))
-        x, y = x[half:], None if y is None else y[half:]
+        x, y, ids = x[half:], None if y is None else y[half:], ids[half:]
     meter = ReconstructionMeter(sae)
-    meter.update(x, y)
+    meter.update(x, y, ids)
     sae.max_activation.copy_(meter.max_activation)
     sae.firing_rate.copy_(meter.firing_rate)
     measurement = merge(meter, None)
@@ -88,6 +89,7 @@ def complete_on_text(
     """
     config = sae.config
     found = find_site(model, config, site, called=called)
+    check_lookup(config, model, tokenizer, called=called)
     length = window_length(model, SAETrainingArguments(context_length=config.context_length))
     found_out = find_output_site(model, config, found, called=called) if config.is_transcoder else None
     text = collect(

@@ -110,8 +110,8 @@ def measure_core(
     meters: dict[str, ReconstructionMeter] = {}
     for name, sae in logging.tqdm(saes.items(), desc="Reconstruction", unit=" SAE"):
         meters[name] = ReconstructionMeter(sae)
-        for x, target in text.pairs(sae):
-            meters[name].update(x, target)
+        for batch in text.with_targets(sae):
+            meters[name].update(*batch)
     cross_entropies: dict[str, Measurement] = {}
     if ce_tokens and predicts_next_token(text.model):
         mean = next(iter(meters.values())).mean
@@ -119,6 +119,7 @@ def measure_core(
         shown = logging.tqdm(batches, desc="Cross-entropy", unit=" batch")
         cross_entropies = measure_cross_entropies(text.model, text.site, saes, mean, shown, output_site=text.site_out)
     results = {}
+    token_ids = text.token_ids[:rate_tokens]
     for name, sae in logging.tqdm(saes.items(), desc="Rate–distortion", unit=" SAE"):
         rate = meters[name].firing_rate.cpu()
         coded, wanted = text.x[:rate_tokens], text.targets[:rate_tokens]
@@ -127,7 +128,7 @@ def measure_core(
         results[name] = CoreResult(
             measurement=measurement,
             density=density(rate, sae.config.prefix_sizes),
-            rate_distortion=rate_distortion(sae, coded, wanted),
+            rate_distortion=rate_distortion(sae, coded, wanted, token_ids),
             rate_tokens=len(coded),
             firing_rate=rate,
         )
@@ -158,13 +159,16 @@ def density(firing_rate: Tensor, prefix_sizes: Iterable[int]) -> Density:
 
 
 @torch.inference_mode()
-def rate_distortion(sae: MatryoshkaSAE, x: Tensor, target: Tensor | None = None) -> list[RatePoint]:
+def rate_distortion(
+    sae: MatryoshkaSAE, x: Tensor, target: Tensor | None = None, token_ids: Tensor | None = None
+) -> list[RatePoint]:
     """A point for every prefix and fineness of quantisation.
 
     Args:
         sae: in evaluation mode.
         x: activations, (n, hidden_size).
         target: what is to be reconstructed, (n, output_size); x by default.
+        token_ids: the token of each, (n,), which a tokenized SAE needs.
     """
     target = x if target is None else target
     parts = x.split(tokens_at_once(sae))
@@ -174,7 +178,10 @@ def rate_distortion(sae: MatryoshkaSAE, x: Tensor, target: Tensor | None = None)
     for cells in QUANTISATION:
         counts = torch.zeros(sae.config.num_latents * cells, dtype=torch.float64)
         errors = torch.zeros(sae.config.num_levels, dtype=torch.float64)
+        begin = 0
         for part, wanted in zip(parts, target.split(tokens_at_once(sae)), strict=True):
+            ids = None if token_ids is None else token_ids[begin : begin + len(part)]
+            begin += len(part)
             part, wanted = part.to(sae.device), wanted.to(sae.device)
             latents = sae.encode(part)
             tokens, active = latents.nonzero(as_tuple=True)
@@ -182,7 +189,7 @@ def rate_distortion(sae: MatryoshkaSAE, x: Tensor, target: Tensor | None = None)
             cell = ((latents[tokens, active] - low[active]) / width.clamp_min(1e-30)).floor().clamp(0, cells - 1)
             counts += torch.bincount(active * cells + cell.long(), minlength=len(counts)).cpu()
             latents[tokens, active] = (low[active] + (cell + 0.5) * width).to(latents.dtype)
-            for level, reconstruction in enumerate(sae.decode_levels(latents, part)):
+            for level, reconstruction in enumerate(sae.decode_levels(latents, part, ids)):
                 errors[level] += (wanted.double() - reconstruction).pow(2).sum().item()
         bits = description_bits(counts.view(-1, cells), len(x)).cumsum(0)
         for level, prefix in enumerate(sae.config.prefix_sizes):

@@ -173,11 +173,14 @@ class Metric(ABC, Generic[Result]):
         needs_labels: whether it needs labelled examples; without these, `evaluate` leaves it out.
         takes_transcoders: whether it also makes sense where decoder rows are of another site than is read; where it
             does not, `evaluate` leaves it out of an evaluation of transcoders.
+        takes_tokenized: whether it also makes sense where a part of the reconstruction is no latent's, but the token's
+            own; where it does not, `evaluate` leaves it out where any SAE is tokenized.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     takes_transcoders: ClassVar[bool] = False
+    takes_tokenized: ClassVar[bool] = True
 
     @abstractmethod
     def measure(self, inputs: MetricInputs) -> Result | None:

@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data.documents import DocumentsLike
+from hf_msae.data.lookups import check_lookup
 from hf_msae.devices import device_of
 from hf_msae.errors import InputError
 from hf_msae.evaluation.activations import TextActivations, collect
@@ -96,6 +97,7 @@ def run_evaluation(
     where_out = find_output_site(model, config, where, called=first.name) if config.is_transcoder else None
     for subject in subjects:
         find_site(model, subject.sae.config, where, called=subject.name)
+        check_lookup(subject.sae.config, model, tokenizer, called=subject.name)
         if subject.sae.config.is_transcoder != config.is_transcoder:
             raise InputError(
                 f"{first.name} and {subject.name} cannot stand in one table: one reconstructs what it reads, and the "

@@ -109,14 +109,20 @@ def evaluate(
     evaluation.add(CORE, core)
     inputs.firing_rates = {name: result.firing_rate for name, result in core.items()}
     if text.y is not None:
-        left_out = [metric.name for metric in chosen if not metric.takes_transcoders]
-        chosen = [metric for metric in chosen if metric.takes_transcoders]
-        if left_out:
-            logger.warning(
-                "Left out: %s. They compare decoder rows with what is read, which in a transcoder is another place.",
-                ", ".join(left_out),
-            )
+        reason = "They compare decoder rows with what is read, which in a transcoder is another place."
+        chosen = _only([(metric, metric.takes_transcoders) for metric in chosen], reason)
+    if any(subject.sae.config.is_tokenized for subject in subjects):
+        reason = "They take reconstructions apart into latents, and a tokenized SAE adds the token's own vector."
+        chosen = _only([(metric, metric.takes_tokenized) for metric in chosen], reason)
     for metric in chosen[1:]:
         if labelled is not None or not metric.needs_labels:
             evaluation.add(metric, metric.measure(inputs))
     return evaluation
+
+
+def _only(metrics: Sequence[tuple[Metric[Any], bool]], reason: str) -> list[Metric[Any]]:
+    """The metrics that make sense; that others were asked for is said, with the reason."""
+    left_out = [metric.name for metric, fits in metrics if not fits]
+    if left_out:
+        logger.warning("Left out: %s. %s", ", ".join(left_out), reason)
+    return [metric for metric, fits in metrics if fits]

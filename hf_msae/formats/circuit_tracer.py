@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import InputError
+from hf_msae.formats.common import refuse_tokenized
 from hf_msae.modeling import MatryoshkaSAE
 
 LIBRARY = "circuit-tracer"
@@ -47,6 +48,7 @@ def write_set(transcoders: Sequence[MatryoshkaSAE], folder: str | Path) -> None:
     layers: dict[int, MatryoshkaSAE] = {}
     settings: dict[str, object] = {}
     for sae in transcoders:
+        refuse_tokenized(sae, LIBRARY)
         layer, hooks = _place(sae)
         own = {"model_kind": "transcoder_set", **hooks, **_activation(sae)}
         own |= {"model_name": sae.config.base_model} if sae.config.base_model else {}

@@ -19,6 +19,7 @@ from torch import Tensor, dtype, promote_types
 
 from hf_msae.errors import InputError
 from hf_msae.formats.known_releases import release_of
+from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside, parse_json
 
 # How many folders an error names where a user must choose one.
@@ -215,6 +216,23 @@ def released_prefix_sizes(num_latents: int, files: Files, notes: list[str]) -> S
         )
     notes.append(f"It is nested at {sizes}, as {release.source} says; its files do not.")
     return release.prefix_sizes
+
+
+def refuse_tokenized(sae: MatryoshkaSAE, library: str) -> None:
+    """Refuse to write an SAE that adds a vector of each token, for a library whose SAEs see no tokens.
+
+    Args:
+        sae: The SAE.
+        library: What the library is called.
+
+    Raises:
+        InputError: It is tokenized.
+    """
+    if sae.config.is_tokenized:
+        raise InputError(
+            f"{library} cannot express this SAE: it is tokenized, so a vector of the activation's own token is a part "
+            "of what it reconstructs, and there an SAE sees activations alone. Train one without --token-lookup."
+        )
 
 
 def target_k(reported: Any, num_latents: int, notes: list[str]) -> float:

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from hf_msae.atomic_files import atomic_folder
 from hf_msae.errors import OutputExistsError
-from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError, Outline
+from hf_msae.formats.common import ConvertedCheckpoint, Files, FormatError, Outline, refuse_tokenized
 from hf_msae.formats.libraries import FORMATS, NAMED_BY_FILE, WRITABLE
 from hf_msae.formats.naming import describe_absence, describe_name, first_few, natural_order
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -222,6 +222,7 @@ def write_library_checkpoint(sae: MatryoshkaSAE, folder: str | Path, name: str) 
     """
     if name not in WRITABLE:
         raise FormatError(f"SAEs can be written for {' and '.join(WRITABLE)}, not for {name!r}.")
+    refuse_tokenized(sae, library_of(name))
     _format(name).write(sae, Path(folder))
 
 
@@ -351,4 +352,5 @@ def to_saebench(sae: MatryoshkaSAE, prefix: int | None = None) -> Any:
     """See `MatryoshkaSAE.to_saebench`."""
     from hf_msae.formats import saebench
 
+    refuse_tokenized(sae, "SAEBench")
     return saebench.to_saebench(sae, prefix)

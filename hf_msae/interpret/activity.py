@@ -20,18 +20,23 @@ PRODUCT_AT_ONCE = 1 << 24
 
 
 @torch.no_grad()
-def without_latents(sae: MatryoshkaSAE, x: Tensor) -> Tensor:
-    """What a reconstruction is where no latent is active: the decoder bias, and what a skip makes of x.
+def without_latents(sae: MatryoshkaSAE, x: Tensor, token_ids: Tensor) -> Tensor:
+    """What a reconstruction is where no latent is active.
+
+    That is the decoder bias, what a skip makes of x, and of a tokenized SAE the token's vector.
 
     Args:
         sae: the SAE.
         x: activations, (tokens, hidden_size).
+        token_ids: their tokens, (tokens,).
 
     Returns:
-        (output_size,) float32, or with a skip (tokens, output_size).
+        (output_size,) float32, or with a skip, or of a tokenized SAE, (tokens, output_size).
     """
-    bias = sae.b_dec.detach().float()
-    return bias if sae.W_skip is None else torch.nn.functional.linear(x.float(), sae.W_skip.detach().float(), bias)
+    base = sae.b_dec.detach().float()
+    if sae.W_skip is not None:
+        base = torch.nn.functional.linear(x.float(), sae.W_skip.detach().float(), base)
+    return base if sae.W_token is None else base + sae.W_token.detach()[token_ids.to(sae.device)].float()
 
 
 @torch.no_grad()

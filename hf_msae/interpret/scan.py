@@ -209,7 +209,7 @@ class _Collector:
         x, y = x.to(self.sae.device), y.to(self.sae.device)
         active = active_latents(self.sae, x)
         if self.num_recorded < self.record_tokens:
-            self._record(x, y, active)
+            self._record(x, y, torch.cat([window.input_ids[window.keep] for window in group]), active)
         active = ActiveLatents(*(part.cpu() for part in active))
         self.statistics.update(active.latents, active.values, len(x))
         batch = _Batch(group, active, self.sae.config.num_latents, self.context_tokens)
@@ -232,8 +232,8 @@ class _Collector:
     def _offer(self, store: ContextStore, batch: "_Batch", places: Tensor, scores: Tensor, ties: Tensor) -> None:
         store.offer(batch.active.latents[places], scores, ties, lambda rows: batch.contexts(places[rows]))
 
-    def _record(self, x: Tensor, y: Tensor, active: ActiveLatents) -> None:
-        y, base = y.float(), without_latents(self.sae, x)
+    def _record(self, x: Tensor, y: Tensor, token_ids: Tensor, active: ActiveLatents) -> None:
+        y, base = y.float(), without_latents(self.sae, x, token_ids)
         errors = y - reconstruct(self.sae, active, len(y), base)
         energies = (y - base).square().sum(-1)
         order = active.latents.argsort(stable=True)

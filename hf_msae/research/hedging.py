@@ -209,6 +209,7 @@ class HedgingMetric(Metric[dict[str, list[HedgingDegree]]]):
     """How far the latents of each prefix change when they get company, by the SAE's name."""
 
     name = "hedging"
+    takes_tokenized = False
 
     def measure(self, inputs: MetricInputs) -> dict[str, list[HedgingDegree]]:
         """Take each prefix of a trained SAE by itself, widen it and train on.

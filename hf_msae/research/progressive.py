@@ -305,6 +305,7 @@ class ProgressiveMetric(Metric[ProgressiveResult]):
     """Every SAE cut to the first one's prefixes, in its own order and in two sorted ones."""
 
     name = "progressive"
+    takes_tokenized = False
 
     def measure(self, inputs: MetricInputs) -> ProgressiveResult | None:
         """Measure trained SAEs.

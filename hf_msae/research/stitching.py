@@ -257,6 +257,7 @@ class StitchingMetric(Metric[list[Stitching]]):
     """Between the levels of each SAE, from its first prefix to its whole, and between SAEs of different width."""
 
     name = "stitching"
+    takes_tokenized = False
 
     def measure(self, inputs: MetricInputs) -> list[Stitching]:
         """Measure trained SAEs: novelty between levels, then the curves."""

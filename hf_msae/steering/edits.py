@@ -137,6 +137,11 @@ def check_edits(sae: MatryoshkaSAE, edits: Sequence[Edit], name: str = "") -> No
     for edit in edits:
         if isinstance(edit, PrefixEdit):
             _prefix_size(sae, edit)
+            if sae.config.is_tokenized and not edit.keep_error:
+                raise SteeringError(
+                    f"a prefix edit{where} that keeps no error replaces activations by reconstructions, of which the "
+                    "token's own vector is a part here, and steering does not see tokens; leave keep_error true."
+                )
             if any(not isinstance(other, LatentEdit) or other.method != "add" for other in edits if other is not edit):
                 raise SteeringError(
                     f"a prefix edit{where} goes only with edits that add: what the others do depends on latents that "

@@ -131,7 +131,8 @@ class EndToEnd:
         of_token = torch.tensor(widths, device=rows.device)[rows // keep.shape[1]].to(sae.device)
         x = hidden.flatten(0, 1)[rows].to(sae.device, torch.float32)
         with torch.autocast(sae.device.type, torch.bfloat16, enabled=bool(self.run.args.bf16)):
-            reconstruction = sae.reconstruct_as_trained(x, options["k"], options["variance"], of_token)
+            ids = batch["input_ids"].flatten()[rows.cpu()] if sae.config.is_tokenized else None
+            reconstruction = sae.reconstruct_as_trained(x, options["k"], options["variance"], of_token, ids)
         flat = target.flatten(0, 1)
         replaced = flat.index_copy(0, rows.to(flat.device), reconstruction.to(flat)).view_as(target)
         logits = splice.logits(replaced)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_msae.data import CachedActivations
+from hf_msae.data import CachedActivations, vocabulary
 from hf_msae.data.cache import TrainingData
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -27,6 +27,7 @@ def make_saes(
     *,
     prefix_sizes: Sequence[str | int | Fraction] = (),
     sites_out: Sequence[str] = (),
+    token_lookup: bool = False,
     init_from: str | None = None,
     **options: Any,
 ) -> list[MatryoshkaSAE]:
@@ -39,6 +40,7 @@ def make_saes(
         k: mean numbers of active latents per token. By default 32, and fewer for a dictionary below 4,096 latents.
         prefix_sizes: the nested sizes, as numbers of latents or as shares of the whole, such as "1/16".
         sites_out: makes transcoders: for each of the sites, where what they reconstruct is.
+        token_lookup: makes tokenized SAEs, which add a learnt vector of the activation's own token.
         init_from: an SAE, a folder or a Hub repo, whose form all have but for what is given here. Its weights are
             taken by the trainer (`SAETrainingArguments.init_from`).
         options: fields of `MatryoshkaSAEConfig`, the same for all.
@@ -68,6 +70,8 @@ def make_saes(
     for name, name_out in zip(names, outputs, strict=True):
         site = resolve_site(model, name)
         values = options | {"site": str(site)}
+        if token_lookup:
+            values["lookup_size"] = vocabulary(model)
         if name_out is not None:
             site_out = resolve_site(model, name_out)
             values |= {"site_out": str(site_out), "hidden_size_out": site_width(model, site_out)}

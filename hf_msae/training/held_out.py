@@ -329,8 +329,7 @@ class Evaluator:
         meters = {learner.name: _meter(learner) for learner in learners}
         for batch in self._shown(self.held_out.evaluation(ranks.rank, ranks.size), "Measuring"):
             for learner in learners:
-                target = batch[learner.output_site] if learner.sae.config.is_transcoder else None
-                meters[learner.name].update(batch[learner.site], target)
+                meters[learner.name].update(*learner.parts_of(batch))
         for learner in learners:
             meter = meters[learner.name]
             meter.num_tokens, meter.num_outliers = ranks.total(meter.num_tokens), ranks.total(meter.num_outliers)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_msae.data import TOKEN_IDS
 from hf_msae.hub.results import save_quietly
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.dense_ops import ALL_GRADIENTS
@@ -188,7 +189,7 @@ class Learner:
             moment.zero_()  # the first step counts these activations again
 
     def _all_activations(self, activations: Tensor) -> Tensor:
-        """This process's activations, or, where each process has some of the latents, those of all processes."""
+        """This process's rows, or, where each process has some of the latents, those of all processes."""
         x = activations.to(self.device)
         return x if self.sae.ranks.size == 1 else self.sae.ranks.gather(x).flatten(0, 1)
 
@@ -219,6 +220,8 @@ class Learner:
             self.sae.b_enc.copy_(-(self.sae.W_enc @ input_mean.to(self.sae.W_enc.dtype)))
             if self.sae.W_skip is not None:
                 self.sae.W_skip.zero_()
+        if self.sae.W_token is not None:
+            self.sae.W_token.zero_()
         if self.sae.config.activation == "jumprelu":
             # Without this the first steps are dense: a threshold learns only from pre-activations near it.
             self.sae.threshold.fill_(1.0)
@@ -230,6 +233,8 @@ class Learner:
         in_activation_units = [self.sae.b_enc, self.sae.b_dec]
         if self.sae.config.activation == "jumprelu":
             in_activation_units.append(self.sae.threshold)
+        if self.sae.W_token is not None:
+            in_activation_units.append(self.sae.W_token)
         groups = [
             {"params": [self.sae.W_enc, self.sae.W_dec], "peak_lr": self.learning_rate},
             {"params": in_activation_units, "peak_lr": self.learning_rate * scale},
@@ -278,31 +283,49 @@ class Learner:
         self.sae.gradient_memory = None
         self.sae.eval()
 
-    def step(self, activations: Tensor, step: int, target: Tensor | None = None) -> None:
+    def step(
+        self, activations: Tensor, step: int, target: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> None:
         """Take one optimizer step.
 
         Args:
             activations: This process's, of all micro-batches, (batch, hidden_size).
             step: Its number, from 0.
             target: Of a transcoder, what it is to reconstruct of them, (batch, output_size).
+            token_ids: Of a tokenized SAE, the token of each, (batch,).
         """
         with products(self.args, self.device):
-            self._step(activations, step, target)
+            self._step(activations, step, target, token_ids)
 
     def take(self, batch: Mapping[Site, Tensor], step: int) -> None:
         """Take one optimizer step with a batch of all sites; the first begins with `start`.
 
         Args:
-            batch: This process's activations by site.
+            batch: This process's activations by site, and for a tokenized SAE their `TOKEN_IDS`.
             step: Its number, from 0.
         """
-        x = batch[self.site]
-        target = batch[self.output_site] if self.sae.config.is_transcoder else None
+        x, target, token_ids = self.parts_of(batch)
         if step == 0:
             self.start(x, target)
-        self.step(x, step, target)
+        self.step(x, step, target, token_ids)
 
-    def _step(self, activations: Tensor, step: int, target: Tensor | None = None) -> None:
+    @property
+    def needed(self) -> list[Site]:
+        """What a batch must hold for this SAE."""
+        tokens = [TOKEN_IDS] if self.sae.config.is_tokenized else []
+        return list(dict.fromkeys([self.site, self.output_site, *tokens]))
+
+    def parts_of(self, batch: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What of a batch this SAE reads: activations, a transcoder's target, and a tokenized SAE's token ids.
+
+        Args:
+            batch: Activations by site.
+        """
+        config = self.sae.config
+        target = batch[self.output_site] if config.is_transcoder else None
+        return batch[self.site], target, batch[TOKEN_IDS] if config.is_tokenized else None
+
+    def _step(self, activations: Tensor, step: int, target: Tensor | None, token_ids: Tensor | None) -> None:
         config, device = self.sae.config, self.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
@@ -312,6 +335,7 @@ class Learner:
             self._sort_latents()
         x = self._all_activations(activations).to(torch.float32)
         y = None if target is None else self._all_activations(target).to(torch.float32)
+        tokens = None if token_ids is None else self._all_activations(token_ids)
         self._update_moments(x if y is None else y)
         self._adapt_sparsity_weight(step)
         later_p = next_p(step, self.max_steps, config, self.args)
@@ -332,12 +356,13 @@ class Learner:
         size = -(-x.shape[0] // self.args.gradient_accumulation_steps)
         parts = x.split(size)
         targets = [None] * len(parts) if y is None else y.split(size)
+        ids = [None] * len(parts) if tokens is None else tokens.split(size)
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            contexts = self._batch_contexts(x, parts, targets, options)
+            contexts = self._batch_contexts(x, parts, targets, ids, options)
         level_losses = []
-        for part, wanted, context in zip(parts, targets, contexts, strict=True):
+        for part, wanted, own_ids, context in zip(parts, targets, ids, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-                output = self.sae(part, target=wanted, batch=context, **options)
+                output = self.sae(part, target=wanted, token_ids=own_ids, batch=context, **options)
             weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
             (output.loss * weight).backward()
             later = None
@@ -359,7 +384,12 @@ class Learner:
         self._after_step(statistics, x.shape[0] * self.data_parallel.size, step)
 
     def _batch_contexts(
-        self, x: Tensor, parts: Sequence[Tensor], targets: Sequence[Tensor | None], options: Mapping[str, Any]
+        self,
+        x: Tensor,
+        parts: Sequence[Tensor],
+        targets: Sequence[Tensor | None],
+        ids: Sequence[Tensor | None],
+        options: Mapping[str, Any],
     ) -> list[BatchContext]:
         """What each micro-batch must know of the step's whole batch, of all processes."""
         if len(parts) == 1 and self.data_parallel.size == 1:
@@ -374,9 +404,9 @@ class Learner:
             count = self.sae.ranks.sum(self.sae.count_active(x, active))
             l0 = self.data_parallel.sum(count.float() / x.shape[0]) / self.data_parallel.size
         if config.log_loss:
-            triples = zip(parts, own, targets, strict=True)
+            given = zip(parts, own, targets, ids, strict=True)
             sizes = options["prefix_sizes"]
-            errors = [self.sae.level_errors(part, mine, k, sizes, variance, y) for part, mine, y in triples]
+            errors = [self.sae.level_errors(part, mine, k, sizes, variance, y, t) for part, mine, y, t in given]
             mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
             level_errors = self.data_parallel.sum(mean) / self.data_parallel.size
         return [BatchContext(active, l0, level_errors) for active in own]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.data import (
+    TOKEN_IDS,
     ActivationStream,
     BatchIterator,
     CachedActivations,
@@ -96,7 +97,7 @@ class TextSource:
     Args:
         model: The language model.
         tokenizer: Its tokenizer.
-        sites: Where its activations are taken.
+        sites: Where its activations are taken; `TOKEN_IDS` among them gives the tokens, too.
         context_length: Tokens of a window.
         tensor_parallel: Whether the model is one copy that all processes run together, on the same windows.
     """
@@ -166,6 +167,8 @@ class ActivationLoader(ABC):
         # Once for all learners of a site, without waiting; what a language model gives is on its device already.
         batch = {site: sent(rows, self.device) if rows.device.type == "cpu" else rows for site, rows in batch.items()}
         for site, rows in batch.items():
+            if site == TOKEN_IDS:
+                continue
             some = Population.of(rows[:ROWS_OF_BATCH])
             self.populations[site] = self.populations[site] + some if site in self.populations else some
         return batch

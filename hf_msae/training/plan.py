@@ -349,8 +349,7 @@ def probe(run: Run, learners: Sequence[Learner], held_out: HeldOut) -> Probe:
     for step in range(1 + PROBE_STEPS):
         began = time.perf_counter()
         for learner in learners:
-            sites = dict.fromkeys([learner.site, learner.output_site])
-            learner.take({site: _filled([part[site] for part in passes], batch) for site in sites}, step)
+            learner.take({site: _filled([part[site] for part in passes], batch) for site in learner.needed}, step)
         _wait(device)
         step_seconds.append(time.perf_counter() - began)
     return Probe(rate * run.num_processes, run.tokens_per_step * PROBE_STEPS / sum(step_seconds[1:]))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_msae.data import CachedActivations, as_documents
+from hf_msae.data import TOKEN_IDS, CachedActivations, as_documents
 from hf_msae.data.cache import TrainingData
 from hf_msae.data.documents import DocumentsLike
+from hf_msae.data.lookups import check_lookup, record_tokenizer
 from hf_msae.errors import InputError
 from hf_msae.language_models import has_adapter, origin_of, quantization_of
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -134,6 +135,39 @@ def resolve_output_sites(
         if sae.config.is_transcoder:
             sae.config.site_out = str(found[name].without_wrappers())
     return found
+
+
+def prepare_lookups(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    saes: Mapping[str, MatryoshkaSAE],
+    train_dataset: TrainingData,
+) -> list[Site]:
+    """Write into tokenized SAEs whose tokens they look up, and check those that know it already.
+
+    Args:
+        model: The language model; None where activations come from a cache.
+        tokenizer: Its tokenizer.
+        saes: SAEs by name.
+        train_dataset: What is trained on.
+
+    Returns:
+        `TOKEN_IDS`, where batches are to hold them.
+
+    Raises:
+        InputError: The tokens are of another tokenizer, or the data holds none.
+    """
+    tokenized = {name: sae.config for name, sae in saes.items() if sae.config.is_tokenized}
+    for name, config in tokenized.items():
+        if isinstance(train_dataset, CachedActivations):
+            raise InputError(
+                f"{name} is tokenized: it adds a vector of each activation's token, and an activation cache holds no "
+                "tokens. Train on the text itself, or leave --token-lookup (lookup_size) out."
+            )
+        if model is not None and tokenizer is not None:
+            check_lookup(config, model, tokenizer, called=name)
+            record_tokenizer(config, tokenizer)
+    return [TOKEN_IDS] if tokenized else []
 
 
 def _record_model(sae: MatryoshkaSAE, model: PreTrainedModel) -> None:
@@ -315,7 +349,7 @@ def _read(source: str) -> MatryoshkaSAE:
 def _check(config: MatryoshkaSAEConfig, initial: MatryoshkaSAEConfig, source: str) -> None:
     changed = [
         f"{name} is {getattr(initial, name)!r} there and {getattr(config, name)!r} here"
-        for name in ("hidden_size", "hidden_size_out", "skip", "activation", "apply_b_dec_to_input")
+        for name in ("hidden_size", "hidden_size_out", "skip", "lookup_size", "activation", "apply_b_dec_to_input")
         if getattr(initial, name) != getattr(config, name)
     ]
     if initial.site is not None and initial.site != config.site:

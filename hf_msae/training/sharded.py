@@ -32,7 +32,7 @@ from hf_msae.modeling.prefix_loading import WEIGHTS_NAME
 from hf_msae.modeling.ranged_files import format_header
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup, among_largest
 from hf_msae.modeling.sparse_encoder import ActiveLatents
-from hf_msae.modeling.untrusted import PER_LATENT
+from hf_msae.modeling.untrusted import PER_LATENT, SHARED_TENSORS
 from hf_msae.training.collectives import row_pieces
 
 # Numbers of initial weights that exist at once where only some rows are wanted.
@@ -167,12 +167,15 @@ class ShardedSAE(MatryoshkaSAE):
         return torch.relu(flat * among_largest(flat, round(self.config.k), self.ranks)).view_as(pre)
 
     @torch.no_grad()
-    def decode_levels(self, latents: Tensor, hidden_states: Tensor | None = None) -> Tensor:
+    def decode_levels(
+        self, latents: Tensor, hidden_states: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> Tensor:
         """Reconstruct by every prefix, from these latents and those of the other processes.
 
         Args:
             latents: This process's latent activations, (..., last_latent - first_latent).
             hidden_states: What was encoded, (..., hidden_size), where there is a skip.
+            token_ids: The token of each activation, (...,), of a tokenized SAE.
 
         Returns:
             Reconstructions, (num_levels, ..., output_size).
@@ -180,7 +183,7 @@ class ShardedSAE(MatryoshkaSAE):
         width = self.last_latent - self.first_latent
         flat = latents.reshape(-1, width)
         sizes = [min(max(size - self.first_latent, 0), width) for size in self.config.prefix_sizes]
-        base = self._decoder_base(hidden_states)
+        base = self._decoder_base(hidden_states, token_ids, flat.shape[0])
         levels = list(decode_levels(flat, self.W_dec, base, sizes, ranks=self.ranks))
         return torch.stack(levels).view(len(levels), *latents.shape[:-1], self.config.output_size)
 
@@ -313,7 +316,7 @@ def read_latent_file(path: Path, first: int, stop: int, num_latents: int) -> dic
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
             # These have no row for each latent, but may be as long as there are latents.
-            has_rows = name not in ("b_dec", "W_skip") and part.get_shape()[:1] == [num_latents]
+            has_rows = name not in SHARED_TENSORS and part.get_shape()[:1] == [num_latents]
             # A copy, because a part of a mapped file begins anywhere, on which the last bits of products depend.
             tensors[name] = (part[first:stop] if has_rows else part[:]).clone()
     return tensors

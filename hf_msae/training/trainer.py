@@ -39,6 +39,7 @@ from hf_msae.training.plan import Plan, Probe, make_plan, probe
 from hf_msae.training.preparation import (
     named_saes,
     open_data,
+    prepare_lookups,
     resolve_output_sites,
     resolve_sites,
     set_norm_limits,
@@ -119,7 +120,8 @@ class SAETrainer:
         if run.args.init_from is not None:
             for item in self.saes.values():
                 warm_start(item, run.args.init_from, run.args.seed)
-        sites = list(dict.fromkeys([*self.sites.values(), *self.output_sites.values()]))
+        tokens = prepare_lookups(model, processing_class, self.saes, train_dataset)
+        sites = list(dict.fromkeys([*self.sites.values(), *self.output_sites.values(), *tokens]))
         held_out, self.loader = open_data(run, model, processing_class, self.saes, sites, train_dataset, eval_dataset)
         self.end_to_end = make_end_to_end(run, model, self.loader)
         self.evaluator = Evaluator(model, held_out, args.disable_tqdm)

@@ -1,4 +1,7 @@
-"""A transcoder reads one activation and reconstructs another: its loss by definition, its prefixes, its files."""
+"""A transcoder reads one activation and reconstructs another: its loss by definition, its prefixes, its files.
+
+By choice it is tokenized, too, and adds a vector of each activation's token (`test_tokenized.py` has SAEs that do).
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 
 ACTIVATIONS = ["batch_topk", "topk", "jumprelu", "relu"]
-READ, WRITTEN, LATENTS, SIZES = 12, 7, 40, [5, 16, 40]
+READ, WRITTEN, LATENTS, SIZES, TOKENS = 12, 7, 40, [5, 16, 40], 9
 # How gradients of inner levels may be passed on.
 PASSED = [
     {},
@@ -36,6 +39,8 @@ def make(activation: str = "batch_topk", skip: bool = True, seed: int = 0, **cha
         sae.b_dec.normal_()
         if skip:
             sae.W_skip.normal_()
+        if sae.W_token is not None:
+            sae.W_token.normal_()
         if activation != "relu":
             sae.threshold.uniform_(0.3, 1.2)
         sae.max_activation.uniform_(1, 3)
@@ -46,6 +51,10 @@ def draw(tokens: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, READ, generator=generator, dtype=torch.float64)
     return x, torch.randn(tokens, WRITTEN, generator=generator, dtype=torch.float64) * 3 + 1
+
+
+def draw_ids(tokens: int, seed: int = 1) -> Tensor:
+    return torch.randint(TOKENS, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
 def latents_by_definition(sae: MatryoshkaSAE, x: Tensor, variance: Tensor) -> Tensor:
@@ -69,13 +78,14 @@ def share_of(tensor: Tensor, share: float) -> Tensor:
     return share * tensor + (1 - share) * tensor.detach()
 
 
-def levels_by_definition(sae: MatryoshkaSAE, x: Tensor, f: Tensor) -> list[Tensor]:
+def levels_by_definition(sae: MatryoshkaSAE, x: Tensor, f: Tensor, ids: Tensor | None = None) -> list[Tensor]:
     """The reconstruction of every level, (B, output_size)."""
     config, levels, before = sae.config, [], 0
     for m in config.prefix_sizes:
         whole = m == config.num_latents
         decoder, activations = (1.0, 1.0) if whole else (config.inner_decoder_share, config.inner_activation_share)
         base = sae.b_dec if sae.W_skip is None else sae.b_dec + torch.einsum("od,bd->bo", sae.W_skip, x)
+        base = base if sae.W_token is None else base + sae.W_token[ids]
         inner = share_of(f[:, :m], activations) @ share_of(sae.W_dec[:m], decoder)
         level = share_of(base, decoder) + inner
         if config.detach_prefixes and before:
@@ -92,20 +102,21 @@ def levels_by_definition(sae: MatryoshkaSAE, x: Tensor, f: Tensor) -> list[Tenso
     passed=st.sampled_from(PASSED),
     tokens=st.integers(2, 30),
     sparse=st.booleans(),
+    lookup_size=st.sampled_from([None, TOKENS]),
     seed=st.integers(0, 1000),
 )
 @properties
 def test_loss_and_gradients_are_those_of_the_definition(
-    activation: str, skip: bool, passed: dict, tokens: int, sparse: bool, seed: int
+    activation: str, skip: bool, passed: dict, tokens: int, sparse: bool, lookup_size: int | None, seed: int
 ) -> None:
     """On the sparse path, and, where latents may be too many for it, on the dense one."""
-    sae = make(activation, skip, seed, sparsity_weight=0.0, **passed)
-    x, y = draw(tokens, seed)
+    sae = make(activation, skip, seed, sparsity_weight=0.0, lookup_size=lookup_size, **passed)
+    (x, y), ids = draw(tokens, seed), draw_ids(tokens, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_msae.modeling.sparse_encoder.CPU_DENSE_SHARE", 1e9 if sparse else 0.0)
-        output = sae(x, target=y)
+        output = sae(x, target=y, token_ids=ids)
     variance = y.var(dim=0, unbiased=False).sum()
-    levels = levels_by_definition(sae, x, latents_by_definition(sae, x, variance))
+    levels = levels_by_definition(sae, x, latents_by_definition(sae, x, variance), ids)
     losses = torch.stack([(y - level).pow(2).sum(-1).mean() / variance for level in levels])
     torch.testing.assert_close(output.level_losses, losses.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(output.reconstruction.detach(), levels[-1].detach(), rtol=1e-9, atol=1e-9)
@@ -131,37 +142,45 @@ def test_dead_latents_learn_what_is_left_of_the_target(skip: bool) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@given(prefix=st.integers(1, LATENTS), tokens=st.integers(1, 30), seed=st.integers(0, 100), skip=st.booleans())
+@given(
+    prefix=st.integers(1, LATENTS),
+    tokens=st.integers(1, 30),
+    seed=st.integers(0, 100),
+    skip=st.booleans(),
+    lookup_size=st.sampled_from([None, TOKENS]),
+)
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_a_prefix_is_the_truncated_transcoder(
-    activation: str, prefix: int, tokens: int, seed: int, skip: bool
+    activation: str, prefix: int, tokens: int, seed: int, skip: bool, lookup_size: int | None
 ) -> None:
-    sae, (x, _) = make(activation, skip, seed).eval(), draw(tokens, seed)
+    sae = make(activation, skip, seed, lookup_size=lookup_size).eval()
+    (x, _), ids = draw(tokens, seed), draw_ids(tokens, seed)
     cut = sae.truncate(prefix)
     assert (cut.config.num_latents, cut.config.output_size, cut.config.skip) == (prefix, WRITTEN, skip)
     latents = sae.encode(x, prefix=prefix)
     assert torch.equal(cut.encode(x), latents)
-    assert torch.equal(cut.decode(latents, hidden_states=x), sae.decode(latents, prefix, hidden_states=x))
-    levels = sae.decode_levels(sae.encode(x), x)
-    assert torch.equal(sae.reconstruct_levels(x), levels)
-    expected = sae.decode(sae.encode(x), 16, hidden_states=x)
+    assert torch.equal(cut.decode(latents, None, x, ids), sae.decode(latents, prefix, x, ids))
+    levels = sae.decode_levels(sae.encode(x), x, ids)
+    assert torch.equal(sae.reconstruct_levels(x, ids), levels)
+    expected = sae.decode(sae.encode(x), 16, x, ids)
     torch.testing.assert_close(levels[1], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("lookup_size", [None, TOKENS])
 @pytest.mark.parametrize("skip", [False, True])
-def test_files_hold_it_and_their_first_rows_are_a_prefix(skip: bool, tmp_path: Path) -> None:
+def test_files_hold_it_and_their_first_rows_are_a_prefix(skip: bool, lookup_size: int | None, tmp_path: Path) -> None:
     places = {"site": "model.layers.3.mlp:input", "site_out": "model.layers.3.mlp:output", "norm_limit_out": 4.5}
-    sae, (x, _) = make(skip=skip, **places).eval(), draw(9)
+    sae, (x, _), ids = make(skip=skip, lookup_size=lookup_size, **places).eval(), draw(9), draw_ids(9)
     sae.save_pretrained(tmp_path)
     back = MatryoshkaSAE.from_pretrained(tmp_path)
     assert back.config.to_dict() == {**sae.config.to_dict(), "_name_or_path": str(tmp_path), "dtype": "float64"}
-    assert torch.equal(back.reconstruct_levels(x), sae.reconstruct_levels(x))
+    assert torch.equal(back.reconstruct_levels(x, ids), sae.reconstruct_levels(x, ids))
     for prefix in (3, 16, 40):
         part = MatryoshkaSAE.from_pretrained(tmp_path, prefix=prefix)
         assert sum(p.numel() for p in part.parameters()) == (
-            prefix * (READ + WRITTEN + 1) + WRITTEN + skip * WRITTEN * READ
+            prefix * (READ + WRITTEN + 1) + WRITTEN + skip * WRITTEN * READ + (lookup_size or 0) * WRITTEN
         )
-        assert torch.equal(part.reconstruct_levels(x)[-1], sae.truncate(prefix).reconstruct_levels(x)[-1])
+        assert torch.equal(part.reconstruct_levels(x, ids)[-1], sae.truncate(prefix).reconstruct_levels(x, ids)[-1])
 
 
 def test_any_leading_dimensions_are_kept() -> None:
