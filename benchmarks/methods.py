@@ -23,6 +23,7 @@ import torch
 from claims import World, add_world_arguments, cell, load_world
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.data import vocabulary
 from hf_msae.sites import site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
 
@@ -36,6 +37,7 @@ class Method:
 
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    token_lookup: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -45,6 +47,8 @@ METHODS: dict[str, Method] = {
     "ReLU, p-annealing": Method({"activation": "relu", "p_end": 0.2}),
     "BatchTopK, aligned": Method({"aligned": True}),
     "TopK, aligned": Method({"activation": "topk", "aligned": True}),
+    "BatchTopK, tokenized": Method(token_lookup=True),
+    "TopK, tokenized": Method({"activation": "topk"}, token_lookup=True),
     "ReLU, p-annealing, aligned": Method({"activation": "relu", "p_end": 0.2, "aligned": True}),
 }
 
@@ -77,10 +81,11 @@ def passes(methods: Sequence[str]) -> list[list[str]]:
 def train(world: World, options: argparse.Namespace, names: Sequence[str], seed: int, folder: Path) -> None:
     """Train methods from one pass, and write what the run measures of each."""
     shape = {"hidden_size": site_width(world.model, world.site), "num_latents": options.num_latents, "k": options.k}
-    saes = {
-        name: MatryoshkaSAE(MatryoshkaSAEConfig(**(shape | {"site": str(world.site)} | METHODS[name].config)))
-        for name in names
-    }
+    shape["site"] = str(world.site)
+    saes = {}
+    for name in names:
+        form = METHODS[name].config | {"lookup_size": vocabulary(world.model) if METHODS[name].token_lookup else None}
+        saes[name] = MatryoshkaSAE(MatryoshkaSAEConfig(**(shape | form)))
     settings: dict[str, Any] = {
         "output_dir": str(folder / "pass"),
         "overwrite_output_dir": True,
