@@ -127,14 +127,14 @@ class ObjectiveMixin:
 
     def _flat_token_ids(self, token_ids: Tensor | None, num_tokens: int) -> Tensor | None:
         """The token of each of `num_tokens` activations, (B,) int64; None of an SAE that does not ask for it."""
-        config = self.config
-        if not config.is_tokenized:
+        config, size = self.config, self.config.lookup_size
+        if size is None:
             # A batch of several SAEs may hold them for another.
             return None
         if token_ids is None:
             raise SAEError(
-                f"This SAE adds a vector of the activation's own token to what it reconstructs "
-                f"(lookup_size={config.lookup_size}): give token_ids, the token of each activation."
+                "This SAE adds a vector of the activation's own token to what it reconstructs "
+                f"(lookup_size={size}): give token_ids, the token of each activation."
             )
         ids = token_ids.reshape(-1)
         if ids.shape[0] != num_tokens or ids.is_floating_point():
@@ -143,10 +143,10 @@ class ObjectiveMixin:
                 f"{tuple(token_ids.shape)} of {str(token_ids.dtype).removeprefix('torch.')}."
             )
         # On a GPU this would be waited for, and torch says it there.
-        if ids.device.type == "cpu" and num_tokens and not 0 <= int(ids.min()) <= int(ids.max()) < config.lookup_size:
+        if ids.device.type == "cpu" and num_tokens and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise SAEError(
                 f"token_ids go from {int(ids.min())} to {int(ids.max())}, and this SAE knows ids below "
-                f"{config.lookup_size}, those of {config.lookup_tokenizer or 'its tokenizer'}."
+                f"{size}, those of {config.lookup_tokenizer or 'its tokenizer'}."
             )
         return ids.to(self.W_enc.device)
 

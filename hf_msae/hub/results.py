@@ -24,6 +24,8 @@ METRICS_NAME = "metrics.json"
 ARGUMENTS_NAME = "training_arguments.json"
 LOG_NAME = "training_log.jsonl"
 CARD_NAME = "README.md"
+# Fields of a configuration that may name a folder of the machine where it was trained.
+NAMES_OF_MODELS = ("base_model", "adapter", "lookup_tokenizer")
 # The code that lies beside every SAE; other files of code, whoever put them there, are no part of one.
 CODE_NAMES = frozenset(path.name for path in Path(modeling.__file__).parent.glob("*.py")) - {"__init__.py"}
 # What a push may take away again where a later one has none.
@@ -95,10 +97,11 @@ def read_result(folder: Path, beside: Path | None = None, root: Path | None = No
     except ValueError as error:
         raise NoSAEError(str(error)) from error
     content: Path | bytes = folder / CONFIG_NAME
-    recorded = {"base_model": config.base_model, "adapter": config.adapter}
-    public = {key: public_name(name) for key, name in recorded.items() if name is not None}
-    if public != {key: name for key, name in recorded.items() if name is not None}:
-        config.base_model, config.adapter = public.get("base_model"), public.get("adapter")
+    recorded = {key: name for key in NAMES_OF_MODELS if (name := getattr(config, key)) is not None}
+    public = {key: public_name(name) for key, name in recorded.items()}
+    if public != recorded:
+        for key, name in public.items():
+            setattr(config, key, name)
         content = _as_json(_read_json(folder / CONFIG_NAME) | public)
     max_activation, firing_rate = _read_statistics(folder, config)
     code = {path.name: path for path in sorted(folder.glob("*.py")) if path.name in CODE_NAMES}

@@ -167,6 +167,7 @@ def prepare_lookups(
         if model is not None and tokenizer is not None:
             check_lookup(config, model, tokenizer, called=name)
             record_tokenizer(config, tokenizer)
+            config.lookup_tokenizer = from_anywhere(config.lookup_tokenizer)
     return [TOKEN_IDS] if tokenized else []
 
 

@@ -118,6 +118,21 @@ def test_repeated_flags_train_a_grid(folder, tmp_path):
     assert {name.split("-")[-1] for name in names} == {"k2", "k4"}
 
 
+def test_a_tokenized_sae_is_trained_and_measured_with_its_tokens(folder, tmp_path, capsys):
+    assert run(*command(folder, tmp_path / "out", "--token-lookup", "--save-steps", "0")) == 0
+    sae = MatryoshkaSAE.from_pretrained(tmp_path / "out")
+    assert sae.W_token.any()
+    assert sae.config.lookup_tokenizer == str(folder / "lm")
+    common = ["--model", str(folder / "lm"), "--dataset", str(folder / "texts.txt"), "--use-cpu", "--json"]
+    sizes = ["--eval-tokens", "400", "--ce-tokens", "0", "--stories", "0", "--baselines", "pca", "--metrics", "core"]
+    capsys.readouterr()
+    assert run("eval", str(tmp_path / "out"), *common, *sizes, "--output-dir", str(tmp_path / "eval")) == 0
+    trained = json.loads((tmp_path / "out" / "metrics.json").read_text())["levels"]
+    core = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["core"]
+    levels = core["out"]["measurement"]["levels"]
+    assert [level["fve"] for level in levels] == pytest.approx([level["fve"] for level in trained], abs=1e-6)
+
+
 def test_a_config_file_and_jsonl_give_the_same_run(folder, tmp_path):
     flags = command(folder, tmp_path / "flags", "--save-steps", "0")
     assert run(*flags) == 0

@@ -11,8 +11,11 @@ from local_hub.server import LocalHub
 from safetensors.torch import load_file, save_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.errors import InputError
+from hf_msae.formats.circuit_tracer import write_set
 from hf_msae.formats.common import Files, FormatError
 from hf_msae.formats.conversion import FORMATS, recognise, write_library_checkpoint
+from hf_msae.formats.libraries import WRITABLE
 
 FIXTURES = {
     "saelens_matryoshka_inference": ("saelens", [64, 128, 256, 512, 1024]),
@@ -146,6 +149,19 @@ def test_another_librarys_loader_is_refused_by_name(tmp_path):
         MatryoshkaSAE.from_saelens(tmp_path)
     with pytest.raises(FormatError, match="can be written for saelens and sparsify"):
         write_library_checkpoint(make_sae(), tmp_path / "x", "openmoss")
+
+
+def test_no_library_is_given_an_sae_that_needs_the_tokens(tmp_path):
+    plain = make_sae()
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**plain.config.to_dict() | {"lookup_size": 30})).eval()
+    for name in WRITABLE:
+        with pytest.raises(InputError, match=r"cannot express this SAE: it is tokenized"):
+            write_library_checkpoint(sae, tmp_path / name, name)
+    with pytest.raises(InputError, match="circuit-tracer cannot express this SAE: it is tokenized"):
+        write_set([sae], tmp_path / "set")
+    with pytest.raises(InputError, match="SAEBench cannot express this SAE: it is tokenized"):
+        sae.to_saebench()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["saelens_matryoshka_inference", "sparsify_topk/layers.2"])

@@ -319,6 +319,24 @@ def test_the_snippets_of_a_pushed_card_run_and_compute_what_they_say(hub, sae: M
     assert torch.equal(again.W_dec, sae.W_dec)
 
 
+def test_the_snippet_of_a_tokenized_sae_gives_it_the_tokens(hub) -> None:
+    model, tokenizer = load_story_lm()
+    torch.manual_seed(0)
+    rows = model.get_input_embeddings().num_embeddings
+    places = {"base_model": "stories", "site": "model.layers.2:output", "lookup_tokenizer": "/home/someone/tokens"}
+    sae = MatryoshkaSAE(make_config(**places, lookup_size=rows)).eval()
+    with torch.no_grad():
+        sae.W_token.normal_()
+        sae.max_activation[5], sae.firing_rate[5] = 40.0, 0.01
+    sae.push_to_hub("tester/sae")
+    card = hub.files("tester/sae")["README.md"].decode()
+    assert f"and a vector of the token itself, one for each of the tokenizer's {rows:,} ids" in card
+    names = run_snippet(read_snippets(ModelCard(card))[0])
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    torch.testing.assert_close(names["coarse"], sae.reconstruct_levels(names["activations"], ids)[0])
+    assert MatryoshkaSAE.from_pretrained("tester/sae").config.lookup_tokenizer == "path/to/tokens"
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_snippet_of_a_transcoder_runs_reads_one_place_and_steers_the_other(hub, skip: bool) -> None:
     places = {"site": "model.layers.2.mlp:input", "site_out": "model.layers.2.mlp:output", "hidden_size_out": 128}

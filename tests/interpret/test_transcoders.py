@@ -10,10 +10,15 @@ from hf_msae.sites import capture, resolve_site
 MAX_TOKENS = 400
 
 
+@pytest.mark.parametrize("tokenized", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
-def test_what_is_scanned_is_read_at_the_input_and_explains_the_output(lm, tokenizer, texts, skip):
-    """By hand, document by document; they are scanned in another order."""
+def test_what_is_scanned_is_read_at_the_input_and_explains_the_output(lm, tokenizer, texts, skip, tokenized):
+    """By hand, document by document; they are scanned in another order. Nor is a token's own vector a latent's."""
     sae, texts = mlp_transcoder(lm, skip), texts[:60]
+    vectors = torch.randn(lm.config.vocab_size, sae.config.output_size, generator=torch.Generator().manual_seed(1))
+    vectors = 0.05 * vectors if tokenized else torch.zeros_like(vectors)
+    if tokenized:
+        sae.config.lookup_size, sae.W_token = len(vectors), torch.nn.Parameter(vectors)
     found = scan(
         lm, tokenizer, sae, texts, max_tokens=10**6, context_length=64, packing=False, norm_outlier_multiple=None
     ).firings
@@ -24,7 +29,8 @@ def test_what_is_scanned_is_read_at_the_input_and_explains_the_output(lm, tokeni
         with torch.no_grad():
             x, y = (hidden[0, 1:] for hidden in capture(lm, [site, site_out], input_ids=ids).values())
             fired += (sae.encode(x) > 0).sum(0)
-            energies.append((y - sae.b_dec - (x @ sae.W_skip.T if skip else 0)).pow(2).sum(-1))
+            base = sae.b_dec + (x @ sae.W_skip.T if skip else 0) + vectors[ids[0, 1:]]
+            energies.append((y - base).pow(2).sum(-1))
     energy = torch.cat(energies)
     assert found.num_tokens == len(energy)
     torch.testing.assert_close(found.energies.sort().values, energy.sort().values, rtol=1e-3, atol=1e-6)

@@ -237,3 +237,9 @@ def test_a_transcoder_is_refused_in_words(tmp_path):
     source = str(write_sae(tmp_path / "transcoder", **places))
     with pytest.raises(SpaceError, match=r"is a transcoder, which reconstructs another place .* hf-msae steer"):
         Library(source).open(Key(source))
+
+
+def test_a_tokenized_sae_is_refused_in_words(tmp_path):
+    source = str(write_sae(tmp_path / "tokenized", lookup_size=500))
+    with pytest.raises(SpaceError, match=r"is tokenized: a vector of each token is a part .* hf-msae steer"):
+        Library(source).open(Key(source))

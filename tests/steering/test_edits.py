@@ -168,6 +168,20 @@ def test_a_level_keeps_its_latents_with_or_without_the_error(llama, sae):
         torch.testing.assert_close(hidden_at(llama, sae), by_latents, rtol=1e-4, atol=1e-4)
 
 
+def test_a_tokenized_sae_steers_by_its_latents_and_replaces_nothing(llama, sae, make_sae):
+    """Its tokens' vectors are no latent's: edits do what those of the plain SAE do, or are refused."""
+    tokenized = make_sae(llama, lookup_size=llama.config.vocab_size)
+    torch.nn.init.normal_(tokenized.W_token)
+    for edits in ({"latents": {3: 2.0}}, {"latents": [2, 9], "method": "ablate"}, {"method": "prefix", "level": 0}):
+        with steer(llama, sae, **edits):
+            plain = hidden_at(llama, sae)
+        with steer(llama, tokenized, **edits):
+            assert torch.equal(hidden_at(llama, tokenized), plain)
+    refused = pytest.raises(ValueError, match=r"of which the token's own vector is a part here.*leave keep_error true")
+    with refused, steer(llama, tokenized, method="prefix", level=0, keep_error=False):
+        pass
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"activation": "relu"}, {"activation": "topk", "inference": "topk"}, {"apply_b_dec_to_input": False}],

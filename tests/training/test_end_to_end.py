@@ -34,6 +34,7 @@ FORMS = {
     "dense relu": {"activation": "relu", "k": 32},
     "transcoder": {**MLP, "skip": True},
     "log_loss": {"log_loss": True},
+    "tokenized": {"lookup_size": 80},
 }
 
 
@@ -94,6 +95,7 @@ def by_definition(lm, trainer, widths):
         latents = latents_by_definition(sae, x, learner.variance.float())
         latents = latents * (torch.arange(latents.shape[1]) < latents_of[:, None])
         base = sae.b_dec if sae.W_skip is None else x @ sae.W_skip.T + sae.b_dec
+        base = base if sae.W_token is None else base + sae.W_token[batch["input_ids"][keep]]
         new = hidden.detach().clone()
         new[keep] = latents @ sae.W_dec + base
         return new

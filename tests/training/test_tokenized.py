@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from runs_of_processes import launch
 from safetensors.torch import load_file
 from small_runs import make_sae, make_trainer
+from test_distributed import SETTINGS, SHAPE, assert_same_run
 from transformers import TrainerCallback
 
 from hf_msae import MatryoshkaSAE
@@ -157,6 +159,21 @@ def test_vectors_learn_what_only_the_token_tells(tmp_path, lm, tokenizer, texts)
     measured = make_trainer(lm, tokenizer, texts, tmp_path, saes, max_steps=60, learning_rate=0.02).train()
     narrow = {name: one.levels[0].fve for name, one in measured.items()}
     assert narrow["with"] > 0.9 > narrow["without"] + 0.3
+
+
+@pytest.mark.slow
+def test_processes_that_share_tokens_or_latents_train_the_same_dictionary(tmp_path, lm, tokenizer, texts):
+    """Two processes read other texts each, and have half of the tokens, or half of the latents and all tokens."""
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    saes = {form: SHAPE | FORMS[form] | {"lookup_size": lm.config.vocab_size} for form in FORMS}
+    sizes = {"per_device_train_batch_size": 256, "context_length": 32, "block_tokens": 2048, "ce_tokens": 0}
+    for name, shard_latents in (("tokens", False), ("latents", True)):
+        args = SETTINGS | sizes | {"shard_latents": shard_latents, "output_dir": str(tmp_path / name)}
+        launch(2, {"model": str(tmp_path / "lm"), "texts": texts, "saes": saes, "args": args})
+    for form in FORMS:
+        assert_same_run(tmp_path / "latents", tmp_path / "tokens", form)
+        assert load_file(tmp_path / "latents" / form / "model.safetensors")["W_token"].any()
 
 
 def test_a_run_may_begin_with_one_and_go_on_with_its_vectors(tmp_path, lm):

@@ -207,6 +207,11 @@ class Library:
                 f"{key.source} is a transcoder, which reconstructs another place than it reads; this page shows SAEs. "
                 "hf-msae steer and hf-msae interpret take it."
             )
+        if sae.config.is_tokenized:
+            raise SpaceError(
+                f"{key.source} is tokenized: a vector of each token is a part of what it reconstructs, which this "
+                "page does not show. hf-msae steer and hf-msae interpret take it."
+            )
         if key.source not in self.own:
             _check_repo(name)
         return _loaded_sae(key, sae, self._language(name, revision, needed))
