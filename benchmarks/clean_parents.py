@@ -2,11 +2,13 @@
 
     python benchmarks/clean_parents.py train
     python benchmarks/clean_parents.py measure
+    python benchmarks/clean_parents.py claims
     python benchmarks/clean_parents.py table --plot clean_parents.png
 
 In the story world the concept tree is known. Each method trains an SAE for each seed; those of a seed see the same
 activations in the same order. Every SAE leaves its results in `--output-dir` as soon as they are there, and what is
-there is not done again: a run may be stopped at any time and go on later.
+there is not done again: a run may be stopped at any time and go on later. `claims` measures what `claims.py` does
+with labels and with the language model: cross-entropy, probes, erasure.
 """
 
 import argparse
@@ -18,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims import CONTEXT_LENGTH
+from claims import CONTEXT_LENGTH, read_evaluation
 from hierarchy import EDGE_SEED, LabelledTokens, correlations, judge, label_tokens, match, possible_pairs
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.atomic_files import atomic_file
 from hf_msae.cli.sources import STORY_DOCUMENTS
 from hf_msae.data import as_documents
-from hf_msae.evaluation import collect, story_examples
+from hf_msae.evaluation import Subject, collect, evaluate, story_examples
 from hf_msae.evaluation.absorption import measure_absorption
 from hf_msae.evaluation.baselines import prune
 from hf_msae.evaluation.geometry import measure_agreement
@@ -52,7 +54,7 @@ METHODS = {
     "all inner gradients .25": {"inner_decoder_share": 0.25, "inner_activation_share": 0.25},
     "no inner gradients": {"inner_decoder_share": 0.0, "inner_activation_share": 0.0},
 }
-MEASURED_NAME = "clean_parents.json"
+MEASURED_NAME, CLAIMS_NAME = "clean_parents.json", "claims.json"
 EVAL_TOKENS, LABEL_STORIES, EDGE_TOKENS, CHILD_STORIES = 100_000, 600, 120_000, 600
 CORRELATIONS = (0.4, 0.5)
 # A child is kept by the filter of token types where so much of its energy lies on types that carry more than this
@@ -63,7 +65,7 @@ TOGETHER = (list(METHODS)[:4], list(METHODS)[4:])
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "measure", "table"])
+    parser.add_argument("what", choices=["train", "measure", "claims", "table"])
     parser.add_argument("--site", default="layers.2")
     parser.add_argument("--tokens", type=int, default=1_400_000, help="to train each SAE on")
     parser.add_argument("--seeds", type=int, default=5)
@@ -121,7 +123,9 @@ class Measure:
         documents = as_documents(StoryWorld(seed=0).documents(STORY_DOCUMENTS))
         self.text = collect(*where, documents, num_tokens=EVAL_TOKENS, context_length=CONTEXT_LENGTH)
         self.labelled = label_tokens(self.site, LABEL_STORIES)
-        self.examples, _ = story_examples(*where, num_stories=CHILD_STORIES, context_length=CONTEXT_LENGTH)
+        self.examples, self.of_documents = story_examples(
+            *where, num_stories=CHILD_STORIES, context_length=CONTEXT_LENGTH
+        )
         self.splits = [make_split(self.examples, 0)]
 
     def __call__(self, sae: MatryoshkaSAE) -> dict[str, Any]:
@@ -196,6 +200,33 @@ def measure(options: argparse.Namespace) -> None:
                 draft.write_text(found)
 
 
+def claims(options: argparse.Namespace) -> None:
+    """Measure with labels, and with the language model, what was not yet; all SAEs of a seed at once."""
+    of = None
+    for seed in range(options.seeds):
+        folders = {method: folder_of(options, method, seed) for method in options.methods}
+        folders = {
+            method: folder
+            for method, folder in folders.items()
+            if (folder / "metrics.json").is_file() and not (folder / CLAIMS_NAME).is_file()
+        }
+        if not folders:
+            continue
+        print(f"seed {seed}: {', '.join(folders)}", flush=True)
+        of = of or Measure(options)
+        saes = {method: MatryoshkaSAE.from_pretrained(folder).eval() for method, folder in folders.items()}
+        subjects = [
+            Subject(method, method, sae if sae.config.num_levels > 1 else prune(sae, of.text.x, PREFIX_SIZES))
+            for method, sae in saes.items()
+        ]
+        metrics = ("core", "geometry", "probing", "absorption", "erasure")
+        found = read_evaluation(evaluate(subjects, of.text, of.examples, of.of_documents, metrics=metrics))
+        for method, folder in folders.items():
+            numbers = {prefix: found[method, prefix] for prefix in PREFIX_SIZES}
+            with atomic_file(folder / CLAIMS_NAME) as draft:
+                draft.write_text(json.dumps(numbers))
+
+
 Run = dict[str, Any]
 
 
@@ -220,6 +251,20 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float], int], ...] = (
     ("worst child", of_absorption("worst_child"), 3),
     ("elsewhere", of_absorption("elsewhere"), 3),
     ("absorbed, fraction", of_absorption("fraction"), 3),
+)
+
+
+# The same of what `claims` measured, by its names: of the whole dictionary, and of inner prefixes.
+CLAIM_COLUMNS = (
+    ("CE rec. (mean)", "ce", NUM_LATENTS, 4),
+    ("CE rec. at 64", "ce", 64, 3),
+    ("probe k=1", "probe_1", NUM_LATENTS, 3),
+    ("probe k=5", "probe_5", NUM_LATENTS, 3),
+    ("probe k=1 at 64", "probe_1", 64, 3),
+    ("latents per concept", "split_latents", NUM_LATENTS, 2),
+    ("TPP", "tpp", NUM_LATENTS, 3),
+    ("SCR", "scr", NUM_LATENTS, 3),
+    ("nearest row", "nearest", NUM_LATENTS, 3),
 )
 
 
@@ -260,12 +305,12 @@ def agreement(options: argparse.Namespace, method: str, runs: dict[int, Run]) ->
     return [measure_agreement(one, two)[-1].shared for one, two in pairs]
 
 
-def read_runs(options: argparse.Namespace) -> dict[str, dict[int, Run]]:
+def read_runs(options: argparse.Namespace, name: str = MEASURED_NAME) -> dict[str, dict[int, Run]]:
     """What was measured, by method and seed."""
     runs: dict[str, dict[int, Run]] = {}
     for method in options.methods:
         for seed in range(options.seeds):
-            path = folder_of(options, method, seed) / MEASURED_NAME
+            path = folder_of(options, method, seed) / name
             if path.is_file():
                 runs.setdefault(method, {})[seed] = json.loads(path.read_text())
     return runs
@@ -309,6 +354,16 @@ def table(options: argparse.Namespace) -> None:
         shared = agreement(options, method, of_method)
         cells.append(cell(shared, 3) if shared else "–")
         print(f"| {method} | {len(of_method)} | " + " | ".join(cells) + " |")
+    by_labels = read_runs(options, CLAIMS_NAME)
+    if by_labels:
+        print("\n| | seeds | " + " | ".join(heading for heading, *_ in CLAIM_COLUMNS) + " |")
+        print("|---" * (len(CLAIM_COLUMNS) + 2) + "|")
+    for method, of_method in by_labels.items():
+        values = [
+            cell([statistics.fmean(run[str(prefix)][name]) for run in of_method.values()], digits)
+            for _, name, prefix, digits in CLAIM_COLUMNS
+        ]
+        print(f"| {method} | {len(of_method)} | " + " | ".join(values) + " |")
     for least in CORRELATIONS:
         for rows in ("edges", "energy"):
             print(f"\nConcepts by a correlation of {least}; {rows}\n")
@@ -321,7 +376,7 @@ def table(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    {"train": train, "measure": measure, "table": table}[options.what](options)
+    {"train": train, "measure": measure, "claims": claims, "table": table}[options.what](options)
 
 
 if __name__ == "__main__":

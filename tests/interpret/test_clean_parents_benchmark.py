@@ -76,11 +76,16 @@ def test_what_was_measured_is_read_printed_and_drawn(load, tmp_path, monkeypatch
                 MatryoshkaSAEConfig(hidden_size=4, num_latents=1024, prefix_sizes=[64, 128, 256, 512, 1024], k=4)
             ).save_pretrained(folder)
             (folder / benchmark.MEASURED_NAME).write_text(json.dumps(make_run(10, 9 - seed, 20, 0.5)))
+            names = {name for _, name, *_ in benchmark.CLAIM_COLUMNS}
+            numbers = {prefix: {name: [prefix / 1024, seed] for name in names} for prefix in (64, 1024)}
+            (folder / benchmark.CLAIMS_NAME).write_text(json.dumps(numbers))
     arguments = ["--output-dir", str(tmp_path), "--plot", str(tmp_path / "picture.png")]
     monkeypatch.setattr(sys, "argv", ["clean_parents.py", "table", *arguments])
     benchmark.main()
     printed = capsys.readouterr().out
     assert "| standard | 2 | 0.900 ± 0.000 | 0.500 ± 0.000 |" in printed
+    # A number of several splits is their mean, of which the mean over seeds is shown.
+    assert "| standard | 2 | 0.7500 ± 0.3536 | 0.281 ± 0.354 |" in printed
     assert "| decoder cut | 0.85 (0.80 to 0.90) | 0.61 | 0.50 | 10 | 4 | 2 |" in printed
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
