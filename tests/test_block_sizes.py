@@ -58,7 +58,7 @@ ELSEWHERE = {
     "hf_msae.modeling.sparse_encoder.GPU_TILE_TOKENS": "as CPU_TILE_TOKENS",
     "hf_msae.training.collectives.PACK": "tests/training/test_sharded.py",
     "hf_msae.training.optimization.CPU_CHUNK": "tests/training/test_optimization.py",
-    "hf_msae.training.sharded.DRAWN_AT_ONCE": "tests/training/test_sharded.py",
+    "hf_msae.training.initial_weights.DRAWN_AT_ONCE": "tests/training/test_sharded.py",
     "hf_msae.research.toys.sampling.CHUNK": "each block draws its own random numbers",
     "hf_msae.research.toys.synth_bench.NUMBERS_AT_ONCE": "each block draws its own random numbers",
 }

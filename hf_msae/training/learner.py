@@ -25,15 +25,16 @@ from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.dense_ops import ALL_GRADIENTS
 from hf_msae.modeling.devices import constants
 from hf_msae.modeling.objective import BatchContext
-from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
+from hf_msae.modeling.selection import SINGLE_PROCESS
 from hf_msae.modeling.sparse_encoder import ActiveLatents
-from hf_msae.modeling.sparse_ops import GradientMemory, index_active, sum_by_latent
+from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.modeling.untrusted import PER_LATENT
 from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
 from hf_msae.training.checkpoints import read_tensors, write_tensors
 from hf_msae.training.collectives import sum_gradients
 from hf_msae.training.end_to_end import EndToEnd
+from hf_msae.training.initial_weights import InputScale, draw_token_vectors, draw_weights
 from hf_msae.training.optimization import (
     DictionaryAdam,
     Length,
@@ -50,15 +51,11 @@ from hf_msae.training.optimization import (
 )
 from hf_msae.training.precision import products
 from hf_msae.training.run import Run
-from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
+from hf_msae.training.sharded import ShardedSAE, read_latent_file, write_latent_file
+from hf_msae.training.step_statistics import StepStatistics
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
 CONTROLLER_RATE = 0.03
-# Encoder rows start as this times the decoder rows. k unit rows together would reconstruct an activation several times
-# over; starting low costs nothing and gave 0.015 more FVE at the last level after 730 steps (docs/training.md).
-INITIAL_ENCODER_SCALE = 0.3
-# Of a transcoder, encoder rows are drawn with the run's seed plus this.
-TRANSCODER_ENCODER_SEED = 1_000_003
 # The rate of a tokenized SAE's vectors, beside that of biases. Each is moved by its own token alone; on a story model,
 # 300 steps, twice the rate gave .004 more FVE, and four times no more than that and lower cross-entropy recovered.
 TOKEN_RATE = 2.0
@@ -67,47 +64,6 @@ SORTED_COLUMNS = 64
 # Beside the SAE in a checkpoint: what has a row for each latent, and the rest.
 ROWS_NAME = "learner.safetensors"
 STATE_NAME = "learner.pt"
-
-
-class _StepStatistics:
-    """What logs and counters want of a step, in one tensor, so that it travels in one message.
-
-    That is how often each latent was active, how many losses were not finite, the loss and the auxiliary loss, the
-    error of each level, where latents are to be sorted by it, each latent's sum of squared activations, and, before
-    the penalty's p changes, the penalty with this p and with the next.
-    """
-
-    def __init__(
-        self, num_latents: int, num_levels: int, device: torch.device, energies: bool = False, penalties: bool = False
-    ) -> None:
-        self.sizes = [num_latents, 1, 2, num_levels, num_latents if energies else 0, 2 if penalties else 0]
-        self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
-
-    @torch.no_grad()
-    def add(self, output: Any, weight: float, next_penalty: Tensor | None = None) -> None:
-        """Take in a micro-batch's `MatryoshkaSAEOutput`; losses count by its weight in the mean."""
-        counts, bad, losses, levels, energies, penalties = self.sums.split(self.sizes)
-        if output.active is not None:
-            # Whole numbers, whose order of summing changes nothing; `bincount` would wait for a GPU.
-            ones = (output.active.values > 0).long()
-            counts += torch.zeros_like(counts, dtype=torch.int64).index_add_(0, output.active.latents, ones)
-        else:
-            counts += (output.latents > 0).sum(0)
-        if energies.numel() and output.active is not None:
-            places = index_active(output.active, self.sizes[0])
-            energies += sum_by_latent(output.active.values.double().square(), places.order, places.first)
-        elif energies.numel():
-            energies += output.latents.double().square().sum(0)
-        bad += ~output.loss.isfinite()
-        losses += weight * torch.stack([output.loss, output.aux_loss])
-        if next_penalty is not None:
-            penalties += weight * torch.stack([output.sparsity_loss, next_penalty])
-        if output.level_losses.shape == levels.shape:  # not where other levels are drawn every step
-            levels += weight * output.level_losses
-
-    def reduce(self, ranks: ProcessGroup) -> Sequence[Tensor]:
-        """The same of all processes together."""
-        return ranks.sum(self.sums).split(self.sizes)
 
 
 class Learner:
@@ -184,14 +140,20 @@ class Learner:
         x = self._all_activations(activations)
         y = x if target is None else self._all_activations(target)
         self._update_moments(y)
-        mean, gain = (None, 1.0) if target is None else self._input_mean_and_gain(x)
+        transcoder = None
+        if target is not None:
+            transcoder = InputScale.of(x, self.variance, self.sae.config, self.data_parallel)
         if self.args.init_from is None:
-            self._draw_weights(x, mean, gain)
+            draw_weights(self.sae, self.moments["sum"] / self.moments["count"], self.args.seed, self.rows, transcoder)
             if token_ids is not None:
-                self._draw_token_vectors(y, self._all_activations(token_ids))
+                draw_token_vectors(self.sae, y, self._all_activations(token_ids), self.data_parallel)
+            if self.sae.config.activation == "jumprelu":
+                # Without this the first steps are dense: a threshold learns only from pre-activations near it.
+                self.sae.threshold.fill_(1.0)
+                self.sae.calibrate_threshold([x], self.data_parallel)
         if self.sae.config.aligned:
             align_rows(self.sae.W_enc, self.sae.W_dec)
-        self.optimizer = self._make_optimizer(gain)
+        self.optimizer = self._make_optimizer(1.0 if transcoder is None else transcoder.gain)
         for moment in self.moments.values():
             moment.zero_()  # the first step counts these activations again
 
@@ -199,49 +161,6 @@ class Learner:
         """This process's rows, or, where each process has some of the latents, those of all processes."""
         x = activations.to(self.device)
         return x if self.sae.ranks.size == 1 else self.sae.ranks.gather(x).flatten(0, 1)
-
-    def _input_mean_and_gain(self, x: Tensor) -> tuple[Tensor, float]:
-        """Of a transcoder: the mean of what it reads, and how much larger than that what it writes is."""
-        doubles = x.double()
-        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_full((1,), x.shape[0])])
-        parts = self.data_parallel.sum(parts)
-        mean = parts[:-2] / parts[-1]
-        variance = (parts[-2] / parts[-1] - mean.pow(2).sum()).clamp_min(1e-12)
-        config = self.sae.config
-        gain = (self.variance / config.output_size) / (variance / config.hidden_size)
-        return mean, math.sqrt(gain.item())
-
-    def _draw_weights(self, x: Tensor, input_mean: Tensor | None, gain: float) -> None:
-        self.sae.b_dec.copy_(self.moments["sum"] / self.moments["count"])
-        self.sae.b_enc.zero_()
-        config = self.sae.config
-        self.sae.W_dec.copy_(initial_decoder_rows(config.num_latents, config.output_size, self.args.seed, self.rows))
-        if input_mean is None:
-            self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * self.sae.W_dec)
-        else:
-            # What a row reads and what it writes are of different places, so they are drawn apart; and the mean of
-            # what is read is taken off by the encoder's bias, since no bias of the decoder does it.
-            seed = (self.args.seed + TRANSCODER_ENCODER_SEED) % 2**63
-            rows = initial_decoder_rows(config.num_latents, config.hidden_size, seed, self.rows)
-            self.sae.W_enc.copy_(INITIAL_ENCODER_SCALE * gain * rows)
-            self.sae.b_enc.copy_(-(self.sae.W_enc @ input_mean.to(self.sae.W_enc.dtype)))
-            if self.sae.W_skip is not None:
-                self.sae.W_skip.zero_()
-        if self.sae.config.activation == "jumprelu":
-            # Without this the first steps are dense: a threshold learns only from pre-activations near it.
-            self.sae.threshold.fill_(1.0)
-            self.sae.calibrate_threshold([x], self.data_parallel)
-
-    def _draw_token_vectors(self, y: Tensor, token_ids: Tensor) -> None:
-        """Begin with what each token adds to the mean, shrunk as if it had been seen once more and added nothing."""
-        vectors = self.sae.W_token
-        assert vectors is not None
-        # On the CPU, where they are added up in one order: on a GPU the sums would differ from run to run.
-        ids, centred = token_ids.cpu(), (y.float() - self.sae.b_dec).cpu()
-        sums = torch.zeros(vectors.shape).index_add_(0, ids, centred).to(self.device)
-        counts = torch.bincount(ids, minlength=len(vectors)).to(self.device)
-        sums, counts = self.data_parallel.sum(sums), self.data_parallel.sum(counts)
-        vectors.copy_(sums / (counts[:, None] + 1))
 
     def _make_optimizer(self, gain: float = 1.0) -> DictionaryAdam:
         """`gain`, of a transcoder, is what one unit of what it reads is in units of what it writes."""
@@ -368,7 +287,7 @@ class Learner:
         if config.prefix_sampling == "pareto":
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
         counted = (step in sorting, later_p is not None)
-        statistics = _StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, *counted)
+        statistics = StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, *counted)
         size = -(-x.shape[0] // self.args.gradient_accumulation_steps)
         parts = x.split(size)
         targets = [None] * len(parts) if y is None else y.split(size)
@@ -448,7 +367,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _after_step(self, statistics: _StepStatistics, num_tokens: int, step: int) -> None:
+    def _after_step(self, statistics: StepStatistics, num_tokens: int, step: int) -> None:
         """`num_tokens` are those of all processes."""
         if self.sae.config.activation == "jumprelu":
             self.sae.threshold.clamp_(min=0)

@@ -15,7 +15,7 @@ whatever the number of processes, so a run goes on with another. (safetensors' o
 memory. The format is a length, a header in JSON, and the numbers.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +35,6 @@ from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.modeling.untrusted import PER_LATENT, SHARED_TENSORS
 from hf_msae.training.collectives import row_pieces
 
-# Numbers of initial weights that exist at once where only some rows are wanted.
-DRAWN_AT_ONCE = 1 << 26
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -217,33 +215,6 @@ class ShardedSAE(MatryoshkaSAE):
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:  # type: ignore[override]
         """Refused: the files of the whole need all processes."""
         raise RuntimeError("A ShardedSAE is written by all processes together: call write().")
-
-
-def initial_decoder_rows(num_latents: int, hidden_size: int, seed: int, rows: slice) -> Tensor:
-    """Draw random rows of norm 1 for some of the latents: the same for a latent, whoever asks.
-
-    They are drawn on the CPU, so that a seed means the same on every device and in every process, and those of other
-    latents are drawn and dropped, some at a time. (torch draws normal numbers in sixteens, so that blocks of sixteen
-    rows give what one draw gives.)
-
-    Args:
-        num_latents: Latents of the whole.
-        hidden_size: Width of a row.
-        seed: Fixes all rows.
-        rows: Which of them are wanted.
-
-    Returns:
-        Rows, (n, hidden_size).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = 16 * max(1, DRAWN_AT_ONCE // (16 * hidden_size))
-    # The last block takes what is left with it: fewer than sixteen numbers would be drawn in another way.
-    begins: Sequence[int] = range(0, max(1, num_latents - 15), size)
-    kept = []
-    for begin, end in zip(begins, [*begins[1:], num_latents], strict=True):
-        block = torch.randn(end - begin, hidden_size, generator=generator)
-        kept.append(block[max(0, rows.start - begin) : max(0, rows.stop - begin)])
-    return nn.functional.normalize(torch.cat(kept), dim=-1)
 
 
 # Files whose tensors have a row for each latent

@@ -19,7 +19,8 @@ from test_distributed import FORMS, SETTINGS, SHAPE, STEPS, assert_same_run, mak
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import CachedActivations
 from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.training.sharded import ShardedSAE, initial_decoder_rows, read_latent_file, write_latent_file
+from hf_msae.training.initial_weights import initial_decoder_rows
+from hf_msae.training.sharded import ShardedSAE, read_latent_file, write_latent_file
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +151,7 @@ def test_every_process_draws_its_rows_of_one_matrix(num_latents, hidden_size, st
 
 
 def test_many_blocks_of_rows_are_drawn_as_one(monkeypatch):
-    monkeypatch.setattr("hf_msae.training.sharded.DRAWN_AT_ONCE", 100)
+    monkeypatch.setattr("hf_msae.training.initial_weights.DRAWN_AT_ONCE", 100)
     for num_latents in (15, 16, 31, 97, 160):
         whole = torch.nn.functional.normalize(torch.randn(num_latents, 5, generator=torch.Generator().manual_seed(1)))
         assert torch.equal(initial_decoder_rows(num_latents, 5, 1, slice(3, 90)), whole[3:90])
