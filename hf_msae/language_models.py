@@ -194,14 +194,29 @@ def quantization_to_load(config: MatryoshkaSAEConfig) -> str | None:
 
     Where bitsandbytes is not installed, the model is read as it was saved, and a warning says so.
     """
-    quantization = config.base_model_quantization
+    return quantization_to_be_had(
+        config.base_model_quantization,
+        f"The SAE was trained on {config.base_model}",
+        "its activations differ somewhat",
+    )
+
+
+def quantization_to_be_had(quantization: str | None, whose: str, otherwise: str) -> str | None:
+    """A quantization that was recorded, or None, with a warning, where bitsandbytes is not installed.
+
+    Args:
+        quantization: "4bit", "8bit" or None.
+        whose: The beginning of the warning, such as "The SAE was trained on gpt2".
+        otherwise: What then is.
+    """
     if quantization is None or is_bitsandbytes_available():
         return quantization
     logger.warning(
-        "The SAE was trained on %s in %s. bitsandbytes is not installed, so the model is read as it was saved, and "
-        "its activations differ somewhat (pip install bitsandbytes).",
-        config.base_model,
+        "%s in %s. bitsandbytes is not installed, so the model is read as it was saved, and %s (pip install "
+        "bitsandbytes).",
+        whose,
         quantization,
+        otherwise,
     )
     return None
 

@@ -27,17 +27,20 @@ from hf_msae.data.cache_files import (
     FORMAT,
     VERSION,
     CacheError,
-    read_index,
+    CacheFiles,
+    CacheFolder,
     read_progress,
+    sha256_of_file,
     shard_name,
 )
 from hf_msae.data.documents import DocumentsLike
-from hf_msae.data.fingerprints import fingerprint, of_files
+from hf_msae.data.fingerprints import fingerprint
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.states import check_state
 from hf_msae.data.stream import ActivationStream, BatchIterator
-from hf_msae.data.unfinished import INDEX, UnfinishedFolder
+from hf_msae.data.unfinished import UnfinishedFolder
 from hf_msae.errors import InputError
+from hf_msae.language_models import quantization_of
 from hf_msae.sites import Site
 
 
@@ -104,6 +107,7 @@ class _CacheWriter:
         windows, model = self.stream.windows, self.stream.model
         return {
             "base_model": model.name_or_path,
+            "quantization": quantization_of(model),
             "tokenizer": windows.tokenizer.name_or_path,
             "dataset": windows.documents.description,
             "data": self.data,
@@ -153,7 +157,9 @@ class _CacheWriter:
         tensors = {str(site): torch.cat([batch[site] for batch in batches]) for site in batches[0]}
         with atomic_file(self.folder.path / name) as draft:
             save_file(tensors, draft)
-        self.shards.append({"file": name, "num_tokens": len(batches) * self.stream.batch_size})
+            digest = sha256_of_file(draft)
+        num_tokens = len(batches) * self.stream.batch_size
+        self.shards.append({"file": name, "num_tokens": num_tokens, "sha256": digest})
         progress = {"shards": self.shards, "stream": self.stream.state_dict()}
         progress |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes}
         self.folder.save(self._settings(), progress)
@@ -167,7 +173,8 @@ class CachedActivations(BatchIterator):
     the CPU.
 
     Args:
-        directory: what `cache_activations` wrote.
+        directory: what `cache_activations` wrote; or where its files come from while they are read, as
+            `hf_msae.load_activation_cache` gives it of a cache on the Hub.
         batch_size: rows per batch; need not be that of the stream.
         seed: fixes all orders.
         sites: the sites to read; None reads all.
@@ -178,6 +185,7 @@ class CachedActivations(BatchIterator):
 
     Attributes:
         index: the contents of index.json.
+        files: where its files come from.
         num_available: rows that this rank will see, over all epochs.
         num_tokens, num_dropped: as in `BatchIterator`. A remainder of a shard that does not divide by `world_size` is
             left out, and is not counted as dropped.
@@ -188,7 +196,7 @@ class CachedActivations(BatchIterator):
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Path | CacheFiles,
         *,
         batch_size: int,
         seed: int = 0,
@@ -203,9 +211,9 @@ class CachedActivations(BatchIterator):
             raise InputError(
                 f"expected 0 <= rank < world_size and epochs >= 1, got rank {rank} of {world_size}, {epochs} epochs"
             )
-        self.directory = Path(directory)
-        self.index = read_index(self.directory)
-        self.sites = _choose_sites(self.index, self.directory, sites)
+        self.files = directory if isinstance(directory, CacheFiles) else CacheFolder(Path(directory))
+        self.index = self.files.read_index()
+        self.sites = _choose_sites(self.index, self.files.description, sites)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -229,6 +237,11 @@ class CachedActivations(BatchIterator):
         self._restore(state)
 
     @property
+    def directory(self) -> Path:
+        """Where its files lie on this machine."""
+        return self.files.directory
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides which token comes when."""
         tokens = [shard["num_tokens"] for shard in self.index["shards"]]
@@ -237,8 +250,7 @@ class CachedActivations(BatchIterator):
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this cache from others, wherever it lies; as `data.fingerprint` does of documents."""
-        shards = [self.directory / shard["file"] for shard in self.index["shards"]]
-        return {"kind": "an activation cache", **of_files([self.directory / INDEX, *shards])}
+        return self.files.fingerprint()
 
     def norm_limit(self, site: Site) -> float | None:
         """The largest norm that counted at a site when the cache was written.
@@ -266,13 +278,13 @@ class CachedActivations(BatchIterator):
             left -= skipped[-1]
         if left:
             raise CacheError(
-                f"the activation cache {self.directory} holds {num_rows - left:,} tokens, fewer than the {num_rows:,} "
+                f"{self.files.description} holds {num_rows - left:,} tokens, fewer than the {num_rows:,} "
                 "that are to be kept apart; write a larger cache, or hold out fewer"
             )
         return skipped
 
     def _read(self, shard: Mapping[str, Any], start: int, stop: int) -> dict[Site, Tensor]:
-        with safe_open(self.directory / shard["file"], framework="pt") as file:
+        with safe_open(self.files.shard(shard["file"]), framework="pt") as file:
             return {site: file.get_slice(str(site))[start:stop] for site in self.sites}
 
     def _place(self) -> dict[str, Any]:
@@ -296,24 +308,24 @@ class CachedActivations(BatchIterator):
         self._number += 1
         epoch, place = divmod(self._number, len(shards))
         order = torch.randperm(len(shards), generator=seeded_generator(self.seed, self.rank, epoch))
-        shard = int(order[place])
+        shard, *later = order[place:].tolist()
         rows = self._share(shard)
         begin = self._skipped[shard] + self.rank * rows
         # Let go of the last shard before the next is read, so that only one is in memory.
         self._block = {}
         self._block = self._read(shards[shard], begin, begin + rows)
+        self.files.expect([shards[number]["file"] for number in later])
         self._order = torch.randperm(rows, generator=seeded_generator(self.seed, self.rank, epoch, shard))
         return True
 
 
-def _choose_sites(index: Mapping[str, Any], directory: Path, sites: Sequence[Site | str] | None) -> list[Site]:
+def _choose_sites(index: Mapping[str, Any], called: str, sites: Sequence[Site | str] | None) -> list[Site]:
     known = list(index["hidden_sizes"])
     chosen = known if sites is None else [str(Site.parse(str(site))) for site in sites]
     unknown = [site for site in chosen if site not in known]
     if unknown or not chosen:
         raise CacheError(
-            f"the activation cache {directory} has no site {', '.join(unknown) or '(none was named)'}; "
-            f"it has: {', '.join(known)}"
+            f"{called} has no site {', '.join(unknown) or '(none was named)'}; it has: {', '.join(known)}"
         )
     return [Site.parse(site) for site in chosen]
 

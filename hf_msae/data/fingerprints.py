@@ -76,6 +76,11 @@ def of_files(paths: Sequence[Path]) -> dict[str, Any]:
     return {"size": f"{len(paths):,} files of {total:,} bytes", "sha256": digest.hexdigest()}
 
 
+def of_digests(digests: Sequence[str]) -> dict[str, Any]:
+    """What tells files from others whose contents are known by a digest of each, in their order."""
+    return {"size": f"{len(digests):,} files", "sha256": hashlib.sha256("\n".join(digests).encode()).hexdigest()}
+
+
 def _of_rows(documents: Documents, rows: Iterable[Any]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for row in rows:

@@ -311,12 +311,12 @@ class CacheLoader(ActivationLoader):
     def __init__(self, run: Run, cache: CachedActivations, sites: Sequence[Site], skip_rows: int) -> None:
         super().__init__(run)
         self.cache, self.sites, self.skip_rows = cache, sites, skip_rows
-        self.description = f"the activation cache {cache.directory}"
+        self.description = cache.files.description
         self._open(self.args.seed)  # a cache without one of the sites is refused before anything long begins
 
     def _open(self, seed: int) -> CachedActivations:
         return CachedActivations(
-            self.cache.directory,
+            self.cache.files,
             batch_size=self.args.tokens_per_step(self.num_processes),
             seed=seed,
             sites=self.sites,

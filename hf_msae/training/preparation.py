@@ -230,6 +230,8 @@ def open_data(
         if eval_dataset is not None:
             held_out = HeldOutText(source, as_documents(eval_dataset), run.args)
     if isinstance(train_dataset, CachedActivations):
+        train_dataset = _same_everywhere(run, train_dataset)
+        _record_cache(saes, model, train_dataset)
         if held_out is not None:
             return held_out, CacheLoader(run, train_dataset, sites, skip_rows=0)
         first_rows = HeldOutCache(train_dataset, run.args)
@@ -244,6 +246,30 @@ def open_data(
         sae.config.context_length = source.context_length
         sae.config.prepend_bos = source.tokenizer.bos_token_id is not None
     return held_out, TextLoader(run, source, documents)
+
+
+def _same_everywhere(run: Run, cache: CachedActivations) -> CachedActivations:
+    """The cache as the main process found it: a push may have come between one process and the next."""
+    files = cache.files.at_commit(run.broadcast(cache.files.commit))
+    return cache if files is cache.files else CachedActivations(files, batch_size=1)
+
+
+def _record_cache(saes: Mapping[str, MatryoshkaSAE], model: PreTrainedModel | None, cache: CachedActivations) -> None:
+    """Write into the SAEs' configurations how the language model of a cache was quantized, where the cache says so."""
+    if "quantization" not in cache.index:
+        return
+    quantization = cache.index["quantization"]
+    if model is not None and quantization_of(model) != quantization:
+        logger.warning(
+            "%s has activations of %s %s, and the language model given is %s: cross-entropy is measured with another "
+            "model than the SAEs are trained on.",
+            cache.files.description,
+            cache.index.get("base_model"),
+            f"in {quantization}" if quantization else "as it was saved",
+            f"in {quantization_of(model)}" if quantization_of(model) else "as it was saved",
+        )
+    for sae in saes.values():
+        sae.config.base_model_quantization = quantization
 
 
 def set_norm_limits(
