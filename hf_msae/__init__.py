@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_msae.hub import SAEEntry, find_saes, list_saes, load_saes, pull, push_folder
     from hf_msae.interpret import Interpretation, find_hierarchy, interpret, scan
     from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+    from hf_msae.shared_caches import load_activation_cache, push_activation_cache
     from hf_msae.sites import Site, capture, resolve_site
     from hf_msae.steering import SteeredPipeline, Steering, load_steering, save_steering, steer
     from hf_msae.training import SAETrainer, SAETrainingArguments
@@ -36,6 +37,7 @@ else:
         "hf_msae.hub": ("SAEEntry", "find_saes", "list_saes", "load_saes", "pull", "push_folder"),
         "hf_msae.interpret": ("Interpretation", "find_hierarchy", "interpret", "scan"),  # a room that can be called
         "hf_msae.modeling": ("MatryoshkaSAE", "MatryoshkaSAEConfig"),
+        "hf_msae.shared_caches": ("load_activation_cache", "push_activation_cache"),
         "hf_msae.sites": ("Site", "capture", "resolve_site"),
         "hf_msae.steering": ("SteeredPipeline", "Steering", "load_steering", "save_steering", "steer"),
         "hf_msae.training": ("SAETrainer", "SAETrainingArguments"),
@@ -70,11 +72,13 @@ __all__ = [
     "find_saes",
     "interpret",
     "list_saes",
+    "load_activation_cache",
     "load_documents",
     "load_saes",
     "load_steering",
     "make_activation_cache",
     "pull",
+    "push_activation_cache",
     "push_folder",
     "resolve_site",
     "run_evaluation",

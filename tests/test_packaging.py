@@ -54,6 +54,7 @@ FLOORS = {
     "hf_msae.hub": 2,
     "hf_msae.metrics": 2,
     "hf_msae.cross_entropy": 2.5,  # of the numbers of `metrics.py` those that need the language model
+    "hf_msae.shared_caches": 2.5,  # caches of `data`, on the `hub`
     "hf_msae.steering": 2,
     "hf_msae.training": 3,
     "hf_msae.evaluation": 3,

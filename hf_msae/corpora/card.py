@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from hf_msae.corpora.encoded_files import SHARDS
 from hf_msae.hub.card import dataset_name, hub_dataset, is_hub_id, public_name
 from hf_msae.hub.card_parts import fingerprint_parts
+from hf_msae.hub.data_sets import size_category
 
 TEMPLATE = Path(__file__).with_name("latents_card.md")
 TAGS = ["hf_msae", "sparse-autoencoder", "sae-latents", "mechanistic-interpretability"]
@@ -39,12 +40,6 @@ def _metadata(index: Mapping[str, Any]) -> dict[str, Any]:
     text = hub_dataset(index["dataset"])
     if text is not None:
         metadata["source_datasets"] = [text]
-    metadata["size_categories"] = [_size_category(sum(shard["num_rows"] for shard in index["shards"]))]
+    metadata["size_categories"] = [size_category(sum(shard["num_rows"] for shard in index["shards"]))]
     files = [{"split": "train", "path": SHARDS}]
     return metadata | {"configs": [{"config_name": "default", "data_files": files}]}
-
-
-def _size_category(num_rows: int) -> str:
-    """As the Hub names them."""
-    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
-    return next((name for power, name in enumerate(names, start=3) if num_rows < 10**power), "10B<n<100B")

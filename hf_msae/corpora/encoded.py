@@ -7,7 +7,7 @@ from hf_msae.corpora.card import render_card
 from hf_msae.corpora.encoded_files import CARD_NAME, FORMAT, SHARDS, EncodedError, is_encoded, read_index
 from hf_msae.corpora.reading import sae_fingerprint
 from hf_msae.data.unfinished import INDEX, MAX_INDEX_BYTES, unfinished_folder
-from hf_msae.hub.data_sets import data_file, fetch_data, push_data
+from hf_msae.hub.data_sets import data_file, fetch_data, public_index, push_data
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import read_json
 
@@ -96,6 +96,7 @@ class EncodedLatents:
             render_card(self.index, repo_id),
             repo_id,
             stale=SHARDS,
+            written={INDEX: public_index(self.index)},
             private=private,
             commit_message="Upload latents",
             token=token,

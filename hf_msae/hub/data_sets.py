@@ -3,13 +3,16 @@
 For what this package writes as a folder of data: latents of some text, and activations to train on.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, RepositoryNotFoundError
 
 from hf_msae.errors import InputError
+from hf_msae.hub.card import dataset_name, public_name
 from hf_msae.hub.card_parts import merge_cards
 from hf_msae.hub.links import refuse_links_out
 from hf_msae.hub.results import CARD_NAME
@@ -49,6 +52,7 @@ def push_data(
     repo_id: str,
     *,
     stale: str,
+    written: Mapping[str, str] | None = None,
     private: bool | None = None,
     commit_message: str = "Upload data",
     token: str | bool | None = None,
@@ -61,6 +65,7 @@ def push_data(
         card: For the repo; what people wrote into the one that is there is kept.
         repo_id: As for `prepare_data_repo`, and so is `private`.
         stale: A pattern of names; what the repo has of these, and is not pushed, is deleted.
+        written: What some of the files hold on the Hub, instead of what they hold in the folder.
         private: See `repo_id`.
         commit_message: The title of the commit.
         token: A token that may write; the one that is logged in by default.
@@ -75,7 +80,8 @@ def push_data(
     api = _checked_api(repo_id, token)
     refuse_links_out(folder, (folder / name for name in names))
     # Kept over all attempts, so that what was uploaded once is not uploaded again.
-    data = [CommitOperationAdd(name, folder / name) for name in names]
+    contents = {name: text.encode() for name, text in (written or {}).items()}
+    data = [CommitOperationAdd(name, contents.get(name, folder / name)) for name in names]
 
     def attempt() -> str:
         made = _prepare(api, repo_id, private)
@@ -98,6 +104,17 @@ def push_data(
     return with_retries(api, repo_id, None, attempt)
 
 
+def public_index(index: Mapping[str, Any]) -> str:
+    """The index of a folder of data as it is published: without the folders of somebody's disk.
+
+    Args:
+        index: What the folder's holds.
+    """
+    models = {name: public_name(index[name]) for name in ("base_model", "tokenizer", "sae") if index.get(name)}
+    named = {**index, **models, "dataset": dataset_name(index.get("dataset"))}
+    return json.dumps(named, indent=2) + "\n"
+
+
 def data_file(repo_id: str, name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path | None:
     """One small file of a data set on the Hub, downloaded.
 
@@ -116,7 +133,7 @@ def data_file(repo_id: str, name: str, *, revision: str | None = None, token: st
     api = HfApi(token=token, library_name="hf_msae")
     try:
         return Path(api.hf_hub_download(repo_id, name, repo_type=KIND, revision=revision))
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
     except HTTPError as error:
         raise InputError(f"The data set {repo_id} cannot be read from the Hub: {error}") from error
@@ -143,6 +160,12 @@ def fetch_data(
     except (HTTPError, OSError) as error:
         raise InputError(f"The data set {repo_id} cannot be read from the Hub: {error}") from error
     return Path(found)
+
+
+def size_category(num_rows: int) -> str:
+    """How the Hub calls data sets of that many rows."""
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
+    return next((name for power, name in enumerate(names, start=3) if num_rows < 10**power), "10B<n<100B")
 
 
 def _checked_api(repo_id: str, token: str | bool | None) -> HfApi:

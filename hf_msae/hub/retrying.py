@@ -5,7 +5,13 @@ import time
 from collections.abc import Callable
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
 from hf_msae.errors import InputError
@@ -49,10 +55,35 @@ def with_retries(api: HfApi, repo_id: str, revision: str | None, attempt: Callab
             passing = status is None or status in (*PASSING, *CONFLICTS)
             if not passing or number == ATTEMPTS - 1:
                 raise PublishError(_in_words(cause, status, repo_id, revision, api.endpoint)) from failure
-            wait = 0 if status in CONFLICTS else min(2**number, MAX_WAIT_S)
-            logger.warning("%s: %s. Trying again in %d s.", repo_id, _last_line(cause), wait)
-            time.sleep(wait)
+            _wait(0 if status in CONFLICTS else min(2**number, MAX_WAIT_S), repo_id, cause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def read_with_retries(repo_id: str, attempt: Callable[[], str]) -> str:
+    """Give the result of `attempt`, made again after errors that pass by themselves; the last one is raised as it is.
+
+    Args:
+        repo_id: The repo.
+        attempt: Downloads, and gives where it lies.
+    """
+    for number in range(ATTEMPTS):
+        try:
+            return attempt()
+        except (HTTPError, LocalEntryNotFoundError) as failure:
+            # huggingface_hub says that a file is not here where it could not ask for it, and why is the cause.
+            cause = failure.__cause__ if isinstance(failure, LocalEntryNotFoundError) else failure
+            passing = isinstance(cause, HTTPError) and (
+                not isinstance(cause, HfHubHTTPError) or cause.response.status_code in PASSING
+            )
+            if not passing or number == ATTEMPTS - 1:
+                raise
+            _wait(min(2**number, MAX_WAIT_S), repo_id, failure)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _wait(seconds: int, repo_id: str, error: Exception) -> None:
+    logger.warning("%s: %s. Trying again in %d s.", repo_id, _last_line(error), seconds)
+    time.sleep(seconds)
 
 
 def writing_api(token: str | bool | None) -> HfApi:
