@@ -30,7 +30,7 @@ class SourceArguments:
         default=None,
         metadata={
             "help": "A Hub dataset (streamed), a .txt, .jsonl or .parquet file or a folder of them, a dataset saved "
-            "to disk, or an activation cache. Default: the story world with the story model."
+            "to disk, or an activation cache, here or on the Hub. Default: the story world with the story model."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})

@@ -139,11 +139,11 @@ def _open(place: str, split: str, args: DiffArguments) -> "EncodedLatents | Docu
     from hf_msae.cli.sources import load_text
     from hf_msae.corpora import EncodedLatents
     from hf_msae.corpora.encoded import is_encoded_source
-    from hf_msae.data import is_activation_cache
+    from hf_msae.shared_caches import is_cache_source
 
     if is_encoded_source(place):
         return EncodedLatents.load(place)
-    if is_activation_cache(place):
+    if is_cache_source(place):
         raise InputError(
             f"{place} is an activation cache and holds no text; give text, or latents that `hf-msae encode` wrote."
         )

@@ -17,11 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
-from hf_msae.data import CachedActivations, Documents, as_documents, is_activation_cache, load_documents
+from hf_msae.data import CachedActivations, Documents, as_documents, load_documents
 from hf_msae.devices import move_language_model, stays_on_cpu
 from hf_msae.errors import InputError
-from hf_msae.language_models import model_of, model_to_load, quantization_to_load
+from hf_msae.language_models import model_of, model_to_load, quantization_to_be_had, quantization_to_load
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.shared_caches import is_cache_source, load_activation_cache
 from hf_msae.worlds.stories import STORIES, StoryWorld
 
 # Bars are for what takes time. The weights of an SAE, or of a small model on disk, are there before one could be read.
@@ -132,8 +133,8 @@ def load_training_data(args: SourceArguments) -> tuple[Documents | CachedActivat
         stories = as_documents(StoryWorld(seed=0).documents(STORY_DOCUMENTS))
         stories.description = f"{STORY_DOCUMENTS:,} stories of hf_msae.worlds.stories"
         return stories, _eval_data(args)
-    if is_activation_cache(args.dataset):
-        return CachedActivations(args.dataset, batch_size=1), _eval_data(args)
+    if is_cache_source(args.dataset, revision=args.dataset_revision):
+        return _open_cache(args, args.dataset), _eval_data(args)
     documents = load_documents(
         args.dataset,
         name=args.dataset_name,
@@ -144,6 +145,17 @@ def load_training_data(args: SourceArguments) -> tuple[Documents | CachedActivat
         separator=_unescaped(args.separator),
     )
     return documents, _eval_data(args)
+
+
+def _open_cache(args: SourceArguments, source: str) -> CachedActivations:
+    """An activation cache; `args` gets the quantization of the model that it was made with, if none was asked for."""
+    cache = load_activation_cache(source, revision=args.dataset_revision)
+    args.quantization = args.quantization or quantization_to_be_had(  # type: ignore[assignment]
+        cache.index.get("quantization"),
+        f"{cache.files.description} was made with {cache.index.get('base_model')}",
+        "cross-entropy is that of another model",
+    )
+    return cache
 
 
 def load_text(args: SourceArguments) -> tuple[Documents, Documents | None]:

@@ -223,7 +223,10 @@ def report(
     from rich.table import Table
 
     from hf_msae.metrics import table_rows
+    from hf_msae.training.loaders import CacheLoader
 
+    if isinstance(trainer.loader, CacheLoader):
+        sources = _without_cache(sources)
     console = Console(highlight=False)
     for name, measurement in measurements.items():
         header, rows = table_rows(measurement)
@@ -259,14 +262,11 @@ Next:
 
 
 def _given_again(sources: SourceArguments) -> str:
-    """The flags that name the data, and how the model is loaded; which one it is the SAE says.
-
-    An activation cache holds no text to read: it is what the run measured on, or left for people to fill in.
-    """
+    """The flags that name the data, and how the model is loaded; which one it is the SAE says."""
     from hf_msae.data import is_activation_cache
 
     if sources.dataset is not None and is_activation_cache(sources.dataset):
-        sources = replace(sources, dataset=sources.eval_dataset or "...", eval_dataset=None)
+        sources = _without_cache(sources)
     flags = ""
     for known in fields(sources):
         value = getattr(sources, known.name)
@@ -275,3 +275,8 @@ def _given_again(sources: SourceArguments) -> str:
         flag = f" --{known.name.replace('_', '-')}"
         flags += flag if value is True else f"{flag} {shlex.quote(value)}"
     return flags
+
+
+def _without_cache(sources: SourceArguments) -> SourceArguments:
+    """Text to read, where a run read a cache, which holds none: what it measured on, or left for people to fill in."""
+    return replace(sources, dataset=sources.eval_dataset or "...", dataset_revision=None, eval_dataset=None)

@@ -166,6 +166,41 @@ def test_activations_are_cached_and_trained_on(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "ce" / "metrics.json").read_text())["ce_tokens"] > 0
 
 
+def test_activations_are_pushed_and_streamed(folder, tmp_path, capsys, hub):
+    """The same SAE as from the folder; in two processes, too. What cannot be is said in a line."""
+    cache, repo = tmp_path / "cache", f"{hub.user}/activations"
+    arguments = ["--model", str(folder / "lm"), "--dataset", str(folder / "texts.txt"), "--site", "layers.0"]
+    arguments += ["--max-tokens", "4k", "--batch-size", "100", "--context-length", "32", "--shard-tokens", "1000"]
+    arguments += ["--eval-tokens", "400", "--calibration-tokens", "200", "--output-dir", str(cache)]
+    arguments += ["--push-to-hub", repo, "--hub-private"]
+    assert run("cache-activations", *arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"Pushed: {hub.endpoint}/datasets/{repo}/commit/" in shown
+    assert shown.endswith(f"hf-msae train --dataset {repo} --model {folder / 'lm'}\n")
+    assert hub.repo(repo, "dataset").private
+    first = hub.repo(repo, "dataset").at("main").sha
+    assert run("cache-activations", *arguments) == 2
+    assert f"`hf-msae push {cache} {repo}` publishes it" in capsys.readouterr().err
+    assert run("push", str(cache), repo) == 0
+    assert run(*command(folder, tmp_path / "folder", "--dataset", str(cache))) == 0
+    capsys.readouterr()
+    streamed = command(folder, tmp_path / "streamed", "--dataset", repo, "--dataset-revision", first)
+    assert run(*streamed) == 0
+    assert "--dataset ... " in " ".join(capsys.readouterr().out.split())
+    again = command(folder, tmp_path / "two", "--dataset", repo, "--per-device-train-batch-size", "32")
+    status, written = run_command(2, again, tmp_path / "two.output")
+    assert status == 0, written
+    ours, theirs, two = (load_file(tmp_path / at / "model.safetensors") for at in ("streamed", "folder", "two"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ((two["W_dec"] - theirs["W_dec"]).abs() > 1e-2).float().mean() < 0.05
+    for refused in (["encode", str(tmp_path / "folder")], ["eval", str(tmp_path / "folder")]):
+        flags = [repo] if refused[0] == "encode" else ["--dataset", repo]
+        assert run(*refused, *flags, "--output-dir", str(tmp_path / "x")) == 2
+        assert f"{repo} is an activation cache and holds no text" in capsys.readouterr().err
+    assert run("push", str(cache), repo, "--create-pr") == 2
+    assert "in one commit to its main branch; leave out --create-pr" in capsys.readouterr().err
+
+
 def test_killed_between_checkpoints_it_resumes_to_the_same_bits(folder, tmp_path):
     """SIGKILL to a real process as soon as it has taken steps after its second checkpoint."""
     arguments = ["--save-steps", "40", "--logging-steps", "1", "--max-tokens", "12_800"]

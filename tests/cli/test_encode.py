@@ -39,6 +39,13 @@ def test_text_becomes_a_data_set_on_the_hub_and_two_of_them_are_compared(folder,
         assert index["base_model"] == "stories"
     rows = load_dataset(f"{hub.user}/latents", split="train")
     assert len(rows) == index["num_tokens"] == sum(shard["num_rows"] for shard in index["shards"])
+    assert run("push", tmp_path / "a", f"{hub.user}/others") == 0
+    assert len(load_dataset(f"{hub.user}/others", split="train")) > 0
+    pushed = b"".join(
+        content for name, content in hub.files(f"{hub.user}/others", kind="dataset").items() if "parquet" not in name
+    )
+    assert str(folder).encode() not in pushed
+    capsys.readouterr()
     report = tmp_path / "report"
     assert run("diff", sae, tmp_path / "a", f"{hub.user}/latents", "--output-dir", report, "--json") == 0
     encoded = json.loads(capsys.readouterr().out)

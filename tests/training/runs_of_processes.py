@@ -1,9 +1,9 @@
 """A run of several real processes for the tests beside this file: what starts it, and what each process executes.
 
 A plan says which SAEs are trained, a whole grid in one run because a run takes longer than an SAE more, on a cache of
-activations or on texts and a model. It may set constants of hf_msae's modules, such as the size of a message. With
-"dry_run", the main process first writes to this path what `--dry-run` says, by a clock that ticks once whenever it is
-read.
+activations, on one of the Hub at a commit for each process, or on texts and a model. It may set constants of hf_msae's
+modules, such as the size of a message. With "dry_run", the main process first writes to this path what `--dry-run`
+says, by a clock that ticks once whenever it is read.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def main(plan: dict[str, Any]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+    from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig, load_activation_cache
     from hf_msae.data import CachedActivations
     from hf_msae.training import SAETrainer, SAETrainingArguments
 
@@ -50,13 +50,19 @@ def main(plan: dict[str, Any]) -> None:
     # No process needs the whole where each has a part.
     with torch.device("meta" if args.shard_latents else "cpu"):
         saes = {name: MatryoshkaSAE(MatryoshkaSAEConfig(**options)) for name, options in plan["saes"].items()}
-    dataset = plan["texts"] if "texts" in plan else CachedActivations(plan["cache"], batch_size=1)
-    trainer = SAETrainer(model, saes, args, dataset, processing_class=tokenizer)
+    if "texts" in plan:
+        dataset = plan["texts"]
+    elif "commits" in plan:
+        commit = plan["commits"][int(os.environ["RANK"])]
+        dataset = load_activation_cache(plan["cache"], revision=commit)
+    else:
+        dataset = CachedActivations(plan["cache"], batch_size=1)
+    trainer = SAETrainer(model, saes, args, dataset, plan.get("eval_texts"), processing_class=tokenizer)
     if "dry_run" in plan:
         dry_run(trainer, Path(plan["dry_run"]))
         trainer = SAETrainer(model, saes, args, dataset, processing_class=tokenizer)
     trainer.train()
-    print(f"process {os.environ['RANK']}: {trainer.loader.epoch} passes ended", file=sys.stderr)
+    print(f"process {os.environ.get('RANK', 0)}: {trainer.loader.epoch} passes ended", file=sys.stderr)
 
 
 def dry_run(trainer: Any, path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hf_msae.modeling.dense_ops import JumpReLU, select_batch_topk, select_topk
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
+from runs_of_processes import launch
 from safetensors.torch import load_file
-from small_runs import make_sae, make_trainer
+from small_runs import SETTINGS, make_sae, make_trainer
 from transformers import TrainerCallback
 
 from hf_msae.cross_entropy import measure_cross_entropy
@@ -178,6 +179,48 @@ def test_two_processes_are_one_with_the_windows_of_both(tmp_path, lm, tokenizer,
     for name, gradient in whole.items():
         both = halves[0][0][name] + halves[1][0][name]
         torch.testing.assert_close(both, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_two_launched_processes_are_one_process(tmp_path, lm, tokenizer):
+    """Every step takes eight documents, each a window, whichever process reads them; the second half is fine-tuning.
+
+    One level, because windows get their levels by the order in which a process draws them.
+    """
+    for part in (lm, tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    words = torch.randint(60, (160, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = [" ".join(f"w{word}" for word in line) for line in words]
+    shape = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [64], "k": 4, "site": "model.layers.0:output"}
+    # To where predictions depend on: a divergence at the edge of float32 would be the rounding's.
+    across = {"site": "model.layers.0.mlp:input", "site_out": "model.layers.0:output", "hidden_size_out": 16}
+    forms = {
+        "topk": {"activation": "topk"},
+        "relu": {"activation": "relu"},
+        "aligned": {"activation": "topk", "aligned": True},
+        "transcoder": {"activation": "topk", **across, "skip": True},
+    }
+    saes = {form: shape | options for form, options in forms.items()}
+    common = {**SETTINGS, "kl_from": 0.5, "norm_outlier_multiple": 0, "packing": False, "shuffle": False}
+    common |= {"logging_steps": 1, "save_steps": 0, "eval_tokens": 192, "calibration_tokens": 192}
+    for processes in (1, 2):
+        tokens = 192 // processes
+        sizes = {"per_device_train_batch_size": tokens, "block_tokens": tokens, "lm_batch_size": 8 // processes}
+        args = common | sizes | {"output_dir": str(tmp_path / str(processes))}
+        plan = {"model": str(tmp_path / "lm"), "texts": texts[:96], "eval_texts": texts[96:], "saes": saes}
+        launch(processes, plan | {"args": args})
+    ours, theirs = (_log(tmp_path / str(processes)) for processes in (2, 1))
+    assert len(ours) == len(theirs) == len(forms) * SETTINGS["max_steps"]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine["sae"], mine["step"], mine["tokens"]) == (other["sae"], other["step"], other["tokens"])
+        assert ("kl" in mine) == ("kl" in other) == (mine["step"] > 4)
+        for name in ("loss", "l0", "kl"):
+            if name in mine:
+                assert mine[name] == pytest.approx(other[name], rel=1e-4), (mine["sae"], mine["step"], name)
+    for form in forms:
+        mine, its = (load_file(tmp_path / str(processes) / form / "model.safetensors") for processes in (2, 1))
+        for name in its:
+            apart = (mine[name] - its[name]).abs() > 1e-2 * its[name].abs().max().clamp_min(1e-9)
+            assert apart.float().mean() < 0.05, (form, name)
 
 
 @pytest.mark.parametrize("form", ["batch_topk", "relu", "transcoder"])
