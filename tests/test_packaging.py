@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from patience import HANG_SECONDS
 
 pytestmark = pytest.mark.slow
@@ -447,6 +448,21 @@ def test_what_modules_import_is_declared() -> None:
         # The kernels are imported inside functions, where Triton is known to be present.
         allowed = declared | optional if lazy or module == KERNELS else declared
         assert {canonicalize_name(owner) for owner in owners.get(name, [name])} & allowed, f"{module} imports {name}"
+
+
+def test_the_lowest_versions_that_are_tried_are_the_floors() -> None:
+    """All but torch's, of which old versions are not on PyPI without CUDA."""
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    tried = {one.name: one.specifier for one in map(Requirement, filter(lambda line: line[:1] not in "#", lines))}
+    optional = [line for extra in PROJECT["project"]["optional-dependencies"].values() for line in extra]
+    of_all = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
+    assert {one.name for one in of_all} - set(tried) == {"torch"}
+    for one in (*of_all, *map(Requirement, optional)):
+        floors = [part.version for part in one.specifier if part.operator == ">="]
+        if one.name in tried and floors:
+            (pin,) = tried[one.name]
+            same = Version(pin.version).release[: len(Version(floors[0]).release)] == Version(floors[0]).release
+            assert (pin.operator, same) == ("==", True), f"{pin} of {one.name} is not its floor, {floors[0]}"
 
 
 def test_what_a_release_compares_is_there_to_compare() -> None:
