@@ -5,6 +5,7 @@ import torch
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.evaluation.baselines import (
+    TRAINED,
     baseline_config,
     build_random,
     check_baselines,
@@ -29,6 +30,20 @@ def test_a_trained_baseline_has_the_same_width_and_sparsity():
     assert (topk.num_latents, topk.k, topk.prefix_sizes, topk.activation) == (32, 3, [32], "topk")
     assert baseline_config("frozen_decoder", CONFIG).prefix_sizes == [8, 32]
     assert plain.site == "layers.0"
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_trained_baseline_reads_and_writes_where_the_sae_does(kind):
+    where = {
+        "site": "layers.0.mlp:input",
+        "site_out": "layers.0.mlp",
+        "hidden_size_out": 24,
+        "skip": True,
+        "base_model": "someone/model",
+        "base_model_revision": "0123abc",
+    }
+    config = baseline_config(kind, MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[8, 32], **where))
+    assert {name: getattr(config, name) for name in where} == where
 
 
 def test_pruning_orders_latents_by_what_they_add_and_keeps_the_whole():

@@ -2,16 +2,25 @@
 whose latents are written down.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.evaluation.absorption import absorption_of, choose_concepts, measure_absorption
+from hf_msae.evaluation import Evaluation
+from hf_msae.evaluation.absorption import (
+    AbsorptionMetric,
+    AbsorptionResult,
+    absorption_of,
+    choose_concepts,
+    measure_absorption,
+)
 from hf_msae.evaluation.erasure import measure_perturbation, measure_removal
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.probes import make_split
-from hf_msae.evaluation.probing import measure_probing
+from hf_msae.evaluation.probing import ProbingMetric, measure_probing
 
 # Each parent has three children, on orthogonal directions: parent p is dimension p, child c is dimension 3 + c.
 PARENTS = ["animal", "food", "place"]
@@ -94,6 +103,15 @@ def test_one_latent_per_concept_probes_perfectly(world, splits):
     assert found.test_examples == 400
 
 
+def test_tables_of_probing_keep_what_is_no_sae_apart(world, splits):
+    """The whole activation is read by a probe on 16 numbers, as no dictionary is."""
+    found = measure_probing(world, {"faithful": faithful()}, splits[:1])
+    of_saes, others = ProbingMetric().tables(found, Evaluation({"faithful": "method"}, {"faithful": [3, 12]}))
+    assert of_saes.header[2:] == ["k = 1", "k = 2", "k = 5"]
+    assert {row[0] for row in others.rows} == {s.features for s in found.scores} - {"faithful"}
+    assert ["whole activation", "16"] in [row[:2] for row in others.rows]
+
+
 def test_a_faithful_dictionary_absorbs_nothing(world, splits):
     levels, concepts = measure_absorption(world, faithful(), splits)
     assert [(level.prefix, level.split) for level in levels] == [(3, 0), (12, 0), (3, 1), (12, 1)]
@@ -108,6 +126,15 @@ def test_a_faithful_dictionary_absorbs_nothing(world, splits):
         assert level.elsewhere == 0
     assert {item.concept for item in concepts} == set(PARENTS)
     assert [item.main for item in concepts if item.concept == "food"] == [[1], [1]]
+
+
+def test_concepts_are_shown_one_by_one_with_the_whole_dictionary(world, splits):
+    found = AbsorptionResult(*measure_absorption(world, faithful(), splits[:1]))
+    evaluation = Evaluation({"faithful": "method"}, {"faithful": [3, 12]})
+    details = AbsorptionMetric().details({"faithful": found}, evaluation)
+    assert [(item.concept, item.prefix) for item in details.values["concepts"]] == [(name, 12) for name in PARENTS]
+    childless = [replace(item, recalls={}) for item in found.concepts]
+    assert AbsorptionMetric().details({"faithful": replace(found, concepts=childless)}, evaluation) is None
 
 
 def test_a_latent_that_fires_everywhere_is_shown_to(world, splits):
@@ -233,20 +260,21 @@ def test_a_dictionary_that_mixes_classes_scores_lower(flat_world):
     assert wrong.intended < 0.02
 
 
-def documents_of_facts() -> LabelledActivations:
+def documents_of_facts(two_faint: bool = False) -> LabelledActivations:
     """Two independent facts of each document, one faint (dimension 0) and one plain (dimension 1 where it holds, 2
-    where it does not); an example is the mean of three tokens.
+    where it does not), or one more that is faint (dimension 3); an example is the mean of three tokens.
     """
     generator = torch.Generator().manual_seed(5)
-    facts = torch.randint(2, (900, 2), generator=generator).bool()
+    facts = torch.randint(2, (900, 3 if two_faint else 2), generator=generator).bool()
     tokens = torch.repeat_interleave(facts.float(), 3, 0)
-    x = torch.cat([0.7 * tokens[:, :1] - 0.35, tokens[:, 1:], 1 - tokens[:, 1:], torch.zeros(2700, 13)], 1)
+    faint, plain = 0.7 * tokens[:, :1] - 0.35, tokens[:, 1:2]
+    more = 0.7 * tokens[:, 2:] - 0.35
+    x = torch.cat([faint, plain, 1 - plain, more, torch.zeros(2700, 13 - more.shape[1])], 1)
     noise = torch.randn(x.shape, generator=generator)
     x += noise * torch.tensor([0.5] + [0.1] * 15)
     examples = torch.arange(900)
-    return LabelledActivations(
-        x, facts, ["faint", "plain"], examples, "facts", example_of=torch.repeat_interleave(examples, 3)
-    )
+    names = ["faint", "plain", "other"][: facts.shape[1]]
+    return LabelledActivations(x, facts, names, examples, "facts", example_of=torch.repeat_interleave(examples, 3))
 
 
 def test_removing_the_spurious_fact_mends_the_biased_probe():
@@ -263,6 +291,15 @@ def test_removing_the_spurious_fact_mends_the_biased_probe():
         assert mended.score == pytest.approx((mended.ablated - mended.biased) / (mended.balanced - mended.biased))
         assert mended.score > 0.7
         assert half.score < mended.score
+
+
+def test_what_is_removed_is_a_mean_over_pairs():
+    """Each pair's share lies about that of the mean accuracies, however many pairs there are."""
+    rows = torch.eye(16)[[1, 2, 3]]
+    ((score,), _) = measure_removal(documents_of_facts(two_faint=True), build(rows, rows, [3]), [0], counts=[2])
+    assert score.pairs > 1
+    assert score.biased < score.ablated <= score.balanced + 0.05
+    assert score.score == pytest.approx((score.ablated - score.biased) / (score.balanced - score.biased), abs=0.2)
 
 
 def test_features_of_documents_are_means_over_their_tokens():

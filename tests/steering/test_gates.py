@@ -147,6 +147,19 @@ def test_gates_read_the_activation_before_any_edit(llama, sae):
     torch.testing.assert_close(found[fired], (everywhere - own)[fired], rtol=1e-5, atol=1e-5)
 
 
+def test_latents_that_are_ablated_wait_for_their_gate_too(llama, sae):
+    latent, plain = rare_latent(llama, sae), hidden_at(llama, sae)
+    opened = latents_at(llama, sae)[..., latent] > 0
+    others = [other for other in range(8) if other != latent]
+    with steer(llama, sae, others, method="ablate"):
+        everywhere = hidden_at(llama, sae)
+    with steer(llama, sae, others, method="ablate", when=Gate(latent)):
+        found = hidden_at(llama, sae)
+    assert not torch.equal(everywhere[~opened], plain[~opened])
+    assert torch.equal(found[~opened], plain[~opened])
+    assert torch.equal(found[opened], everywhere[opened])
+
+
 def test_outliers_open_no_gate(llama, make_sae):
     sae = make_sae(llama)
     latent = rare_latent(llama, sae)

@@ -147,6 +147,16 @@ def test_pushed_steerings_lie_beside_the_sae_and_are_loaded(hub, sae):
     assert load_steering(REPO, "coarse", token=hub.read_token) == COARSE
 
 
+def test_a_branch_keeps_its_own(hub, sae):
+    sae.push_to_hub(REPO)
+    HfApi().create_branch(REPO, branch="draft")
+    push_steering(OWLS, REPO, revision="draft")
+    push_steering(COARSE, REPO)
+    push_steering(Steering([LatentEdit(1, 1.0)], name="one"), REPO, revision="draft")
+    assert list(load_steerings(REPO, revision="draft")) == ["owls", "one"]
+    assert list(load_steerings(REPO)) == ["coarse"]
+
+
 def test_each_sae_of_a_collection_has_its_own(hub, sae):
     sae.push_to_hub(REPO, subfolder="l1")
     push_steering(OWLS, REPO, subfolder="l1")
