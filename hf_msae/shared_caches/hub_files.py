@@ -124,7 +124,8 @@ class HubCache(CacheFiles):
         """Begin to fetch the next ones."""
         for name in names[:AHEAD]:
             if name not in self._coming:
-                self._coming[name] = future = Future()
+                future: Future[Path] = Future()
+                self._coming[name] = future
                 threading.Thread(target=self._keep_promise, args=(name, future), daemon=True).start()
 
     def at_commit(self, commit: str | None) -> "HubCache":

@@ -231,7 +231,8 @@ def open_data(
             held_out = HeldOutText(source, as_documents(eval_dataset), run.args)
     if isinstance(train_dataset, CachedActivations):
         train_dataset = _same_everywhere(run, train_dataset)
-        _record_cache(saes, model, train_dataset)
+        _check_cache(saes, sites, model, train_dataset)
+        _record_quantization(saes, model, train_dataset)
         if held_out is not None:
             return held_out, CacheLoader(run, train_dataset, sites, skip_rows=0)
         first_rows = HeldOutCache(train_dataset, run.args)
@@ -254,7 +255,39 @@ def _same_everywhere(run: Run, cache: CachedActivations) -> CachedActivations:
     return cache if files is cache.files else CachedActivations(files, batch_size=1)
 
 
-def _record_cache(saes: Mapping[str, MatryoshkaSAE], model: PreTrainedModel | None, cache: CachedActivations) -> None:
+def _check_cache(
+    saes: Mapping[str, MatryoshkaSAE],
+    sites: Sequence[Site],
+    model: PreTrainedModel | None,
+    cache: CachedActivations,
+) -> None:
+    """Refuse activations of another width than an SAE's; where another model's name is on them, a warning says so."""
+    widths = {str(site.without_wrappers()): cache.index["hidden_sizes"].get(str(site)) for site in sites}
+    for name, sae in saes.items():
+        config = sae.config
+        ends = [("reads", config.site, config.hidden_size), ("reconstructs", config.site_out, config.output_size)]
+        for does, place, width in ends:
+            there = None if place is None else widths.get(str(Site.parse(place).without_wrappers()))
+            if there is not None and there != width:
+                raise InputError(
+                    f"The SAE {name} {does} activations of {width} dimensions, but {cache.files.description}, of "
+                    f"{cache.index.get('base_model') or 'an unrecorded model'}, has {there} at {place}. Make an SAE "
+                    "of that width, or give a cache of the other model."
+                )
+    made_with = cache.index.get("base_model")
+    if model is not None and made_with and Path(made_with).name != Path(model.config.name_or_path).name:
+        logger.warning(
+            "%s has activations of %s, and the language model given is %s. The SAEs record the latter, which measures "
+            "cross-entropy.",
+            cache.files.description,
+            made_with,
+            model.config.name_or_path or "an unnamed one",
+        )
+
+
+def _record_quantization(
+    saes: Mapping[str, MatryoshkaSAE], model: PreTrainedModel | None, cache: CachedActivations
+) -> None:
     """Write into the SAEs' configurations how the language model of a cache was quantized, where the cache says so."""
     if "quantization" not in cache.index:
         return

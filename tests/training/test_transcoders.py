@@ -132,6 +132,14 @@ def test_a_cache_of_both_sites_has_them_row_by_row_and_trains(tmp_path, lm, toke
     (measurement,) = trainer.train().values()
     assert 0 < measurement.levels[-1].fve < 1
     assert MatryoshkaSAE.from_pretrained(tmp_path / "run").config.site_out == places["site_out"]
+    wide = make_sae(**places, hidden_size_out=24)
+    with pytest.raises(
+        InputError, match=r"reconstructs activations of 24 dimensions, but the .* has 16 at model\.lay"
+    ):
+        SAETrainer(None, wide, arguments, CachedActivations(cache, batch_size=1))
+    wide = make_sae(hidden_size=24, site=places["site"])
+    with pytest.raises(InputError, match=r"reads activations of 24 dimensions, but the activation cache .* has 16 at"):
+        SAETrainer(None, wide, arguments, CachedActivations(cache, batch_size=1))
     astray = make_sae(**{**places, "site_out": "model.layers.1.mlp:output"})
     with pytest.raises(InputError, match=r"has no site model\.layers\.1\.mlp:output"):
         SAETrainer(None, astray, arguments, CachedActivations(cache, batch_size=1))
@@ -146,6 +154,7 @@ def test_a_cache_of_both_sites_has_them_row_by_row_and_trains(tmp_path, lm, toke
         ({**WIDER, "hidden_size_out": 16}, "of 16 dimensions, but those at .* have 24"),
         ({"site": "layers.0", "hidden_size_out": 16}, "does not record which activations it reconstructs"),
         ({"site": "layers.0", "site_out": "layers.9"}, "has 2 layers, so no 'layers.9'"),
+        ({"site": "layers.0.mlp:input", "site_out": "transformer.h.0.mlp"}, r"has no site 'transformer\.h\.0\.mlp'"),
     ],
 )
 def test_places_that_do_not_go_together_are_refused_at_once(places, message, tmp_path, lm, tokenizer, texts):
