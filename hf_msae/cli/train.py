@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
@@ -69,6 +69,14 @@ class GridArguments:
         metadata={
             "help": "Nested sizes, as numbers of latents (2048 8192 65536) or shares (1/16 1/4 1). "
             "Default: 1/16 1/8 1/4 1/2 1.",
+        },
+    )
+    recipe: Literal["prefixes", "balanced", "tree", "reconstruction"] | None = field(
+        default=None,
+        metadata={
+            "help": "What nesting is to be best at: prefixes that reconstruct alone (the default), edges of the tree "
+            "that are right, or the whole dictionary's reconstruction; balanced is between the first and the last. It "
+            "sets --inner-decoder-share and --inner-activation-share.",
         },
     )
     level_weights: list[str] = field(

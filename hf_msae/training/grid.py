@@ -14,6 +14,7 @@ from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import resolve_site, site_width
 from hf_msae.training.preparation import read_initial_config, wider_prefix_sizes
+from hf_msae.training.recipes import recipe_fields
 
 # Of the width of a site. A k of 32 suits dictionaries of 4,096 latents and more; smaller ones get fewer.
 DEFAULT_EXPANSION, DEFAULT_K, LATENTS_PER_K = 16, 32, 128
@@ -28,6 +29,7 @@ def make_saes(
     prefix_sizes: Sequence[str | int | Fraction] = (),
     sites_out: Sequence[str] = (),
     token_lookup: bool = False,
+    recipe: str | None = None,
     init_from: str | None = None,
     **options: Any,
 ) -> list[MatryoshkaSAE]:
@@ -41,6 +43,8 @@ def make_saes(
         prefix_sizes: the nested sizes, as numbers of latents or as shares of the whole, such as "1/16".
         sites_out: makes transcoders: for each of the sites, where what they reconstruct is.
         token_lookup: makes tokenized SAEs, which add a learnt vector of the activation's own token.
+        recipe: of `training.recipes.RECIPES`, what nesting is to be best at: "prefixes" (the default), "balanced",
+            "tree" or "reconstruction". Fields that are given beside it count.
         init_from: an SAE, a folder or a Hub repo, whose form all have but for what is given here. Its weights are
             taken by the trainer (`SAETrainingArguments.init_from`).
         options: fields of `MatryoshkaSAEConfig`, the same for all.
@@ -50,9 +54,10 @@ def make_saes(
 
     Raises:
         SiteError: the model has no such site.
-        InputError: a prefix size is no number, `init_from` names no site and none is given, or there is not one output
-            site for each site.
+        InputError: there is no such recipe, a prefix size is no number, `init_from` names no site and none is given,
+            or there is not one output site for each site.
     """
+    options = recipe_fields(recipe) | options
     initial = None if init_from is None else read_initial_config(init_from)
     names = list(sites)
     if not names and initial is not None:
