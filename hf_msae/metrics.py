@@ -7,17 +7,14 @@ model with reconstructions in place of activations (`cross_entropy.py`). Special
 in no number. Sums are accumulated in float64.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import within_limit
-from hf_msae.sites import Site
 
 
 @dataclass
@@ -188,31 +185,6 @@ class ReconstructionMeter:
             )
             for level, prefix in enumerate(self.sae.config.prefix_sizes)
         ]
-
-
-@torch.inference_mode()
-def measure_reconstruction(
-    saes: Mapping[str, tuple[Site, MatryoshkaSAE]], activations: Iterable[Mapping[Site, Tensor]]
-) -> dict[str, ReconstructionMeter]:
-    """Measure several SAEs in one pass over activations.
-
-    Args:
-        saes: by name, the site and the SAE.
-        activations: batches, each a mapping from site to (n, hidden_size).
-
-    Returns:
-        A meter for each name.
-
-    Raises:
-        InputError: there is no activation.
-    """
-    meters = {name: ReconstructionMeter(sae) for name, (_, sae) in saes.items()}
-    for batch in activations:
-        for name, (site, _) in saes.items():
-            meters[name].update(batch[site])
-    if any(meter.num_tokens == 0 for meter in meters.values()):
-        raise InputError("Nothing to measure: the held-out data gave no activation.")
-    return meters
 
 
 def merge(meter: ReconstructionMeter, cross_entropy: Measurement | None) -> Measurement:

@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cross_entropy import measure_cross_entropy
-from hf_msae.data import TokenWindows, collate, harvest
-from hf_msae.metrics import ReconstructionMeter, measure_reconstruction, merge, table_rows
+from hf_msae.data import TokenWindows, collate
+from hf_msae.metrics import ReconstructionMeter, merge, table_rows
 from hf_msae.sites import resolve_site
 
 
@@ -101,21 +101,6 @@ def by_hand(lm, tokens, kept, value):
             hidden = torch.where(kept[None, :, None], value, hidden)
     logits = lm.lm_head(body.norm(hidden))[0]
     return nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="none")
-
-
-def test_several_saes_are_measured_in_one_pass(lm, tokenizer, texts, sae):
-    windows = list(TokenWindows(texts[:30], tokenizer, context_length=24))
-    sites = [resolve_site(lm, "layers.0"), resolve_site(lm, "layers.1")]
-    meters = measure_reconstruction(
-        {"a": (sites[0], sae), "b": (sites[1], copying_sae())}, harvest(lm, sites, windows, lm_batch_size=3)
-    )
-    assert meters["a"].num_tokens == meters["b"].num_tokens == sum(int(window.keep.sum()) for window in windows)
-    assert meters["b"].levels()[-1].fve == pytest.approx(1, abs=1e-9)
-
-
-def test_nothing_to_measure_is_an_error(sae, lm):
-    with pytest.raises(ValueError, match="Nothing to measure"):
-        measure_reconstruction({"a": (resolve_site(lm, "layers.0"), sae)}, [])
 
 
 def test_the_table_shows_a_missing_cross_entropy_as_a_dash(sae):
