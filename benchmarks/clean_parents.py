@@ -317,7 +317,7 @@ def read_runs(options: argparse.Namespace, name: str = MEASURED_NAME) -> dict[st
 
 
 def draw(runs: dict[str, dict[int, Run]], path: str) -> None:
-    """A picture of what is had for what: FVE by prefix, and the tree beside it, a point a seed."""
+    """A picture of what is had for what: FVE by prefix, and the tree; a small point a seed, a large one the mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -329,16 +329,18 @@ def draw(runs: dict[str, dict[int, Run]], path: str) -> None:
         fves = [statistics.fmean(run["fve"][place] for run in found) for place in range(len(PREFIX_SIZES))]
         by_prefix.plot(PREFIX_SIZES, fves, marker="o", **style)
         rows = [run["tree"][str(CORRELATIONS[-1])]["edges"] for run in found]
-        whole = [run["fve"][-1] for run in found]
-        precision.scatter(whole, [row["precision"] for row in rows], **style)
-        recall.scatter([row["recall"] for row in rows], [row["precision"] for row in rows], **style)
+        right, parts = [row["precision"] for row in rows], [row["recall"] for row in rows]
+        for axis, across in ((precision, [run["fve"][-1] for run in found]), (recall, parts)):
+            axis.scatter(across, right, s=12, alpha=0.5, color=style["color"])
+            axis.scatter(statistics.fmean(across), statistics.fmean(right), s=90, **style)
     by_prefix.set(xscale="log", xlabel="latents in the prefix", ylabel="FVE")
     by_prefix.set_xticks(PREFIX_SIZES, [str(size) for size in PREFIX_SIZES])
     precision.set(xlabel="FVE of the whole dictionary", ylabel="precision of the tree's edges")
     recall.set(xlabel="recall of the tree's edges", ylabel="precision of the tree's edges")
     for axis in figure.axes:
         axis.grid(alpha=0.3)
-    by_prefix.legend(fontsize="small")
+    methods = by_prefix.get_legend_handles_labels()
+    figure.legend(*methods, loc="outside lower center", ncols=len(runs), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
