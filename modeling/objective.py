@@ -46,6 +46,7 @@ from .sparse_ops import (
     GradientMemory,
     LevelErrors,
     PreActivations,
+    TokenVectors,
     dense_dead_share,
     index_active,
 )
@@ -161,7 +162,7 @@ class ObjectiveMixin:
             base = torch.nn.functional.linear(x, self.W_skip, base)
         if self.W_token is not None:
             assert ids is not None
-            base = base + torch.nn.functional.embedding(ids, self.W_token)
+            base = base + TokenVectors.apply(self.W_token, ids, self.gradient_memory)
         return base
 
     @staticmethod

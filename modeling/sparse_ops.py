@@ -142,6 +142,30 @@ def sum_by_latent(values: Tensor, order: Tensor, first: Tensor) -> Tensor:
     return _segment_sum(ones, only_row, values[order], first).squeeze(1)
 
 
+class TokenVectors(torch.autograd.Function):
+    """A row of a table (V, d) for each token id (B,), whose gradient is summed in one order on every device.
+
+    forward takes the table, the ids, and the memory for the table's gradient or None. (That of torch's own lookup may
+    add a token's gradients in any order on CUDA, so that a run would not give the same bits twice.)
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor, memory: GradientMemory | None) -> Tensor:
+        """Look the rows up (B, d)."""
+        ctx.save_for_backward(table, ids)
+        ctx.memory = memory
+        return table[ids]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Give the table's gradient."""
+        table, ids = ctx.saved_tensors
+        order = ids.argsort(stable=True)
+        first = torch.searchsorted(ids[order], torch.arange(table.shape[0], device=ids.device))
+        ones = torch.ones_like(ids, dtype=grad.dtype)
+        return _parameter_gradient(ctx.memory, table, grad.contiguous(), order, ones, first), None, None
+
+
 class PreActivations(torch.autograd.Function):
     """The pre-activations (n,) at some places, given their values, with the gradients of the dense encoder.
 

@@ -29,6 +29,7 @@ FORMS = {
     "held back": {"inner_decoder_share": 0.0, "inner_activation_share": 0.25},
     "detached": {"detach_prefixes": True},
     "aligned": {"aligned": True},
+    "tokenized": {"lookup_size": 12},
     "p annealed": {"activation": "relu", "p_end": 0.2, "p_anneal_start": 2},
 }
 RUN_OPTIONS = ("dead_after_tokens", "sort_latents_at", "bf16", "gradient_accumulation_steps", "p_anneal_start")
@@ -64,11 +65,13 @@ def make_learner(device: torch.device, activation: str = "batch_topk", tokens: i
 def train(learner: Learner, steps: int, gpu: PretendedCuda | None = None) -> Learner:
     """What the last step did is what the device has recorded."""
     given = [x.to(learner.device) for x in batches(steps)]
-    learner.start(given[0])
+    lookup = learner.sae.config.lookup_size
+    ids = [None if lookup is None else (torch.arange(len(x)) ** 2 % lookup).to(learner.device) for x in given]
+    learner.start(given[0], token_ids=ids[0])
     for step in range(steps):
         if gpu is not None:
             gpu.clear()
-        learner.step(given[step], step)
+        learner.step(given[step], step, token_ids=ids[step])
     return learner
 
 
