@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.metadata
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +36,9 @@ COMMANDS = {
     "cache-activations": ("hf_msae.cli.cache_activations", "write activations to disk, to train on many times"),
 }
 
+# As shells say it of a program that writes into a pipe that nobody reads: 128 and SIGPIPE.
+READER_LEFT = 141
+
 OVERVIEW = """\
 hf-msae: Matryoshka sparse autoencoders for any Hugging Face language model
 
@@ -60,7 +65,8 @@ def overview() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit.
 
-    0 is success, 2 input that cannot be used, 130 the end after Ctrl-C, 143 that after SIGTERM, 1 anything else.
+    0 is success, 2 input that cannot be used, 130 the end after Ctrl-C, 141 that of whoever reads what is printed (`|
+    head`), 143 that after SIGTERM, 1 anything else.
 
     Args:
         argv: The arguments. Default: those of the process.
@@ -68,16 +74,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    status: str | int | None
+    try:
+        status = _answer(arguments, debug)
+    except SystemExit as ended:  # a parser that has printed its help
+        status = ended.code
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        status = READER_LEFT
+    # Asked here, because Python's own flush at the end could only complain.
+    sys.exit(READER_LEFT if _reader_left() else status)
+
+
+def _answer(arguments: list[str], debug: bool) -> int:
+    """Do what the arguments say, and return the status."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
-        sys.exit(0)
+        return 0
     if arguments[0] == "--version":
         print(importlib.metadata.version("hf-msae"))
-        sys.exit(0)
+        return 0
     if arguments[0] not in COMMANDS:
         print(f"hf-msae: there is no command {arguments[0]!r}\n\n{overview()}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(_run(arguments[0], arguments[1:], debug))
+        return 2
+    return _run(arguments[0], arguments[1:], debug)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more; what is still printed then goes nowhere."""
+    try:
+        sys.stdout.flush()
+        # Where each piece was written at once, nothing is left that could fail, but the system knows.
+        left = os.name != "nt" and sys.stdout is sys.__stdout__ and _is_broken(sys.stdout.fileno())
+    except BrokenPipeError:
+        left = True
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
+
+
+def _is_broken(pipe: int) -> bool:
+    asked = select.poll()
+    asked.register(pipe, 0)
+    return any(happened & select.POLLERR for _, happened in asked.poll(0))
 
 
 def _run(command: str, arguments: list[str], debug: bool) -> int:
@@ -87,6 +127,8 @@ def _run(command: str, arguments: list[str], debug: bool) -> int:
         print("hf-msae: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return READER_LEFT
         words = in_words(error)
         if debug or words is None:
             traceback.print_exc()

@@ -202,4 +202,6 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
         tokenizer: of the language model.
         ids: of the tokens.
     """
+    if not ids:  # which `batch_decode` takes for one text without tokens
+        return []
     return tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)

@@ -1,6 +1,7 @@
 """Which errors become a sentence, and which keep their traceback because they are faults of this package."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,20 @@ def test_a_configuration_says_what_is_wrong_with_it():
     with pytest.raises(Exception, match="k must be above 0") as caught:
         MatryoshkaSAEConfig(k=0)
     assert cli.in_words(caught.value).startswith("k must be above 0")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tree", "--help"]])
+def test_a_reader_who_leaves_ends_a_command_quietly(arguments):
+    """As `hf-msae --help | head -1` does, once `head` has its line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hf_msae.cli", *arguments]
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_of_somebody_else_that_breaks_keeps_its_traceback(monkeypatch, capsys, tmp_path):
+    code, said = fail(monkeypatch, capsys, "raise BrokenPipeError(32, 'of a worker')", tmp_path)
+    assert code == 1
+    assert "BrokenPipeError: [Errno 32] of a worker" in said

@@ -43,6 +43,8 @@ def test_the_store_is_a_brute_force_top_k_in_any_order(offers, size, batch, choo
         store.offer(latents[places], scores[places], chosen, lambda rows, chosen=chosen: contexts_of(chosen[rows]))
     for latent, rows in expected.items():
         found = store.of(latent)
+        # As documented: memory of the store follows from them.
+        assert [part.dtype for part in found] == [torch.int32, torch.float32, torch.int64]
         assert found.token_ids[:, 0].tolist() == [number for _, number in rows]
         assert found.activations[:, 2].tolist() == [number for _, number in rows]
         assert found.position.tolist() == [number % 3 for _, number in rows]
