@@ -1,6 +1,7 @@
 """A comparison of corpora on disk, in the form of every evaluation: `evaluation.json` and one HTML page."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def write_diff_report(diff: CorpusDiff, folder: str | Path, title: str) -> None:
     levels = [(level, diff.of_level(level.level)[:NUM_WITH_EXAMPLES]) for level in diff.levels]
     most_shown = any(len(diff.of_level(level.level)) > NUM_WITH_EXAMPLES for level in diff.levels)
     details = environment.from_string(DETAILS.read_text(encoding="utf-8")).render(
-        levels=levels, most_shown=most_shown, shown=NUM_WITH_EXAMPLES
+        levels=levels, most_shown=most_shown, shown=NUM_WITH_EXAMPLES, marked=_marked
     )
     svg = draw_svg(lambda figure: draw_shares(figure, diff))
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -121,3 +122,8 @@ def write_diff_report(diff: CorpusDiff, folder: str | Path, title: str) -> None:
     for name, text in contents.items():
         with atomic_file(Path(folder) / name) as draft:
             draft.write_text(text, encoding="utf-8")
+
+
+def _marked(text: str) -> list[str]:
+    """What stands before the marked token of an example, the token, and what stands behind it."""
+    return re.split("<<(.+?)>>", text, maxsplit=1, flags=re.DOTALL)

@@ -142,7 +142,8 @@ def test_the_report_has_every_finding_and_no_markup_of_texts(found, known, corpo
     page = (tmp_path / "report" / "report.html").read_text()
     assert f"&lt;script&gt;latent {BIRD}" in page
     assert "<script>" not in page
-    assert "&lt;&lt;w0&gt;&gt;" in page
+    assert "<mark>w0</mark>" in page
+    assert "&lt;&lt;" not in page
     assert "birds &amp; fish" in page
     written = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert written == json.loads(json.dumps(diff.to_dict()))
