@@ -275,7 +275,7 @@ def _check_cache(
                     "of that width, or give a cache of the other model."
                 )
     made_with = cache.index.get("base_model")
-    if model is not None and made_with and Path(made_with).name != Path(model.config.name_or_path).name:
+    if model is not None and made_with and Path(made_with).name != Path(model.config.name_or_path or "").name:
         logger.warning(
             "%s has activations of %s, and the language model given is %s. The SAEs record the latter, which measures "
             "cross-entropy.",
