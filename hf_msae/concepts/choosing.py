@@ -8,7 +8,7 @@ where it is; λ is what makes a longer shift of the same direction worth nothing
 Amounts are not negative: a latent that is pushed below zero would say the opposite of what its page says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,9 @@ def promising(text: NeutralText, units: Tensor, usable: Tensor, sizes: Sequence[
     return list(found)
 
 
-def best_single(text: NeutralText, units: Tensor, latents: Sequence[int], loss: float) -> list[Push]:
+def best_single(
+    text: NeutralText, units: Tensor, latents: Sequence[int], loss: float, tell: Callable[[str], None]
+) -> list[Push]:
     """Each latent alone, at the same loss, what makes the wanted tokens likeliest first.
 
     Args:
@@ -71,16 +73,26 @@ def best_single(text: NeutralText, units: Tensor, latents: Sequence[int], loss: 
         units: decoder rows of length 1.
         latents: which to try.
         loss: that every push costs.
+        tell: gets a few words before each push.
     """
     found = []
     length = None
-    for latent in latents:
+    for place, latent in enumerate(latents, start=1):
+        tell(f"Pushing latent {latent}, {place} of {len(latents)}")
         length, effect = text.at_loss(units[latent], loss, length)
         found.append(Push((latent,), (length,), effect))
     return sorted(found, key=lambda push: -push.effect.said)
 
 
-def best_few(text: NeutralText, units: Tensor, usable: Tensor, first: Push, loss: float, count: int) -> Push:
+def best_few(
+    text: NeutralText,
+    units: Tensor,
+    usable: Tensor,
+    first: Push,
+    loss: float,
+    count: int,
+    tell: Callable[[str], None],
+) -> Push:
     """The sum of a few latents that makes the wanted tokens likeliest at a loss.
 
     Args:
@@ -90,9 +102,11 @@ def best_few(text: NeutralText, units: Tensor, usable: Tensor, first: Push, loss
         first: the latent to begin with.
         loss: that the push costs.
         count: how many latents at most.
+        tell: gets a few words before each latent more.
     """
     best, free = first, usable.clone()
     while len(best.latents) < count:
+        tell(f"Fitting a sum of {len(best.latents) + 1} latents")
         amounts = torch.tensor(best.amounts, device=units.device)
         _, of_said, of_loss = text.gradients(amounts @ units[list(best.latents)])
         total = of_said - price(amounts, units[list(best.latents)], of_said, of_loss) * of_loss

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae.concepts.choosing import Push
-from hf_msae.concepts.examples import check_apart, halves, read_windows, run_texts
+from hf_msae.concepts.examples import ConceptError, check_apart, halves, read_windows, run_texts
 from hf_msae.concepts.pushing import NeutralText
 from hf_msae.concepts.reading import LevelReading
 from hf_msae.concepts.searching import Finder, FoundRow, Reading, wanted_tokens
@@ -52,6 +52,8 @@ class Search:
     site: str | None = None
     lm_batch_size: int = 16
     seed: int = 0
+    refuse_swapped: bool = False
+    on_progress: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_latents <= MAX_LATENTS:
@@ -63,6 +65,11 @@ class Search:
                 "num_candidates and neutral_tokens must be at least 1, got "
                 f"{self.num_candidates} and {self.neutral_tokens}."
             )
+
+    def tell(self, words: str) -> None:
+        """Say what is done next."""
+        if self.on_progress is not None:
+            self.on_progress(words)
 
     def length(self, sae: MatryoshkaSAE) -> int:
         """Tokens of a text that are read."""
@@ -156,6 +163,8 @@ def find_latents(
     site: str | None = None,
     lm_batch_size: int = 16,
     seed: int = 0,
+    refuse_swapped: bool = False,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Finding:
     """Find the latents of a concept by examples, and fit a steering of a few to them.
 
@@ -177,13 +186,16 @@ def find_latents(
         site: where the SAE reads; by default what its configuration records.
         lm_batch_size: texts per forward pass.
         seed: of the division into halves and of random latents.
+        refuse_swapped: whether examples that look swapped are an error; by default they are a warning.
+        on_progress: gets a few words before each step; what it raises ends the search.
 
     Returns:
         What was found; `save_steering(found.steering, folder)` keeps the steering.
 
     Raises:
         ConceptError: there are too few different examples, a text stands on both sides, nothing is typical of the
-            positive ones, or neither a latent nor a probe tells them apart on held-out examples.
+            positive ones, they look swapped and that is refused, or neither a latent nor a probe tells them apart on
+            held-out examples.
         InputError: the SAE does not fit the model, or a number is out of its bounds.
     """
     search = Search(
@@ -198,6 +210,8 @@ def find_latents(
         site=site,
         lm_batch_size=lm_batch_size,
         seed=seed,
+        refuse_swapped=refuse_swapped,
+        on_progress=on_progress,
     )
     return find_with_shifts(model, tokenizer, sae, positive, negative, search).finding
 
@@ -231,12 +245,15 @@ def find_with_shifts(
     check_apart(*sides, tokenizer)
     (plus, plus_held), (minus, minus_held) = (halves(side, search.seed) for side in sides)
     limit = sae.config.norm_limit
+    search.tell(f"Reading {len(sides[0]) + len(sides[1])} examples")
     fitting, held = (
         run_texts(model, tokenizer, place, a, b, limit, search.lm_batch_size)
         for a, b in ((plus, minus), (plus_held, minus_held))
     )
     reading = Reading(sae, fitting, held)
     warnings = reading.check()
+    if warnings and search.refuse_swapped:
+        raise ConceptError(warnings[0])
     wanted = wanted_tokens(model, tokenizer, search.words, reading)
     quiet = (fitting.negatives(), held.negatives())
     if search.neutral is not None:
@@ -253,7 +270,7 @@ def find_with_shifts(
         )
         for windows in quiet
     ]
-    finder = Finder(sae, place, reading, texts[0], texts[1], search.loss, search.seed)
+    finder = Finder(sae, place, reading, texts[0], texts[1], search.loss, search.seed, search.tell)
     latents = finder.latents(search.num_candidates)
     push = finder.few(latents, search.max_latents)
     rows = finder.rows(push, latents, wanted)

@@ -1,6 +1,6 @@
 """How well latents tell a concept, and what they make the model say: the parts of `find_latents`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -138,8 +138,10 @@ class Finder:
         held_out: NeutralText,
         loss: float,
         seed: int,
+        tell: Callable[[str], None],
     ) -> None:
         self.sae, self.site, self.reading, self.loss, self.seed = sae, site, reading, loss, seed
+        self.tell = tell
         self.text, self.held_out = text, held_out
         self.units = unit_rows(sae.W_dec.detach().float())
         # What never fired stands for nothing, whatever its direction does.
@@ -150,17 +152,18 @@ class Finder:
         sizes = self.sae.config.prefix_sizes
         chosen = promising(self.text, self.units, self.usable, sizes, count)
         chosen += [level.latent for level in self.reading.levels if self.usable[level.latent]]
-        pushes = best_single(self.text, self.units, list(dict.fromkeys(chosen)), self.loss)
+        pushes = best_single(self.text, self.units, list(dict.fromkeys(chosen)), self.loss, self.tell)
         self.pushes = {push.latents[0]: push for push in pushes}
         return [self._row(f"latent {push.latents[0]}", push) for push in pushes]
 
     def few(self, latents: Sequence[FoundRow], count: int) -> Push:
         """The sum of a few latents that is saved."""
         first = self.pushes[latents[0].latents[0]]
-        return best_few(self.text, self.units, self.usable, first, self.loss, count)
+        return best_few(self.text, self.units, self.usable, first, self.loss, count, self.tell)
 
     def rows(self, push: Push, latents: Sequence[FoundRow], wanted: Tensor) -> list[FoundRow]:
         """The steering, the best single latent and what they are compared with."""
+        self.tell("Pushing what needs no SAE, and latents drawn at random")
         last = self.reading.levels[-1].latent
         reader = [row for row in latents if row.latents == (last,)]
         return [
@@ -222,7 +225,7 @@ class Finder:
     def _random(self) -> FoundRow:
         """The mean of some random latents."""
         drawn = self._drawn()
-        rows = [self._row("", push) for push in best_single(self.text, self.units, drawn, self.loss)]
+        rows = [self._row("", push) for push in best_single(self.text, self.units, drawn, self.loss, self.tell)]
         mean = Effect(*(fmean(vars(row.effect)[name] for row in rows) for name in ("said", "loss", "kl")))
         told, length = fmean(row.auroc or 0.0 for row in rows), fmean(row.length for row in rows)
         return FoundRow(f"{len(rows)} random latents, each alone", drawn, None, told, mean, length)

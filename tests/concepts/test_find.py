@@ -220,8 +220,26 @@ def test_swapped_examples_are_told(known):
     mixed = texts_of(range(30, 36), 40, seed=7, always=BIRDS)
     found = find_latents(known.model, known.tokenizer, known.sae, plain, mixed, words=["w0"], loss=0.3)
     assert any("may be swapped: latent" in warning for warning in found.warnings)
-    right = find_latents(known.model, known.tokenizer, known.sae, mixed, plain, loss=0.3)
+    with pytest.raises(ConceptError, match="may be swapped: latent"):
+        find_latents(known.model, known.tokenizer, known.sae, plain, mixed, words=["w0"], refuse_swapped=True)
+    right = find_latents(known.model, known.tokenizer, known.sae, mixed, plain, loss=0.3, refuse_swapped=True)
     assert not any("swapped" in warning for warning in right.warnings)
+
+
+def test_each_step_is_told_and_may_end_the_search(known, birds):
+    steps: list[str] = []
+
+    def tell(words: str) -> None:
+        steps.append(words)
+        if words.startswith("Fitting"):
+            raise InterruptedError("nobody listens")
+
+    with pytest.raises(InterruptedError, match="nobody listens"):
+        find_latents(known.model, known.tokenizer, known.sae, *birds, loss=0.3, num_candidates=3, on_progress=tell)
+    assert steps[0] == f"Reading {len(birds[0]) + len(birds[1])} examples"
+    assert steps[-1] == "Fitting a sum of 2 latents"
+    pushes = [step for step in steps if step.startswith("Pushing")]
+    assert pushes[0].endswith(f"1 of {len(pushes)}")
 
 
 def test_what_cannot_be_is_refused(known, birds):
