@@ -11,18 +11,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msae_space import tab_explore
-from msae_space.dials import added, draw_dials, read_dials
+from msae_space.dials import added, draw_dials, draw_under, draw_with, read_conditions, read_dials
 from msae_space.generation import Runs, stream
 from msae_space.links import View, as_python, read_query
 from msae_space.loaded_sae import Key, Language, LoadedSAE, SpaceError
 from msae_space.reading import MAX_TOKENS, Reading, activations, continuation_loss, encode_text, read, read_levels
-from msae_space.strengths import FLUENT_SHARE, MAX_DIALS, Dial, edits, fluent_up_to, limit, starting_value
+from msae_space.strengths import (
+    FLUENT_SHARE,
+    MAX_CONDITIONS,
+    MAX_DIALS,
+    Condition,
+    Dial,
+    edits,
+    fluent_up_to,
+    limit,
+    starting_value,
+)
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.cross_entropy import measure_cross_entropy
 from hf_msae.outliers import within_limit
 from hf_msae.sites import capture
-from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
+from hf_msae.steering import Gate, LatentEdit, SteeredPipeline, Steering
 
 pytestmark = pytest.mark.slow
 
@@ -364,11 +374,73 @@ def test_drawn_dials_are_read_back(loaded, index):
         edits(loaded, dials, "shout")
 
 
+def test_drawn_conditions_are_read_back(loaded, index):
+    conditions = [Condition(40, 0.5), Condition(200, 0.0, "after")]
+    drawn = draw_dials(loaded, index, [Dial(3, 1.0)], "add", conditions)
+    assert read_conditions(drawn, loaded) == conditions
+    assert read_dials(drawn, loaded) == [Dial(3, 1.0)]
+    assert "Only where all of these fire" in drawn["html"]
+    assert drawn["html"].count("<select") == 2
+    gates = (Gate(40, above=0.5), Gate(200, then="after"))
+    for loaded_from, units in ((loaded, "max"), (replace(loaded, maxima=[0.0] * 256), "absolute")):
+        (edit,) = edits(loaded_from, [Dial(3, 1.0)], "add", conditions)
+        assert edit.gates == tuple(replace(gate, units=units) for gate in gates)
+    # A latent more, whichever kind, leaves the rest as it was.
+    more = draw_with(loaded, index, drawn, 9, "add")
+    assert read_conditions(more, loaded) == conditions
+    under = draw_under(loaded, index, more, 7, "add")
+    assert read_dials(under, loaded) == read_dials(more, loaded)
+    assert read_conditions(under, loaded) == [*conditions, Condition(7)]
+    full = draw_dials(loaded, index, [], "add", [Condition(latent) for latent in range(MAX_CONDITIONS)])
+    with pytest.raises(SpaceError, match="remove one first"):
+        draw_under(loaded, index, full, 99, "add")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [
+        ([{"latent": 256, "above": 0, "then": "here"}], "latents 0 to 255"),
+        ([{"latent": 1, "above": -1, "then": "here"}], "A threshold must be"),
+        ([{"latent": 1, "above": 0, "then": "never"}], "no place 'never'"),
+        ([{"latent": 1}], "A threshold must be"),
+        ([3], "unreadable"),
+        (
+            [{"latent": one, "above": 0, "then": "here"} for one in range(MAX_CONDITIONS + 1)],
+            f"Up to {MAX_CONDITIONS}",
+        ),
+    ],
+)
+def test_conditions_from_a_browser_are_checked(loaded, conditions, words):
+    with pytest.raises(SpaceError, match=words):
+        read_conditions({"dials": [], "conditions": conditions}, loaded)
+
+
+def test_steering_acts_only_where_the_condition_holds(loaded):
+    """A latent that fires nowhere in a text leaves it as it is; one that fires at once does not."""
+    found = read(loaded, PROMPT)
+    firing = {latent for active in found.active for latent, _ in active}
+    silent = next(latent for latent in range(256) if latent not in firing and loaded.maxima[latent] > 0)
+    strong = found.active[-1][0][0]
+    for latent, above, differs in ((strong, 0.0, True), (silent, 1.0, False)):
+        gated = Steering(edits(loaded, [Dial(3, 3.0)], "add", [Condition(latent, above)]))
+        last = texts(loaded, gated)
+        assert (last.steered != last.default) is differs
+
+
 # Links and code
 
 KEYS = st.builds(Key, st.sampled_from(["owner/name", "/a b/ü?&=#"]), st.sampled_from(["", "layers.2/16k"]))
 DIALS = st.lists(
     st.builds(Dial, st.integers(0, 10**6), st.integers(-400, 400).map(lambda value: value / 20)), max_size=4
+)
+CONDITIONS = st.lists(
+    st.builds(
+        Condition,
+        st.integers(0, 10**6),
+        st.integers(0, 20).map(lambda value: value / 20),
+        st.sampled_from(["here", "after"]),
+    ),
+    max_size=4,
 )
 VIEWS = st.builds(
     View,
@@ -376,6 +448,7 @@ VIEWS = st.builds(
     tab=st.sampled_from(["steer", "tree"]),
     prompt=st.text(max_size=50),
     dials=DIALS.map(tuple),
+    conditions=CONDITIONS.map(tuple),
     method=st.sampled_from(["add", "clamp", "scale", "ablate"]),
     positions=st.sampled_from(["all", "generated"]),
     temperature=st.integers(0, 30).map(lambda value: value / 20),
@@ -397,17 +470,29 @@ def test_a_link_restores_everything(view):
 
 
 def test_what_a_link_says_wrongly_is_named_and_left_out():
-    query = {"latents": "1:x", "temperature": "hot", "tokens": "9999", "method": "shout", "seed": "-1", "tab": "x"}
+    query = {
+        "latents": "1:x",
+        "when": "1:0.5",
+        "temperature": "hot",
+        "tokens": "9999",
+        "method": "shout",
+        "seed": "-1",
+        "tab": "x",
+    }
     found = read_query(query, Key("owner/name"))
     assert found == View(Key("owner/name"))
     assert set(found.problems) == set(query)
     assert read_query({"latents": "1:inf"}, Key("a/b")).problems == ("latents",)
+    for wrong in ("1:inf:here", "1:0:never", "1:-1:here", "x:0:here", ",".join(["1:0:here"] * 9)):
+        assert read_query({"when": wrong}, Key("a/b")).problems == ("when",)
 
 
-def test_copied_python_prints_the_steered_text(loaded):
-    view = View(loaded.key, prompt=PROMPT, dials=(Dial(3, 1.5), Dial(40, -1.0)), max_new_tokens=15, seed=4)
+@pytest.mark.parametrize("conditions", [(), (Condition(7), Condition(40, 0.1, "after"))])
+def test_copied_python_prints_the_steered_text(loaded, conditions):
+    dials = (Dial(3, 1.5), Dial(40, -1.0))
+    view = View(loaded.key, prompt=PROMPT, dials=dials, conditions=conditions, max_new_tokens=15, seed=4)
     code = as_python(loaded, view)
-    steering = Steering(edits(loaded, view.dials, view.method))
+    steering = Steering(edits(loaded, view.dials, view.method, view.conditions))
     expected = PROMPT + texts(loaded, steering, seed=4, tokens=15).steered
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {"__name__": "__main__"})  # it brings all that it needs

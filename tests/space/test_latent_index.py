@@ -14,13 +14,13 @@ from msae_space.latent_index import READING, LatentIndex
 from msae_space.loaded_sae import Key, SpaceError, own_modules
 from msae_space.presets import Preset, by_promotion, published
 from msae_space.reading import activations, check_prompt, encode_text, read
-from msae_space.strengths import Dial, edits
+from msae_space.strengths import Condition, Dial, edits
 from msae_space.trials import MIN_MOVED, _kept, find_trials
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.hub.spaces import space_folder
 from hf_msae.research.meta import decompose, train_meta_sae
-from hf_msae.steering import LatentEdit, PrefixEdit, Steering, save_steering
+from hf_msae.steering import Gate, LatentEdit, PrefixEdit, Steering, save_steering
 
 pytestmark = pytest.mark.slow
 
@@ -201,11 +201,15 @@ def test_presets_by_promotion_share_no_word(loaded, index):
 def test_published_steerings_are_the_presets(loaded, tmp_path):
     loaded.sae.save_pretrained(tmp_path)
     maximum = loaded.sae.max_activation[3].item()
+    absolute = 2.0 / loaded.maxima[7]
     for steering in (
         Steering([LatentEdit(3, 1.5), LatentEdit(40, -1.0)], name="two", description="of them"),
         Steering([LatentEdit(3, 2 * maximum, units="absolute")], name="absolute"),
         Steering([LatentEdit(3, 1.0), LatentEdit(4, method="ablate")], name="two methods"),
         Steering([PrefixEdit(0)], name="a prefix"),
+        Steering([LatentEdit(3, 1.5, when=[Gate(9, above=0.5), Gate(7, 2.0, "absolute", "after")])], name="gated"),
+        Steering([LatentEdit(3, 1.5, when=Gate(9)), LatentEdit(4, 1.5)], name="two gates"),
+        Steering([LatentEdit(3, 1.5, when=Gate(999))], name="no such gate"),
         Steering([LatentEdit(999, 1.0)], name="no such latent"),
     ):
         save_steering(steering, tmp_path)
@@ -213,6 +217,9 @@ def test_published_steerings_are_the_presets(loaded, tmp_path):
     assert found == [
         Preset("two", (Dial(3, 1.5), Dial(40, -1.0)), why="of them"),
         Preset("absolute", (Dial(3, pytest.approx(2.0)),)),
+        Preset(
+            "gated", (Dial(3, 1.5),), conditions=(Condition(9, 0.5), Condition(7, pytest.approx(absolute), "after"))
+        ),
     ]
     assert published(loaded) == []
 

@@ -87,10 +87,11 @@ def latent_button(
     return f'<button type="button" {look} data-do="{action}" data-id="{latent}">{inside}</button>'
 
 
-def button(label: str, action: str, number: int, *, primary: bool = False) -> str:
-    """A button inside a piece of HTML."""
+def button(label: str, action: str, number: int, *, primary: bool = False, title: str = "") -> str:
+    """A button inside a piece of HTML, and what is said of it on hovering."""
     kind = "msae-button msae-primary" if primary else "msae-button"
-    return f'<button type="button" class="{kind}" data-do="{action}" data-id="{number}">{text(label)}</button>'
+    said = f' title="{text(title)}"' if title else ""
+    return f'<button type="button" class="{kind}" data-do="{action}" data-id="{number}"{said}>{text(label)}</button>'
 
 
 def listing(items: Iterable[str], empty: str) -> str:

@@ -7,13 +7,22 @@ from urllib.parse import urlencode
 
 from hf_msae.worlds.stories import STORIES
 from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
-from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, edits
+from msae_space.strengths import (
+    MAX_CONDITIONS,
+    MAX_DIALS,
+    MAX_STRENGTH,
+    METHODS,
+    PLACES,
+    Condition,
+    Dial,
+    edits,
+)
 from msae_space.validation import choice, number, whole, words
 
 POSITIONS = {"all": "prompt and new text", "generated": "new text only", "prompt": "prompt only"}
 MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_SEED = 200, 1.5, 2**31 - 1
 MAX_LATENT, MAX_LEVEL, MAX_NAME = 2**31 - 1, 1000, 300
-TABS = ("steer", "explore", "tree", "levels", "compare")
+TABS = ("steer", "find", "explore", "tree", "levels", "compare")
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class View:
     tab: str = "steer"
     prompt: str = ""
     dials: tuple[Dial, ...] = ()
+    conditions: tuple[Condition, ...] = ()
     method: str = "add"
     positions: str = "all"
     temperature: float = 0.7
@@ -42,6 +52,7 @@ class View:
             "tab": self.tab,
             "prompt": self.prompt,
             "latents": ",".join(f"{dial.latent}:{dial.value:g}" for dial in self.dials),
+            "when": ",".join(f"{one.latent}:{one.above:g}:{one.then}" for one in self.conditions),
             "method": self.method,
             "at": self.positions,
             "temperature": f"{self.temperature:g}",
@@ -72,6 +83,7 @@ def read_query(query: Mapping[str, str], default: Key) -> View:
         tab=read("tab", "steer", lambda text: choice(text, "tab", TABS)),
         prompt=read("prompt", "", lambda text: words(text, "")),
         dials=read("latents", (), _read_dials),
+        conditions=read("when", (), _read_conditions),
         method=read("method", "add", lambda text: choice(text, "method", METHODS)),
         positions=read("at", "all", lambda text: choice(text, "place", POSITIONS)),
         temperature=read("temperature", 0.7, lambda text: number(float(text), "", 0, MAX_TEMPERATURE)),
@@ -98,6 +110,21 @@ def _read_dials(text: str) -> tuple[Dial, ...]:
     )
 
 
+def _read_conditions(text: str) -> tuple[Condition, ...]:
+    """Raises ValueError, or SpaceError, which is one."""
+    parts = [part.split(":") for part in text.split(",") if part]
+    if len(parts) > MAX_CONDITIONS:
+        raise SpaceError(f"Up to {MAX_CONDITIONS} conditions hold at once.")
+    return tuple(
+        Condition(
+            whole(int(latent), "A latent", 0, MAX_LATENT),
+            number(float(above), "A threshold", 0, MAX_STRENGTH),
+            choice(then, "place", PLACES),
+        )
+        for latent, above, then in parts
+    )
+
+
 def as_python(loaded: LoadedSAE, view: View) -> str:
     """A program that prints the steered text of this view."""
     config = loaded.sae.config
@@ -112,19 +139,26 @@ def as_python(loaded: LoadedSAE, view: View) -> str:
             f"model = AutoModelForCausalLM.from_pretrained({config.base_model!r}{revision}).eval()\n"
             f"tokenizer = AutoTokenizer.from_pretrained({config.base_model!r}{revision})"
         )
+    all_edits = edits(loaded, view.dials, view.method, view.conditions)
+    gates = all_edits[0].gates if all_edits else ()
+    listed_gates = ", ".join(
+        f"Gate({gate.latent}, above={gate.above!r}, units={gate.units!r}, then={gate.then!r})" for gate in gates
+    )
+    under = ", when=gates" if gates else ""
     written = [
-        f"    LatentEdit({edit.latent}, {edit.value!r}, method={edit.method!r}, units={edit.units!r}),\n"
-        for edit in edits(loaded, view.dials, view.method)
+        f"    LatentEdit({edit.latent}, {edit.value!r}, method={edit.method!r}, units={edit.units!r}{under}),\n"
+        for edit in all_edits
     ]
     listed = f"[\n{''.join(written)}]" if written else "[]"
     first, *rest = sorted([imports, "from hf_msae import MatryoshkaSAE"], key=lambda line: "transformers" not in line)
     lines = [
         first,
         *rest,
-        "from hf_msae.steering import LatentEdit, SteeredPipeline, Steering",
+        f"from hf_msae.steering import {'Gate, ' if gates else ''}LatentEdit, SteeredPipeline, Steering",
         "",
         f"sae = MatryoshkaSAE.from_pretrained({loaded.key.source!r}{subfolder})",
         load,
+        *([f"gates = [{listed_gates}]"] if gates else []),
         f"steering = Steering({listed}, positions={view.positions!r})",
         "pipe = SteeredPipeline(model, tokenizer, sae, steering)",
         f"prompt = {view.prompt!r}",

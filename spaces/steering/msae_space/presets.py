@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_msae.interpret.store import Interpretation
-from hf_msae.steering import LatentEdit, Steering, SteeringError, load_steerings
+from hf_msae.steering import Gate, LatentEdit, Steering, SteeringError, load_steerings
 from msae_space.loaded_sae import LoadedSAE
-from msae_space.strengths import MAX_DIALS, MAX_STRENGTH, METHODS, Dial, starting_value
+from msae_space.strengths import (
+    MAX_CONDITIONS,
+    MAX_DIALS,
+    MAX_STRENGTH,
+    METHODS,
+    Condition,
+    Dial,
+    has_threshold,
+    starting_value,
+)
 
 NUM_PRESETS, PRESETS_PER_LEVEL = 8, 3
 # A latent that fires more or less often than this is no handle to try first.
@@ -31,6 +40,7 @@ class Preset:
         prompt: What is written on; None leaves the visitor's.
         seed: Of the sampling; None leaves the visitor's.
         why: What speaks for it, shown on hovering.
+        conditions: The latents that must fire where it acts.
     """
 
     name: str
@@ -39,10 +49,14 @@ class Preset:
     prompt: str | None = None
     seed: int | None = None
     why: str = ""
+    conditions: tuple[Condition, ...] = ()
 
 
 def published(loaded: LoadedSAE) -> list[Preset]:
-    """The steerings beside the SAE, as far as sliders can show them: of this SAE, with one method for all latents."""
+    """The steerings beside the SAE, as far as sliders can show them.
+
+    They are of this SAE, with one method for all latents, and all of them behind the same gates.
+    """
     try:
         steerings = load_steerings(loaded.key.source, subfolder=loaded.key.subfolder)
     except SteeringError:
@@ -57,10 +71,24 @@ def _from_steering(loaded: LoadedSAE, steering: Steering) -> Preset | None:
         return None
     if any(edit.sae or not 0 <= edit.latent < loaded.sae.config.num_latents for edit in edits):
         return None
-    dials = tuple(Dial(edit.latent, _in_maxima(loaded, edit)) for edit in edits)
-    if len(dials) > MAX_DIALS or not all(abs(dial.value) <= MAX_STRENGTH for dial in dials):
+    gates = edits[0].gates
+    if any(edit.gates != gates for edit in edits) or len(gates) > MAX_CONDITIONS:
         return None
-    return Preset(steering.name, dials, methods.pop(), why=steering.description)
+    if any(gate.latent >= loaded.sae.config.num_latents for gate in gates):
+        return None
+    dials = tuple(Dial(edit.latent, _in_maxima(loaded, edit)) for edit in edits)
+    conditions = tuple(Condition(gate.latent, _threshold(loaded, gate), gate.then) for gate in gates)
+    numbers = [*(dial.value for dial in dials), *(one.above for one in conditions)]
+    if len(dials) > MAX_DIALS or not all(abs(one) <= MAX_STRENGTH for one in numbers):
+        return None
+    return Preset(steering.name, dials, methods.pop(), why=steering.description, conditions=conditions)
+
+
+def _threshold(loaded: LoadedSAE, gate: Gate) -> float:
+    """What a gate's latent must exceed, as a `Condition` has it."""
+    if gate.units == "max" or not has_threshold(loaded, gate.latent):
+        return gate.above
+    return gate.above / loaded.maxima[gate.latent]
 
 
 def _in_maxima(loaded: LoadedSAE, edit: LatentEdit) -> float:

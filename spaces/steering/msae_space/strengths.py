@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_msae.steering import LatentEdit
+from hf_msae.steering import Gate, LatentEdit
 from msae_space.loaded_sae import LoadedSAE
 from msae_space.validation import choice
 
@@ -25,6 +25,9 @@ FLUENT_SHARE, STARTING_SHARE, LIMIT_SHARE = 0.45, 0.4, 1.0
 STEP = 0.05
 # Latents that are steered at once, and how strongly at most, beyond which nothing but overflow is new.
 MAX_DIALS, MAX_STRENGTH = 8, 1e6
+# Latents that must fire where steering acts, and where they must.
+MAX_CONDITIONS = 4
+PLACES = {"here": "on the tokens where it fires", "after": "on all tokens after one where it fires"}
 
 
 class Dial(NamedTuple):
@@ -34,10 +37,29 @@ class Dial(NamedTuple):
     value: float
 
 
+class Condition(NamedTuple):
+    """A latent that must fire for steering to act.
+
+    Args:
+        latent: Its number.
+        above: What its activation must exceed, as a share of its largest one; as it is, where that is not known.
+        then: A name out of PLACES.
+    """
+
+    latent: int
+    above: float = 0.0
+    then: str = "here"
+
+
 def has_maximum(loaded: LoadedSAE, latent: int) -> bool:
     """Whether the latent's largest activation is known, and moves anything."""
     moved = loaded.maxima[latent] * loaded.row_norms[latent]
     return 0 < moved < math.inf
+
+
+def has_threshold(loaded: LoadedSAE, latent: int) -> bool:
+    """Whether a share of the latent's largest activation says anything."""
+    return 0 < loaded.maxima[latent] < math.inf
 
 
 def strength(loaded: LoadedSAE, latent: int, share: float) -> float:
@@ -63,10 +85,16 @@ def starting_value(loaded: LoadedSAE, latent: int, share: float = STARTING_SHARE
     return round(max(STEP, math.floor(strength(loaded, latent, share) / STEP) * STEP), 2)
 
 
-def edits(loaded: LoadedSAE, dials: Sequence[Dial], method: str) -> list[LatentEdit]:
-    """What the dials mean for `hf_msae.steering`."""
+def edits(
+    loaded: LoadedSAE, dials: Sequence[Dial], method: str, conditions: Sequence[Condition] = ()
+) -> list[LatentEdit]:
+    """What the dials mean for `hf_msae.steering`, where all conditions hold."""
     choice(method, "method", METHODS)
+    when = [
+        Gate(latent, above, "max" if has_threshold(loaded, latent) else "absolute", then)  # type: ignore[arg-type]
+        for latent, above, then in conditions
+    ]
     return [
-        LatentEdit(latent, value, method, "max" if has_maximum(loaded, latent) else "norm")  # type: ignore[arg-type]
+        LatentEdit(latent, value, method, "max" if has_maximum(loaded, latent) else "norm", when=when)  # type: ignore[arg-type]
         for latent, value in dials
     ]

@@ -10,7 +10,7 @@ import gradio as gr
 from hf_msae.interpret.function_words import is_function_word
 from hf_msae.interpret.pages import LatentPage, TokenEffect
 from msae_space import drawing, validation
-from msae_space.dials import draw_with, read_dials
+from msae_space.dials import draw_under, draw_with
 from msae_space.drawing import ON_CLICK
 from msae_space.latent_index import Hit, LatentIndex, strengths
 from msae_space.loaded_sae import LoadedSAE
@@ -91,13 +91,14 @@ def build(shared: Shared, default_text: str) -> ExploreTab:
     @reports_errors
     def choose(key: list[str], value: Any, method: str, latent: int | None, event: gr.EventData) -> tuple[Any, ...]:
         """A click on a token, a latent or a button of a latent's page."""
-        clicked = validation.click(event._data, "token", "latent", "steer")
+        clicked = validation.click(event._data, "token", "latent", "steer", "condition")
         if clicked.action == "token":
             return clicked.id, latent, gr.skip(), gr.skip(), gr.skip()
         loaded, index = shared.loaded(key), shared.index(key)
         chosen = loaded.checked(clicked.id)
-        if clicked.action == "steer":
-            dials = draw_with(loaded, index, read_dials(value, loaded), chosen, method)
+        if clicked.action in ("steer", "condition"):
+            draw_more = draw_with if clicked.action == "steer" else draw_under
+            dials = draw_more(loaded, index, value, chosen, method)
             return gr.skip(), latent, dials, gr.Tabs(selected="steer"), gr.skip()
         return gr.skip(), chosen, gr.skip(), gr.skip(), ONE_LATENT
 
@@ -225,7 +226,9 @@ def draw_page(loaded: LoadedSAE, index: LatentIndex, latent: int | None) -> str:
     view = index.page(latent)
     maximum, rate = loaded.maxima[latent], loaded.firing_rates[latent]
     facts = f"In training it fired on {100 * rate:.2g}% of tokens, with at most {maximum:.3g}."
-    head = draw_head(loaded, index, latent, drawing.button("Steer with it", "steer", latent, primary=True))
+    buttons = drawing.button("Steer with it", "steer", latent, primary=True)
+    buttons += drawing.button("Steer only where it fires", "condition", latent)
+    head = draw_head(loaded, index, latent, buttons)
     if view is None:
         return head + drawing.note(f"{facts} {index.progress}")
     if view.is_dead:

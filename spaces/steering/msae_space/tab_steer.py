@@ -10,9 +10,10 @@ import gradio as gr
 
 from hf_msae.steering import Steering
 from msae_space import drawing, validation
-from msae_space.dials import SCRIPT, TEMPLATE, draw_dials, draw_with, read_dials
+from msae_space.dials import SCRIPT, TEMPLATE, draw_dials, draw_under, draw_with, read_conditions, read_dials
 from msae_space.drawing import ON_CLICK
 from msae_space.generation import Runs, Texts, lent_stream
+from msae_space.latent_index import Hit, LatentIndex
 from msae_space.links import MAX_NEW_TOKENS, MAX_SEED, MAX_TEMPERATURE, POSITIONS, View, as_python
 from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.reading import check_prompt
@@ -25,6 +26,7 @@ EXPLANATION = (
     "Strengths are multiples of each latent's largest activation in training. Inside the green band text usually "
     "stays fluent. What a latent does is a hypothesis until tried, and a good prompt often steers better."
 )
+CONDITION = "Steering acts only where this latent fires"
 # On a phone the texts are below what starts them; they are brought into view when they begin.
 SHOW_TEXTS = """
 let writing = false;
@@ -49,19 +51,26 @@ class Controls(NamedTuple):
     seed: gr.Number
 
 
+class Writing(NamedTuple):
+    """What an event does that starts a run: handler, inputs and outputs, and how it is queued."""
+
+    parts: tuple[Any, Any, Any]
+    options: dict[str, Any]
+
+
 class SteerTab(NamedTuple):
     """What the page wires up."""
 
     controls: Controls
     presets: gr.HTML
     results: gr.HTML
+    writing: Writing
 
 
 def build_dials() -> tuple[gr.HTML, gr.Dropdown]:
     """The components that other tabs write to, made before the tabs are."""
-    dials = gr.HTML(
-        {"html": "", "dials": []}, html_template=TEMPLATE, js_on_load=SCRIPT, elem_id="dials", render=False
-    )
+    nothing = {"html": "", "dials": [], "conditions": []}
+    dials = gr.HTML(nothing, html_template=TEMPLATE, js_on_load=SCRIPT, elem_id="dials", render=False)
     choices = [(words, name) for name, words in METHODS.items()]
     method = gr.Dropdown(choices, value="add", label="What is done", elem_id="method", render=False, filterable=False)
     return dials, method
@@ -130,16 +139,21 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
 
     @reports_errors
     def choose(key: list[str], value: Any, method: str, event: gr.EventData) -> tuple[Any, Any, Any]:
-        """A click in the lists or on a dial: add the latent, remove it, or open its page."""
+        """A click in the lists or on a dial: add the latent or a condition, remove it, or open its page."""
         loaded, index = shared.loaded(key), shared.index(key)
-        clicked = validation.click(event._data, "latent", "remove", "add")
-        dials, latent = read_dials(value, loaded), loaded.checked(clicked.id)
+        clicked = validation.click(event._data, "latent", "remove", "add", "condition", "free")
+        latent = loaded.checked(clicked.id)
         if clicked.action == "latent":
             return gr.skip(), latent, gr.Tabs(selected="explore")
+        if clicked.action in ("add", "condition"):
+            draw = draw_with if clicked.action == "add" else draw_under
+            return draw(loaded, index, value, latent, method), gr.skip(), gr.skip()
+        dials, conditions = read_dials(value, loaded), read_conditions(value, loaded)
         if clicked.action == "remove":
-            kept = [dial for dial in dials if dial.latent != latent]
-            return draw_dials(loaded, index, kept, method), gr.skip(), gr.skip()
-        return draw_with(loaded, index, dials, latent, method), gr.skip(), gr.skip()
+            dials = [dial for dial in dials if dial.latent != latent]
+        else:
+            conditions = [one for one in conditions if one.latent != latent]
+        return draw_dials(loaded, index, dials, method, conditions), gr.skip(), gr.skip()
 
     for component in (results, shared.dials):
         component.click(
@@ -158,7 +172,7 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         if not 0 <= chosen < len(presets):
             raise SpaceError("That preset is not there any more; reload the page.")
         preset = presets[chosen]
-        drawn = draw_dials(loaded, index, preset.dials, preset.method)
+        drawn = draw_dials(loaded, index, preset.dials, preset.method, preset.conditions)
         words, random = (gr.skip() if one is None else one for one in (preset.prompt, preset.seed))
         return drawn, preset.method, words, random
 
@@ -174,7 +188,7 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
     def redraw(key: list[str], value: Any, method: str) -> Any:
         loaded, method = shared.loaded(key), validation.choice(method, "method", METHODS)
         dials = [Dial(latent, _fitting(value, method)) for latent, value in read_dials(value, loaded)]
-        return draw_dials(loaded, shared.index(key), dials, method)
+        return draw_dials(loaded, shared.index(key), dials, method, read_conditions(value, loaded))
 
     shared.method.input(
         redraw,
@@ -183,7 +197,7 @@ def build(shared: Shared, default_prompt: str) -> SteerTab:
         show_progress="hidden",
         api_visibility="private",
     )
-    return SteerTab(controls, presets, results)
+    return SteerTab(controls, presets, results, Writing((generate, inputs, outputs), running))
 
 
 def _fitting(value: float, method: str) -> float:
@@ -194,10 +208,12 @@ def _fitting(value: float, method: str) -> float:
 def view_of(shared: Shared, key: list[str], *values: Any) -> View:
     """The settings of a run. Raises SpaceError for values that the page's components do not give."""
     prompt, dials, method, positions, temperature, length, seed = values
+    loaded = shared.loaded(key)
     return View(
         Key(*key),
         prompt=validation.words(prompt, "The prompt"),
-        dials=tuple(read_dials(dials, shared.loaded(key))),
+        dials=tuple(read_dials(dials, loaded)),
+        conditions=tuple(read_conditions(dials, loaded)),
         method=validation.choice(method, "method", METHODS),
         positions=validation.choice(positions, "place", POSITIONS),
         temperature=validation.number(temperature, "The temperature", 0, MAX_TEMPERATURE),
@@ -212,7 +228,7 @@ def run(loaded: LoadedSAE, view: View, visitor: str) -> Iterator[str]:
     check_prompt(loaded, prompt, view.max_new_tokens)
     stopped = RUNS.begin(visitor)
     try:
-        steering = Steering(edits(loaded, view.dials, view.method), positions=view.positions)
+        steering = Steering(edits(loaded, view.dials, view.method, view.conditions), positions=view.positions)
         # An event cannot go to the process that ZeroGPU forks; there, whoever stops reading has stopped.
         event = stopped if find_zerogpu() is None else None
         for texts in lent_stream(
@@ -280,23 +296,24 @@ def _hits(shared: Shared, key: list[str], words: str) -> str:
         False: "Fire on it (% of their maximum): these read",
     }
     if len(hits) == 1:
-        titles[False] = "Click to steer with it"
+        titles[False] = "Click to steer with it, or only where it fires"
     parts = []
     for promotes, title in titles.items():
-        rows = [
-            drawing.latent_button(
-                hit.latent,
-                (hit.promotes and index.promoted(hit.latent)) or index.name(hit.latent),
-                loaded.level_of(hit.latent),
-                extra=hit.why,
-                action="add",
-            )
-            for hit in hits
-            if hit.promotes == promotes
-        ]
+        rows = [_row(loaded, index, hit) for hit in hits if hit.promotes == promotes]
         if rows:
             parts.append(f"<h4>{title}</h4>{drawing.listing(rows, '')}")
     return "".join(parts)
+
+
+def _row(loaded: LoadedSAE, index: LatentIndex, hit: Hit) -> str:
+    """A latent to steer with; one that reads can be a condition, too."""
+    name = (hit.promotes and index.promoted(hit.latent)) or index.name(hit.latent)
+    row = drawing.latent_button(hit.latent, name, loaded.level_of(hit.latent), extra=hit.why, action="add")
+    if hit.promotes:
+        return row
+    return (
+        f'<div class="msae-pair">{row}{drawing.button("only where", "condition", hit.latent, title=CONDITION)}</div>'
+    )
 
 
 def draw_presets(shared: Shared, key: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from msae_space import drawing
-from msae_space.dials import draw_with, read_dials
+from msae_space.dials import draw_with
 from msae_space.drawing import ON_CLICK
 from msae_space.latent_index import LatentIndex
 from msae_space.loaded_sae import LoadedSAE
@@ -41,7 +41,7 @@ def build(shared: Shared) -> TreeTab:
             return [], *nothing[1:]
         latent = loaded.checked(clicked.id)
         if clicked.action == "steer":
-            dials = draw_with(loaded, index, read_dials(value, loaded), latent, method)
+            dials = draw_with(loaded, index, value, latent, method)
             return nothing[0], dials, gr.Tabs(selected="steer"), nothing[3]
         if clicked.action == "page":
             return nothing[0], nothing[1], gr.Tabs(selected="explore"), latent
