@@ -26,6 +26,10 @@ class DemoArguments:
     _positional = ("sae",)
 
     sae: str | None = field(default=None, metadata={"help": "Show this SAE instead: a folder or a Hub repo."})
+    also: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further SAEs to choose from, such as one of a real model: folders or Hub repos."},
+    )
     port: int | None = field(default=None, metadata={"help": "The port. Default: the first free one from 7860."})
 
 
@@ -33,14 +37,15 @@ def run(arguments: list[str]) -> None:
     """Parse, train where there is nothing yet, serve."""
     (args,) = parse(build_parser("demo", DESCRIPTION, (DemoArguments,)), by_place("demo", arguments))
 
-    from hf_msae.hub.spaces import check_gradio, run_space
+    from hf_msae.hub.spaces import check_gradio, check_saes, run_space
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     check_gradio()
+    check_saes(args.also)  # before anything is trained
     if args.sae is not None:
-        run_space([args.sae], port=args.port)
+        run_space([args.sae, *args.also], port=args.port)
         return
-    run_space([str(story_sae())], title="Matryoshka SAE: the story world", port=args.port)
+    run_space([str(story_sae()), *args.also], title="Matryoshka SAE: the story world", port=args.port)
 
 
 def story_sae() -> Path:

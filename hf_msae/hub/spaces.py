@@ -53,8 +53,7 @@ def run_space(
         InputError: Gradio is not installed.
     """
     check_gradio()
-    for source in filter(None, (*saes, meta_sae)):
-        list_saes(source)
+    check_saes([*filter(None, (*saes, meta_sae))])
     folder = space_folder()
     if port is not None:
         os.environ["GRADIO_SERVER_PORT"] = str(port)
@@ -66,6 +65,12 @@ def run_space(
         os.environ[SETTINGS_VARIABLE] = str(path)
         sys.path.insert(0, str(folder))
         runpy.run_path(str(folder / "app.py"), run_name="__main__")
+
+
+def check_saes(saes: Sequence[str]) -> None:
+    """Raises NoSAEError where one of these folders or repos holds no SAE."""
+    for source in saes:
+        list_saes(source)
 
 
 def check_gradio() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from msae_space import latent_index, trials
+from msae_space import examples, latent_index, trials
 from msae_space.generation import stream
 from msae_space.latent_index import FAILED, NUM_TRIES, LatentIndex
 from msae_space.library import Library
@@ -88,11 +88,18 @@ def actions(library: Library, loaded: LoadedSAE, found: LatentIndex, folder: Pat
         again.wait()
         return again.progress, again.name(7), [asdict(one) for one in again.presets()]
 
+    what = examples.asked(examples.POSITIVE, examples.NEGATIVE, "owl", 2)
+
+    def found_by_examples() -> Any:
+        *_, finding = examples.search(loaded, what)
+        return finding.to_dict()
+
     pipe = SteeredPipeline(found._model, loaded.tokenizer, loaded.sae, Steering())
     return {
         "open": reopened,
         "learn": learnt,
         "interpret": interpreted,
+        "find": found_by_examples,
         "search": lambda: found.search("owl"),
         "explore": lambda: (read(loaded, text), found.page(12)),
         "levels": lambda: read_levels(loaded, text),
@@ -109,6 +116,7 @@ NAMES = (
     "open",
     "learn",
     "interpret",
+    "find",
     "search",
     "explore",
     "levels",
@@ -131,6 +139,8 @@ def sides(two, tmp_path_factory) -> Iterator[list[dict[str, Action]]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, number in less.items():
             patch.setattr(trials, name, number)
+        for name, number in {"NUM_CANDIDATES": 1, "NEUTRAL_TOKENS": 20, "NUM_STORIES": 12}.items():
+            patch.setattr(examples, name, number)
         # Presets that so little trying out finds, or does not find, are not those of other tests.
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         known = [library.companion(loaded, LatentIndex) for loaded in all_loaded]

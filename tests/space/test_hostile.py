@@ -134,9 +134,23 @@ ODD = st.recursive(
     max_leaves=12,
 )
 DIAL = st.fixed_dictionaries({}, optional={"latent": ODD_NUMBERS | ODD, "value": ODD_NUMBERS | ODD})
-DIALS = st.fixed_dictionaries({"dials": st.lists(DIAL, max_size=10) | ODD, "html": ODD_TEXT}) | ODD
+CONDITION = st.fixed_dictionaries(
+    {}, optional={"latent": ODD_NUMBERS, "above": ODD_NUMBERS | ODD, "then": st.sampled_from(["here", "after"]) | ODD}
+)
+DIALS = (
+    st.fixed_dictionaries(
+        {"dials": st.lists(DIAL, max_size=10) | ODD, "html": ODD_TEXT},
+        optional={"conditions": st.lists(CONDITION, max_size=6) | ODD},
+    )
+    | ODD
+)
 FILES = st.just({"path": "/etc/passwd", "url": "http://127.0.0.1:1/", "meta": {"_type": "gradio.FileData"}})
-ACTIONS = st.sampled_from(["token", "latent", "steer", "page", "top", "take", "add", "remove", "x"]) | ODD
+ACTIONS = (
+    st.sampled_from(
+        ["token", "latent", "steer", "page", "top", "take", "add", "remove", "condition", "free", "apply", "x"]
+    )
+    | ODD
+)
 EVENTS = (
     st.fixed_dictionaries({}, optional={"action": ACTIONS, "id": ODD_NUMBERS | ODD, "value": ODD, "index": ODD}) | ODD
 )
@@ -171,9 +185,22 @@ def test_whatever_a_handler_is_sent_it_answers_in_a_sentence_or_not_at_all(serve
 
 QUERIES = st.dictionaries(
     st.sampled_from(
-        "sae in tab prompt latents method at temperature tokens seed text latent level".split()  # noqa: SIM905
+        "sae in tab prompt latents when method at temperature tokens seed text latent level".split()  # noqa: SIM905
     ),
-    ODD_TEXT | st.sampled_from(["1:1e400", "1:nan", "1:2:3", ":", "1:" + "9" * 5000, ",".join(["1:1"] * 100), "1:-0"]),
+    ODD_TEXT
+    | st.sampled_from(
+        [
+            "1:1e400",
+            "1:nan",
+            "1:2:3",
+            ":",
+            "1:" + "9" * 5000,
+            ",".join(["1:1"] * 100),
+            "1:-0",
+            "1:0:here",
+            "1:nan:after",
+        ]
+    ),
     max_size=6,
 )
 
@@ -192,6 +219,7 @@ def test_any_link_is_a_view_of_values_that_the_page_can_show(query):
     "query",
     [
         "latents=5:1e400&seed=" + "9" * 5000,
+        "latents=5:1&when=999999999:0:here",
         "latents=" + "%2C".join(["1:1"] * 100),
         "latent=%C2%B2&level=%C2%B2&tokens=5&temperature=2",
         "sae=nobody%2Fnothing&in=..%2F..",

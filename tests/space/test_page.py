@@ -15,7 +15,7 @@ from patience import HANG_SECONDS, until
 from warm_processes import free_port, start_command
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
+from hf_msae.steering import Gate, LatentEdit, SteeredPipeline, Steering
 from hf_msae.worlds.stories import load_story_lm
 
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
@@ -28,7 +28,7 @@ pytestmark = [
 
 EVIL = '<img src=x onerror="alert(1)">${alert(2)}'
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-TABS = ("Steer", "Explore", "Tree", "Levels", "Compare")
+TABS = ("Steer", "Find", "Explore", "Tree", "Levels", "Compare")
 WAIT_MS = 1000 * HANG_SECONDS
 # Fewer new tokens than the page has by default.
 SHORT = "?tokens=10"
@@ -137,6 +137,7 @@ def page(regular):
     regular.set_viewport_size(DESKTOP)
     regular.emulate_media(color_scheme="light")
     go_to(regular, "Steer")
+    # Of latents and of conditions.
     while number := regular.locator("#dials .msae-remove").count():
         regular.locator("#dials .msae-remove").first.click()
         regular.wait_for_function(f"document.querySelectorAll('#dials .msae-remove').length < {number}")
@@ -331,6 +332,35 @@ def test_a_share_link_restores_everything(page, visit, story_sae):
     assert other.locator("#dials input[type=range]").count() == 2
 
 
+def test_a_condition_is_chosen_kept_in_the_link_and_obeyed(page, visit, story_sae):
+    model, tokenizer = load_story_lm()
+    sae = MatryoshkaSAE.from_pretrained(story_sae).eval()
+    add_latent(page, 7)
+    set_dial(page, 7, 1.5)
+    finish(page)
+    find(page, "12")
+    page.locator("#results [data-do='condition'][data-id='12']").click()
+    page.wait_for_selector("#dials .msae-condition")
+    page.locator("#dials .msae-condition input").evaluate("(one) => { one.value = 0.2; }")
+    forget(page)
+    page.locator("#dials .msae-condition select").select_option("after")
+    _, steered = finish(page)
+    assert page.locator("#dials .msae-condition output").inner_text() == "above 0.20× max"
+    gated = Steering([LatentEdit(7, 1.5, when=Gate(12, above=0.2, then="after"))])
+    pipe = SteeredPipeline(model, tokenizer, sae, gated)
+    prompt = page.locator("#prompt textarea").input_value()
+    assert steered == pipe(prompt, seed=0, temperature=0.7, max_new_tokens=10)[0]["generated_text"]
+    page.locator("#share").click()
+    page.wait_for_function("document.querySelector('#link :is(input, textarea)')?.value.includes('when=12')")
+    other = visit("?" + page.locator("#link :is(input, textarea)").input_value().split("?", 1)[1])
+    assert finish(other)[1] == steered
+    assert other.locator("#dials .msae-condition input").input_value() == "0.2"
+    assert other.locator("#dials .msae-condition select").input_value() == "after"
+    page.locator("#dials [data-do='free']").click()
+    page.wait_for_selector("#dials .msae-condition", state="detached")
+    assert page.locator("#dials .msae-dial").count() == 1
+
+
 def test_a_link_to_another_tab_opens_it_with_its_latent(visit):
     page = visit("?tab=explore&latent=12&text=A+little+owl.")
     page.wait_for_selector("#latent-page h2")
@@ -374,6 +404,25 @@ def test_two_visitors_at_once_do_not_mix(page, visit, story_sae):
 
 
 # The other tabs
+
+
+def test_examples_lead_to_a_steering(page):
+    go_to(page, "Find")
+    page.locator("#find").click()
+    page.wait_for_selector("#found [data-do='apply']")
+    assert page.locator("#found .msae-table tbody tr").count() >= 6
+    steering = page.locator("#found section", has=page.get_by_role("heading", name="A steering"))
+    latents = steering.locator(".msae-latent").evaluate_all("(all) => all.map((one) => one.dataset.id)")
+    forget(page)
+    page.locator("#found [data-do='apply']").click()
+    page.wait_for_selector(f"#dials input[data-id='{latents[0]}']")
+    default, steered = finish(page)
+    assert default != steered
+    assert page.locator("#dials .msae-dial input").evaluate_all("(all) => all.map((one) => one.dataset.id)") == latents
+    go_to(page, "Find")
+    page.locator("#positive textarea").fill("One only.")
+    page.locator("#find").click()
+    page.wait_for_selector("text=There are 1 different positive examples")
 
 
 def test_explore_goes_from_a_text_to_a_token_to_a_latent_to_steering(page):

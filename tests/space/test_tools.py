@@ -5,14 +5,23 @@ import asyncio
 from typing import Any
 
 import pytest
+from msae_space.examples import NEGATIVE, POSITIVE, WORDS, asked, dials_of, search
 from msae_space.reading import read
 from space_server import Server
 
-from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
+from hf_msae.steering import Gate, LatentEdit, SteeredPipeline, Steering
 
 pytestmark = pytest.mark.slow
 
-TOOLS = {"list_saes", "search_latents", "describe_latent", "read_tokens", "steer_text"}
+TOOLS = {
+    "list_saes",
+    "search_latents",
+    "describe_latent",
+    "read_tokens",
+    "steer_text",
+    "steer_with_latents",
+    "find_latents",
+}
 TEXT = "Once upon a time, there was a little owl."
 
 
@@ -67,6 +76,30 @@ def test_steered_text_is_that_of_the_pipeline(client, loaded):
     assert set(said["losses"]) == {"default", "steered"}
 
 
+def test_what_is_found_by_examples_steers_where_a_condition_holds(client, loaded):
+    examples = {"positive": POSITIVE.splitlines(), "negative": NEGATIVE.splitlines()}
+    found = call(client, "find_latents", **examples, words=WORDS, max_latents=2)
+    *_, finding = search(loaded, asked(POSITIVE, NEGATIVE, WORDS, 2))
+    assert [(one["latent"], one["strength"]) for one in found["steering"]] == list(dials_of(loaded, finding))
+    assert [one["size"] for one in found["levels"]] == loaded.prefix_sizes
+    assert {row["name"] for row in found["compared"]} >= {"few latents", "DiffMean of all tokens", "probe"}
+    latent = read(loaded, TEXT).active[-1][0][0]
+    said = call(
+        client,
+        "steer_with_latents",
+        prompt=TEXT,
+        latents=found["steering"],
+        only_where=[{"latent": latent, "then": "after"}],
+        max_new_tokens=8,
+        seed=3,
+    )
+    gate = Gate(latent, then="after")
+    steering = Steering([LatentEdit(one["latent"], one["strength"], when=gate) for one in found["steering"]])
+    pipeline = SteeredPipeline(loaded.model, loaded.tokenizer, loaded.sae, steering)
+    (written,) = pipeline(TEXT, max_new_tokens=8, temperature=0.7, seed=3)
+    assert TEXT + said["steered"] == written["generated_text"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
@@ -75,6 +108,9 @@ def test_steered_text_is_that_of_the_pipeline(client, loaded):
         ("steer_text", {"prompt": "Once", "latent": 1, "max_new_tokens": 10_000}, "number of new tokens"),
         ("steer_text", {"prompt": "Once", "latent": 1, "strength": 1e7}, "strength"),
         ("search_latents", {"words": "owl", "sae": "/etc"}, "/etc"),
+        ("steer_with_latents", {"prompt": "Once", "latents": [{"latent": 1}]}, "A strength must be"),
+        ("steer_with_latents", {"prompt": "Once", "latents": [], "only_where": [{"latent": -1}]}, "latents 0 to"),
+        ("find_latents", {"positive": ["a"], "negative": ["b"]}, "There are 1 different positive examples"),
     ],
 )
 def test_refusals_are_sentences(client, name, arguments, words):

@@ -1,17 +1,19 @@
 """Opening an SAE, or what a link describes: the new value of everything on the page that depends on it."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
 
 from hf_msae.errors import HfMsaeError
 from hf_msae.worlds.stories import STORIES
-from msae_space import drawing, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree, validation
+from msae_space import drawing, tab_compare, tab_explore, tab_find, tab_levels, tab_steer, tab_tree, validation
 from msae_space.dials import draw_dials
 from msae_space.library import Library, short
 from msae_space.links import MAX_NAME, View
 from msae_space.loaded_sae import Key, LoadedSAE, SpaceError
 from msae_space.shared import Shared
+from msae_space.strengths import Condition, Dial
 
 Updates = dict[gr.blocks.Block, Any]
 
@@ -33,6 +35,7 @@ class Page(NamedTuple):
     head: Head
     shared: Shared
     steer: tab_steer.SteerTab
+    find: tab_find.FindTab
     explore: tab_explore.ExploreTab
     tree: tab_tree.TreeTab
     levels: tab_levels.LevelsTab
@@ -62,14 +65,16 @@ def find(library: Library, source: Any, inside: Any) -> Key:
     return Key(source, validation.words(inside, "The SAE's folder", MAX_NAME))
 
 
-def opened(page: Page, key: Key, method: str, dials: Any = ()) -> Updates:
+def opened(
+    page: Page, key: Key, method: str, dials: Sequence[Dial] = (), conditions: Sequence[Condition] = ()
+) -> Updates:
     """The page with this SAE open. Raises SpaceError, or hf_msae's NoSAEError."""
     shared = page.shared
     loaded = shared.library.open(key)
     index, here = shared.index_of(loaded), [key.source, key.subfolder]
     index.try_again()
-    for dial in dials:
-        loaded.checked(dial.latent)
+    for one in (*dials, *conditions):
+        loaded.checked(one.latent)
     names = [entry.subfolder for entry in shared.library.entries(key.source)]
     levels = tab_compare.level_choices(loaded)
     left, right = page.compare.levels
@@ -77,7 +82,7 @@ def opened(page: Page, key: Key, method: str, dials: Any = ()) -> Updates:
         shared.key: here,
         page.head.status: _status(loaded),
         page.head.inside: gr.Dropdown(names, value=key.subfolder, visible=len(names) > 1),
-        shared.dials: draw_dials(loaded, index, dials, method),
+        shared.dials: draw_dials(loaded, index, dials, method, conditions),
         page.steer.presets: tab_steer.draw_presets(shared, here),
         page.explore.colour: gr.Dropdown(tab_explore.colour_choices(loaded), value=tab_explore.ALL_LEVELS),
         page.tree.view: tab_tree.draw_walk(loaded, index, []),
@@ -91,7 +96,7 @@ def restored(page: Page, view: View) -> Updates:
     """The page as a link describes it; a broken link opens what can be opened, and says what could not."""
     shared, key, problems = page.shared, view.key, list(view.problems)
     try:
-        updates = opened(page, key, view.method, view.dials)
+        updates = opened(page, key, view.method, view.dials, view.conditions)
     except HfMsaeError as error:
         problems.append(str(error))
         key = find(shared.library, shared.library.own[0], None)

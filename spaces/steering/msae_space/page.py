@@ -1,4 +1,4 @@
-"""The page: which SAE is open, five tabs, and the link that restores them."""
+"""The page: which SAE is open, six tabs, and the link that restores them."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,7 +6,18 @@ from typing import Any
 import gradio as gr
 
 from hf_msae.worlds.stories import STORIES
-from msae_space import drawing, opening, tab_compare, tab_explore, tab_levels, tab_steer, tab_tree, tools, validation
+from msae_space import (
+    drawing,
+    opening,
+    tab_compare,
+    tab_explore,
+    tab_find,
+    tab_levels,
+    tab_steer,
+    tab_tree,
+    tools,
+    validation,
+)
 from msae_space.latent_index import LatentIndex
 from msae_space.library import Library
 from msae_space.links import MAX_LEVEL, TABS, read_query
@@ -14,6 +25,7 @@ from msae_space.loaded_sae import Key
 from msae_space.opening import Head, Page
 from msae_space.settings import Settings
 from msae_space.shared import Blocks, Shared, reports_errors
+from msae_space.tab_find import SEARCHES
 from msae_space.tab_steer import RUNS, view_of
 
 STORY_PROMPT = "Once upon a time, there was a"
@@ -53,6 +65,8 @@ def build(settings: Settings) -> gr.Blocks:
             shared = Shared(library, key, latent, tabs, dials, method)
             with gr.Tab("Steer", id="steer"):
                 steer = tab_steer.build(shared, prompt)
+            with gr.Tab("Find", id="find"):
+                found = tab_find.build(shared)
             with gr.Tab("Explore", id="explore") as second:
                 explore = tab_explore.build(shared, text)
             with gr.Tab("Tree", id="tree"):
@@ -61,11 +75,12 @@ def build(settings: Settings) -> gr.Blocks:
                 levels = tab_levels.build(shared, text)
             with gr.Tab("Compare", id="compare") as fifth:
                 compare = tab_compare.build(shared, text, settings.meta_sae)
-        page = Page(head, shared, steer, explore, tree, levels, compare, prompt, text)
+        page = Page(head, shared, steer, found, explore, tree, levels, compare, prompt, text)
         _remember_tab(tabs, head.tab)
         _begin(shared, (second, explore), (fourth, levels), (fifth, compare))
         _fill_in(shared, steer, tree)
         _open_others(page)
+        found.applied.change(*steer.writing.parts, **steer.writing.options)
         _restore_links(page, demo, first)
         _share(page)
         demo.unload(_leave)
@@ -103,11 +118,11 @@ def _open_others(page: Page) -> None:
         return opening.opened(page, opening.find(shared.library, source, inside), method)
 
     def clear() -> tuple[Any, ...]:
-        return None, None, None, [], None, ""
+        return None, None, None, [], None, "", None, ""
 
     quiet: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     cleared = [shared.latent, page.explore.reading, page.levels.found, page.tree.walk, page.compare.view]
-    cleared.append(page.steer.results)
+    cleared += [page.steer.results, page.find.found, page.find.view]
     for event, inside in ((head.source.input, gr.State(None)), (head.inside.input, head.inside)):
         found = event(open_sae, [head.source, inside, shared.method], page.of_sae(), **quiet)
         found.success(clear, None, cleared, **quiet)
@@ -138,7 +153,8 @@ def _share(page: Page) -> None:
 
 
 def _leave(request: gr.Request) -> None:
-    RUNS.stop(str(request.session_hash))
+    for runs in (RUNS, SEARCHES):
+        runs.stop(str(request.session_hash))
 
 
 def _remember_tab(tabs: gr.Tabs, tab: gr.State) -> None:
