@@ -32,6 +32,20 @@ from hf_msae.worlds.stories import STORIES, StoryWorld, load_story_lm
 pytestmark = pytest.mark.slow
 
 TEXTS = ("There was a little owl.", "Lily went to the garden.")
+PLACES = (
+    "was there",
+    "lay in the way",
+    "fell down",
+    "was at home",
+    "was lost",
+    "was in the box",
+    "was on the table",
+    "was in the forest",
+    "was under the bed",
+    "was very old",
+    "was not big",
+    "was by the river",
+)
 SITE, NUM_LATENTS, NUM_TOKENS = "layers.2", 24, 300
 Action = Callable[[], Any]
 
@@ -88,7 +102,7 @@ def actions(library: Library, loaded: LoadedSAE, found: LatentIndex, folder: Pat
         again.wait()
         return again.progress, again.name(7), [asdict(one) for one in again.presets()]
 
-    what = examples.asked(examples.POSITIVE, examples.NEGATIVE, "owl", 2)
+    what = examples.asked(*("\n".join(f"A {one} {place}." for place in PLACES) for one in ("owl", "lamp")), "owl", 2)
 
     def found_by_examples() -> Any:
         *_, finding = examples.search(loaded, what)

@@ -15,7 +15,7 @@ from patience import HANG_SECONDS, until
 from warm_processes import free_port, start_command
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.steering import Gate, LatentEdit, SteeredPipeline, Steering
+from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
 from hf_msae.worlds.stories import load_story_lm
 
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
@@ -330,35 +330,6 @@ def test_a_share_link_restores_everything(page, visit, story_sae):
     assert other.locator("#prompt textarea").input_value() == "Lily & Tom went to the"
     assert other.locator("#dials input[type=range]").evaluate_all("(all) => all.map((one) => one.value)")[0] == "1.25"
     assert other.locator("#dials input[type=range]").count() == 2
-
-
-def test_a_condition_is_chosen_kept_in_the_link_and_obeyed(page, visit, story_sae):
-    model, tokenizer = load_story_lm()
-    sae = MatryoshkaSAE.from_pretrained(story_sae).eval()
-    add_latent(page, 7)
-    set_dial(page, 7, 1.5)
-    finish(page)
-    find(page, "12")
-    page.locator("#results [data-do='condition'][data-id='12']").click()
-    page.wait_for_selector("#dials .msae-condition")
-    page.locator("#dials .msae-condition input").evaluate("(one) => { one.value = 0.2; }")
-    forget(page)
-    page.locator("#dials .msae-condition select").select_option("after")
-    _, steered = finish(page)
-    assert page.locator("#dials .msae-condition output").inner_text() == "above 0.20× max"
-    gated = Steering([LatentEdit(7, 1.5, when=Gate(12, above=0.2, then="after"))])
-    pipe = SteeredPipeline(model, tokenizer, sae, gated)
-    prompt = page.locator("#prompt textarea").input_value()
-    assert steered == pipe(prompt, seed=0, temperature=0.7, max_new_tokens=10)[0]["generated_text"]
-    page.locator("#share").click()
-    page.wait_for_function("document.querySelector('#link :is(input, textarea)')?.value.includes('when=12')")
-    other = visit("?" + page.locator("#link :is(input, textarea)").input_value().split("?", 1)[1])
-    assert finish(other)[1] == steered
-    assert other.locator("#dials .msae-condition input").input_value() == "0.2"
-    assert other.locator("#dials .msae-condition select").input_value() == "after"
-    page.locator("#dials [data-do='free']").click()
-    page.wait_for_selector("#dials .msae-condition", state="detached")
-    assert page.locator("#dials .msae-dial").count() == 1
 
 
 def test_a_link_to_another_tab_opens_it_with_its_latent(visit):
