@@ -3,9 +3,10 @@
     .venv-peers/bin/python benchmarks/synth_bench.py --scale 1024 --samples 3000000 --seeds 3 --json synth_bench.json
 
 Every SAE of a seed takes its steps on the same samples in the same order: ours by the learner of `hf-msae train`,
-those of SAELens (`make peers`) by its own trainer, at each of the rates that are given, with warm-up and decay as long
-as ours. All thresholds are set alike, so that L0 is the same, and all SAEs are measured on the same samples. What is
-in `--output-dir` is not trained again.
+those of SAELens (`make peers`) by its own trainer, at each of the rates that are given. That has warm-up and decay as
+long as ours, and calls a latent dead as soon: its default, 1,000 steps, is longer than a short run. All thresholds are
+set alike, so that L0 is the same, and all SAEs are measured on the same samples. What is in `--output-dir` is not
+trained again.
 
 `--scale 16384` is the published problem. With fewer features the probabilities keep their bounds, so fewer fire at
 once, by about the square root. Trees, latents and prefixes stay in proportion, and so do L0 and what truly fires. The
@@ -52,19 +53,25 @@ COLUMNS |= {"dead": "dead", "shrinkage": "shrinkage", "fve": "FVE", "l0": "L0"}
 
 @dataclass(frozen=True)
 class Method:
-    """What a method of ours changes: of the SAE's configuration, and of the run."""
+    """What a method of ours changes: of the SAE's configuration, and of the run; and whether it has inner levels."""
 
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    nested: bool = True
 
 
 HELD_BACK = {"inner_decoder_share": 0.0, "inner_activation_share": 0.25}
-PLAIN = "BatchTopK"
+ALIGNED, ANNEALED = {"aligned": True}, {"k_anneal_steps": 0.3}
 METHODS = {
-    PLAIN: Method(),
+    "BatchTopK": Method(nested=False),
+    "BatchTopK, aligned, k annealed": Method(ALIGNED, ANNEALED, nested=False),
     "Matryoshka": Method(),
+    "Matryoshka, aligned": Method(ALIGNED),
+    "Matryoshka, k annealed": Method({}, ANNEALED),
+    "Matryoshka, aligned, k annealed": Method(ALIGNED, ANNEALED),
     "decoder cut": Method({"inner_decoder_share": 0.0}),
     "decoder cut, activations .25": Method(HELD_BACK),
+    "decoder cut, activations .25, aligned, k annealed": Method(HELD_BACK | ALIGNED, ANNEALED),
 }
 
 
@@ -77,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument(
-        "--saelens-rates", type=float, nargs="*", default=[1e-3, 3e-3], help="learning rates of SAELens' trainer"
+        "--saelens-rates", type=float, nargs="*", default=[3e-3, 1e-2], help="learning rates of SAELens' trainer"
     )
     parser.add_argument("--eval-samples", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=1)
@@ -132,7 +139,7 @@ class Ours:
 
     def __init__(self, name: str, problem: Problem, options: argparse.Namespace, seed: int, first: Tensor) -> None:
         method, steps = METHODS[name], options.samples // options.batch_size
-        levels = {"prefix_sizes": [problem.shape["num_latents"]]} if name == PLAIN else {}
+        levels = {} if method.nested else {"prefix_sizes": [problem.shape["num_latents"]]}
         sae = MatryoshkaSAE(MatryoshkaSAEConfig(**(problem.shape | levels | method.config)))
         args = SAETrainingArguments(
             max_steps=steps, per_device_train_batch_size=options.batch_size, seed=seed, use_cpu=True, **method.training
@@ -179,6 +186,7 @@ class SAELens:
                 lr_end=rate / 10,
                 lr_warm_up_steps=int(SAETrainingArguments.warmup_steps * steps),
                 lr_decay_steps=int(SAETrainingArguments.decay_steps * steps),
+                dead_feature_window=max(1, steps // 20),
             ),
             sae,
             data_provider=iter(()),
