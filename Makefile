@@ -16,7 +16,7 @@ NO_CORE := cli concepts evaluation formats hub interpret research serving space
 # Images for containers often set it. The tests start Python some hundred times, and each would compile all that it
 # imports once more: a quarter of the time of `make fast`.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help install quickstart demo fast test peers gpu quality docs copy format clean
+.PHONY: help install quickstart demo fast test coverage peers gpu quality docs copy format clean
 
 # What pip has to say about its own version and about paths of scripts is nothing that a reader here can use.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -68,6 +68,17 @@ fast: $(DEVELOP)  ## Run the tests of a minute: of the core rooms, those that st
 
 test: $(DEVELOP)  ## Run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25
+
+# TESTS=tests/steering measures one room; a run of all takes several times as long as `make test`.
+TESTS ?=
+coverage: $(DEVELOP)  ## Measure which lines and branches the tests run; a page a file in build/coverage/html
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[coverage]"
+	rm -rf build/coverage
+	-COVERAGE_CORE=ctrace $(BIN)/python -m coverage run -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage json --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage report --skip-covered --sort cover
 
 peers: $(PEERS)  ## Test imports and exports against the other libraries themselves, in an environment of their own
 	$(PEERS_VENV)/bin/python -m pytest -m peer tests/formats tests/research/test_synth_bench_peers.py

@@ -1,6 +1,6 @@
 """Do the tests notice when the code is wrong? Small faults are put into it, one at a time, and tests run.
 
-    pip install --editable ".[test]" coverage
+    pip install --editable ".[test,coverage]"
     python benchmarks/mutation.py --json mutation.json          # goes on with a file that is not whole
     python benchmarks/mutation.py --json mutation.json --again --tests tests/cli/test_eval.py
 
