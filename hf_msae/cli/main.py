@@ -106,7 +106,8 @@ def _reader_left() -> bool:
     try:
         sys.stdout.flush()
         # Where each piece was written at once, nothing is left that could fail, but the system knows.
-        left = os.name != "nt" and sys.stdout is sys.__stdout__ and _is_broken(sys.stdout.fileno())
+        to_the_system = os.name != "nt" and sys.stdout is sys.__stdout__
+        left = to_the_system and _is_broken(sys.stdout.fileno())
     except BrokenPipeError:
         left = True
     if left:
