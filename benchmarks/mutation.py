@@ -2,7 +2,7 @@
 
     pip install --editable ".[test,coverage]"
     python benchmarks/mutation.py --json mutation.json          # goes on with a file that is not whole
-    python benchmarks/mutation.py --json mutation.json --again --tests tests/cli/test_eval.py
+    python benchmarks/mutation.py --json mutation.json --again --tests=tests/cli/test_eval.py
 
 The second command tries survivors again, with the tests as they are now, and with tests of other rooms.
 

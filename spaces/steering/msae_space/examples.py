@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_msae.concepts import Finding, find_latents
 from hf_msae.concepts.examples import MIN_EXAMPLES
+from hf_msae.steering import LatentEdit
 from hf_msae.worlds.stories import STORIES, StoryWorld
 from msae_space import validation
 from msae_space.loaded_sae import LoadedSAE, SpaceError, own_modules
@@ -158,7 +159,8 @@ def _find(loaded: LoadedSAE, what: Asked, tell: Any) -> Finding:
 
 def dials_of(loaded: LoadedSAE, finding: Finding) -> tuple[Dial, ...]:
     """The steering that was found, as sliders give it."""
-    return tuple(Dial(edit.latent, _strength(loaded, edit.latent, edit.value)) for edit in finding.steering.edits)
+    edits = (edit for edit in finding.steering.edits if isinstance(edit, LatentEdit))  # it has no others
+    return tuple(Dial(edit.latent, _strength(loaded, edit.latent, edit.value)) for edit in edits)
 
 
 def _strength(loaded: LoadedSAE, latent: int, activation: float) -> float:
