@@ -47,8 +47,8 @@ class GridArguments:
             "--site is layers.12.mlp:input. One for each --site.",
         },
     )
-    token_lookup: bool = field(
-        default=False,
+    token_lookup: bool | None = field(
+        default=None,
         metadata={
             "help": "Train a tokenized SAE, which adds a learnt vector of the activation's own token to what it "
             "reconstructs, so that latents need not say which token it is.",

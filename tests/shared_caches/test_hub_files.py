@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from patience import HANG_SECONDS
+from patience import until
 from safetensors.torch import load_file
 
 from hf_msae import load_activation_cache, push_activation_cache
@@ -42,15 +41,6 @@ def shards_sent(hub) -> int:
     return len({request.path for request in hub.asked(r"GET /large/") if request.sent})
 
 
-def wait_until(true) -> None:
-    asked = threading.Event()
-    for _ in range(int(HANG_SECONDS / 0.05)):
-        if true():
-            return
-        asked.wait(0.05)
-    raise AssertionError("it never came")
-
-
 def test_the_same_rows_in_the_same_order_as_from_the_folder(repo, cached):
     for seed in (0, 1):
         options = {"batch_size": 24, "seed": seed, "epochs": 2}
@@ -65,9 +55,9 @@ def test_opening_fetches_no_shard_and_reading_a_few_ahead(repo, hub):
     opened = CachedActivations(load_activation_cache(repo).files, batch_size=64)
     assert shards_sent(hub) == 0
     next(opened)
-    wait_until(lambda: shards_sent(hub) == 1 + AHEAD)
+    until(lambda: shards_sent(hub) == 1 + AHEAD)
     next(opened)
-    wait_until(lambda: shards_sent(hub) == 2 + AHEAD)
+    until(lambda: shards_sent(hub) == 2 + AHEAD)
     list(opened)
     assert shards_sent(hub) == SHARDS
     before = len(hub.requests)

@@ -178,7 +178,7 @@ def find(page, words: str) -> None:
 
 def add_latent(page, number: int) -> None:
     find(page, str(number))
-    page.locator(f"#results button[data-id='{number}']").click()
+    page.locator(f"#results button[data-do='add'][data-id='{number}']").click()
     page.wait_for_selector(f"#dials input[data-id='{number}']")
 
 
@@ -534,7 +534,7 @@ def test_a_pasted_repo_opens_with_its_model(visit, hub, lm, tokenizer):
     assert page.locator("#dials input").count() == 0, "a latent of another SAE stayed"
     page.wait_for_selector("#results button", state="detached")
     find(page, "40")
-    page.locator("#results button[data-id='40']").click()
+    page.locator("#results button[data-do='add'][data-id='40']").click()
     page.wait_for_selector("#dials input[data-id='40']")
     assert "× norm" in page.locator("#dials output").inner_text()
     default, _ = generate(page, "w1 w2 w3")
