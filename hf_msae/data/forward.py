@@ -4,6 +4,7 @@ It gives the activations of the tokens that count, and the norm beyond which the
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from hf_msae.modeling.devices import sent
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, NORM_TOKENS, activation_norms, check_multiple, norm_limit_of
 from hf_msae.sites import Site, capture
 
+# A site, or its name.
+Place = TypeVar("Place", Site, Site | str)
 # Among the sites of a batch: not a place in the model, but the token id of each activation, (n,) int64.
 TOKEN_IDS = Site("token ids", "input")
 
@@ -113,7 +116,7 @@ def capture_counted(
     return {site: found[site] for site in sites}
 
 
-def activation_sites(sites: Iterable[Site]) -> list[Site]:
+def activation_sites(sites: Iterable[Place]) -> list[Place]:
     """The places in the model among sites: without `TOKEN_IDS`."""
     return [site for site in sites if site != TOKEN_IDS]
 

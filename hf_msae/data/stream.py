@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_msae.data.forward import TOKEN_IDS, capture_counted, check_eval, groups
+from hf_msae.data.forward import TOKEN_IDS, activation_sites, capture_counted, check_eval, groups
 from hf_msae.data.randomness import seeded_generator
 from hf_msae.data.sources import DatasetError
 from hf_msae.data.states import check_state
@@ -182,13 +182,13 @@ class ActivationStream(BatchIterator):
         ahead: bool | None = None,
     ) -> None:
         super().__init__(batch_size)
-        if not any(site != TOKEN_IDS for site in sites):
+        places = activation_sites(sites)
+        if not places:
             raise InputError("sites is empty: name at least one site, such as 'layers.4'")
         if block_tokens < 1 or lm_batch_size < 1:
             raise InputError(f"block_tokens ({block_tokens}) and lm_batch_size ({lm_batch_size}) must be at least 1")
         check_eval(model)
         self.model = model
-        places = [site for site in sites if site != TOKEN_IDS]
         tokens = [TOKEN_IDS] if TOKEN_IDS in sites else []
         self.sites = list(dict.fromkeys([*(resolve_site(model, site) for site in places), *tokens]))
         self.windows = windows

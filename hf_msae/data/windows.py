@@ -325,6 +325,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) ->
     return next(token for token in candidates if token is not None and (vocab_size is None or token < vocab_size))
 
 
+def counted_ids(windows: Sequence[Window]) -> Tensor:
+    """The tokens of windows that count, one after the other, (n,) int64."""
+    return torch.cat([window.input_ids[window.keep] for window in windows])
+
+
 class TokenBatch(TypedDict):
     """Token windows for a language model, each (batch, sequence); no mask where nothing is padded."""
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_msae.data import TokenBatch, Window, as_documents, harvest, hold_out, pad_id, vocabulary
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import leave_out
+from hf_msae.data.windows import counted_ids
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, activation_norms, norm_limit_of, within_limit
@@ -82,7 +83,7 @@ class TextActivations:
     @property
     def token_ids(self) -> Tensor:
         """The token of each activation, (num_tokens,) int64."""
-        return torch.cat([window.input_ids[window.keep] for window in self.windows])
+        return counted_ids(self.windows)
 
     def batches(self, sae: MatryoshkaSAE) -> Iterator[Tensor]:
         """The activations in parts (n, hidden_size) that an SAE can encode at once, on its device.

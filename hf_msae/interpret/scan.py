@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_msae.data import ActivationError, TokenWindows, Window, as_documents, pad_id, vocabulary
 from hf_msae.data.documents import DocumentsLike
 from hf_msae.data.forward import capture_counted, leave_out
+from hf_msae.data.windows import counted_ids
 from hf_msae.devices import device_of
 from hf_msae.errors import InputError
 from hf_msae.interpret.activity import LatentStatistics, active_latents, gains, reconstruct, without_latents
@@ -209,7 +210,7 @@ class _Collector:
         x, y = x.to(self.sae.device), y.to(self.sae.device)
         active = active_latents(self.sae, x)
         if self.num_recorded < self.record_tokens:
-            self._record(x, y, torch.cat([window.input_ids[window.keep] for window in group]), active)
+            self._record(x, y, counted_ids(group), active)
         active = ActiveLatents(*(part.cpu() for part in active))
         self.statistics.update(active.latents, active.values, len(x))
         batch = _Batch(group, active, self.sae.config.num_latents, self.context_tokens)

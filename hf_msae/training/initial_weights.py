@@ -22,6 +22,22 @@ TRANSCODER_ENCODER_SEED = 1_000_003
 DRAWN_AT_ONCE = 1 << 26
 
 
+def sum_moments(x: Tensor, ranks: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up activations, in one message.
+
+    Args:
+        x: Activations, (n, width).
+        ranks: Processes that have others.
+
+    Returns:
+        Of all processes, float64: their sum (width,), the sum of their squared norms, and their number, scalars.
+    """
+    doubles = x.double()
+    parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_full((1,), x.shape[0])])
+    parts = ranks.sum(parts)
+    return parts[:-2], parts[-2], parts[-1]
+
+
 class InputScale(NamedTuple):
     """Of a transcoder: what its input is like beside what it is to give.
 
@@ -43,11 +59,9 @@ class InputScale(NamedTuple):
             config: The transcoder's.
             ranks: Processes that have other activations.
         """
-        doubles = x.double()
-        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_full((1,), x.shape[0])])
-        parts = ranks.sum(parts)
-        mean = parts[:-2] / parts[-1]
-        of_input = (parts[-2] / parts[-1] - mean.pow(2).sum()).clamp_min(1e-12)
+        sums, square, count = sum_moments(x, ranks)
+        mean = sums / count
+        of_input = (square / count - mean.pow(2).sum()).clamp_min(1e-12)
         gain = (variance / config.output_size) / (of_input / config.hidden_size)
         return cls(mean, math.sqrt(gain.item()))
 

@@ -34,7 +34,7 @@ from hf_msae.sites import Site
 from hf_msae.training.checkpoints import read_tensors, write_tensors
 from hf_msae.training.collectives import sum_gradients
 from hf_msae.training.end_to_end import EndToEnd
-from hf_msae.training.initial_weights import InputScale, draw_token_vectors, draw_weights
+from hf_msae.training.initial_weights import InputScale, draw_token_vectors, draw_weights, sum_moments
 from hf_msae.training.optimization import (
     DictionaryAdam,
     Length,
@@ -204,12 +204,8 @@ class Learner:
         return variance.clamp_min(1e-12)
 
     def _update_moments(self, x: Tensor) -> None:
-        doubles = x.double()
-        parts = torch.cat([doubles.sum(0), doubles.pow(2).sum()[None], doubles.new_full((1,), x.shape[0])])
-        parts = self.data_parallel.sum(parts)
-        self.moments["sum"] += parts[:-2]
-        self.moments["square"] += parts[-2]
-        self.moments["count"] += parts[-1]
+        for name, part in zip(("sum", "square", "count"), sum_moments(x, self.data_parallel), strict=True):
+            self.moments[name] += part
 
     # One step
 
