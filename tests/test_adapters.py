@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.adapters import has_adapter
 from hf_msae.cli.main import main
 from hf_msae.cross_entropy import predicts_next_token
 from hf_msae.errors import InputError
-from hf_msae.language_models import has_adapter, load_language_model, load_language_model_config, model_of, origin_of
+from hf_msae.language_models import load_language_model, load_language_model_config, model_of, origin_of
 from hf_msae.sites import capture, resolve_site
 from hf_msae.steering import LatentEdit, SteeredPipeline, Steering, save_steering
 from hf_msae.training.preparation import resolve_sites
@@ -127,7 +128,7 @@ def test_a_damaged_adapter_is_told_in_a_sentence(save, tmp_path, fault):
 
 def test_without_peft_there_is_one_sentence(save, monkeypatch):
     adapter, _ = save(KINDS["lora"])
-    monkeypatch.setattr("hf_msae.language_models.is_peft_available", lambda: False)
+    monkeypatch.setattr("hf_msae.adapters.is_peft_available", lambda: False)
     with pytest.raises(InputError, match="is a PEFT adapter, and peft is not installed: pip install peft"):
         load_language_model_config(adapter)
 

@@ -27,12 +27,7 @@ from hf_msae.cli import sources
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cross_entropy import predicts_next_token
 from hf_msae.errors import HfMsaeError, InputError
-from hf_msae.language_models import (
-    count_parameters,
-    load_language_model,
-    load_language_model_config,
-    model_to_load,
-)
+from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config, model_to_load
 from hf_msae.sites import capture, resolve_site
 from hf_msae.worlds.stories import STORIES, load_story_lm
 

@@ -46,7 +46,10 @@ FLOORS = {
     "hf_msae.process_wide": 0,
     "hf_msae.reading_fields": 0.5,  # it says what outliers are left out
     "hf_msae.special_tokens": 0,
-    "hf_msae.language_models": 1.5,  # it knows the story model and what SAEs record
+    "hf_msae.model_names": 1.1,  # it knows the story model
+    "hf_msae.quantization": 1.1,  # it knows what SAEs record
+    "hf_msae.adapters": 1.2,
+    "hf_msae.language_models": 1.5,
     "hf_msae.modeling": 1,
     "hf_msae.sites": 1,
     "hf_msae.worlds": 1,

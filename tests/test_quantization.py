@@ -6,14 +6,15 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig, SAETrainer, SAETrainingArguments, language_models
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig, SAETrainer, SAETrainingArguments, quantization
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.main import main
 from hf_msae.cli.sources import load_language_model as load_of_command
 from hf_msae.cli.sources import load_sae
 from hf_msae.data import as_documents
 from hf_msae.errors import InputError
-from hf_msae.language_models import load_language_model, quantization_of, quantization_to_load
+from hf_msae.language_models import load_language_model
+from hf_msae.quantization import quantization_of, quantization_to_load
 from hf_msae.worlds.stories import StoryWorld
 
 pytestmark = pytest.mark.slow
@@ -58,7 +59,7 @@ def test_what_cannot_be_quantized_is_told_before_weights_are_read(tmp_path, lm, 
     lm.save_pretrained(folder)
     with pytest.raises(InputError, match="quantization must be one of 4bit, 8bit, got '2bit'"):
         load_language_model(folder, quantization="2bit")
-    monkeypatch.setattr(language_models, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(InputError, match=r"needs bitsandbytes, which is not installed: pip install bitsandbytes, or"):
         load_language_model(folder, quantization="4bit")
     config = MatryoshkaSAEConfig(hidden_size=8, num_latents=64, base_model="org/lm", base_model_quantization="8bit")

@@ -20,8 +20,9 @@ from hf_msae.cli.arguments import SourceArguments
 from hf_msae.data import CachedActivations, Documents, as_documents, load_documents
 from hf_msae.devices import move_language_model, stays_on_cpu
 from hf_msae.errors import InputError
-from hf_msae.language_models import model_of, model_to_load, quantization_to_be_had, quantization_to_load
+from hf_msae.language_models import model_of, model_to_load
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
+from hf_msae.quantization import quantization_to_be_had, quantization_to_load
 from hf_msae.shared_caches import is_cache_source, load_activation_cache
 from hf_msae.worlds.stories import STORIES, StoryWorld
 

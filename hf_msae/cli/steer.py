@@ -83,7 +83,8 @@ def run(arguments: list[str], brief: bool = False) -> None:
     (args,) = parse(build_parser("steer", DESCRIPTION, (SteerArguments,)), by_place("steer", arguments))
 
     from hf_msae.cli.sources import check_sae_place, choose_device, load_language_model
-    from hf_msae.language_models import model_to_load, quantization_to_load
+    from hf_msae.language_models import model_to_load
+    from hf_msae.quantization import quantization_to_load
     from hf_msae.steering import SteeredPipeline
     from hf_msae.steering.edits import check_edits
     from hf_msae.steering.saved import load_saes_of

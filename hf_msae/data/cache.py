@@ -40,7 +40,7 @@ from hf_msae.data.states import check_state
 from hf_msae.data.stream import ActivationStream, BatchIterator
 from hf_msae.data.unfinished import UnfinishedFolder
 from hf_msae.errors import InputError
-from hf_msae.language_models import quantization_of
+from hf_msae.quantization import quantization_of
 from hf_msae.sites import Site
 
 

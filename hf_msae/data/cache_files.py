@@ -28,8 +28,8 @@ from hf_msae.data.unfinished import (
     unfinished_folder,
 )
 from hf_msae.errors import InputError
-from hf_msae.language_models import QUANTIZATIONS
 from hf_msae.modeling.untrusted import read_json
+from hf_msae.quantization import QUANTIZATIONS
 from hf_msae.sites import Site
 
 FORMAT = "hf_msae.activations"

@@ -11,13 +11,15 @@ from hf_msae.modeling import MatryoshkaSAEConfig
 
 
 def record_tokenizer(config: MatryoshkaSAEConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write into a tokenized SAE's configuration whose ids its table is of.
+    """Write into a tokenized SAE's configuration whose ids its table is of, after `check_lookup`.
 
     Args:
         config: The SAE's.
         tokenizer: The language model's.
     """
-    config.lookup_tokenizer, config.lookup_vocabulary = tokenizer.name_or_path or None, _digest(tokenizer)
+    config.lookup_tokenizer = tokenizer.name_or_path or None
+    if config.lookup_vocabulary is None:  # else it is this tokenizer's, or it would have been refused
+        config.lookup_vocabulary = _digest(tokenizer)
 
 
 def check_lookup(
@@ -38,7 +40,7 @@ def check_lookup(
     if not config.is_tokenized:
         return
     name, own = called or "This SAE", tokenizer.name_or_path or type(tokenizer).__name__
-    if config.lookup_vocabulary not in (None, _digest(tokenizer)):
+    if config.lookup_vocabulary is not None and config.lookup_vocabulary != _digest(tokenizer):
         raise InputError(
             f"{name} is tokenized: it adds a vector of each token of {config.lookup_tokenizer or 'its tokenizer'}, "
             f"and these are tokens of {own}, which has another vocabulary. Use the tokenizer of its language model."

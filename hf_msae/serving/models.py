@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_msae.devices import move_language_model
 from hf_msae.errors import InputError
 from hf_msae.hub.index import list_saes
-from hf_msae.language_models import load_language_model, model_to_load, quantization_to_load
+from hf_msae.language_models import load_language_model, model_to_load
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.untrusted import inside
+from hf_msae.quantization import quantization_to_load
 from hf_msae.sites import find_output_site, find_site
 from hf_msae.steering import SteeredPipeline, Steering, load_steerings
 from hf_msae.steering.gates import SteeringError

@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 
 from hf_msae.devices import device_of
-from hf_msae.language_models import load_language_model, model_of, quantization_to_load
+from hf_msae.language_models import load_language_model, model_of
 from hf_msae.modeling import MatryoshkaSAE
+from hf_msae.quantization import quantization_to_load
 from hf_msae.special_tokens import special_token_ids
 from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.sampling import seeded_sampling

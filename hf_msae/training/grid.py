@@ -13,8 +13,8 @@ from hf_msae.data.cache import TrainingData
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import resolve_site, site_width
-from hf_msae.training.preparation import read_initial_config, wider_prefix_sizes
 from hf_msae.training.recipes import recipe_fields
+from hf_msae.training.warm_start import read_initial_config, wider_prefix_sizes
 
 # Of the width of a site. A k of 32 suits dictionaries of 4,096 latents and more; smaller ones get fewer.
 DEFAULT_EXPANSION, DEFAULT_K, LATENTS_PER_K = 16, 32, 128

@@ -43,7 +43,6 @@ from hf_msae.training.preparation import (
     resolve_output_sites,
     resolve_sites,
     set_norm_limits,
-    warm_start,
 )
 from hf_msae.training.pushing import Pusher
 from hf_msae.training.resuming import (
@@ -55,6 +54,7 @@ from hf_msae.training.resuming import (
     resumed_length,
 )
 from hf_msae.training.run import InterruptFlag, Run, TrainingInterrupted
+from hf_msae.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 

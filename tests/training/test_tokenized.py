@@ -20,7 +20,7 @@ from hf_msae.sites import resolve_site
 from hf_msae.training.grid import make_saes
 from hf_msae.training.learner import make_learners
 from hf_msae.training.optimization import Length
-from hf_msae.training.preparation import WarmStartError, warm_start
+from hf_msae.training.warm_start import WarmStartError, warm_start
 
 FORMS = {
     "batch_topk": {},

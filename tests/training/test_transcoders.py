@@ -15,7 +15,7 @@ from hf_msae.errors import InputError
 from hf_msae.sites import SiteError, capture, replace, resolve_site
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.grid import make_saes
-from hf_msae.training.preparation import WarmStartError, warm_start
+from hf_msae.training.warm_start import WarmStartError, warm_start
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import SAETrainer, SAETrainingArguments
-from hf_msae.training.preparation import WarmStartError, warm_start, wider_prefix_sizes
+from hf_msae.training.warm_start import WarmStartError, warm_start, wider_prefix_sizes
 
 pytestmark = pytest.mark.slow
 

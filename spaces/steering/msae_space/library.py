@@ -21,12 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_msae import MatryoshkaSAE, SAEEntry, list_saes
 from hf_msae.hub.index import NoSAEError
-from hf_msae.language_models import (
-    count_parameters,
-    load_language_model,
-    load_language_model_config,
-    model_of,
-)
+from hf_msae.language_models import count_parameters, load_language_model, load_language_model_config, model_of
 from hf_msae.sites import SiteError, resolve_site
 from hf_msae.special_tokens import special_token_ids
 from hf_msae.worlds.stories import STORIES
