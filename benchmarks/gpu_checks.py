@@ -24,6 +24,7 @@ from hf_msae.language_models import load_language_model
 from hf_msae.sites import Site, resolve_site
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.learner import Learner
+from hf_msae.training.learner_files import read_learner, write_model, write_state
 from hf_msae.training.run import Run
 from hf_msae.worlds.stories import StoryWorld
 
@@ -202,10 +203,10 @@ def bits(place: Place) -> dict[str, Any]:
         check_equal(whole_state(train(make_learner(place.device, size, activation, **options), 0, count)), expected)
         with tempfile.TemporaryDirectory() as folder:
             half = train(make_learner(place.device, size, activation, **options), 0, count // 2)
-            half.write_model(Path(folder))
-            half.write_state(Path(folder))
+            write_model(half, Path(folder))
+            write_state(half, Path(folder))
             other = make_learner(place.device, size, activation, **options)
-            other.read(Path(folder))
+            read_learner(other, Path(folder))
         check_equal(whole_state(train(other, count // 2, count)), expected)
     return {"steps": count, "activations": ACTIVATIONS}
 

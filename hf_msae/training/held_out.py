@@ -329,7 +329,8 @@ class Evaluator:
         meters = {learner.name: _meter(learner) for learner in learners}
         for batch in self._shown(self.held_out.evaluation(ranks.rank, ranks.size), "Measuring"):
             for learner in learners:
-                meters[learner.name].update(*learner.parts_of(batch))
+                own = learner.own_part(batch)
+                meters[learner.name].update(own.x, own.target, own.token_ids)
         for learner in learners:
             meter = meters[learner.name]
             meter.num_tokens, meter.num_outliers = ranks.total(meter.num_tokens), ranks.total(meter.num_outliers)

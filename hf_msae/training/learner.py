@@ -11,30 +11,24 @@ site.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_msae.data import TOKEN_IDS
-from hf_msae.hub.results import save_quietly
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.dense_ops import ALL_GRADIENTS
 from hf_msae.modeling.devices import constants
-from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS
-from hf_msae.modeling.sparse_encoder import ActiveLatents
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.modeling.untrusted import PER_LATENT
-from hf_msae.process_wide import no_transformers_bars
 from hf_msae.sites import Site
-from hf_msae.training.checkpoints import read_tensors, write_tensors
 from hf_msae.training.collectives import sum_gradients
 from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.initial_weights import InputScale, draw_token_vectors, draw_weights, sum_moments
+from hf_msae.training.micro_batches import SAEBatch, batch_contexts
 from hf_msae.training.optimization import (
     DictionaryAdam,
     Length,
@@ -51,8 +45,8 @@ from hf_msae.training.optimization import (
 )
 from hf_msae.training.precision import products
 from hf_msae.training.run import Run
-from hf_msae.training.sharded import ShardedSAE, read_latent_file, write_latent_file
-from hf_msae.training.step_statistics import StepStatistics
+from hf_msae.training.sharded import ShardedSAE
+from hf_msae.training.step_statistics import LogSums, StepStatistics
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
 CONTROLLER_RATE = 0.03
@@ -61,9 +55,6 @@ CONTROLLER_RATE = 0.03
 TOKEN_RATE = 2.0
 # Columns of a matrix whose rows change places at once.
 SORTED_COLUMNS = 64
-# Beside the SAE in a checkpoint: what has a row for each latent, and the rest.
-ROWS_NAME = "learner.safetensors"
-STATE_NAME = "learner.pt"
 
 
 class Learner:
@@ -122,7 +113,7 @@ class Learner:
         self.penalties = torch.zeros(2, **double)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer: DictionaryAdam | None = None
-        self._reset_log()
+        self.log = LogSums(config.num_levels, device)
 
     # Beginning
 
@@ -137,16 +128,16 @@ class Learner:
             target: Of a transcoder, what it is to reconstruct of them, (n, output_size).
             token_ids: Of a tokenized SAE, the token of each, (n,).
         """
-        x = self._all_activations(activations)
-        y = x if target is None else self._all_activations(target)
+        batch = SAEBatch(activations, target, token_ids).map(self._of_all)
+        x, y = batch.x, batch.wanted
         self._update_moments(y)
         transcoder = None
         if target is not None:
             transcoder = InputScale.of(x, self.variance, self.sae.config, self.data_parallel)
         if self.args.init_from is None:
             draw_weights(self.sae, self.moments["sum"] / self.moments["count"], self.args.seed, self.rows, transcoder)
-            if token_ids is not None:
-                draw_token_vectors(self.sae, y, self._all_activations(token_ids), self.data_parallel)
+            if batch.token_ids is not None:
+                draw_token_vectors(self.sae, y, batch.token_ids, self.data_parallel)
             if self.sae.config.activation == "jumprelu":
                 # Without this the first steps are dense: a threshold learns only from pre-activations near it.
                 self.sae.threshold.fill_(1.0)
@@ -157,9 +148,9 @@ class Learner:
         for moment in self.moments.values():
             moment.zero_()  # the first step counts these activations again
 
-    def _all_activations(self, activations: Tensor) -> Tensor:
-        """This process's rows, or, where each process has some of the latents, those of all processes."""
-        x = activations.to(self.device)
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch, or, where each process has some of the latents, those of all processes."""
+        x = rows.to(self.device)
         return x if self.sae.ranks.size == 1 else self.sae.ranks.gather(x).flatten(0, 1)
 
     def _make_optimizer(self, gain: float = 1.0) -> DictionaryAdam:
@@ -226,7 +217,7 @@ class Learner:
             token_ids: Of a tokenized SAE, the token of each, (batch,).
         """
         with products(self.args, self.device):
-            self._step(activations, step, target, token_ids)
+            self._step(SAEBatch(activations, target, token_ids).map(self._of_all), step)
 
     def take(self, batch: Mapping[Site, Tensor], step: int) -> None:
         """Take one optimizer step with a batch of all sites; the first begins with `start`.
@@ -235,10 +226,10 @@ class Learner:
             batch: This process's activations by site, and for a tokenized SAE their `TOKEN_IDS`.
             step: Its number, from 0.
         """
-        x, target, token_ids = self.parts_of(batch)
+        own = self.own_part(batch)
         if step == 0:
-            self.start(x, target, token_ids)
-        self.step(x, step, target, token_ids)
+            self.start(own.x, own.target, own.token_ids)
+        self.step(own.x, step, own.target, own.token_ids)
 
     @property
     def needed(self) -> list[Site]:
@@ -246,17 +237,18 @@ class Learner:
         tokens = [TOKEN_IDS] if self.sae.config.is_tokenized else []
         return list(dict.fromkeys([self.site, self.output_site, *tokens]))
 
-    def parts_of(self, batch: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What of a batch this SAE reads: activations, a transcoder's target, and a tokenized SAE's token ids.
+    def own_part(self, batch: Mapping[Site, Tensor]) -> SAEBatch:
+        """What of a batch this SAE reads.
 
         Args:
             batch: Activations by site.
         """
         config = self.sae.config
         target = batch[self.output_site] if config.is_transcoder else None
-        return batch[self.site], target, batch[TOKEN_IDS] if config.is_tokenized else None
+        return SAEBatch(batch[self.site], target, batch[TOKEN_IDS] if config.is_tokenized else None)
 
-    def _step(self, activations: Tensor, step: int, target: Tensor | None, token_ids: Tensor | None) -> None:
+    def _step(self, batch: SAEBatch, step: int) -> None:
+        """`batch` has the rows of all processes where each has some of the latents."""
         config, device = self.sae.config, self.device
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
@@ -264,10 +256,8 @@ class Learner:
         sorting = sorting_steps(self.max_steps, self.args)
         if step == sorting.stop:
             self._sort_latents()
-        x = self._all_activations(activations).to(torch.float32)
-        y = None if target is None else self._all_activations(target).to(torch.float32)
-        tokens = None if token_ids is None else self._all_activations(token_ids)
-        self._update_moments(x if y is None else y)
+        batch = batch.map(lambda rows: rows.float() if rows.is_floating_point() else rows)
+        self._update_moments(batch.wanted)
         self._adapt_sparsity_weight(step)
         later_p = next_p(step, self.max_steps, config, self.args)
         options: dict[str, Any] = {
@@ -284,17 +274,14 @@ class Learner:
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
         counted = (step in sorting, later_p is not None)
         statistics = StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, *counted)
-        size = -(-x.shape[0] // self.args.gradient_accumulation_steps)
-        parts = x.split(size)
-        targets = [None] * len(parts) if y is None else y.split(size)
-        ids = [None] * len(parts) if tokens is None else tokens.split(size)
+        parts = batch.split(-(-len(batch) // self.args.gradient_accumulation_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            contexts = self._batch_contexts(x, parts, targets, ids, options)
+            contexts = batch_contexts(self.sae, batch, parts, options, self.data_parallel)
         level_losses = []
-        for part, wanted, own_ids, context in zip(parts, targets, ids, contexts, strict=True):
+        for part, context in zip(parts, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-                output = self.sae(part, target=wanted, token_ids=own_ids, batch=context, **options)
-            weight = part.shape[0] / (x.shape[0] * self.data_parallel.size)
+                output = self.sae(part.x, target=part.target, token_ids=part.token_ids, batch=context, **options)
+            weight = len(part) / (len(batch) * self.data_parallel.size)
             (output.loss * weight).backward()
             later = None
             if later_p is not None:
@@ -312,35 +299,7 @@ class Learner:
             self.sae.collect_bias_gradient()
         self.optimizer.step()
         self._drop_gradients()
-        self._after_step(statistics, x.shape[0] * self.data_parallel.size, step)
-
-    def _batch_contexts(
-        self,
-        x: Tensor,
-        parts: Sequence[Tensor],
-        targets: Sequence[Tensor | None],
-        ids: Sequence[Tensor | None],
-        options: Mapping[str, Any],
-    ) -> list[BatchContext]:
-        """What each micro-batch must know of the step's whole batch, of all processes."""
-        if len(parts) == 1 and self.data_parallel.size == 1:
-            return [BatchContext()]
-        config, k, variance = self.sae.config, options["k"], options["variance"]
-        active = self.sae.select(x, k, variance, self.data_parallel)
-        own: list[ActiveLatents | None] = [None] * len(parts)
-        if active is not None:
-            own = [*active.split([part.shape[0] for part in parts])]
-        l0 = level_errors = None
-        if config.activation == "jumprelu":
-            count = self.sae.ranks.sum(self.sae.count_active(x, active))
-            l0 = self.data_parallel.sum(count.float() / x.shape[0]) / self.data_parallel.size
-        if config.log_loss:
-            given = zip(parts, own, targets, ids, strict=True)
-            sizes = options["prefix_sizes"]
-            errors = [self.sae.level_errors(part, mine, k, sizes, variance, y, t) for part, mine, y, t in given]
-            mean = torch.stack([e * (len(part) / len(x)) for e, part in zip(errors, parts, strict=True)]).sum(0)
-            level_errors = self.data_parallel.sum(mean) / self.data_parallel.size
-        return [BatchContext(active, l0, level_errors) for active in own]
+        self._after_step(statistics, len(batch) * self.data_parallel.size, step)
 
     def _add_divergence(self, level_losses: Tensor, options: Mapping[str, Any]) -> None:
         """Have the language model's predictions count in this step, as much as the levels' mean errors (G,) do."""
@@ -354,7 +313,7 @@ class Learner:
             error = (level_losses * constants(config.normalized_level_weights, level_losses)).sum()
         sites = (self.site, self.output_site)
         divergence = self.end_to_end.add_gradients(self.sae, sites, options, error, self.data_parallel)
-        self._log_divergence += torch.stack([divergence, torch.ones_like(divergence)])
+        self.log.add_divergence(divergence)
 
     def _drop_gradients(self) -> None:
         if self.sae.gradient_memory is not None:
@@ -378,9 +337,7 @@ class Learner:
         if self.sae.config.activation == "relu":
             self.sparsity_weight *= (l0 / self.sae.config.k).clamp(0.5, 2).float() ** CONTROLLER_RATE
         self.bad_step = torch.where((self.bad_step < 0) & (bad > 0), step, self.bad_step)
-        self._log_sums += torch.cat([losses, l0[None]])
-        self._log_levels += levels
-        self._log_steps += 1
+        self.log.add(losses, l0, levels)
 
     @torch.no_grad()
     def _adapt_sparsity_weight(self, step: int) -> None:
@@ -412,15 +369,6 @@ class Learner:
                 whole = sae.gather_rows(columns.contiguous()) if isinstance(sae, ShardedSAE) else columns
                 columns.copy_(whole[order[self.rows]])
 
-    # Logging
-
-    def _reset_log(self) -> None:
-        double: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        self._log_sums = torch.zeros(3, **double)
-        self._log_levels = torch.zeros(self.sae.config.num_levels, **double)
-        self._log_divergence = torch.zeros(2, **double)
-        self._log_steps = 0
-
     def read_log(self) -> dict[str, Any]:
         """Read what was added up since the last call.
 
@@ -429,60 +377,10 @@ class Learner:
             the variance); with `kl_from`, from that step on, `kl`, the divergence in nats per token; and `dead`, the
             share of latents that are dead now.
         """
-        loss, aux_loss, l0 = (self._log_sums / max(1, self._log_steps)).tolist()
-        levels = (self._log_levels / max(1, self._log_steps)).tolist()
         dead = self.sae.ranks.total(int((self.silent_tokens > self.dead_after).sum())) / self.sae.config.num_latents
-        values = {"loss": loss, "aux_loss": aux_loss, "l0": l0, "dead": dead}
-        if self.sae.config.prefix_sampling == "fixed":
-            values["level_losses"] = levels
-        if self.end_to_end is not None:
-            divergence, steps = self._log_divergence.tolist()
-            values |= {"kl": divergence / steps} if steps else {}
-        self._reset_log()
-        return values
-
-    # Files, of which one process writes what all have
-
-    def write_model(self, folder: Path | None) -> None:
-        """Write the SAE as `save_pretrained` does.
-
-        Args:
-            folder: Where to; None sends what the process that writes needs.
-        """
-        if isinstance(self.sae, ShardedSAE):
-            with no_transformers_bars():
-                self.sae.write(folder)
-        elif folder is not None:
-            save_quietly(self.sae, folder)
-
-    def write_state(self, folder: Path | None) -> None:
-        """Write what only a resumed run needs.
-
-        Args:
-            folder: Where to; None sends what the process that writes needs.
-        """
-        num_latents, ranks = self.sae.config.num_latents, self.sae.ranks
-        path = None if folder is None else folder / ROWS_NAME
-        write_latent_file(path, self.latent_state(), {}, num_latents, ranks)
-        if folder is not None:
-            write_tensors(folder / STATE_NAME, self.state_dict())
-
-    def read(self, folder: Path) -> None:
-        """Go on from what `write_model` and `write_state` wrote, whatever the number of processes then.
-
-        Args:
-            folder: Where they wrote it.
-
-        Raises:
-            CheckpointError: Where it cannot be read.
-        """
-        state = read_tensors(folder / STATE_NAME)
-        rows = read_latent_file(folder / ROWS_NAME, self.rows.start, self.rows.stop, self.sae.config.num_latents)
-        if isinstance(self.sae, ShardedSAE):
-            self.sae.read(folder)
-        else:
-            self.sae.load_state_dict(load_file(folder / "model.safetensors"))
-        self.load_state_dict(state, rows)
+        values = self.log.means(levels=self.sae.config.prefix_sampling == "fixed")
+        self.log.reset()
+        return values | {"dead": dead}
 
     # State
 
@@ -501,9 +399,6 @@ class Learner:
         if self.optimizer is None:
             raise RuntimeError("Learner.state_dict was called before Learner.start.")
         shared = {name: value for name, value in self.sae.named_parameters() if name not in PER_LATENT}
-        log = {"sums": self._log_sums, "levels": self._log_levels, "steps": self._log_steps}
-        if self.args.kl_from is not None:
-            log["divergence"] = self._log_divergence
         return {
             "optimizer": {
                 "step": self.optimizer.state[self.sae.b_dec]["step"],
@@ -512,7 +407,7 @@ class Learner:
             },
             "moments": self.moments,
             "sparsity_weight": self.sparsity_weight,
-            "log": log,
+            "log": self.log.state_dict(divergence=self.args.kl_from is not None),
             **({"penalties": self.penalties} if self.sae.config.p_end < 1 else {}),
         }
 
@@ -546,11 +441,7 @@ class Learner:
             values = {key: rows[f"{name}.{key}"] for key in keys} if name in PER_LATENT else saved[name]
             step = saved["step"].to(device, copy=True)
             self.optimizer.state[parameter] = {"step": step} | {key: v.to(device) for key, v in values.items()}
-        self._log_sums = state["log"]["sums"].to(device)
-        self._log_levels = state["log"]["levels"].to(device)
-        self._log_steps = state["log"]["steps"]
-        if "divergence" in state["log"]:
-            self._log_divergence = state["log"]["divergence"].to(device)
+        self.log.load_state_dict(state["log"])
 
 
 def _default_dead_after(tokens_per_step: int, max_steps: int) -> int:

@@ -37,6 +37,7 @@ from hf_msae.training.checkpoints import (
 from hf_msae.training.collectives import Job, MainProcessWriter
 from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner
+from hf_msae.training.learner_files import write_model, write_state
 from hf_msae.training.preparation import from_anywhere
 from hf_msae.training.run import Run
 
@@ -336,9 +337,9 @@ class Saver:
         jobs: dict[tuple[str, str], Job] = {}
         for learner in learners:
             jobs[learner.name, "model"] = partial(self._write_model, learner, step)
-            jobs[learner.name, "state"] = learner.write_state
+            jobs[learner.name, "state"] = partial(write_state, learner)
         return MainProcessWriter(learners[0].sae.ranks, jobs)
 
     def _write_model(self, learner: Learner, step: int, folder: Path | None) -> None:
         with self.evaluator.calibrated([learner], step):
-            learner.write_model(folder)
+            write_model(learner, folder)

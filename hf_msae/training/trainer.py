@@ -33,6 +33,7 @@ from hf_msae.training.checkpoints import CheckpointError, list_checkpoints
 from hf_msae.training.end_to_end import make_end_to_end
 from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.learner_files import read_learner
 from hf_msae.training.optimization import Length
 from hf_msae.training.outputs import RunLog, Saver, check_output_dir, prepare_output_dir
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
@@ -403,7 +404,7 @@ class SAETrainer:
         )
         same_data = check_same_data(checkpoint, self._data["train"], self._data["eval"], self.args.allow_other_data)
         for learner in self.learners:
-            learner.read(self.run.sae_folder(path, learner.name))
+            read_learner(learner, self.run.sae_folder(path, learner.name))
         if same_data:
             try:
                 resume_loader(self.loader, state["feeds"])

@@ -11,6 +11,7 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.learner_files import read_learner, write_model, write_state
 from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
 
@@ -187,10 +188,10 @@ def test_what_is_written_goes_on_to_the_same_bits(tmp_path, activation, sharded,
     settings = {"sharded": sharded, "k_anneal_steps": 8, "dead_after_tokens": 100} | HELD_BACK | SORTED
     whole = train(make_learner(activation, **settings), range(10))
     half = train(make_learner(activation, **settings), range(saved_after))
-    half.write_model(tmp_path)
-    half.write_state(tmp_path)
+    write_model(half, tmp_path)
+    write_state(half, tmp_path)
     resumed = make_learner(activation, **settings)
-    resumed.read(tmp_path)
+    read_learner(resumed, tmp_path)
     train(resumed, range(saved_after, 10))
     for name, tensor in whole.sae.state_dict().items():
         assert torch.equal(resumed.sae.state_dict()[name], tensor), name
@@ -206,10 +207,10 @@ def test_annealing_goes_on_where_it_was(tmp_path, sharded, saved_after):
     settings = {"sharded": sharded, "dead_after_tokens": 100} | ANNEALED
     whole = train(make_learner(**settings), range(16))
     half = train(make_learner(**settings), range(saved_after))
-    half.write_model(tmp_path)
-    half.write_state(tmp_path)
+    write_model(half, tmp_path)
+    write_state(half, tmp_path)
     resumed = make_learner(**settings)
-    resumed.read(tmp_path)
+    read_learner(resumed, tmp_path)
     train(resumed, range(saved_after, 16))
     for name, tensor in whole.sae.state_dict().items():
         assert torch.equal(resumed.sae.state_dict()[name], tensor), name
@@ -230,10 +231,10 @@ def test_aligned_rows_stay_aligned_and_go_on_where_they_were(tmp_path, activatio
         torch.testing.assert_close((whole.sae.W_enc * whole.sae.W_dec).sum(1), torch.ones(64), rtol=0, atol=1e-5)
     assert not torch.allclose(whole.sae.W_enc, whole.sae.W_dec, atol=1e-3)
     half = train(make_learner(**settings), range(5))
-    half.write_model(tmp_path)
-    half.write_state(tmp_path)
+    write_model(half, tmp_path)
+    write_state(half, tmp_path)
     resumed = make_learner(**settings)
-    resumed.read(tmp_path)
+    read_learner(resumed, tmp_path)
     train(resumed, range(5, 10))
     for name, tensor in whole.sae.state_dict().items():
         assert torch.equal(resumed.sae.state_dict()[name], tensor), name

@@ -94,13 +94,13 @@ def stream(
     stopped = stopped or threading.Event()
     news: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
     pipe = SteeredPipeline(loaded.model, loaded.tokenizer, loaded.sae, steering)
+    pipes = {"default": pipe.with_steering(Steering()), "steered": pipe}
     panes = {name: _Pane(name, news) for name in PANES}
 
     def write(name: str) -> None:
-        chosen = pipe if name == "steered" else pipe.with_steering(Steering())
         failure: BaseException | None = None
         try:
-            chosen(
+            pipes[name](
                 prompt,
                 seed=seed,
                 temperature=temperature,
