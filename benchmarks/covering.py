@@ -16,15 +16,13 @@ from typing import Any
 import coverage
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "hf_msae"
-
 
 class Covering:
     """Follows a session of pytest, and writes at its end what it saw."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.coverage = coverage.Coverage(data_file=None, include=[f"{PACKAGE}/*"])
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.root = path, root
+        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=[f"{root / 'hf_msae'}/*"])
         self.context = ""
         self.asks: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = defaultdict(float)
@@ -72,7 +70,7 @@ class Covering:
             for context in (test, *(f"fixture {name}" for name in self.asks[test])):
                 owners[context].append(number)
         lines = {
-            Path(file).relative_to(PACKAGE.parent).as_posix(): {
+            Path(file).relative_to(self.root).as_posix(): {
                 line: sorted({number for context in contexts for number in owners[context]})
                 for line, contexts in data.contexts_by_lineno(file).items()
             }
@@ -84,4 +82,4 @@ class Covering:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin before the package is imported."""
-    config.pluginmanager.register(Covering(Path(os.environ["COVERING_JSON"])))
+    config.pluginmanager.register(Covering(Path(os.environ["COVERING_JSON"]), config.rootpath))

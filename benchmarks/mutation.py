@@ -229,6 +229,8 @@ def learn(copy: Copy, targets: Iterable[str], folder: Path) -> Covered:
             if not file.is_file():
                 raise RuntimeError(f"the tests in {tests} could not be followed: {run.reason}")
         covered.read(file)
+        if not any(covered.lines.get(name) for name in covered.lines if name.startswith(target)):
+            raise RuntimeError(f"{tests} ran no line of {target}, says {file}: delete it, and see what they import")
     return covered
 
 

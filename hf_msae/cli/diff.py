@@ -10,6 +10,7 @@ from hf_msae import reading_fields
 from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.terminal import print_table
 from hf_msae.errors import InputError
 from hf_msae.reading_fields import WITHOUT_A_LIMIT
 
@@ -171,8 +172,6 @@ def _names(args: DiffArguments) -> list[str] | None:
 
 def _show(found: "CorpusDiff") -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     from hf_msae.corpora.diff_report import finding_table, level_table
 
@@ -186,15 +185,7 @@ def _show(found: "CorpusDiff") -> None:
         )
     tables = [level_table(found), *(finding_table(found, level.level, NUM_SHOWN) for level in found.levels)]
     for table in tables:
-        if not table.rows:
-            continue
-        shown = Table(title=table.title)
-        for title in table.header:
-            shown.add_column(title, justify="left" if title == "name" else "right")
-        for row in table.rows:
-            shown.add_row(*map(escape, row))
-        console.print(shown)
-        if table.note:
-            console.print(table.note, style="dim", markup=False)
+        if table.rows:
+            print_table(console, table.title, table.header, table.rows, table.note)
     for warning in found.warnings:
         console.print(f"Note: {warning}", markup=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.terminal import print_table
 from hf_msae.evaluation.arguments import EvaluationArguments
 
 if TYPE_CHECKING:
@@ -87,23 +88,11 @@ def run(arguments: list[str]) -> None:
 def show(result: "Evaluation", folder: Path) -> None:
     """The tables of the report, and where it is."""
     from rich.console import Console
-    from rich.table import Table
 
     from hf_msae.evaluation.report import HTML_NAME, JSON_NAME
     from hf_msae.evaluation.tables import all_tables
 
     console = Console(highlight=False)
     for table in all_tables(result):
-        console.print(f"\n[bold]{table.title}[/bold]", soft_wrap=True)
-        shown = Table()
-        for number, name in enumerate(table.header):
-            shown.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
-        for number, row in enumerate(table.rows):
-            same = number > 0 and row[0] == table.rows[number - 1][0]
-            shown.add_row(*(["", *row[1:]] if same else row))
-        if table.rows:
-            # Numbers with their ends cut off are worse than lines that the terminal breaks.
-            wide = console.measure(shown, options=console.options.update(max_width=1000)).maximum
-            Console(highlight=False, width=max(console.width, wide)).print(shown)
-        console.print(table.note, style="dim", markup=False)
+        print_table(console, table.title, table.header, table.rows, table.note)
     console.print(f"\nWrote {folder / HTML_NAME} and {folder / JSON_NAME}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.terminal import print_table
 from hf_msae.errors import InputError
 
 if TYPE_CHECKING:
@@ -145,7 +145,6 @@ def _folder_to_save(args: FindArguments) -> Path | None:
 
 def _show(found: "Finding") -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     facts = found.facts
@@ -154,37 +153,39 @@ def _show(found: "Finding") -> None:
         f"tokens: {', '.join(token.strip() or repr(token) for token in found.tokens[:12])}",
         markup=False,
     )
-    levels = Table(title="How well each level tells the concept (AUROC on held-out examples)")
-    for title in ("prefix", "latent", "AUROC", "few latents", "AUROC of few"):
-        levels.add_column(title, justify="left" if title == "few latents" else "right")
-    for level in found.levels:
-        few = ", ".join(map(str, level.few))
-        levels.add_row(f"{level.prefix:,}", str(level.latent), f"{level.auroc:.2f}", few, f"{level.few_auroc:.2f}")
-    console.print(levels)
-    pushed = Table(
-        title=f"What a push makes the model say, where the typical tokens have a probability of {found.at_rest:.4f}"
-    )
-    for title in ("", "level", "tells (AUROC)", "says", "loss", "KL"):
-        pushed.add_column(title, justify="left" if not title else "right")
-    _add(pushed, found.rows)
-    pushed.add_section()
-    _add(pushed, found.latents[:NUM_SHOWN])
-    console.print(pushed)
-
-
-def _add(table: object, rows: Sequence["FoundRow"]) -> None:
-    from rich.table import Table
-
-    assert isinstance(table, Table)
-    for row in rows:
-        name = row.name
-        if row.latents and not name.startswith("latent "):
-            name += f" ({', '.join(map(str, row.latents))})"
-        table.add_row(
-            name,
-            "–" if row.level is None else str(row.level),
-            "–" if row.auroc is None else f"{row.auroc:.2f}",
-            f"{row.effect.said:.4f}",
-            f"{row.effect.loss:.2f}",
-            f"{row.effect.kl:.2f}",
+    levels = [
+        (
+            f"{level.prefix:,}",
+            str(level.latent),
+            f"{level.auroc:.2f}",
+            ", ".join(map(str, level.few)),
+            f"{level.few_auroc:.2f}",
         )
+        for level in found.levels
+    ]
+    print_table(
+        console,
+        "How well each level tells the concept (AUROC on held-out examples)",
+        ("prefix", "latent", "AUROC", "few latents", "AUROC of few"),
+        levels,
+    )
+    print_table(
+        console,
+        f"What a push makes the model say, where the typical tokens have a probability of {found.at_rest:.4f}",
+        ("", "level", "tells (AUROC)", "says", "loss", "KL"),
+        [_cells(row) for row in (*found.rows, *found.latents[:NUM_SHOWN])],
+    )
+
+
+def _cells(row: "FoundRow") -> list[str]:
+    name = row.name
+    if row.latents and not name.startswith("latent "):
+        name += f" ({', '.join(map(str, row.latents))})"
+    return [
+        name,
+        "–" if row.level is None else str(row.level),
+        "–" if row.auroc is None else f"{row.auroc:.2f}",
+        f"{row.effect.said:.4f}",
+        f"{row.effect.loss:.2f}",
+        f"{row.effect.kl:.2f}",
+    ]

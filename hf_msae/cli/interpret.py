@@ -11,6 +11,7 @@ from hf_msae import reading_fields
 from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.terminal import print_table
 from hf_msae.errors import InputError
 from hf_msae.reading_fields import WITHOUT_A_LIMIT
 
@@ -133,20 +134,27 @@ def _output_folder(args: InterpretArguments) -> Path:
 def _show(interpretation: "Interpretation", sae: str, brief: bool) -> None:
     """A few latents of each level, and what to do next; `brief`, only how many never fired."""
     from rich.console import Console
-    from rich.table import Table
 
     source = interpretation.source
     left_out = f" ({source.num_outliers:,} with outlying norms left out)" if source.num_outliers else ""
-    table = Table(title=f"{source.num_tokens:,} tokens of {source.dataset}{left_out}")
-    for title in ("latent", "level", "density", "reacts to", "promotes"):
-        table.add_column(title, justify="right" if title in ("latent", "level", "density") else "left")
-    for latent in _spread(interpretation.source.prefix_sizes):
-        page = interpretation.page(latent)
-        promoted = ", ".join(effect.token.strip() for effect in page.promoted[:4])
-        table.add_row(str(latent), str(page.level), f"{page.firing_rate:.2%}", page.name, promoted)
     console = Console(highlight=False)
     if not brief:
-        console.print(table)
+        pages = map(interpretation.page, _spread(source.prefix_sizes))
+        print_table(
+            console,
+            f"{source.num_tokens:,} tokens of {source.dataset}{left_out}",
+            ("latent", "level", "density", "reacts to", "promotes"),
+            [
+                (
+                    str(page.latent),
+                    str(page.level),
+                    f"{page.firing_rate:.2%}",
+                    page.name,
+                    ", ".join(effect.token.strip() for effect in page.promoted[:4]),
+                )
+                for page in pages
+            ],
+        )
     dead = sum(share == 0 for share in interpretation.column("density"))
     console.print(f"{dead:,} of {len(interpretation):,} latents never fired.")
     if not brief:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.terminal import print_table
 from hf_msae.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,17 +109,12 @@ def run(arguments: list[str]) -> None:
         print(json.dumps(found.to_dict()))
         return
     from rich.console import Console
-    from rich.table import Table
 
     from hf_msae.concepts.steer_report import steering_tables
 
     console = Console(highlight=False)
     for table in steering_tables(found):
-        shown = Table(*table.header, title=table.title)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
-        console.print(table.note, style="dim", markup=False)
+        print_table(console, table.title, table.header, table.rows, table.note)
     for name, why in found.skipped.items():
         console.print(f"{name} is left out: {why}", markup=False)
     if args.output_dir is not None:

@@ -14,6 +14,7 @@ from hf_msae.cli import common_fields
 from hf_msae.cli.arguments import SourceArguments
 from hf_msae.cli.config_fields import read_config_fields
 from hf_msae.cli.parser import build_parser, parse
+from hf_msae.cli.terminal import print_table
 from hf_msae.training.arguments import SAETrainingArguments
 
 if TYPE_CHECKING:
@@ -228,7 +229,6 @@ def report(
 ) -> None:
     """The table of each SAE, where it lies, and what to do next; `brief`, the table alone."""
     from rich.console import Console
-    from rich.table import Table
 
     from hf_msae.metrics import table_rows
     from hf_msae.training.loaders import CacheLoader
@@ -243,13 +243,7 @@ def report(
             counted += f", cross-entropy on {measurement.ce_tokens:,}"
         if measurement.outliers:
             counted += f"; {measurement.outliers:,} with outlying norms (attention sinks) left out"
-        console.print(f"\n[bold]{name}[/bold], measured on {counted}", soft_wrap=True)
-        table = Table()
-        for column in header:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, f"{name}, measured on {counted}", header, rows)
     if brief:
         return
     first = trainer.run.sae_folder(trainer.run.output_dir, next(iter(measurements)))
