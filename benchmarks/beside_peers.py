@@ -156,7 +156,7 @@ def main() -> None:
     for row in ROWS:
         print(f"| {row} | " + " | ".join(f"{numbers[row]:.4f}" for numbers in found.values()) + " |")
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1))
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

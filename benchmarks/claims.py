@@ -362,7 +362,7 @@ def main() -> None:
     print(write_tables(numbers, sizes))
     if options.json:
         content = {"facts": facts, "options": vars(options), "numbers": to_json(numbers)}
-        Path(options.json).write_text(json.dumps(content, indent=1))
+        Path(options.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ def one_process(rank: int, setting: Setting, port: int, out: str) -> None:
             {name: counted[name] / setting.steps for name in ("reduce", "gather")}
             for counted in ((sent.calls, sent.bytes) if sent is not None else (Counter(), Counter()))
         )
-        Path(out).write_text(json.dumps({**asdict(setting), "seconds": seconds, "calls": calls, "bytes": sizes}))
+        Path(out).write_text(
+            json.dumps({**asdict(setting), "seconds": seconds, "calls": calls, "bytes": sizes}), encoding="utf-8"
+        )
 
 
 def measure(setting: Setting, out: Path) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def measure(setting: Setting, out: Path) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes.spawn(one_process, (setting, port, str(out)), nprocs=setting.processes)
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     out.unlink()
     return result
 
@@ -219,7 +221,7 @@ def main() -> None:
         results.append(measure(setting, Path(f".communication-{os.getpid()}.json")))
         print(row(results[-1]), flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2))
+        Path(options.json).write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

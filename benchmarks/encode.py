@@ -98,7 +98,7 @@ def seconds_of(work: Callable[[], None]) -> float:
 def memory_mb() -> float:
     """What the process has in memory, where the system tells."""
     path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     print(f"memory by quarters: {', '.join(f'{megabytes:,.0f}' for megabytes in result['memory_mb'])} MB")
     print(f"{active:.1f} active latents and {result['bytes_per_token']:.0f} bytes a token")
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

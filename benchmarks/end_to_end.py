@@ -153,7 +153,7 @@ def main() -> None:
     print(f"language model / training run               = {model / run:.2f}")
     print(f"grid / one run                              = {grid / run:.2f}")
     if options.json:
-        with open(options.json, "w") as file:
+        with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"tokens": parts.tokens, "seconds": median, "options": vars(options)}, file, indent=2)
 
 

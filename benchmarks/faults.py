@@ -445,7 +445,7 @@ def main() -> None:
         print(f"{fault:10}" + "".join(f"{row[column]:12}" for column in columns))
     if options.json:
         result = {"seed": options.seed, "table": table, "runs": [asdict(trial) for trial in trials]}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if table["all"]["lost"] or table["all"]["changed"]:
         sys.exit(1)
 

@@ -145,7 +145,9 @@ def main() -> int:
     card = str(about.get("card", "cpu")).replace(" ", "-")
     path = Path(options.json or RESULTS / f"gpu_check-{card}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"where": about, "checks": [asdict(outcome) for outcome in outcomes]}, indent=2))
+    path.write_text(
+        json.dumps({"where": about, "checks": [asdict(outcome) for outcome in outcomes]}, indent=2), encoding="utf-8"
+    )
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("PASS", "FAIL", "SKIP")}
     print(", ".join(f"{number} {status}" for status, number in counts.items()) + f"; written to {path}")
     return int(counts["FAIL"] > 0)

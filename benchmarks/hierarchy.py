@@ -247,7 +247,9 @@ def main() -> None:
             f"{name:10} {row.edges:7,} {row.judged:7,} {row.right:6,} {row.same_concept:5,} {row.splits:6,}", *shares
         )
     if args.json:
-        Path(args.json).write_text(json.dumps({**facts, "rows": {name: asdict(row) for name, row in rows.items()}}))
+        Path(args.json).write_text(
+            json.dumps({**facts, "rows": {name: asdict(row) for name, row in rows.items()}}), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

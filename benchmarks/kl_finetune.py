@@ -141,7 +141,7 @@ def main() -> None:
     if options.json:
         facts = {"world": world.name, "seconds": round(time.perf_counter() - started)}
         content = {"facts": facts, "options": vars(options), "numbers": numbers}
-        Path(options.json).write_text(json.dumps(content, indent=1))
+        Path(options.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class Copy:
     def pytest(self, arguments: Sequence[str], limit: float | None = None, **environment: str) -> Run:
         """Run tests until one fails, in a fork of this process, or until the limit in seconds."""
         began = time.monotonic()
-        with tempfile.TemporaryFile("w+", errors="replace") as output:
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             process = multiprocessing.get_context("fork").Process(
                 target=self._run_pytest, args=(output.fileno(), list(arguments), environment)
             )
@@ -175,7 +175,7 @@ class Covered:
 
     def read(self, file: Path) -> None:
         """Add what `covering.py` wrote of some tests."""
-        written = json.loads(file.read_text())
+        written = json.loads(file.read_text(encoding="utf-8"))
         self.seconds |= zip(written["tests"], written["seconds"], strict=True)
         for name, lines in written["lines"].items():
             for line, numbers in lines.items():

@@ -112,7 +112,7 @@ def main() -> None:
         ]
         table(name, result["series"][name], base)
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2))
+        Path(options.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
     if drawn:
         plot(result, options.plot)
 

@@ -94,7 +94,7 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:>12}  {rate:8.1f} tokens/s")
     if args.json:
-        Path(args.json).write_text(json.dumps(rates, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if options.json:
-        Path(options.json).write_text(json.dumps(result | {"all": samples}) + "\n")
+        Path(options.json).write_text(json.dumps(result | {"all": samples}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -439,7 +439,7 @@ def main() -> None:
     if options.json:
         names = [(coarse.concept, fine.concept) for coarse, fine in pairs]
         result = {"matches": [asdict(match) for match in chosen], "steering": rows, "pairs": names, "grains": grains}
-        Path(options.json).write_text(json.dumps({"setting": vars(options), **result}, indent=1))
+        Path(options.json).write_text(json.dumps({"setting": vars(options), **result}, indent=1), encoding="utf-8")
     if options.plot and grains:
         draw(rows, grains, options.plot)
 

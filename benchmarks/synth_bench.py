@@ -296,7 +296,7 @@ def main() -> None:
     print(write_table(numbers))
     if options.json:
         Path(options.json).write_text(
-            json.dumps({"facts": facts, "options": vars(options), "numbers": numbers}, indent=1)
+            json.dumps({"facts": facts, "options": vars(options), "numbers": numbers}, indent=1), encoding="utf-8"
         )
 
 

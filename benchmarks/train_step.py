@@ -86,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def resident(field: str) -> int:
     """Bytes of this process's memory: VmRSS is what it holds, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
@@ -104,7 +104,7 @@ class Meter:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")
@@ -275,7 +275,7 @@ def main() -> None:
     print(f"{result['where']}, {options.dtype}, {setting}, medians of {options.repeats}")
     table(result, setting.levels)
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2))
+        Path(options.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

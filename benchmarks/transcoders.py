@@ -175,7 +175,9 @@ def main() -> None:
         print(f"| {name} | {prefix:,} | {fmean(row['L0']):.1f} | {fve} | {recovered} | {fmean(row['seconds']):.0f} |")
     if options.json:
         found = [{"transcoder": name, "latents": prefix, **row} for (name, prefix), row in rows.items()]
-        Path(options.json).write_text(json.dumps({"setting": vars(options), "rows": found}, indent=1))
+        Path(options.json).write_text(
+            json.dumps({"setting": vars(options), "rows": found}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_file_of_settings_is_one_of_the_command_that_it_names(path: Path) -> None:
     """Its flags exist, and the SAEs that it asks for are possible."""
-    first = re.search(r"hf-msae (\S+) --config (\S+)", path.read_text())
+    first = re.search(r"hf-msae (\S+) --config (\S+)", path.read_text(encoding="utf-8"))
     assert first is not None, "its first lines name its command"
     assert EXAMPLES.parent / first[2] == path
     for values in parse(parser_of(first[1]), ["--config", str(path)]):

@@ -178,7 +178,7 @@ def test_every_name_of_the_front_door_is_there(name):
 
 
 def test_what_types_are_checked_against_is_what_is_imported():
-    tree = ast.parse(Path(hf_msae.__file__).read_text())
+    tree = ast.parse(Path(hf_msae.__file__).read_text(encoding="utf-8"))
     (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
     types = {alias.name: node.module for node in checked.body for alias in node.names}
     homes = checked.orelse[0]

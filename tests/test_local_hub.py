@@ -105,8 +105,8 @@ class TestCommits:
         (folder / "config.json").write_text('{"a": 2}')
         new = api.upload_folder(repo_id=REPO, folder_path=folder, commit_message="Two").oid
         assert new != pushed
-        assert Path(hf_hub_download(REPO, "config.json")).read_text() == '{"a": 2}'
-        assert Path(hf_hub_download(REPO, "config.json", revision=pushed)).read_text() == '{"a": 1}'
+        assert Path(hf_hub_download(REPO, "config.json")).read_text(encoding="utf-8") == '{"a": 2}'
+        assert Path(hf_hub_download(REPO, "config.json", revision=pushed)).read_text(encoding="utf-8") == '{"a": 1}'
         titles = [commit.title for commit in api.list_repo_commits(REPO)]
         assert titles == ["Two", "Upload folder using huggingface_hub", "initial commit"]
 
@@ -320,4 +320,4 @@ class TestRights:
         with pytest.raises(ConnectionError):
             socket.create_connection(("127.0.0.1", int(hub.endpoint.rsplit(":", 1)[1]))).close()
         hub.start()
-        assert Path(hf_hub_download(REPO, "deep/notes.txt")).read_text() == "hello"
+        assert Path(hf_hub_download(REPO, "deep/notes.txt")).read_text(encoding="utf-8") == "hello"

@@ -17,7 +17,6 @@
 
 import ast
 import dataclasses
-import importlib
 import importlib.util
 import json
 import re

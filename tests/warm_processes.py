@@ -60,7 +60,7 @@ def run_together(num_processes: int, program: Callable[..., Any], *arguments: An
         own = group | {"RANK": rank, "LOCAL_RANK": rank} if num_processes > 1 else {}
         started.append(_start({**os.environ, **own}, f"{output}.{rank}", program, arguments))
     status = _wait_for(started)
-    return status, "".join(Path(f"{output}.{rank}").read_text() for rank in range(num_processes))
+    return status, "".join(Path(f"{output}.{rank}").read_text(encoding="utf-8") for rank in range(num_processes))
 
 
 def run_command(num_processes: int, arguments: list[str], output: Path) -> tuple[int, str]:
@@ -102,7 +102,7 @@ def _command(arguments: list[str]) -> None:
 
 def _one(environment: dict[str, str], output: str, program: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """One of the processes."""
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.clear()

@@ -55,7 +55,7 @@ def model_from_hub(folder: Path) -> None:
 
 def stories(path: str | None) -> Iterator[str]:
     if path:
-        yield from Path(path).read_text().split("<|endoftext|>")
+        yield from Path(path).read_text(encoding="utf-8").split("<|endoftext|>")
     else:
         from datasets import load_dataset
 
@@ -64,7 +64,7 @@ def stories(path: str | None) -> Iterator[str]:
 
 def articles(paths: list[str]) -> Iterator[str]:
     if paths:
-        text = "\n".join(Path(path).read_text() for path in paths)
+        text = "\n".join(Path(path).read_text(encoding="utf-8") for path in paths)
     else:
         from datasets import load_dataset
 

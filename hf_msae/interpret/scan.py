@@ -293,8 +293,8 @@ class _Batch:
         index = torch.where(inside, self.index_of[windows, columns], -1)
         keys = index * self.num_latents + self.active.latents[places, None]
         found = torch.searchsorted(self.keys, keys).clamp_max(len(self.keys) - 1)
-        fires = (index >= 0) & (self.keys[found] == keys)
-        values = torch.where(fires, self.active.values[found].float(), 0.0)
+        # What is no token that counts has a key below all others.
+        values = torch.where(self.keys[found] == keys, self.active.values[found].float(), 0.0)
         return Contexts(token_ids, values, (positions - starts)[:, 0])
 
 

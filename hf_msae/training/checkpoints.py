@@ -213,7 +213,7 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:
-    path.write_text(json.dumps(state | {"digest": _digest(state)}, indent=2))
+    path.write_text(json.dumps(state | {"digest": _digest(state)}, indent=2), encoding="utf-8")
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -226,7 +226,7 @@ def write_results(
 
 
 def _write_json(path: Path, contents: Any) -> None:
-    path.write_text(json.dumps(contents, indent=2) + "\n")
+    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 class Saver:

@@ -285,13 +285,15 @@ def _capacity(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = 1024 * _number(Path("/proc/meminfo"), "MemAvailable") + _held(device)
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's
-    limited = limit.is_file() and limit.read_text().strip() != "max"
-    return min(free, int(limit.read_text())) if limited else free
+    limited = limit.is_file() and limit.read_text(encoding="utf-8").strip() != "max"
+    return min(free, int(limit.read_text(encoding="utf-8"))) if limited else free
 
 
 def _number(path: Path, name: str) -> int:
     """The number that follows a name in one of the kernel's tables."""
-    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+    return next(
+        int(line.split()[1]) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(f"{name}:")
+    )
 
 
 def _free_disk(output_dir: Path) -> int:

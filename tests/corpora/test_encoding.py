@@ -191,7 +191,7 @@ def test_it_is_published_and_loads_from_the_hub(lm, tokenizer, sae, texts, rows,
     assert load_dataset(repo, split="train").to_list() == rows
     opened = EncodedLatents.load(repo)
     assert opened.index == found.index
-    card = Path(api.hf_hub_download(repo, "README.md", repo_type="dataset")).read_text()
+    card = Path(api.hf_hub_download(repo, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
     assert f'load_dataset("{repo}"' in card
     assert str(tmp_path) not in card
     edited = card + "\nWritten by a person.\n"
@@ -199,7 +199,7 @@ def test_it_is_published_and_loads_from_the_hub(lm, tokenizer, sae, texts, rows,
     encode_dataset(lm, tokenizer, sae, texts[:20], tmp_path / "smaller").push(repo)
     names = api.list_repo_files(repo, repo_type="dataset")
     assert [name for name in names if name.endswith(".parquet")] == ["latents-00000.parquet"]
-    card = Path(api.hf_hub_download(repo, "README.md", repo_type="dataset")).read_text()
+    card = Path(api.hf_hub_download(repo, "README.md", repo_type="dataset")).read_text(encoding="utf-8")
     assert card.endswith("Written by a person.\n")
     assert "of 20 documents" in card
     api.create_repo(f"{hub.user}/public", repo_type="dataset")

@@ -33,6 +33,13 @@ def test_a_trained_baseline_has_the_same_width_and_sparsity():
 
 
 @pytest.mark.parametrize("kind", TRAINED)
+def test_a_trained_baseline_looks_up_the_tokens_that_the_sae_does(kind):
+    tokens = {"lookup_size": 50, "lookup_tokenizer": "someone/model", "lookup_vocabulary": "0a1b"}
+    config = baseline_config(kind, MatryoshkaSAEConfig(hidden_size=16, num_latents=32, prefix_sizes=[8, 32], **tokens))
+    assert {name: getattr(config, name) for name in tokens} == tokens
+
+
+@pytest.mark.parametrize("kind", TRAINED)
 def test_a_trained_baseline_reads_and_writes_where_the_sae_does(kind):
     where = {
         "site": "layers.0.mlp:input",
@@ -75,6 +82,15 @@ def test_a_random_dictionary_has_the_same_sparsity_and_the_best_scale():
         assert measured(other, x).levels()[-1].fve < whole.fve
     assert torch.equal(build_random(x, CONFIG, seed=1).W_dec, sae.W_dec)
     assert not torch.equal(build_random(x, CONFIG, seed=2).W_dec, sae.W_dec)
+
+
+def test_the_scale_of_a_random_dictionary_is_that_of_least_squares():
+    """Of few activations, where a little too much would show."""
+    torch.manual_seed(0)
+    x = torch.randn(12, 16) + 3
+    sae = build_random(x, CONFIG, seed=1)
+    given, change = (x - sae.b_dec).double(), (sae.decode(sae.encode(x)) - sae.b_dec).double()
+    assert ((given * change).sum() / change.square().sum()).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_unknown_baselines_are_named():

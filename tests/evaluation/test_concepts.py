@@ -17,7 +17,7 @@ from hf_msae.evaluation.absorption import (
     choose_concepts,
     measure_absorption,
 )
-from hf_msae.evaluation.erasure import measure_perturbation, measure_removal
+from hf_msae.evaluation.erasure import draw_pairs, measure_perturbation, measure_removal
 from hf_msae.evaluation.labelled import LabelledActivations
 from hf_msae.evaluation.probes import make_split
 from hf_msae.evaluation.probing import ProbingMetric, measure_probing
@@ -218,6 +218,18 @@ def test_concepts_that_cannot_be_probed_are_refused(world):
     assert refused >= 2
     if not chosen:
         assert measure_absorption(noise, faithful(), [split]) == ([], [])
+
+
+@pytest.mark.parametrize(("smallest", "is_enough"), [(44, False), (45, True)])
+def test_a_pair_needs_fifteen_of_each_kind_to_test_on(smallest, is_enough):
+    """A third of each kind is tested on: examples with both concepts, with either one and with neither."""
+    labels = torch.tensor([[1, 1]] * smallest + [[1, 0]] * 60 + [[0, 1]] * 60 + [[0, 0]] * 60).bool()
+    x, documents = torch.randn(len(labels), 4), torch.arange(len(labels))
+    pairs = draw_pairs(LabelledActivations(x, labels, ["a", "b"], documents, "two concepts"), seed=0)
+    assert len(pairs) == (2 if is_enough else 0)
+    for pair in pairs:
+        assert pair.test.rows.shape == (1, 60)
+        assert labels[pair.test.rows[0]].float().mean(0).tolist() == [0.5, 0.5]
 
 
 def test_too_few_examples_are_refused_in_words(world):

@@ -20,6 +20,10 @@ def contexts_of(numbers: torch.Tensor) -> Contexts:
     return Contexts(numbers[:, None].repeat(1, 3).int(), numbers[:, None].repeat(1, 3).float(), numbers % 3)
 
 
+# Ties are hashes: whole numbers that no float holds.
+LARGE = 2**60
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=60),
@@ -40,7 +44,8 @@ def test_the_store_is_a_brute_force_top_k_in_any_order(offers, size, batch, choo
         latents, scores, numbers = map(torch.tensor, zip(*numbered[start : start + batch], strict=True))
         places = store.may_enter(latents, scores)
         chosen = numbers[places]
-        store.offer(latents[places], scores[places], chosen, lambda rows, chosen=chosen: contexts_of(chosen[rows]))
+        ties = LARGE + chosen
+        store.offer(latents[places], scores[places], ties, lambda rows, chosen=chosen: contexts_of(chosen[rows]))
     for latent, rows in expected.items():
         found = store.of(latent)
         # As documented: memory of the store follows from them.

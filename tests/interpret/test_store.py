@@ -205,6 +205,7 @@ def test_marks_stand_at_words_and_not_at_spaces():
     assert context.marked_active() == "The small <<owl flew>>"
     assert context.marked_active(share=0.1) == "The <<small owl flew>>"
     assert context.active(share=0.0) == [False, True, True, True]
+    assert context.active() == [False, False, True, True]
 
 
 def test_pages_are_streamed_from_files(folder, hub: LocalHub, known):

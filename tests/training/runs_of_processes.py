@@ -83,5 +83,6 @@ def dry_run(trainer: Any, path: Path) -> None:
                     "rate": rates.steps,
                     "language_model": rates.language_model,
                 }
-            )
+            ),
+            encoding="utf-8",
         )

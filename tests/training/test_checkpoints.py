@@ -50,7 +50,7 @@ def test_a_full_disk_is_explained(tmp_path):
     write_one(tmp_path, 1)
 
     def fill(draft):
-        with open("/dev/full", "w") as file:  # the kernel's own "No space left on device"
+        with open("/dev/full", "w", encoding="utf-8") as file:  # the kernel's own "No space left on device"
             file.write("x" * 100_000)
 
     with pytest.raises(CheckpointError, match=r"disk of .* is full.*step 2.*checkpoint-1.*resume") as caught:
