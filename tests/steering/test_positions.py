@@ -20,6 +20,7 @@ from hf_msae.steering import (
     steer,
     steering_context,
 )
+from hf_msae.steering.positions import _real_tokens
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", slice(2, 4)])
@@ -126,3 +127,20 @@ def test_embeddings_given_instead_of_tokens_are_steered_where_they_are_no_paddin
     with steer(llama, sae, {3: 2.0}):
         edited = capture(llama, [site], inputs_embeds=embeds, attention_mask=mask)[site]
     assert ends(edited, plain).int().tolist() == mask.tolist()
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_all_forms_of_an_attention_mask_say_the_same_of_padding(past):
+    """Of tokens, of tokens by tokens (Booleans, numbers, what is added to scores), and one for each kind of layer."""
+    generator = torch.Generator().manual_seed(past)
+    whole = torch.rand(4, past + 5, generator=generator) > 0.4
+    expected, shape = whole[:, past:], torch.Size((4, 5))
+    causal = torch.ones(past + 5, past + 5, dtype=torch.bool).tril()[past:]
+    seen = (causal & whole[:, None])[:, None]
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    forms = [whole, whole.long(), whole.float(), seen, seen.int(), added, {"full": "causal", "sliding": added}]
+    for mask in forms:
+        assert torch.equal(_real_tokens(mask, shape, past, torch.device("cpu")), expected)
+    assert _real_tokens(None, shape, past, torch.device("cpu")).all()
+    for unknown in (whole[:, :4], added[..., : past + 4], added[:, :, :4], "causal"):
+        assert _real_tokens(unknown, shape, past, torch.device("cpu")) is None
