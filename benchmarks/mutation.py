@@ -4,7 +4,8 @@
     python benchmarks/mutation.py --json mutation.json          # goes on with a file that is not whole
     python benchmarks/mutation.py --json mutation.json --again --tests=tests/cli/test_eval.py
 
-The second command tries survivors again, with the tests as they are now, and with tests of other rooms.
+The second command tries survivors again, with the tests as they are now, and with tests of other rooms. Faults in
+statements that have changed since are gone: they stay in the file as they were.
 
 Faults are drawn by a seed (`mutants.py` says of which kinds), the same number of each target. They are put into a copy
 of the tree, never into the tree. First it is learned which of the quick tests of its room run which lines
@@ -285,13 +286,11 @@ def describe(result: Mapping[str, Any]) -> str:
     return f"{result['file']}:{result['line']}: {result['before']} -> {result['after']} in `{result['statement']}`"
 
 
-def find_again(copy: Copy, result: Mapping[str, Any]) -> Mutant:
-    """A mutant in the file as it is now, nearest to where it was."""
+def find_again(copy: Copy, result: Mapping[str, Any]) -> Mutant | None:
+    """A mutant in the file as it is now, nearest to where it was; None where its statement is no longer there."""
     source = (copy.root / result["file"]).read_text("utf-8")
     same = [m for m in find_mutants(source, result["file"]) if identity(asdict(m)) == identity(result)]
-    if not same:
-        raise RuntimeError(f"{describe(result)} is no longer in the code: draw mutants anew, into another file")
-    return min(same, key=lambda mutant: abs(mutant.line - result["line"]))
+    return min(same, key=lambda mutant: abs(mutant.line - result["line"]), default=None)
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -342,7 +341,11 @@ def main() -> None:
     for result in results:
         left = "caught" not in result or (arguments.again and not result["caught"])
         if left and arguments.only in result["file"]:
-            result |= try_mutant(copy, find_again(copy, result), covered, times, arguments.tests)
+            mutant = find_again(copy, result)
+            if mutant is None:
+                print("GONE    ", describe(result), flush=True)
+                continue
+            result |= try_mutant(copy, mutant, covered, times, arguments.tests)
             print("caught  " if result["caught"] else "SURVIVES", describe(result), result["by"], flush=True)
             arguments.json.write_text(json.dumps(summarize(results) | {"mutants": results}, indent=1))
     print(json.dumps(summarize(results), indent=1))
