@@ -23,6 +23,7 @@ from hf_msae.steering import (
     export_lm_eval,
     export_model,
 )
+from hf_msae.steering.exporting_models import _adds_to
 
 # Of the architectures of `tests/tiny_models.py`, those in which a bias can add to the residual stream behind a layer.
 WITH_BIAS = {
@@ -93,6 +94,23 @@ def test_the_exported_model_gives_the_steered_logits(architecture, make_sae, tmp
     assert not torch.allclose(logits_of(model), expected, atol=1e-2)
     assert type(loaded) is type(model)
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    ("path", "adds"),
+    [
+        ("model.layers.1", True),
+        ("model.layers.1.mlp", True),
+        ("model.layers.1.mlp.down_proj", True),
+        ("model.layers.1.self_attn.o_proj", False),  # the MLP reads it, too
+        ("model.layers.1.mlp.up_proj", False),  # of another width
+        ("model.layers.1.input_layernorm", False),
+        ("model.layers.0.mlp.down_proj", False),
+        ("model.layers.2.mlp.down_proj", False),  # behind the site
+    ],
+)
+def test_what_adds_at_a_site_is_what_goes_nowhere_else(path, adds, llama) -> None:
+    assert _adds_to(llama, path, resolve_site(llama, "layers.1")) == adds
 
 
 @pytest.mark.parametrize("architecture", sorted(WITHOUT))

@@ -1,8 +1,9 @@
-"""What processes say to each other, by two real ones over gloo; alone, every operation is the identity.
+"""What processes say to each other, by three real ones over gloo; alone, every operation is the identity.
 
-Both processes execute everything once and write down what they got, because starting them takes longer than the rest.
+All processes execute everything once and write down what they got, because starting them takes longer than the rest.
 """
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from hf_msae.training.collectives import MainProcessWriter, TorchProcessGroup, r
 
 pytestmark = pytest.mark.slow
 
-NUMBERS = {0: [1.0, -2.0, 5.0], 1: [3.0, 4.0, -1.0]}
-ROWS = {0: 5, 1: 3}
+NUMBERS = {0: [1.0, -2.0, 5.0], 1: [3.0, 4.0, -1.0], 2: [0.5, -3.0, 2.0]}
+ROWS = {0: 5, 1: 3, 2: 2}
 
 
 def gradients(rank: int) -> list[torch.nn.Parameter]:
@@ -28,7 +29,8 @@ def gradients(rank: int) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(rank)
     parameters = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((8, 5), (8,), (3,))]
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        # Whole numbers, whose order of summing changes nothing.
+        parameter.grad = torch.randint(-99, 100, parameter.shape, generator=generator).float()
     return parameters
 
 
@@ -63,6 +65,8 @@ def one_process(folder: str) -> None:
     got["counted"] = (dict(group.calls), dict(group.bytes))
     for size in (1, 16, 1 << 20):
         collectives.PIECE_BYTES = size
+        if rank == 1:
+            time.sleep(0.2)  # the rows of the one behind it are there first, and must wait
         got[f"pieces {size}"] = list(group.pieces(rows_of(rank)))
     for pack in (1, 20, 1 << 20):
         collectives.PACK = pack
@@ -77,22 +81,22 @@ def one_process(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def got(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of the two processes got."""
+    """What each of the processes got."""
     folder = tmp_path_factory.mktemp("collectives")
-    status, written = run_together(2, one_process, str(folder), output=folder / "output")
+    status, written = run_together(len(ROWS), one_process, str(folder), output=folder / "output")
     assert status == 0, written
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in ROWS]
 
 
 def test_every_process_gets_the_same_sums_and_extremes(got):
-    both = torch.tensor([NUMBERS[0], NUMBERS[1]])
+    whole = torch.tensor([*NUMBERS.values()])
     for rank, each in enumerate(got):
-        assert each["place"] == (rank, 2)
-        assert torch.equal(each["sum"], both.sum(0))
-        assert torch.equal(each["minimum"], both.amin(0))
-        assert torch.equal(each["maximum"], both.amax(0))
-        assert torch.equal(each["gather"], both)
-        assert each["total"] == 21
+        assert each["place"] == (rank, len(ROWS))
+        assert torch.equal(each["sum"], whole.sum(0))
+        assert torch.equal(each["minimum"], whole.amin(0))
+        assert torch.equal(each["maximum"], whole.amax(0))
+        assert torch.equal(each["gather"], whole)
+        assert each["total"] == 10 + 11 + 12
 
 
 def test_what_travels_is_counted(got):
@@ -100,17 +104,17 @@ def test_what_travels_is_counted(got):
         assert each["counted"] == ({"reduce": 4, "gather": 1}, {"reduce": 3 * 12 + 8, "gather": 12})
 
 
-@pytest.mark.parametrize(("size", "pieces"), [(1, 8), (16, 8), (1 << 20, 2)])
+@pytest.mark.parametrize(("size", "pieces"), [(1, 10), (16, 10), (1 << 20, 3)])
 def test_rows_come_to_the_first_process_in_order_and_in_pieces(got, size, pieces):
-    first, second = (each[f"pieces {size}"] for each in got)
-    assert second == []
-    assert torch.equal(torch.cat(first), torch.cat([rows_of(0), rows_of(1)]))
+    first, *others = (each[f"pieces {size}"] for each in got)
+    assert others == [[], []]
+    assert torch.equal(torch.cat(first), torch.cat([*map(rows_of, ROWS)]))
     assert len(first) == pieces
 
 
 @pytest.mark.parametrize(("pack", "messages"), [(1, 3), (20, 2), (1 << 20, 1)])
 def test_gradients_are_summed_however_they_are_packed(got, pack, messages):
-    expected = [sum(pair) for pair in zip(*([p.grad for p in gradients(rank)] for rank in (0, 1)), strict=True)]
+    expected = [sum(pair) for pair in zip(*([p.grad for p in gradients(rank)] for rank in ROWS), strict=True)]
     for each in got:
         summed, sent = each[f"gradients {pack}"]
         assert all(torch.equal(mine, its) for mine, its in zip(summed, expected, strict=True))
@@ -123,9 +127,9 @@ def test_a_gradient_that_is_missing_is_an_error():
 
 
 def test_the_others_send_what_the_main_process_wants_until_it_leaves(got):
-    main, other = (each["written"] for each in got)
+    main, *others = (each["written"] for each in got)
     assert main == ["c one", "a two", "no room"]
-    assert other == ["c None", "a None"]
+    assert others == [["c None", "a None"]] * 2
 
 
 def test_alone_every_operation_is_the_identity(tmp_path):
