@@ -15,7 +15,7 @@ from patience import HANG_SECONDS, until
 from warm_processes import free_port, start_command
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
-from hf_msae.steering import LatentEdit, SteeredPipeline, Steering
+from hf_msae.steering import Gate, LatentEdit, SteeredPipeline, Steering
 from hf_msae.worlds.stories import load_story_lm
 
 pytest.importorskip("gradio", reason="needs Gradio (pip install 'hf-msae[space]')")
@@ -210,11 +210,23 @@ def generate(page, prompt: str | None = None) -> tuple[str, str]:
     return finish(page)
 
 
-def expected(folder: Path, prompt: str, latents: dict[int, float], seed: int = 0, tokens: int = 10) -> str:
+def share(page) -> str:
+    """What of the link to the present view follows the address."""
+    field = "document.querySelector('#link :is(input, textarea)')"
+    before = page.evaluate(f"{field}?.value ?? ''")
+    page.locator("#share").click()
+    page.wait_for_function(f"(before) => {field} && ![before, ''].includes({field}.value)", arg=before)
+    return "?" + page.evaluate(f"{field}.value").split("?", 1)[1]
+
+
+def expected(
+    folder: Path, prompt: str, latents: dict[int, float], seed: int = 0, tokens: int = 10, when: Gate | None = None
+) -> str:
     """What the pipeline writes without any page."""
     model, tokenizer = load_story_lm()
     sae = MatryoshkaSAE.from_pretrained(folder).eval()
-    steering = Steering([LatentEdit(latent, value) for latent, value in latents.items()])
+    gates = () if when is None else (when,)
+    steering = Steering([LatentEdit(latent, value, when=gates) for latent, value in latents.items()])
     pipe = SteeredPipeline(model, tokenizer, sae, steering)
     return pipe(prompt, seed=seed, temperature=0.7, max_new_tokens=tokens)[0]["generated_text"]
 
@@ -314,6 +326,37 @@ def test_methods_redraw_the_dials(page):
     page.wait_for_selector("#dials input[type=range]", state="hidden")
 
 
+def test_steering_is_put_under_a_condition_and_freed_again(page, visit, story_sae):
+    """A latent chosen by "only where", how strongly it must fire and where it lets steering act; the link keeps it."""
+    add_latent(page, 7)
+    set_dial(page, 7, 3)
+    finish(page)
+    prompt = "Once upon a time, there was a little owl. The"
+    free = generate(page, prompt)
+    find(page, "40")
+    page.locator("#results button[data-do='condition'][data-id='40']").click()
+    condition = page.locator("#dials .msae-condition[data-id='40']")
+    condition.wait_for()
+    assert page.locator("#dials .msae-under").inner_text() == "Only where this fires"
+    assert condition.locator("output").inner_text() == "where active"
+    forget(page)
+    set_dial(page, 40, 0.25)
+    finish(page)
+    assert condition.locator("output").inner_text() == "above 0.25× max"
+    condition.locator("select").select_option("after")
+    finish(page)
+    gated = generate(page)
+    assert gated == (free[0], expected(story_sae, prompt, {7: 3}, when=Gate(40, 0.25, "max", "after")))
+    assert gated[1] != free[1], "the condition changed nothing, so this shows nothing"
+    query = share(page)
+    other = visit(query)
+    assert finish(other) == gated
+    assert other.locator("#dials .msae-condition select").input_value() == "after"
+    page.get_by_role("button", name="Remove the condition on latent 40").click()
+    condition.wait_for(state="detached")
+    assert generate(page) == free
+
+
 def test_a_share_link_restores_everything(page, visit, story_sae):
     add_latent(page, 7)
     set_dial(page, 7, 1.25)
@@ -321,9 +364,7 @@ def test_a_share_link_restores_everything(page, visit, story_sae):
     add_latent(page, 40)
     fill_setting(page, "Seed", 11)
     texts = generate(page, "Lily & Tom went to the")
-    page.locator("#share").click()
-    page.wait_for_function("document.querySelector('#link :is(input, textarea)')?.value.includes('latents=')")
-    query = "?" + page.locator("#link :is(input, textarea)").input_value().split("?", 1)[1]
+    query = share(page)
     assert page.evaluate("location.search") == query
     other = visit(query)
     assert finish(other) == texts
