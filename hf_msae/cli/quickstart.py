@@ -41,6 +41,8 @@ BEGINNINGS = {
 DEPTH, MAX_CHILDREN = 2, 6
 # Roots among which the one to show is chosen.
 MOST_ROOTS = 20
+# On which share of tokens a root that is shown fires at most.
+MOST_FIRINGS = 0.05
 # Trial products that tell how many threads are worth it, and their sizes, which are about those of a training step.
 NUM_TRIALS, TRIAL = 20, (1024, 128, 1024)
 
@@ -97,6 +99,8 @@ def commands(args: QuickstartArguments) -> Iterator[tuple[str, list[str]]]:
 def telling_root(hierarchy: "Hierarchy", names: Sequence[str]) -> int | None:
     """The root below which most latents are shown that are not named by function words; None without any root.
 
+    One that fires on few tokens where there is one: what fires on a sixth of all text has a name that says little.
+
     Args:
         hierarchy: between the levels.
         names: of all latents.
@@ -113,7 +117,8 @@ def telling_root(hierarchy: "Hierarchy", names: Sequence[str]) -> int | None:
         return is_function_word(names[latent].split(", ")[0])
 
     roots = [root for root in hierarchy.roots(names)[:MOST_ROOTS] if not function_word(root)]
-    return max(roots, key=telling, default=None)
+    most = MOST_FIRINGS * hierarchy.num_tokens
+    return max([root for root in roots if hierarchy.counts[root] <= most] or roots, key=telling, default=None)
 
 
 def use_free_cores() -> None:

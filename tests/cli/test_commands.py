@@ -108,6 +108,9 @@ def test_the_quickstart_shows_the_root_with_most_below_it_that_is_a_concept():
     names = ["the, a", "owl, fox", "red", "x", "y", "z", "fox", "dog", "of", "to", "sun", "w"]
     assert telling_root(hierarchy, names) == 1  # 0 is a function word, and of 2 only one child is none
     assert telling_root(hierarchy, ["the"] * 12) is None
+    # One on 2% of tokens goes before one that has more below it and fires on half of them.
+    rarely = Hierarchy(edges, [3, 12], [500, 500, 20] + [10] * 9, 1_000, {}, 0.0, [])
+    assert telling_root(rarely, names) == 2
 
 
 def test_repeated_flags_train_a_grid(folder, tmp_path):
