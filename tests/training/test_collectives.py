@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_msae.modeling.selection import SINGLE_PROCESS
-from patience import HANG_SECONDS
+from patience import A_MOMENT, HANG_SECONDS
 from warm_processes import run_together
 
 from hf_msae.training import collectives
@@ -65,8 +65,8 @@ def one_process(folder: str) -> None:
     got["counted"] = (dict(group.calls), dict(group.bytes))
     for size in (1, 16, 1 << 20):
         collectives.PIECE_BYTES = size
-        if rank == 1:
-            time.sleep(0.2)  # the rows of the one behind it are there first, and must wait
+        if rank == size == 1:
+            time.sleep(A_MOMENT)  # the rows of the one behind it may be there first, and must wait
         got[f"pieces {size}"] = list(group.pieces(rows_of(rank)))
     for pack in (1, 20, 1 << 20):
         collectives.PACK = pack
