@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_msae.cli.free_cores import on_free_cores
 from hf_msae.cli.parser import build_parser, by_place, parse
 
 DESCRIPTION = """\
@@ -58,7 +59,8 @@ def story_sae() -> Path:
     print(f"Training a small SAE for the demo, once. It is kept in {folder}", flush=True)
     started, draft = time.monotonic(), folder.with_name(f".{RECIPE}-{os.getpid()}")
     try:
-        train_story_sae(draft)
+        with on_free_cores():
+            train_story_sae(draft)
         if folder.exists():
             shutil.rmtree(folder)
         draft.replace(folder)

@@ -9,13 +9,13 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_msae.cli import common_fields
+from hf_msae.cli.free_cores import on_free_cores
 from hf_msae.cli.parser import build_parser, parse
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ DEPTH, MAX_CHILDREN = 2, 6
 MOST_ROOTS = 20
 # On which share of tokens a root that is shown fires at most.
 MOST_FIRINGS = 0.05
-# Trial products that tell how many threads are worth it, and their sizes, which are about those of a training step.
-NUM_TRIALS, TRIAL = 20, (1024, 128, 1024)
 
 
 @dataclass
@@ -65,11 +63,11 @@ def run(arguments: list[str]) -> None:
     """Parse, then run one command after the other."""
     (args,) = parse(build_parser("quickstart", DESCRIPTION, (QuickstartArguments,)), arguments)
     print("Four steps on the story model that ships with the package, in two to four minutes, without a network.")
-    use_free_cores()
-    for number, (words, asked) in enumerate(commands(args), 1):
-        command = [*asked, "--use-cpu"] if args.use_cpu else asked
-        print(f"\n{number} of 4: {words}\n$ hf-msae {shlex.join(command)}", flush=True)
-        importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:], brief=True)
+    with on_free_cores():
+        for number, (words, asked) in enumerate(commands(args), 1):
+            command = [*asked, "--use-cpu"] if args.use_cpu else asked
+            print(f"\n{number} of 4: {words}\n$ hf-msae {shlex.join(command)}", flush=True)
+            importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:], brief=True)
     print(next_steps(args.output_dir))
 
 
@@ -119,31 +117,6 @@ def telling_root(hierarchy: "Hierarchy", names: Sequence[str]) -> int | None:
     roots = [root for root in hierarchy.roots(names)[:MOST_ROOTS] if not function_word(root)]
     most = MOST_FIRINGS * hierarchy.num_tokens
     return max([root for root in roots if hierarchy.counts[root] <= most] or roots, key=telling, default=None)
-
-
-def use_free_cores() -> None:
-    """Compute with one thread where others keep the cores busy.
-
-    Threads of a product wait for each other, at the end of each. Where one of them has to wait for its core, all do,
-    some thousand times a second: two threads on two cores that others use were four times slower than one.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return
-    a, b = torch.ones(TRIAL[:2]), torch.ones(TRIAL[1:])
-    seconds = {}
-    for tried in (1, threads):
-        torch.set_num_threads(tried)
-        a @ b  # starts the threads
-        begin = time.perf_counter()
-        for _ in range(NUM_TRIALS):
-            a @ b
-        seconds[tried] = time.perf_counter() - begin
-    if seconds[1] < seconds[threads]:
-        torch.set_num_threads(1)
-        print(f"The cores are busy with other work: one thread, as {threads} would wait for each other.")
 
 
 def next_steps(folder: str) -> str:
