@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace) -> None:
             print(folder, flush=True)
             found = json.dumps(of(MatryoshkaSAE.from_pretrained(folder).eval()))
             with atomic_file(folder / MEASURED_NAME) as draft:
-                draft.write_text(found)
+                draft.write_text(found, encoding="utf-8")
 
 
 def claims(options: argparse.Namespace) -> None:
@@ -224,7 +224,7 @@ def claims(options: argparse.Namespace) -> None:
         for method, folder in folders.items():
             numbers = {prefix: found[method, prefix] for prefix in PREFIX_SIZES}
             with atomic_file(folder / CLAIMS_NAME) as draft:
-                draft.write_text(json.dumps(numbers))
+                draft.write_text(json.dumps(numbers), encoding="utf-8")
 
 
 Run = dict[str, Any]
@@ -312,7 +312,7 @@ def read_runs(options: argparse.Namespace, name: str = MEASURED_NAME) -> dict[st
         for seed in range(options.seeds):
             path = folder_of(options, method, seed) / name
             if path.is_file():
-                runs.setdefault(method, {})[seed] = json.loads(path.read_text())
+                runs.setdefault(method, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
     return runs
 
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, schedule: str, steps: int, seed: int) -> di
     name = f"{options.world}-{options.activation}-{rate}-{steps}-{schedule}-{seed}.json".replace(" ", "_")
     path = Path(options.output_dir) / name
     if path.is_file():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     toy = TOYS[options.world](seed)
     of_sae, of_training = SCHEDULES[schedule]
     if "k_anneal_steps" in of_training:
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, schedule: str, steps: int, seed: int) -> di
     train(sae, toy, args, seed, lambda: None, **of_training)
     found = asdict(evaluate(sae, toy, seed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

@@ -77,7 +77,7 @@ class Covering:
             for file in data.measured_files()
         }
         written = {"tests": tests, "seconds": [self.seconds[test] for test in tests], "lines": lines}
-        self.path.write_text(json.dumps(written))
+        self.path.write_text(json.dumps(written), encoding="utf-8")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -94,7 +94,7 @@ class World:
         LlamaForCausalLM(config).save_pretrained(folder / "lm")
         draw = random.Random(7)
         self.texts = [" ".join(f"w{draw.randrange(60)}" for _ in range(draw.randint(1, 40))) for _ in range(600)]
-        (folder / "texts.txt").write_text("\n\n".join(self.texts))
+        (folder / "texts.txt").write_text("\n\n".join(self.texts), encoding="utf-8")
 
     def command(self, output: Path, ks: Sequence[int], *more: str) -> list[str]:
         """The run as a user types it."""
@@ -215,7 +215,9 @@ class Bench:
             output, began = self.world.folder / f"whole-{kind}", time.monotonic()
             codes = [process.wait() for process in self.start(kind, output, resume=False)]
             if any(codes):
-                raise RuntimeError(f"the undisturbed run failed: {self._log(output).read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"the undisturbed run failed: {self._log(output).read_text(encoding='utf-8')[-2000:]}"
+                )
             self.whole[kind] = (output, time.monotonic() - began)
         return self.whole[kind]
 
@@ -239,7 +241,7 @@ class Bench:
 
     def said(self, output: Path) -> str:
         """What the processes of a run said."""
-        return self._log(output).read_text() if self._log(output).is_file() else ""
+        return self._log(output).read_text(encoding="utf-8") if self._log(output).is_file() else ""
 
     def try_fault(self, fault: str) -> Trial:
         """Hurt one run once, resume it until it is done, and compare."""
@@ -276,7 +278,9 @@ class Bench:
         """
         step, extra = self.draw.randrange(STEPS), self.draw.uniform(0, 0.1) * seconds
         log = output / "training_log.jsonl"
-        while process.poll() is None and not (step == 0 or (log.exists() and f'"step": {step},' in log.read_text())):
+        while process.poll() is None and not (
+            step == 0 or (log.exists() and f'"step": {step},' in log.read_text(encoding="utf-8"))
+        ):
             time.sleep(0.002)
         time.sleep(extra)
         return process.poll() is None
@@ -389,7 +393,10 @@ def differences(whole: Path, other: Path) -> list[str]:
             return [f"{name} is missing"]
         ours, theirs = load_file(path), load_file(other / name)
         found += [f"{name}: {key}" for key in ours if not torch.equal(ours[key], theirs[key])]
-        numbers = [json.loads((folder / name).with_name("metrics.json").read_text()) for folder in (whole, other)]
+        numbers = [
+            json.loads((folder / name).with_name("metrics.json").read_text(encoding="utf-8"))
+            for folder in (whole, other)
+        ]
         found += [f"{name}: {key}" for key in ("levels", "tokens", "steps") if numbers[0][key] != numbers[1][key]]
     return found
 

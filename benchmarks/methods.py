@@ -104,7 +104,7 @@ def train(world: World, options: argparse.Namespace, names: Sequence[str], seed:
     args = SAETrainingArguments(**(settings | METHODS[names[0]].training))
     measured = SAETrainer(world.model, saes, args, world.documents, processing_class=world.tokenizer).train()
     for name in names:
-        (folder / f"{name}.json").write_text(json.dumps(measured[name].to_dict()))
+        (folder / f"{name}.json").write_text(json.dumps(measured[name].to_dict()), encoding="utf-8")
 
 
 def collect(world: World, options: argparse.Namespace) -> Numbers:
@@ -116,7 +116,7 @@ def collect(world: World, options: argparse.Namespace) -> Numbers:
         for names in passes([name for name in options.methods if not (folder / f"{name}.json").is_file()]):
             train(world, options, names, seed, folder)
         for name in options.methods:
-            numbers[name].append(json.loads((folder / f"{name}.json").read_text()))
+            numbers[name].append(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
     return numbers
 
 

@@ -230,7 +230,7 @@ def learn(copy: Copy, targets: Iterable[str], folder: Path) -> Covered:
             if not file.is_file():
                 raise RuntimeError(f"the tests in {tests} could not be followed: {run.reason}")
         covered.read(file)
-        if not any(covered.lines.get(name) for name in covered.lines if name.startswith(target)):
+        if not any(lines for name, lines in covered.lines.items() if name.startswith(target)):
             raise RuntimeError(f"{tests} ran no line of {target}, says {file}: delete it, and see what they import")
     return covered
 
@@ -273,7 +273,7 @@ def read_equivalent() -> dict[tuple[str, ...], str]:
     """Reasons of mutants that were judged to be no faults."""
     if not EQUIVALENT.is_file():
         return {}
-    return {identity(entry): entry["reason"] for entry in json.loads(EQUIVALENT.read_text())}
+    return {identity(entry): entry["reason"] for entry in json.loads(EQUIVALENT.read_text(encoding="utf-8"))}
 
 
 def identity(mutant: Mapping[str, Any]) -> tuple[str, ...]:
@@ -328,7 +328,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     copy = Copy(folder)
     if arguments.json.is_file():
-        results = json.loads(arguments.json.read_text())["mutants"]
+        results = json.loads(arguments.json.read_text(encoding="utf-8"))["mutants"]
     else:
         results = []
         for target in arguments.targets:
@@ -347,7 +347,9 @@ def main() -> None:
                 continue
             result |= try_mutant(copy, mutant, covered, times, arguments.tests)
             print("caught  " if result["caught"] else "SURVIVES", describe(result), result["by"], flush=True)
-            arguments.json.write_text(json.dumps(summarize(results) | {"mutants": results}, indent=1))
+            arguments.json.write_text(
+                json.dumps(summarize(results) | {"mutants": results}, indent=1), encoding="utf-8"
+            )
     print(json.dumps(summarize(results), indent=1))
 
 

@@ -137,7 +137,9 @@ def train_dictionary_learning(options: argparse.Namespace, folder: Path) -> None
     trainer.ae.scale_biases(scale)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(trainer.ae.state_dict(), folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer.config, "buffer": {}}, default=str))
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": trainer.config, "buffer": {}}, default=str), encoding="utf-8"
+    )
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def cell(values: list[float], digits: int) -> str:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    evaluation = json.loads((Path(options.evaluation) / "evaluation.json").read_text())
+    evaluation = json.loads((Path(options.evaluation) / "evaluation.json").read_text(encoding="utf-8"))
     model, tokenizer = load_story_lm()
     sae = MatryoshkaSAE.from_pretrained(options.sae).eval()
     site = resolve_site(model, str(sae.config.site))

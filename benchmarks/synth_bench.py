@@ -243,7 +243,7 @@ def run_seed(problem: Problem, options: argparse.Namespace, seed: int, names: Se
         path = path_of(options, name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as draft:
-            draft.write_text(json.dumps(found | {"seconds": seconds[name]}))
+            draft.write_text(json.dumps(found | {"seconds": seconds[name]}), encoding="utf-8")
 
 
 def path_of(options: argparse.Namespace, name: str, seed: int) -> Path:
@@ -257,7 +257,8 @@ def collect(problem: Problem, options: argparse.Namespace, names: Sequence[str])
         if missing:
             run_seed(problem, options, seed, missing)
     return {
-        name: [json.loads(path_of(options, name, seed).read_text()) for seed in range(options.seeds)] for name in names
+        name: [json.loads(path_of(options, name, seed).read_text(encoding="utf-8")) for seed in range(options.seeds)]
+        for name in names
     }
 
 

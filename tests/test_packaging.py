@@ -453,6 +453,23 @@ def test_what_modules_import_is_declared() -> None:
         assert {canonicalize_name(owner) for owner in owners.get(name, [name])} & allowed, f"{module} imports {name}"
 
 
+def test_files_are_read_and_written_in_an_encoding_that_is_named() -> None:
+    """The linter sees this only where it knows that something is a path."""
+    tops = ("hf_msae", "modeling", "spaces", "benchmarks", "scripts", "examples")
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for top in tops
+        for path in (ROOT / top).rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("read_text", "write_text")
+        and len(call.args) == (call.func.attr == "write_text")
+        and not any(keyword.arg == "encoding" for keyword in call.keywords)
+    ]
+    assert found == []
+
+
 def test_the_lowest_versions_that_are_tried_are_the_floors() -> None:
     """All but torch's, of which old versions are not on PyPI without CUDA."""
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()

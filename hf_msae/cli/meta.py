@@ -106,7 +106,9 @@ def run(arguments: list[str]) -> None:
         console.print(f"Saved to {folder}; look through all latents in {folder / BROWSER_NAME}", soft_wrap=True)
     if args.json:
         folder = Path(args.meta_sae or folder)
-        facts = json.loads((folder / FACTS_NAME).read_text()) if (folder / FACTS_NAME).is_file() else {}
+        facts = (
+            json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")) if (folder / FACTS_NAME).is_file() else {}
+        )
         latents = [asdict(item) | {"name": labels[item.latent] if labels else None} for item in found]
         print(json.dumps({"folder": str(folder), **facts, "latents": latents}))
 

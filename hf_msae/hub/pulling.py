@@ -112,7 +112,7 @@ def pull(
                 place = places[entry.subfolder]
                 _fetch_prefix(repo_id, entry.subfolder, prefix, draft / place, target / place, hub)
         if any(places.values()):
-            (draft / INDEX_NAME).write_text(format_index(find_entries(draft)))
+            (draft / INDEX_NAME).write_text(format_index(find_entries(draft)), encoding="utf-8")
     return [_pulled(repo_id, entry, target / places[entry.subfolder], prefix, hub) for entry in entries]
 
 

@@ -102,7 +102,7 @@ def make_meta_sae(
     }
     with atomic_folder(folder) as draft:
         result.sae.save_pretrained(draft)
-        (draft / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        (draft / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         page = render_browser(result.sae, sae.to(result.sae.device), facts, labels)  # type: ignore[arg-type]
         (draft / BROWSER_NAME).write_text(page, encoding="utf-8")
     return result

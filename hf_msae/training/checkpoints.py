@@ -343,7 +343,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / STATE_NAME
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint} is damaged: {STATE_NAME} cannot be read ({error}).") from error
     if not isinstance(state, dict) or state.pop("digest", None) != _digest(state):

@@ -119,10 +119,12 @@ class RunLog:
         self._file.close()
         path = self.run.output_dir / LOG_NAME
         lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+            line
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.endswith("}") and json.loads(line)["step"] <= step
         ]
         with atomic_file(path) as draft:
-            draft.write_text("".join(line + "\n" for line in lines))
+            draft.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         self._file = path.open("ab", buffering=0)
 
     def write(self, name: str, entry: dict[str, Any]) -> None:
