@@ -136,8 +136,9 @@ def kernels(place: Place) -> dict[str, Any]:
     place.needs_gpu()
     if not runs_kernels(place.device):
         raise Skipped("Triton's kernels do not work here")
-    from hf_msae.modeling import triton_ops
+    from hf_msae.modeling import triton_ops, triton_rows
 
+    triton_rows.check_kernels(place.device)
     errors = {}
     generator = torch.Generator(place.device).manual_seed(0)
     lengths = torch.randint(0, 300, (500,), device=place.device, generator=generator)

@@ -39,7 +39,7 @@ def constants(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def has_kernels(table: Tensor) -> bool:
-    """Whether the kernels of `triton_ops` take this table."""
+    """Whether the kernels of `triton_ops` and `triton_rows` take this table."""
     return table.is_cuda and table.dtype != torch.float64 and runs_kernels(table.device)
 
 
@@ -53,9 +53,11 @@ def runs_kernels(device: torch.device) -> bool:
     if not is_triton_available():
         return False
     try:
-        from .triton_ops import check_kernels
+        from .triton_ops import check_kernels as check_sums
+        from .triton_rows import check_kernels as check_rows
 
-        check_kernels(device)
+        check_sums(device)
+        check_rows(device)
     except Exception as error:  # whatever a compiler, a linker or a driver does
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(

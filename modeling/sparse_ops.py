@@ -22,8 +22,10 @@ without sorting (`sparse_encoder`), decoded once for all levels, and their gradi
    levels together cost one sparse decode and one sparse backward.
 
 The segmented sums are torch's `embedding_bag`, and gradients of latent activations its gradient for per-sample
-weights; on CUDA, where Triton is present, both are the kernels of `triton_ops`. Shapes: B tokens, d = hidden_size,
-F = num_latents, G levels, n active latents in all.
+weights; on CUDA, where Triton is present, both are the kernels of `triton_ops`, and the running sums those of
+`triton_rows`. There, under autocast, decoder rows are read as the numbers that autocast would multiply.
+
+Shapes: B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,6 +65,42 @@ def _segment_dot(grads: Tensor, table: Tensor, rows: Tensor, begins: Tensor, bag
 
         return segment_dot(grads, table, rows, bags)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(grads, table, rows, begins, bags, 0)
+
+
+def _read_often(weights: Tensor) -> Tensor:
+    """Weights (R, d) whose rows kernels read many times: under autocast in its type, which halves what is read."""
+    device = weights.device.type
+    if torch.is_autocast_enabled(device) and has_kernels(weights):
+        return weights.to(torch.get_autocast_dtype(device))
+    return weights
+
+
+def _level_errors(parts: Tensor, x: Tensor, base: Tensor) -> Tensor:
+    """Squared errors of every level, summed over tokens, (G,).
+
+    `parts` (B, G, d), what each group adds, becomes what each level's reconstruction has too much of.
+    """
+    if has_kernels(parts):
+        from .triton_rows import level_errors
+
+        return level_errors(parts, x, base)
+    parts[:, 0] -= x - base
+    for group in range(1, parts.shape[1]):
+        parts[:, group] += parts[:, group - 1]
+    return torch.stack([parts[:, group].square().sum() for group in range(parts.shape[1])])
+
+
+def _level_gradients(excess: Tensor, scales: Tensor, running: bool) -> Tensor:
+    """What the levels that contain a group ask of it, (B, G, d); without `running`, its own level alone."""
+    if has_kernels(excess):
+        from .triton_rows import level_gradients
+
+        return level_gradients(excess, scales, running)
+    grads = excess * scales.view(1, -1, 1)
+    if running:
+        for group in range(excess.shape[1] - 2, -1, -1):
+            grads[:, group] += grads[:, group + 1]
+    return grads
 
 
 def dense_dead_share(device: torch.device) -> float:
@@ -233,15 +271,12 @@ class LevelErrors(torch.autograd.Function):
         """Compute the errors of the levels (G,), and the whole reconstruction (B, d)."""
         tokens, latents, *_ = places
         bags, begins = _bags(tokens, latents, sizes, x.shape[0])
-        excess = ranks.sum(_segment_sum(W_dec, latents, values, begins).to(x.dtype))
+        table = _read_often(W_dec)
+        excess = ranks.sum(_segment_sum(table, latents, values, begins).to(x.dtype))
         excess = excess.view(x.shape[0], len(sizes), x.shape[1])
-        # From here on `excess` is what each level's reconstruction has too much of, in place.
-        excess[:, 0] -= x - base
-        for group in range(1, len(sizes)):
-            excess[:, group] += excess[:, group - 1]
-        errors = torch.stack([excess[:, group].square().sum() for group in range(len(sizes))]) / x.shape[0]
+        errors = _level_errors(excess, x, base) / x.shape[0]
         reconstruction = x + excess[:, -1]
-        ctx.save_for_backward(W_dec, excess, bags, begins, values, *places)
+        ctx.save_for_backward(W_dec, table, excess, bags, begins, values, *places)
         ctx.detach, ctx.shares, ctx.memory, ctx.per_token = detach, shares, memory, base.dim() == 2
         ctx.mark_non_differentiable(reconstruction)
         return errors, reconstruction
@@ -249,14 +284,12 @@ class LevelErrors(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_errors: Tensor, _):
         """Give the gradients of latent activations, decoder and what levels begin with."""
-        W_dec, excess, bags, begins, values, tokens, latents, order, first = ctx.saved_tensors
-        num_tokens, num_groups, hidden_size = excess.shape
+        W_dec, table, excess, bags, begins, values, tokens, latents, order, first = ctx.saved_tensors
+        num_tokens, _, hidden_size = excess.shape
+        scales = 2 / num_tokens * grad_errors
         # Gradient with respect to each group's part of the reconstruction: what all levels that contain it ask for.
-        grads = excess * (2 / num_tokens * grad_errors).view(1, -1, 1)
-        grad_x = grads.sum(1).neg_() if ctx.needs_input_grad[0] else None
-        if not ctx.detach:
-            for group in range(num_groups - 2, -1, -1):
-                grads[:, group] += grads[:, group + 1]
+        grads = _level_gradients(excess, scales, running=not ctx.detach)
+        grad_x = torch.einsum("bgd,g->bd", excess, -scales) if ctx.needs_input_grad[0] else None
         of_decoder, rows = grads, bags
         if ctx.shares.decoder == 0:
             of_decoder, rows = grads[:, -1:], tokens  # one gradient a token serves all of its latents
@@ -267,7 +300,7 @@ class LevelErrors(torch.autograd.Function):
         grad_W_dec = _parameter_gradient(ctx.memory, W_dec, of_decoder, rows[order], values[order], first)
         # The gradient of a latent activation: its decoder row times its group's gradient.
         grads = _toward_whole(grads, ctx.shares.activations).view(-1, hidden_size)
-        grad_values = _segment_dot(grads, W_dec, latents, begins, bags).to(values.dtype)
+        grad_values = _segment_dot(grads, table, latents, begins, bags).to(values.dtype)
         return grad_x, grad_values, grad_W_dec, grad_base, *[None] * 9
 
 

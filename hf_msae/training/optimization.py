@@ -11,7 +11,8 @@ are normalised after the step. One after another, projection, clipping, step and
 gradients and weights; here they are two. The first reads the gradients for their norm, which after projection is known
 without projecting: ‖g - (g·w)w‖² = ‖g‖² - (g·w)² for a row w of norm 1. The second takes some rows at a time through
 projection, Adam (which divides the gradient by the clipping factor as it reads it) and normalisation, while they are
-in the cache.
+in the cache. On a GPU whose kernels work (`modeling/triton_rows.py`), a row of the decoder goes through all of it in
+registers.
 """
 
 import math
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from hf_msae.modeling import MatryoshkaSAEConfig
+from hf_msae.modeling.devices import constants, has_kernels
 from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from hf_msae.training.arguments import SAETrainingArguments
 
@@ -71,8 +73,8 @@ class DictionaryAdam(torch.optim.Adam):
             raise RuntimeError("DictionaryAdam.step needs gradients: call backward() first.")
         if self._aligned_rows is not None:
             self._take_remainders(self._aligned_rows, rows, gradient)
-        radial = torch.einsum("fd,fd->f", gradient, rows)
-        clipping = self._clipping(radial)
+        radial, squares = self._row_products(gradient, rows)
+        clipping = self._clipping(radial, squares)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -94,12 +96,24 @@ class DictionaryAdam(torch.optim.Adam):
         gradient.add_(encoder.grad).addcmul_(along, encoder, value=-1)
         encoder.grad.addcmul_(along, rows, value=-1)
 
-    def _clipping(self, radial: Tensor) -> Tensor | None:
+    @staticmethod
+    def _row_products(gradient: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inner products of a gradient's rows with these, (num_latents,), and their squared norms, or None."""
+        if has_kernels(rows):
+            from hf_msae.modeling.triton_rows import row_products
+
+            squares, products = row_products(gradient, rows)
+            return products, squares
+        return torch.einsum("fd,fd->f", gradient, rows), None
+
+    def _clipping(self, radial: Tensor, squares: Tensor | None) -> Tensor | None:
         """What gradients are to be divided by, a scalar of at least 1."""
         if not self._max_grad_norm:
             return None
-        squares = torch.stack([self._square(p) for g in self.param_groups for p in g["params"] if p.grad is not None])
-        norm = self._ranks.sum(squares.sum() - radial.square().sum()).clamp_min(0).sqrt()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        known = {id(self._unit_rows): squares.sum()} if squares is not None else {}
+        norms = torch.stack([known[id(p)] if id(p) in known else self._square(p) for p in parameters])
+        norm = self._ranks.sum(norms.sum() - radial.square().sum()).clamp_min(0).sqrt()
         return (norm / self._max_grad_norm).clamp_min(1)
 
     def _square(self, parameter: Tensor) -> Tensor:
@@ -116,6 +130,9 @@ class DictionaryAdam(torch.optim.Adam):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         whole = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
+        if parameter is self._unit_rows and has_kernels(parameter):
+            self._step_rows(whole, state["step"], group, radial, clipping)
+            return
         size = parameter.shape[0]
         if parameter.device.type == "cpu":
             size = max(1, CPU_CHUNK * parameter.shape[0] // max(1, parameter.numel()))
@@ -143,6 +160,25 @@ class DictionaryAdam(torch.optim.Adam):
             if parameter is self._unit_rows:
                 weights.div_(torch.linalg.vector_norm(weights, dim=-1, keepdim=True))
         state["step"] += 1
+
+    @staticmethod
+    def _step_rows(
+        whole: Sequence[Tensor], step: Tensor, group: dict[str, Any], radial: Tensor, clipping: Tensor | None
+    ) -> None:
+        """The same for the unit rows, in one pass."""
+        from hf_msae.modeling.triton_rows import adam_rows
+
+        step += 1
+        betas = constants(group["betas"], step.new_empty((), dtype=torch.float64))
+        adam_rows(
+            *whole,
+            radial=radial,
+            divisor=torch.ones_like(step) if clipping is None else clipping,
+            corrections=(1 - betas**step).float(),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+        )
 
 
 @torch.no_grad()

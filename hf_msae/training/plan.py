@@ -210,7 +210,10 @@ def _buffer_bytes(
 
 
 def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.device) -> int:
-    """Pre-activations come in tiles; the levels' errors and their gradients are (batch, levels, hidden_size)."""
+    """Pre-activations come in tiles; the levels' errors and their gradients are (batch, levels, hidden_size).
+
+    With bfloat16 there is a copy of the encoder, and on a GPU, whose kernels read it, one of the decoder.
+    """
     config, batch = sae.config, args.per_device_train_batch_size
     tokens, parts = tile_shape(batch, config.num_latents, device)
     tile = tokens * config.num_latents // parts
@@ -220,7 +223,9 @@ def _step_bytes(sae: MatryoshkaSAE, args: SAETrainingArguments, device: torch.de
     else:
         active = batch * config.num_latents // 10
     places = active * (4 * DOUBLE + 4 * FLOAT)
-    return 2 * FLOAT * tile + activations * (FLOAT + 2 * DOUBLE + 3 * FLOAT * config.num_levels) + places
+    width = config.hidden_size + (config.output_size if device.type == "cuda" else 0)
+    copies = config.num_latents * width * FLOAT // 2 if args.bf16 else 0
+    return 2 * FLOAT * tile + activations * (FLOAT + 2 * DOUBLE + 3 * FLOAT * config.num_levels) + places + copies
 
 
 def _measuring_bytes(

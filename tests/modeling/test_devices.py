@@ -53,6 +53,7 @@ def test_where_the_first_launch_fails_torch_is_taken_and_it_is_told_once(warning
 
 def test_kernels_that_compute_something_else_are_not_taken(warnings, monkeypatch: pytest.MonkeyPatch) -> None:
     triton_ops = pytest.importorskip("hf_msae.modeling.triton_ops")
+    monkeypatch.setattr("hf_msae.modeling.triton_rows.check_kernels", lambda device: None)
     right = {
         "segment_sum": lambda table, rows, weights, offsets: torch.nn.functional.embedding_bag(
             rows, table, offsets, mode="sum", per_sample_weights=weights
