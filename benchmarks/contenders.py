@@ -7,6 +7,7 @@ bf16 is autocast. Peers are imported by the functions that build them, so that e
 No latent counts as dead to any contender in the few steps of a benchmark, so nobody pays for an auxiliary loss.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -208,8 +209,11 @@ def dictionary_learning(setting: Setting, first: Tensor) -> Contender:
 
 def sparsify(setting: Setting, first: Tensor) -> Contender:
     """The step inside `Trainer.fit`, which cannot be had without a language model, with its defaults and torch's Adam.
-    A plain TopK SAE: sparsify has no levels. On CUDA its forward pass is bf16 whatever `--dtype` says.
+    A plain TopK SAE: sparsify has no levels. On CUDA its forward pass is bf16 whatever `--dtype` says; on a CPU it must be
+    told that its decoder is not to be a Triton kernel.
     """
+    if setting.device == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
 

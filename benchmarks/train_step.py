@@ -11,6 +11,9 @@ Time: everyone takes one step a round, in turn, so that a slow moment of the mac
 reported. What costs time only at the beginning (initialisation, the optimizer's first step) is in the warm-up rounds
 and dropped. No latent counts as dead to any contender in so few steps, so nobody pays for an auxiliary loss.
 
+`--busy N` takes the steps again beside N processes that compute without end, with as many threads and with one, which
+is what commands take where cores are busy. What a busy core costs is the ratio of either to the quiet steps.
+
 Memory: a process of its own for each contender takes one step, so that parameters and optimizer state exist, and is
 measured during the second. `step` is the peak less what was held before that step: gradients, pre-activations and all
 else that a step needs for a while. `above state` is the peak less what the process held before the contender was
@@ -20,14 +23,17 @@ good to some ten MB; the C library is told to give freed blocks back, so that no
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -74,6 +80,34 @@ def interleaved(
                 taken[index].clear()
                 running.remove(index)
     return [times[warmup:] for times in taken]
+
+
+@contextlib.contextmanager
+def busy_cores(count: int) -> Iterator[list[subprocess.Popen]]:
+    """So many processes, which compute while this is open."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
+
+
+def beside_others(
+    contenders: dict[str, tuple[Contender, Sequence[Tensor]]], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Median seconds of a step beside `--busy` others, by how many threads there are and by name."""
+    found = {}
+    with busy_cores(options.busy):
+        for threads in dict.fromkeys((options.threads, 1)):
+            torch.set_num_threads(threads)
+            times = interleaved(list(contenders.values()), options.warmup, may_fail=True)
+            found[f"{threads} threads" if threads > 1 else "1 thread"] = {
+                name: statistics.median(values) for name, values in zip(contenders, times, strict=True) if values
+            }
+    torch.set_num_threads(options.threads)
+    return found
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -165,10 +199,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="measure beside N busy processes, too")
     parser.add_argument("--memory", action="store_true", help="measure each contender's memory, too")
     parser.add_argument("--json", help="write the numbers here, too")
     options = parser.parse_args()
     check_rounds(parser, options)
+    if options.busy < 0:
+        parser.error(f"--busy must be a number of processes, at least 0, got {options.busy}.")
     if options.memory and options.device == "cpu" and platform.system() != "Linux":
         parser.error("--memory on the CPU reads /proc, which only Linux has; leave it out or take --device cuda.")
     return options
@@ -231,6 +268,9 @@ def table(result: dict[str, Any], levels: int) -> None:
     for kind in ("time", "memory"):
         for pair, ratio in result["ratios"][kind].items():
             print(f"{kind:7} {pair:28}{ratio:8.2f}")
+    for threads, seconds in result["busy"].items():
+        for name, median in seconds.items():
+            print(f"busy, {threads}: {name:20}{median:9.4f}{median / result['seconds'][name]:8.2f} x quiet")
 
 
 def main() -> None:
@@ -259,6 +299,8 @@ def main() -> None:
     if not taken:
         raise SystemExit("There is not enough memory for any of them; take smaller sizes.")
     medians = {name: statistics.median(values) for name, values in taken.items()}
+    left = {name: (contender, batches) for name, contender in built.items() if name in taken}
+    busy = beside_others(left, options) if options.busy else {}
     result = {
         "where": where(options),
         "setting": asdict(setting),
@@ -266,6 +308,7 @@ def main() -> None:
         "skipped": skipped,
         "seconds": medians,
         "all_seconds": taken,
+        "busy": busy,
         "memory": used,
         "ratios": {
             "time": ratios(medians),

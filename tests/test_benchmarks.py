@@ -47,7 +47,25 @@ def test_train_step_measures_all_that_are_installed(tmp_path):
     assert list(result["ratios"]["time"]) == pairs
     assert result["ratios"]["time"]["ours/gemm"] == result["seconds"]["ours"] / result["seconds"]["gemm"]
     assert result["setting"]["num_latents"] == 512
-    assert result["memory"] == {}
+    assert (result["memory"], result["busy"]) == ({}, {})
+
+
+def test_steps_beside_busy_processes(tmp_path):
+    """They are there while steps are taken, and gone afterwards."""
+    sizes = [argument for argument in TINY if argument not in ("--threads", "1")]
+    asked = ["--threads", "2", "--busy", "1", "--only", "gemm", "ours", "--repeats", "1"]
+    result, printed = numbers(tmp_path, "train_step.py", *sizes, *asked)
+    assert {threads: list(found) for threads, found in result["busy"].items()} == {
+        "2 threads": ["gemm", "ours"],
+        "1 thread": ["gemm", "ours"],
+    }
+    assert printed.count("x quiet") == 4
+
+
+def test_busy_processes_end(train_step):
+    with train_step.busy_cores(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+    assert all(process.poll() is not None for process in processes)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="memory on the CPU is read from /proc")
@@ -98,6 +116,7 @@ def train_step(monkeypatch):
         (["--num-latents", "8", "--levels", "5"], "5 levels need at least 16 latents, got 8"),
         (["--levels", "0"], "levels must be at least 1, got 0"),
         (["--warmup", "0"], "--repeats and --warmup must be at least 1, got 5 and 0"),
+        (["--busy", "-1"], "--busy must be a number of processes, at least 0, got -1"),
         (["--only", "ours", "theirs"], "invalid choice: 'theirs'"),
     ],
 )

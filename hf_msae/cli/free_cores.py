@@ -1,16 +1,19 @@
-"""How many threads short runs compute with, where others may keep the cores busy."""
+"""How many threads compute, where others may keep the cores busy."""
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Trial products that tell how many threads are worth it, and their sizes, which are about those of a training step.
 NUM_TRIALS, TRIAL = 20, (1024, 128, 1024)
+# Whoever sets one of these has said how many threads there are to be.
+SAID_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-@contextmanager
-def on_free_cores() -> Iterator[None]:
-    """While open, compute with one thread where others keep the cores busy.
+def take_free_cores() -> None:
+    """Compute with one thread from now on where others keep the cores busy, unless a number of threads was asked for.
 
     Threads of a product wait for each other, at the end of each. Where one of them has to wait for its core, all do,
     some thousand times a second: two threads on two cores that others use were four times slower than one.
@@ -18,10 +21,24 @@ def on_free_cores() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
+    if threads == 1 or any(name in os.environ for name in SAID_BY) or not _one_is_faster(threads):
+        return
+    torch.set_num_threads(1)
+    print(
+        f"The cores are busy with other work: one thread, as {threads} would wait for each other "
+        f"(OMP_NUM_THREADS={threads} takes them all the same).",
+        file=sys.stderr,
+    )
+
+
+@contextmanager
+def on_free_cores() -> Iterator[None]:
+    """The same while this is open."""
+    import torch
+
+    threads = torch.get_num_threads()
     try:
-        if threads > 1 and _one_is_faster(threads):
-            print(f"The cores are busy with other work: one thread, as {threads} would wait for each other.")
-            torch.set_num_threads(1)
+        take_free_cores()
         yield
     finally:
         torch.set_num_threads(threads)

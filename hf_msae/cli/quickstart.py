@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_msae.cli import common_fields
-from hf_msae.cli.free_cores import on_free_cores
 from hf_msae.cli.parser import build_parser, parse
 
 if TYPE_CHECKING:
@@ -63,11 +62,10 @@ def run(arguments: list[str]) -> None:
     """Parse, then run one command after the other."""
     (args,) = parse(build_parser("quickstart", DESCRIPTION, (QuickstartArguments,)), arguments)
     print("Four steps on the story model that ships with the package, in two to four minutes, without a network.")
-    with on_free_cores():
-        for number, (words, asked) in enumerate(commands(args), 1):
-            command = [*asked, "--use-cpu"] if args.use_cpu else asked
-            print(f"\n{number} of 4: {words}\n$ hf-msae {shlex.join(command)}", flush=True)
-            importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:], brief=True)
+    for number, (words, asked) in enumerate(commands(args), 1):
+        command = [*asked, "--use-cpu"] if args.use_cpu else asked
+        print(f"\n{number} of 4: {words}\n$ hf-msae {shlex.join(command)}", flush=True)
+        importlib.import_module(f"hf_msae.cli.{command[0]}").run(command[1:], brief=True)
     print(next_steps(args.output_dir))
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_msae import language_models
 from hf_msae.cli.arguments import SourceArguments
+from hf_msae.cli.free_cores import take_free_cores
 from hf_msae.data import CachedActivations, Documents, as_documents, load_documents
 from hf_msae.devices import move_language_model, stays_on_cpu
 from hf_msae.errors import InputError
@@ -67,9 +68,14 @@ def load_language_model(
     return model, tokenizer
 
 
-def choose_device(use_cpu: bool) -> None:
-    """Have this process use the accelerator, if there is one; to be called before anything is loaded."""
-    PartialState(cpu=stays_on_cpu(use_cpu))
+def choose_device(use_cpu: bool, **process_group: Any) -> None:
+    """Have this process use the accelerator, if there is one, or those cores that are free.
+
+    To be called before anything is loaded. Several processes must round alike, so each takes the threads it is given.
+    """
+    state = PartialState(cpu=stays_on_cpu(use_cpu), **process_group)
+    if state.device.type == "cpu" and state.num_processes == 1:
+        take_free_cores()
 
 
 def _tensor_parallel(args: SourceArguments, config: PreTrainedConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_msae.atomic_files import atomic_file
 from hf_msae.cli import common_fields
+from hf_msae.cli.free_cores import take_free_cores
 from hf_msae.cli.parser import build_parser, parse
 from hf_msae.research.toys.arguments import SHUFFLED, UNTRAINED, ToyArguments
 
@@ -59,6 +60,7 @@ def run(arguments: list[str]) -> None:
     from hf_msae.research.toys.experiment import run_toy, to_json
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    take_free_cores()
     args = replace(args, variants=list(dict.fromkeys(args.variants)))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

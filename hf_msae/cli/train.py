@@ -144,7 +144,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
 
     from accelerate import PartialState
 
-    from hf_msae.cli.sources import load_language_model, load_training_data
+    from hf_msae.cli.sources import choose_device, load_language_model, load_training_data
     from hf_msae.modeling import MatryoshkaSAEConfig
     from hf_msae.training import SAETrainer
     from hf_msae.training.grid import make_saes, sites_of
@@ -154,7 +154,7 @@ def run(arguments: list[str], brief: bool = False) -> None:
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # The process group: everything after it knows its device and rank.
-    PartialState(cpu=training_args.on_cpu, timeout=timedelta(seconds=training_args.ddp_timeout))
+    choose_device(training_args.use_cpu, timeout=timedelta(seconds=training_args.ddp_timeout))
     # Before anything is loaded; what comes later checks again.
     grid = sae_args.grid()
     form = {name: grid[name] for name, *_ in FORM_FIELDS if name in grid}

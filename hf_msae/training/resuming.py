@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_msae.data import differences
 from hf_msae.errors import InputError
 from hf_msae.modeling import MatryoshkaSAEConfig
@@ -121,6 +123,7 @@ def check_state(state: Any) -> None:
         raise InputError("counts steps or tokens below zero")
     if "max_tokens" not in state["arguments"] or not state["feeds"] or state["tokens_per_step"] < 1:
         raise InputError("lacks a run's length, its place in the data, or its tokens per step")
+    require_form(state.get("threads", 1), 1, "threads")
     data = state.get("data", {"train": {}, "eval": None})
     require_form(data, {"train": {}})
     if not isinstance(data.get("eval", 0), dict | None):
@@ -188,6 +191,16 @@ def check_same_run(checkpoint: Checkpoint, run: Run, configs: Mapping[Path, Matr
         raise CheckpointError(
             f"{checkpoint.path} belongs to another run ({'; '.join(changed)}). Resume with the arguments of that run, "
             "or start anew in another output directory."
+        )
+    threads = checkpoint.state.get("threads", torch.get_num_threads())
+    if run.device.type == "cpu" and threads != torch.get_num_threads():
+        logger.warning(
+            "%s was computed with %d threads, and this process has %d: what follows is the same but for rounding. "
+            "OMP_NUM_THREADS=%d gives the same bits.",
+            checkpoint.path,
+            threads,
+            torch.get_num_threads(),
+            threads,
         )
 
 

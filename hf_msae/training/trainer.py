@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -359,6 +360,7 @@ class SAETrainer:
             **self._length.to_dict(),
             "tokens": self.state.num_input_tokens_seen,
             "tokens_per_step": self.run.tokens_per_step,
+            "threads": torch.get_num_threads(),
             "arguments": self.args.to_dict(),
             "data": self._data,
             "feeds": self._loader_states(),

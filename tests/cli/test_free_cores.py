@@ -1,31 +1,51 @@
-"""Short runs take one thread where several would wait for each other, and leave the number as it was."""
+"""Commands take one thread where several would wait for each other, unless they are told how many to take."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+from patience import HANG_SECONDS
 
 from hf_msae.cli import free_cores
-from hf_msae.cli.free_cores import on_free_cores
+from hf_msae.cli.free_cores import SAID_BY, on_free_cores, take_free_cores
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of which nobody has said that there are to be two."""
+    for name in SAID_BY:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("one_is_faster", [True, False])
 def test_threads_are_those_of_free_cores_while_it_is_open(one_is_faster, monkeypatch, capsys):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        monkeypatch.setattr(free_cores, "_one_is_faster", lambda threads: one_is_faster)
-        with on_free_cores():
-            assert torch.get_num_threads() == (1 if one_is_faster else 2)
-        assert torch.get_num_threads() == 2
-        assert ("one thread, as 2 would wait" in capsys.readouterr().out) == one_is_faster
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(free_cores, "_one_is_faster", lambda threads: one_is_faster)
+    with on_free_cores():
+        assert torch.get_num_threads() == (1 if one_is_faster else 2)
+    assert torch.get_num_threads() == 2
+    said = capsys.readouterr()
+    assert ("one thread, as 2 would wait" in said.err) == one_is_faster
+    assert said.out == ""  # where a command prints JSON
+
+
+@pytest.mark.parametrize("name", SAID_BY)
+def test_a_number_that_was_asked_for_is_taken(name, monkeypatch):
+    monkeypatch.setattr(free_cores, "_one_is_faster", lambda threads: True)
+    monkeypatch.setenv(name, "2")
+    take_free_cores()
+    assert torch.get_num_threads() == 2
 
 
 def test_what_fails_in_between_leaves_the_threads_as_they_were():
-    before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="in between"):
         _fail()
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 2
 
 
 @on_free_cores()
@@ -35,10 +55,25 @@ def _fail() -> None:
 
 
 def test_trying_both_leaves_the_threads_as_they_were():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert free_cores._one_is_faster(2) in (True, False)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    assert free_cores._one_is_faster(2) in (True, False)
+    assert torch.get_num_threads() == 2
+
+
+CHOOSING = """
+from hf_msae.cli import sources
+sources.take_free_cores = lambda: print("decides")
+sources.choose_device(use_cpu=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_a_process_that_is_alone_decides_by_itself(processes, tmp_path):
+    """Sums of others would round in another way, and copies of the weights would part."""
+    program = tmp_path / "choosing.py"
+    program.write_text(CHOOSING, encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+    command = [sys.executable, *launch, program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == (["decides"] if processes == 1 else [])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from hf_msae.data import as_documents
 from hf_msae.data.hash_split import hash_value
 from hf_msae.training import CheckpointError, SAETrainingArguments
-from hf_msae.training.checkpoints import STATE_NAME
+from hf_msae.training.checkpoints import STATE_NAME, _digest
 from hf_msae.training.optimization import Length, learning_rate_factor
 from hf_msae.training.resuming import redistribute, resumed_length
 
@@ -69,6 +69,21 @@ def test_another_batch_is_refused_with_the_number_that_must_stay(trainer):
         trainer(per_device_train_batch_size=32, resume_from_checkpoint="last").train()
 
 
+@pytest.mark.parametrize("then", [None, 3])
+def test_other_threads_are_told_of(trainer, tmp_path, caplog, then):
+    """They round in another way, so bits differ; a checkpoint of before threads were written says nothing."""
+    trainer().train()
+    name = tmp_path / "run" / "checkpoint-8" / STATE_NAME
+    state = {key: value for key, value in json.loads(name.read_text()).items() if key != "digest"}
+    threads = state.pop("threads")
+    assert threads == torch.get_num_threads()
+    state |= {} if then is None else {"threads": then}
+    name.write_text(json.dumps(state | {"digest": _digest(state)}))
+    trainer(resume_from_checkpoint=str(name.parent)).train()
+    told = f"was computed with {then} threads, and this process has {threads}" in caplog.text
+    assert told == (then is not None)
+
+
 # The number of processes
 
 
@@ -120,8 +135,8 @@ def test_a_checkpoint_holds_what_it_always_held(trainer, tmp_path):
     folder = tmp_path / "run" / "checkpoint-2"
     state = json.loads((folder / STATE_NAME).read_text())
     assert set(state) == {
-        "step", "first_max_steps", "extensions", "tokens", "tokens_per_step", "arguments", "data", "feeds",
-        "skipped_documents", "files", "digest",
+        "step", "first_max_steps", "extensions", "tokens", "tokens_per_step", "threads", "arguments", "data",
+        "feeds", "skipped_documents", "files", "digest",
     }  # fmt: skip
     (place,) = state["feeds"]
     assert set(place) == {"epoch", "batches", "outliers"}
