@@ -209,8 +209,8 @@ def dictionary_learning(setting: Setting, first: Tensor) -> Contender:
 
 def sparsify(setting: Setting, first: Tensor) -> Contender:
     """The step inside `Trainer.fit`, which cannot be had without a language model, with its defaults and torch's Adam.
-    A plain TopK SAE: sparsify has no levels. On CUDA its forward pass is bf16 whatever `--dtype` says; on a CPU it must be
-    told that its decoder is not to be a Triton kernel.
+    A plain TopK SAE: sparsify has no levels. On CUDA its forward pass is bf16 whatever `--dtype` says; a CPU must do
+    without its decoder's Triton kernel.
     """
     if setting.device == "cpu":
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
