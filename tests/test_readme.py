@@ -498,6 +498,9 @@ def is_tested(name: str, folder: str = "tests") -> bool:
 # Why Python of a document is not executed, and what is then true of it.
 REASONS: dict[str, Callable[[str], bool]] = {
     "it needs the Hub": lambda code: re.search(r"\"[\w-]+/[\w.-]+\"", code) is not None,
+    "it needs the Hub and a GPU": lambda code: (
+        "get_kernel(" in code and 'device="cuda"' in code and all(map(is_tested, re.findall(r"sae_ops\.(\w+)", code)))
+    ),
     "it needs several processes": lambda code: "shard_latents" in code,
     "it needs a server": lambda code: (
         "http://127.0.0.1" in code
@@ -512,7 +515,8 @@ def test_python_runs_or_says_why_not(document: str, block: Block) -> None:
     assert block.runs or block.reason in REASONS, "mark it `<!-- runs -->` or `<!-- not run: REASON -->`"
     if block.reason:
         assert REASONS[block.reason](block.code)
-        assert names_of_hf_msae(block.code) or block.reason == "it needs a server"
+        without_hf_msae = ("it needs a server", "it needs the Hub and a GPU")
+        assert names_of_hf_msae(block.code) or block.reason in without_hf_msae
 
 
 HUB_NAME = re.compile(r"[A-Za-z][\w-]*/[\w.-]+")
