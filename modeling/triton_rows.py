@@ -22,8 +22,8 @@ is done while it is in registers.
 - `adam_rows` is projection, clipping, Adam and normalisation of decoder rows: seven rows of memory in place of
   fourteen.
 
-Nothing is added atomically: the same input gives the same bits on every run. All is float32. Shapes: B tokens,
-G levels, R rows, d = hidden_size.
+Nothing is added atomically: the same input gives the same bits on every run. Arithmetic is float32 whatever the input.
+Shapes: B tokens, G levels, R rows, d = hidden_size.
 """
 
 import torch
@@ -185,12 +185,12 @@ def _level_errors(squares, parts, x, base, base_stride, num_groups, hidden_size,
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < hidden_size
-    level = tl.load(base + token * base_stride + column, mask=inside, other=0)
-    level -= tl.load(x + token * hidden_size + column, mask=inside, other=0)
+    level = tl.load(base + token * base_stride + column, mask=inside, other=0).to(tl.float32)
+    level -= tl.load(x + token * hidden_size + column, mask=inside, other=0).to(tl.float32)
     out = squares + (token * tl.num_programs(1) + tl.program_id(1)) * num_groups
     for group in range(0, num_groups):
         place = parts + (token * num_groups + group) * hidden_size + column
-        level += tl.load(place, mask=inside, other=0)
+        level += tl.load(place, mask=inside, other=0).to(tl.float32)
         tl.store(place, level, mask=inside)
         tl.store(out + group, tl.sum(level * level))
 
@@ -204,7 +204,7 @@ def _level_gradients(grads, excess, scales, running, num_groups, hidden_size, CO
     for after in range(0, num_groups):
         group = num_groups - 1 - after
         place = (token * num_groups + group) * hidden_size + column
-        own = tl.load(scales + group) * tl.load(excess + place, mask=inside, other=0)
+        own = tl.load(scales + group).to(tl.float32) * tl.load(excess + place, mask=inside, other=0).to(tl.float32)
         total = tl.where(running, total + own, own)
         tl.store(grads + place, total, mask=inside)
 
@@ -214,8 +214,8 @@ def _row_products(squares, products, gradient, rows, hidden_size, BLOCK: tl.cons
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden_size
-    mine = tl.load(gradient + row * hidden_size + column, mask=inside, other=0)
-    other = tl.load(rows + row * hidden_size + column, mask=inside, other=0)
+    mine = tl.load(gradient + row * hidden_size + column, mask=inside, other=0).to(tl.float32)
+    other = tl.load(rows + row * hidden_size + column, mask=inside, other=0).to(tl.float32)
     tl.store(squares + row, tl.sum(mine * mine))
     tl.store(products + row, tl.sum(mine * other))
 
@@ -240,12 +240,12 @@ def _adam_rows(
     column = tl.arange(0, BLOCK)
     inside = column < hidden_size
     place = row * hidden_size + column
-    old = tl.load(rows + place, mask=inside, other=0)
-    slope = tl.load(gradient + place, mask=inside, other=0)
+    old = tl.load(rows + place, mask=inside, other=0).to(tl.float32)
+    slope = tl.load(gradient + place, mask=inside, other=0).to(tl.float32)
     slope = (slope - tl.load(radial + row) * old) / tl.load(divisor)
-    first = tl.load(average + place, mask=inside, other=0)
+    first = tl.load(average + place, mask=inside, other=0).to(tl.float32)
     first += (1 - beta1) * (slope - first)
-    second = tl.load(square + place, mask=inside, other=0)
+    second = tl.load(square + place, mask=inside, other=0).to(tl.float32)
     second = beta2 * second + (1 - beta2) * slope * slope
     tl.store(average + place, first, mask=inside)
     tl.store(square + place, second, mask=inside)

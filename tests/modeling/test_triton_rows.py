@@ -75,6 +75,17 @@ def test_products(rows: ModuleType, width: int) -> None:
     assert_close(products, (gradient.double() * table.double()).sum(1))
 
 
+def test_bfloat16_is_summed_in_float32(rows: ModuleType) -> None:
+    gradient, table, x = (random(9, 300, seed=seed).bfloat16() for seed in range(3))
+    squares, products = rows.row_products(gradient, table)
+    assert_close(squares, gradient.double().square().sum(1))
+    assert_close(products, (gradient.double() * table.double()).sum(1))
+    parts, base = gradient.view(3, 3, 300).clone(), x[3]
+    excess = parts.double().cumsum(1) + (base.double() - x[:3].double())[:, None]
+    assert_close(rows.level_errors(parts, x[:3], base), excess.square().sum((0, 2)))
+    torch.testing.assert_close(parts, excess.bfloat16())
+
+
 @pytest.mark.parametrize("width", [2, 5, 600])
 def test_steps_of_adam(rows: ModuleType, width: int) -> None:
     """Four steps with other rates, clipped and not, are those of projection, `torch.optim.Adam` and normalisation."""
