@@ -129,8 +129,10 @@ def adam_rows(
         return
     block, warps = _whole_row(hidden_size)
     tensors = (rows, gradient, average, square, radial, divisor, corrections)
+    # What comes to an average is subtracted here, in float64: of 1 - 0.999, float32 keeps five digits.
+    rates = (lr, 1 - betas[0], betas[1], 1 - betas[1], eps)
     with torch.cuda.device_of(rows):
-        _adam_rows[(num_rows,)](*tensors, lr, *betas, eps, hidden_size, block, **{**OPTIONS, "num_warps": warps})
+        _adam_rows[(num_rows,)](*tensors, *rates, hidden_size, block, **{**OPTIONS, "num_warps": warps})
 
 
 def check_kernels(device: torch.device) -> None:
@@ -220,7 +222,7 @@ def _row_products(squares, products, gradient, rows, hidden_size, BLOCK: tl.cons
     tl.store(products + row, tl.sum(mine * other))
 
 
-@triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps"])
+@triton.jit(do_not_specialize=["lr", "fresh1", "beta2", "fresh2", "eps"])
 def _adam_rows(
     rows,
     gradient,
@@ -230,8 +232,9 @@ def _adam_rows(
     divisor,
     corrections,
     lr,
-    beta1,
+    fresh1,
     beta2,
+    fresh2,
     eps,
     hidden_size,
     BLOCK: tl.constexpr,
@@ -244,9 +247,9 @@ def _adam_rows(
     slope = tl.load(gradient + place, mask=inside, other=0).to(tl.float32)
     slope = (slope - tl.load(radial + row) * old) / tl.load(divisor)
     first = tl.load(average + place, mask=inside, other=0).to(tl.float32)
-    first += (1 - beta1) * (slope - first)
+    first += fresh1 * (slope - first)
     second = tl.load(square + place, mask=inside, other=0).to(tl.float32)
-    second = beta2 * second + (1 - beta2) * slope * slope
+    second = beta2 * second + fresh2 * slope * slope
     tl.store(average + place, first, mask=inside)
     tl.store(square + place, second, mask=inside)
     size = lr / tl.load(corrections)

@@ -89,7 +89,7 @@ def test_bfloat16_is_summed_in_float32(rows: ModuleType) -> None:
 @pytest.mark.parametrize("width", [2, 5, 600])
 def test_steps_of_adam(rows: ModuleType, width: int) -> None:
     """Four steps with other rates, clipped and not, are those of projection, `torch.optim.Adam` and normalisation."""
-    table, betas, eps = unit(random(7, width, seed=0)), (0.9, 0.99), 1e-6
+    table, betas, eps = unit(random(7, width, seed=0)), (0.9, 0.9999), 1e-6
     exact = torch.nn.Parameter(table.double())
     adam = torch.optim.Adam([exact], betas=betas, eps=eps)
     average, square = torch.zeros_like(table), torch.zeros_like(table)
@@ -114,8 +114,9 @@ def test_steps_of_adam(rows: ModuleType, width: int) -> None:
         adam.step()
         exact.data = unit(exact.data)
         state = adam.state[exact]
-        for found, expected in ((table, exact.data), (average, state["exp_avg"]), (square, state["exp_avg_sq"])):
+        for found, expected in ((table, exact.data), (average, state["exp_avg"])):
             assert_close(found, expected)
+        torch.testing.assert_close(square.double(), state["exp_avg_sq"], rtol=5e-5, atol=1e-12)
 
 
 def test_it_is_checked_before_it_is_used(rows: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +142,7 @@ KERNELS = {
     "_level_errors": (["*fp32"] * 4 + ["i32"] * 3, {"num_groups"}),
     "_level_gradients": (["*fp32"] * 3 + ["i1", "i32", "i32"], {"running", "num_groups"}),
     "_row_products": (["*fp32"] * 4 + ["i32"], set()),
-    "_adam_rows": (["*fp32"] * 7 + ["fp32"] * 4 + ["i32"], {"lr", "beta1", "beta2", "eps"}),
+    "_adam_rows": (["*fp32"] * 7 + ["fp32"] * 5 + ["i32"], {"lr", "fresh1", "beta2", "fresh2", "eps"}),
 }
 
 
