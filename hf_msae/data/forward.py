@@ -16,6 +16,7 @@ from hf_msae.errors import InputError
 from hf_msae.modeling.devices import sent
 from hf_msae.outliers import NORM_OUTLIER_MULTIPLE, NORM_TOKENS, activation_norms, check_multiple, norm_limit_of
 from hf_msae.sites import Site, capture
+from hf_msae.sites.padding import known_padding
 
 # A site, or its name.
 Place = TypeVar("Place", Site, Site | str)
@@ -109,7 +110,8 @@ def capture_counted(
     inputs = {"input_ids": sent(batch["input_ids"], device)}
     if batch["attention_mask"] is not None:
         inputs["attention_mask"] = sent(batch["attention_mask"], device)
-    captured = capture(model, activation_sites(sites), **inputs)
+    with known_padding(batch["attention_mask"] is not None):
+        captured = capture(model, activation_sites(sites), **inputs)
     found = {site: x.flatten(0, 1)[sent(rows, x.device)] for site, x in captured.items()}
     if TOKEN_IDS in sites:
         found[TOKEN_IDS] = sent(batch["input_ids"].flatten()[rows], device)

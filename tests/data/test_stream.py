@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_cuda import DEVICE, pretended_cuda
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
@@ -299,3 +300,23 @@ def test_a_real_model_gives_each_word_of_the_stories(stories260k, shared_data):
         kept.append(hidden[0, window.keep])
     torch.testing.assert_close(in_order(given_out), in_order(torch.cat(kept)), rtol=0, atol=1e-6)
     assert len(given_out) > 3000
+
+
+@pytest.mark.slow  # all operations pass through Python
+@pytest.mark.parametrize("pack", [True, False])
+def test_passes_are_asked_for_ahead_without_waiting(make_stream, lm, pack):
+    """A GPU is waited for where a block begins, to see whether its activations are finite, and for single windows."""
+    with pretended_cuda() as gpu:
+        stream = make_stream(copy.deepcopy(lm).to(DEVICE), pack=pack, batch_size=8, lm_batch_size=3)
+        next(stream)
+        sizes = []
+        for _ in range(40):
+            gpu.clear()
+            block, ahead = stream._current, stream._next
+            done = 0 if ahead is None else ahead.done
+            next(stream)
+            if stream._current is block:
+                asked = stream._next.passes[done : stream._next.done]
+                sizes += map(len, asked)
+                assert len(gpu.syncs) == sum(len(windows) == 1 for windows in asked), list(map(str, gpu.syncs))
+        assert sizes.count(3) >= 5
