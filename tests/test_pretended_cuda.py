@@ -87,6 +87,7 @@ def test_numbers_of_the_cpu_travel_with_the_launch(device: PretendedCuda) -> Non
         (lambda x: x.masked_select(x > 0), "masked_select"),
         (lambda x: x.index_put_((x > 0,), x[:2] + 1), "index_put_"),
         (lambda x: x.repeat_interleave(x.long()), "repeat_interleave"),
+        (lambda x: torch.isin(x, torch.arange(20, device=DEVICE)), "isin"),
         (lambda x: x.tolist(), "copy_"),
         (lambda x: x.cpu(), "copy_"),
         (lambda x: x.to("cpu"), "copy_"),
@@ -114,6 +115,7 @@ def test_what_does_not_wait_is_not_recorded(device: PretendedCuda) -> None:
     x[rows[1:].to(DEVICE, non_blocking=True)] = 0.0
     x.to("cpu", non_blocking=True)
     x.repeat_interleave(torch.ones_like(x).long(), output_size=6)
+    torch.isin(x, x[:5])
     x.topk(2).values.sort().values.cumsum(0).double().to(torch.bfloat16).new_full((2,), 3)
     assert device.syncs == []
     assert device.operations["aten.topk"] == 1

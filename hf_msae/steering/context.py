@@ -144,8 +144,13 @@ def steer_direction(
     if units not in ("absolute", "norm"):
         raise SteeringError(f"a direction has no latent, so units must be 'absolute' or 'norm', got {units!r}.")
 
+    vector = direction.vector
+
     def delta(x: Tensor, tracker: TokenTracker) -> Tensor:
-        shift = strength * direction.vector.to(x)
+        nonlocal vector
+        if (vector.device, vector.dtype) != (x.device, x.dtype):
+            vector = direction.vector.to(x.device, x.dtype)  # kept, so that no later token waits for it
+        shift = strength * vector
         shifts = shift * x.norm(dim=-1, keepdim=True) if units == "norm" else shift.expand_as(x)
         return torch.where(within_limit(x, norm_limit).unsqueeze(-1), shifts, 0) if norm_limit else shifts
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hf_msae.modeling.devices import sent
 from hf_msae.sites.layouts import call_arguments
 from hf_msae.steering.gates import SteeringError
 from hf_msae.steering.generation import Request
@@ -106,6 +107,8 @@ class TokenTracker:
     special_ids: Tensor
     follows_texts: bool = False
     _per_thread: threading.local = field(default_factory=threading.local)
+    # The special ids on each device that asked, so that a GPU gets them once and not with every token.
+    _special_on: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def on_generate(self, request: Request) -> Iterator[None]:
@@ -131,7 +134,7 @@ class TokenTracker:
         call = _read_call(given, num_seen=self._per_thread.__dict__.get("num_columns", 0))
         allowed = self._real_by_request(call) if call.real is None else call.real
         if input_ids is not None:
-            allowed = allowed & ~torch.isin(input_ids, self.special_ids.to(input_ids.device))
+            allowed = allowed & ~self._is_special(input_ids)
         self._per_thread.allowed, self._per_thread.past = allowed, call.past
         self._per_thread.steered = allowed & self._selected(call)
         self._per_thread.num_columns, self._per_thread.input_ids = call.num_columns, input_ids
@@ -177,6 +180,13 @@ class TokenTracker:
         whole = torch.cat([before[:, :past], fired], dim=1)
         text.happened[asked_by] = whole
         return ((whole.cumsum(1) - whole.long()) > 0)[:, past:]
+
+    def _is_special(self, input_ids: Tensor) -> Tensor:
+        """Which tokens are special, bool (batch, time). `torch.isin` sorts by sizes for which it waits on a GPU."""
+        device = input_ids.device
+        if device not in self._special_on:
+            self._special_on[device] = sent(self.special_ids, device)
+        return (input_ids.unsqueeze(-1) == self._special_on[device]).any(-1)
 
     def _real_by_request(self, call: _Call) -> Tensor:
         """Which tokens (batch, time) are no padding by what `generate` was given; all of them outside of it."""

@@ -16,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_msae.modeling.devices import sent
+
 
 class GumbelNoise(LogitsProcessor):
     """Adds noise to log-probabilities (batch, vocabulary), so that greedy search samples. Serves one `generate`.
@@ -33,7 +35,7 @@ class GumbelNoise(LogitsProcessor):
             self.generators.append(torch.Generator().manual_seed(self.seed + row))
         # Drawn on the CPU, so that a seed means the same on every device. Above 0 everywhere, as a logarithm needs.
         uniform = torch.stack([torch.rand(scores.shape[1], generator=row) for row in self.generators[: len(scores)]])
-        uniform = uniform.clamp_min(torch.finfo(torch.float32).tiny).to(scores.device)
+        uniform = sent(uniform.clamp_min(torch.finfo(torch.float32).tiny), scores.device)
         return scores.float().log_softmax(-1) - (-uniform.log()).log()
 
 

@@ -242,6 +242,9 @@ class PretendedCuda(TorchDispatchMode):
             fills = packet is not aten.index and not isinstance(args[2], PretendedTensor) and args[2].numel() == 1
             masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
             return (masks and not fills) or any(not isinstance(index, PretendedTensor) for index in indices)
+        if packet is aten.isin and all(isinstance(given, Tensor) for given in args[:2]):
+            # A few are compared with all; more are sorted with them, each once, and how many those are must be known.
+            return args[1].numel() >= int(10 * args[0].numel() ** 0.145)
         # Without `output_size` the number of rows must be known first.
         return packet is aten.repeat_interleave and kwargs.get("output_size") is None
 
