@@ -44,7 +44,8 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
     Ctrl-C) leaves the state of the batch before it.
 
     Attributes:
-        num_tokens: rows handed out so far, those before a resume included.
+        part: which rows of each batch are read and given; all, unless processes share a batch and each takes its own.
+        num_tokens: rows handed out so far, those before a resume and in others' parts included.
         num_dropped: rows at the end of the data that did not fill a batch.
         num_filtered: tokens left out as outliers.
     """
@@ -53,6 +54,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+        self.part = range(batch_size)
         self.num_tokens = 0
         self.num_dropped = 0
         self.num_filtered = 0
@@ -83,7 +85,10 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
         while missing:
             rows = self._order[self._position : self._position + missing]
             if len(rows):
-                parts.append({site: block[sent(rows, block.device)] for site, block in self._block.items()})
+                given = self.batch_size - missing
+                own = rows[max(0, self.part.start - given) : max(0, self.part.stop - given)]
+                if len(own):
+                    parts.append({site: block[sent(own, block.device)] for site, block in self._block.items()})
                 self._position += len(rows)
                 missing -= len(rows)
             elif not self._next_block():

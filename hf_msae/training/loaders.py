@@ -161,9 +161,6 @@ class ActivationLoader(ABC):
             )
             self._batches = None
             batch = next(self._current())
-        if self.sliced and self.num_processes > 1:
-            own = slice(self.rank * self.args.tokens_per_process, (self.rank + 1) * self.args.tokens_per_process)
-            batch = {site: rows[own] for site, rows in batch.items()}
         # Once for all learners of a site, without waiting; what a language model gives is on its device already.
         batch = {site: sent(rows, self.device) if rows.device.type == "cpu" else rows for site, rows in batch.items()}
         for site, rows in batch.items():
@@ -188,6 +185,9 @@ class ActivationLoader(ABC):
         if self._batches is None:
             # The multiplier keeps the passes of neighbouring seeds apart.
             self._batches = self._open(self.args.seed * 1_000_003 + self.epoch)
+            if self.sliced:
+                size = self.args.tokens_per_process
+                self._batches.part = range(self.rank * size, (self.rank + 1) * size)
         return self._batches
 
     def count_steps(self) -> int:
@@ -296,8 +296,8 @@ class CacheLoader(ActivationLoader):
     """Activations that `cache_activations` wrote, but for the first rows.
 
     The order of tokens is that of one process: each takes its slice of every step's batch. So a run is the same
-    whatever the number of processes, and may go on with another. The price is that every process reads, and holds,
-    each shard as a whole.
+    whatever the number of processes, and may go on with another. Shards are memory-mapped, so a process reads little
+    more of them than its own rows.
 
     Args:
         run: The run.

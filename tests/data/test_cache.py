@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_msae.data import (
     ActivationStream,
@@ -128,6 +129,42 @@ def test_ranks_share_the_rows_evenly(cached, world_size):
     shards = [load_file(path)[str(LAYER)] for path in sorted(cached.glob("*.safetensors"))]
     shared_out = torch.cat([shard[: len(shard) // world_size * world_size] for shard in shards])
     assert as_multiset(torch.cat(parts)) == as_multiset(shared_out)
+
+
+class GatheredRows(TorchDispatchMode):
+    """How many rows were taken out of activations, of both sites together."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.index and found.ndim == 2:
+            self.count += len(found)
+        return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 7, 48, 64]), st.integers(0, 6))
+def test_processes_that_share_a_batch_read_their_own_rows_alone(cached, num_processes, size, stop):
+    """Together they have the batches of one process, also where a batch is cut across shards, or a run goes on."""
+    whole = CachedActivations(cached, batch_size=num_processes * size)
+    seen = [batch for _, batch in zip(range(stop), whole, strict=False)]
+    parts = []
+    for rank in range(num_processes):
+        own = CachedActivations(cached, batch_size=num_processes * size)
+        own.part = range(rank * size, (rank + 1) * size)
+        own.load_state_dict(whole.state_dict())
+        with GatheredRows() as gathered:
+            parts.append(list(own))
+        # Those at the end, which fill no batch, are seen too late to be left alone.
+        assert gathered.count <= 2 * (len(parts[-1]) + 1) * size
+        assert own.num_tokens + own.num_dropped == own.num_available
+    expected = list(whole)
+    assert len(seen) + len(expected) == whole.num_available // whole.batch_size
+    assert [len(part) for part in parts] == [len(expected)] * num_processes
+    for batch, *pieces in zip(expected, *parts, strict=True):
+        for site in (LAYER, MLP):
+            assert torch.equal(torch.cat([piece[site] for piece in pieces]), batch[site])
 
 
 @settings(max_examples=25, deadline=None)

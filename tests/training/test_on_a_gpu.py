@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf_msae.modeling import devices, objective, sparse_encoder
 from pretended_cuda import DEVICE, PretendedCuda, interpreted_kernels, pretended_cuda
+from torch import Tensor
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import as_documents, make_activation_cache
@@ -167,6 +168,30 @@ def test_cached_activations_arrive_once_and_without_waiting(gpu, lm, tokenizer, 
     assert (x.device, tuple(x.shape)) == (DEVICE, (96, 16))
     assert gpu.syncs == [], [str(event) for event in gpu.syncs]
     assert gpu.operations["aten._to_copy"] == 2  # the rows, and some of them in float64 for what they are like
+
+
+def test_of_a_cache_a_process_copies_its_own_rows(gpu, lm, tokenizer, texts, tmp_path, monkeypatch) -> None:
+    """Three processes take, together, the batches that one takes alone."""
+    sizes = {"context_length": 32, "batch_size": 64, "eval_tokens": 200, "calibration_tokens": 100}
+    cache = make_activation_cache(lm, tokenizer, ["layers.0"], texts, tmp_path / "cache", max_tokens=600, **sizes)
+    gathered: list[int] = []
+    take = Tensor.__getitem__
+
+    def noting(x: Tensor, places) -> Tensor:
+        gathered.append(len(places) if isinstance(places, Tensor) else 0)
+        return take(x, places)
+
+    monkeypatch.setattr(Tensor, "__getitem__", noting)
+    found = {}
+    for rank, num_processes in [(0, 1), (0, 3), (1, 3), (2, 3)]:
+        run = Run(SAETrainingArguments(per_device_train_batch_size=96 // num_processes, use_cpu=True))
+        run.device, run.rank, run.num_processes = DEVICE, rank, num_processes
+        loader = CacheLoader(run, cache, cache.sites, skip_rows=0)
+        gathered.clear()
+        found[rank, num_processes] = [batch.cpu() for _ in range(9) for batch in next(loader).values()]
+        assert sum(gathered) == 9 * 96 // num_processes
+    for whole, *parts in zip(*found.values(), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter (see tests/modeling/test_triton_ops.py)")
