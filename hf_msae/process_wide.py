@@ -1,9 +1,9 @@
 """Settings that torch, transformers, datasets and Python keep once for the whole process, though threads share it.
 
-Each is held through here and nowhere else, so that two threads give what each gives alone. Those that any number of
-threads may want at once are counted: the first one in sets them and the last one out puts back what was there, in
-whatever order they leave. Forward-mode differentiation and the making of models have one place only, so there they
-wait for one another.
+Each is held through here, or by a `SharedSetting` beside what it sets, so that two threads give what each gives alone.
+Those that any number of threads may want at once are counted: the first one in sets them and the last one out puts
+back what was there, in whatever order they leave. Forward-mode differentiation and the making of models have one place
+only, so there they wait for one another.
 """
 
 import threading

@@ -12,7 +12,9 @@ run repeats at most one block of forward passes before it continues bit for bit.
 
 On CUDA the next block is harvested while this one is used: between two batches a few forward passes are launched on a
 CUDA stream of their own, so that the device always has work and never waits for the next block. (No thread: hooks on
-the model would otherwise meet whatever else runs it.) That takes the memory of two blocks, and changes no batch.
+the model would otherwise meet whatever else runs it.) That takes the memory of two blocks, and changes no batch. A
+model that several processes run together has sums of its own, which on a stream of their own would meet those of the
+training in another order on each device, and might wait for each other for ever; so it shares the training's stream.
 """
 
 import copy
@@ -204,7 +206,8 @@ class ActivationStream(BatchIterator):
         self.norm_limits = {site: limit for site, limit in (norm_limits or {}).items() if limit}
         self.pad_id = pad_id
         self.ahead = model.device.type == "cuda" if ahead is None else ahead
-        self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" and self.ahead else None
+        apart = model.device.type == "cuda" and self.ahead and (model.tp_size or 1) == 1
+        self._side = torch.cuda.Stream(model.device) if apart else None
         # Buffers of blocks that are used up, to be filled again.
         self._buffers: list[dict[Site, Tensor]] = []
         self._reader: Iterator[Window] | None = None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -320,3 +321,22 @@ def test_passes_are_asked_for_ahead_without_waiting(make_stream, lm, pack):
                 sizes += map(len, asked)
                 assert len(gpu.syncs) == sum(len(windows) == 1 for windows in asked), list(map(str, gpu.syncs))
         assert sizes.count(3) >= 5
+
+
+@pytest.mark.slow  # all operations pass through Python
+@pytest.mark.parametrize("num_parts", [None, 1, 2])
+def test_a_model_that_processes_run_together_shares_the_stream_of_the_training(
+    make_stream, lm, monkeypatch, num_parts
+):
+    """On a stream of its own its sums and those of the training would be in another order on each device."""
+    entered = []
+    with pretended_cuda():
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+        model = copy.deepcopy(lm).to(DEVICE)
+        monkeypatch.setattr(model, "_tp_size", num_parts)
+        stream = make_stream(model)
+        there = [next(stream)[LAYER].cpu() for _ in range(9)]
+        assert stream.ahead
+    assert bool(entered) == (num_parts != 2)
+    here = make_stream()
+    assert torch.equal(torch.cat(there), torch.cat([next(here)[LAYER] for _ in range(9)]))
