@@ -23,6 +23,8 @@ whatever the number of values. Both serve one selection over a whole batch (a ro
 themselves are the trainer's business (`hf_msae.training.collectives`), so that these files need none.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,10 @@ class ProcessGroup:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, of the same shape."""
         return tensor
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a contiguous tensor by the sum over the processes, and give what waits for it."""
+        return lambda: None
 
     def minimum(self, tensor: Tensor) -> Tensor:
         """The smallest over the processes, of the same shape."""

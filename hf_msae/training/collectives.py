@@ -7,6 +7,7 @@ does not know by what it travels: gloo on the CPU, NCCL on GPUs.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -53,6 +54,11 @@ class TorchProcessGroup(ProcessGroup):
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, of the same shape; `tensor` may be overwritten."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a contiguous tensor by the sum over the processes, and give what waits for it."""
+        self._count("reduce", tensor)
+        return dist.all_reduce(tensor, async_op=True).wait
 
     def minimum(self, tensor: Tensor) -> Tensor:
         """The smallest over the processes, of the same shape; `tensor` may be overwritten."""
@@ -121,26 +127,55 @@ def _rows_per_piece(rows: Tensor) -> int:
     return max(1, PIECE_BYTES // max(1, rows[:1].numel() * rows.element_size()))
 
 
-@torch.no_grad()
-def sum_gradients(parameters: Iterable[Tensor], ranks: ProcessGroup) -> None:
-    """Replace each gradient by the sum over the processes: large ones where they lie, small ones in one message.
+class GradientSums:
+    """Replaces each gradient of a step by the sum over the processes: large ones where they lie, small ones packed.
+
+    A step's last backward pass may begin with them: a large gradient then travels as soon as it is whole, while those
+    behind it are computed. The decoder's is whole before the encoder's is begun, on every path of the loss, so that
+    all processes send them in the same order.
 
     Args:
-        parameters: Those that have gradients, in the same order in every process.
+        parameters: Those that will have gradients, in the same order in every process.
         ranks: The processes.
     """
-    small: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            raise RuntimeError("sum_gradients needs every parameter's gradient: call backward() first.")
-        if parameter.grad.numel() < PACK:
-            small.append(parameter.grad)
-        else:
-            ranks.sum(parameter.grad)
-    if small:
-        packed = ranks.sum(torch.cat([gradient.flatten() for gradient in small]))
-        for gradient, part in zip(small, packed.split([gradient.numel() for gradient in small]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+
+    def __init__(self, parameters: Iterable[Tensor], ranks: ProcessGroup) -> None:
+        self.parameters, self.ranks = list(parameters), ranks
+        self._begun: dict[Tensor, Callable[[], None]] = {}
+
+    @contextmanager
+    def begun_early(self) -> Iterator[None]:
+        """Within it is the backward pass after which no gradient changes."""
+        with ExitStack() as stack:
+            for parameter in self.parameters if self.ranks.size > 1 else ():
+                if parameter.numel() >= PACK:
+                    stack.callback(parameter.register_post_accumulate_grad_hook(self._begin).remove)
+            yield
+
+    def _begin(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._begun[parameter] = self.ranks.begin_sum(parameter.grad)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Sum those that are not begun, and wait for all; nothing in a process by itself."""
+        if self.ranks.size == 1:
+            return
+        small: list[Tensor] = []
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                raise RuntimeError("GradientSums.finish needs every parameter's gradient: call backward() first.")
+            if parameter.grad.numel() < PACK:
+                small.append(parameter.grad)
+            elif parameter not in self._begun:
+                self._begin(parameter)
+        if small:
+            packed = self.ranks.sum(torch.cat([gradient.flatten() for gradient in small]))
+            for gradient, part in zip(small, packed.split([gradient.numel() for gradient in small]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        for wait in self._begun.values():
+            wait()
+        self._begun.clear()
 
 
 Job = Callable[[Path | None], None]

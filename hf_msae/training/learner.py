@@ -12,6 +12,7 @@ site.
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hf_msae.modeling.selection import SINGLE_PROCESS
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.modeling.untrusted import PER_LATENT
 from hf_msae.sites import Site
-from hf_msae.training.collectives import sum_gradients
+from hf_msae.training.collectives import GradientSums
 from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.initial_weights import InputScale, draw_token_vectors, draw_weights, sum_moments
 from hf_msae.training.micro_batches import SAEBatch, batch_contexts
@@ -277,24 +278,25 @@ class Learner:
         parts = batch.split(-(-len(batch) // self.args.gradient_accumulation_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             contexts = batch_contexts(self.sae, batch, parts, options, self.data_parallel)
-        level_losses = []
-        for part, context in zip(parts, contexts, strict=True):
+        diverges = self.end_to_end is not None and counts_divergence(step, self.max_steps, self.args, self.extensions)
+        sums, level_losses = GradientSums(self.sae.parameters(), self.data_parallel), []
+        for left, part, context in zip(reversed(range(len(parts))), parts, contexts, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
                 output = self.sae(part.x, target=part.target, token_ids=part.token_ids, batch=context, **options)
             weight = len(part) / (len(batch) * self.data_parallel.size)
-            (output.loss * weight).backward()
+            with nullcontext() if left or diverges else sums.begun_early():
+                (output.loss * weight).backward()
             later = None
             if later_p is not None:
                 later = self.sae.sparsity_at(output.active, output.latents, len(part), options["variance"], later_p)
             statistics.add(output, weight, later)
             level_losses.append(weight * output.level_losses)
-        if self.end_to_end is not None and counts_divergence(step, self.max_steps, self.args, self.extensions):
+        if diverges:
             self._add_divergence(torch.stack(level_losses).sum(0), options)
         factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        if self.data_parallel.size > 1:
-            sum_gradients(self.sae.parameters(), self.data_parallel)
+        sums.finish()
         if isinstance(self.sae, ShardedSAE):
             self.sae.collect_bias_gradient()
         self.optimizer.step()

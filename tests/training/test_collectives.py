@@ -4,6 +4,8 @@ All processes execute everything once and write down what they got, because star
 """
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hf_msae.modeling.selection import SINGLE_PROCESS
+from hf_msae.modeling import sparse_encoder
+from hf_msae.modeling.selection import SINGLE_PROCESS, ProcessGroup
 from patience import A_MOMENT, HANG_SECONDS
 from warm_processes import run_together
 
+from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.training import collectives
-from hf_msae.training.collectives import MainProcessWriter, TorchProcessGroup, row_pieces, sum_gradients
+from hf_msae.training.collectives import GradientSums, MainProcessWriter, TorchProcessGroup, row_pieces
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +76,7 @@ def one_process(folder: str) -> None:
         collectives.PACK = pack
         parameters = gradients(rank)
         group.calls.clear()
-        sum_gradients(parameters, group)
+        GradientSums(parameters, group).finish()
         got[f"gradients {pack}"] = ([parameter.grad for parameter in parameters], group.calls["reduce"])
     got["written"] = write_files(group, Path(folder))
     torch.save(got, Path(folder) / f"{rank}.pt")
@@ -121,9 +125,76 @@ def test_gradients_are_summed_however_they_are_packed(got, pack, messages):
         assert sent == messages
 
 
+class TwoAlike(ProcessGroup):
+    """Two processes with the same gradients; a sum that has begun is there when it is waited for."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.begun: list[torch.Tensor] = []
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 2
+
+    def begin_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
+        self.begun.append(tensor)
+        return lambda: tensor.mul_(2)
+
+
 def test_a_gradient_that_is_missing_is_an_error():
     with pytest.raises(RuntimeError, match="call backward"):
-        sum_gradients([torch.nn.Parameter(torch.zeros(2))], SINGLE_PROCESS)
+        GradientSums([torch.nn.Parameter(torch.zeros(2))], TwoAlike()).finish()
+
+
+def test_a_process_by_itself_sums_nothing():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    sums = GradientSums([parameter], SINGLE_PROCESS)
+    with sums.begun_early():
+        parameter.sum().backward()
+    sums.finish()
+    assert parameter.grad.tolist() == [1.0] * 4
+
+
+FORMS = {
+    **{name: {"activation": name} for name in ("batch_topk", "topk", "jumprelu", "relu")},
+    "transcoder with a skip": {"hidden_size_out": 12, "skip": True},
+    "tokenized": {"lookup_size": 20},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_the_decoders_gradient_travels_before_the_encoders_is_there(form, path, num_parts, monkeypatch):
+    """On every path, with dead latents, and only in the last of several backward passes: so processes agree."""
+    monkeypatch.setattr(collectives, "PACK", 90)
+    monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0 if path == "sparse" else -1.0)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_latents": 32, "prefix_sizes": [8, 32], "k": 2}
+    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**(sizes | FORMS[form]))).train()
+    target = torch.randn(24, 12) if sae.config.is_transcoder else None
+    inputs = {"target": target, "token_ids": torch.arange(24) % 20 if sae.config.is_tokenized else None}
+    group, x = TwoAlike(), torch.randn(24, 8)
+    sums = GradientSums(sae.parameters(), group)
+    encoded: list[bool] = []
+    begin_sum = group.begin_sum
+    monkeypatch.setattr(group, "begin_sum", lambda sent: encoded.append(sae.W_enc.grad is not None) or begin_sum(sent))
+    for number in range(num_parts):
+        part = slice(number * 24 // num_parts, (number + 1) * 24 // num_parts)
+        given = {name: None if rows is None else rows[part] for name, rows in inputs.items()}
+        assert group.begun == []
+        with sums.begun_early() if number == num_parts - 1 else nullcontext():
+            sae(x[part], **given, dead_latents=torch.arange(32) % 2 == 0, variance=1.0).loss.backward()
+    names = {id(parameter.grad): name for name, parameter in sae.named_parameters()}
+    large = [name for name, parameter in sae.named_parameters() if parameter.numel() >= 90]
+    order = [names[id(gradient)] for gradient in group.begun]
+    assert order == ["W_dec", "W_enc", *(name for name in large if name not in ("W_dec", "W_enc"))]
+    assert encoded[0] == (num_parts > 1)
+    whole = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
+    sums.finish()
+    assert len(group.begun) == len(large)
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(parameter.grad, 2 * whole[name]), name
 
 
 def test_the_others_send_what_the_main_process_wants_until_it_leaves(got):
