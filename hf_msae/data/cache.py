@@ -94,13 +94,19 @@ class _CacheWriter:
         self._begin()
         with logging.tqdm(total=self.max_tokens, desc="Caching activations", unit=" tokens") as progress:
             progress.update(self.stream.num_tokens)
+            # Blocks are read as a whole before the first of their tokens is written.
+            self.stream.on_read = lambda done, _: progress.update(self._ahead_of(progress.n, done))
             while batches := self._next_batches():
                 self._write_shard(batches)
-                progress.update(len(batches) * self.stream.batch_size)
+                progress.update(self._ahead_of(progress.n, 0))
         index = {"format": FORMAT, "version": VERSION, "num_tokens": self.stream.num_tokens, "shards": self.shards}
         index |= {"hidden_sizes": self.hidden_sizes, "dtypes": self.dtypes, **self._settings()}
         index |= {"num_outliers": self.stream.num_filtered}
         return self.folder.finish(index)
+
+    def _ahead_of(self, shown: int, waiting: int) -> int:
+        """Tokens that were read and are not shown yet; so many of these are still to be given out."""
+        return max(0, min(self.max_tokens, self.stream.num_tokens + waiting) - shown)
 
     def _settings(self) -> dict[str, Any]:
         """What the cache was made from; an unfinished cache is continued only where this is the same."""

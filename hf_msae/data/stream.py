@@ -20,7 +20,7 @@ training in another order on each device, and might wait for each other for ever
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -47,6 +47,8 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
 
     Attributes:
         part: which rows of each batch are read and given; all, unless processes share a batch and each takes its own.
+        on_read: called while a block is made that the next batch waits for, with how many tokens of about how many the
+            language model has read.
         num_tokens: rows handed out so far, those before a resume and in others' parts included.
         num_dropped: rows at the end of the data that did not fill a batch.
         num_filtered: tokens left out as outliers.
@@ -57,6 +59,7 @@ class BatchIterator(ABC, Iterator[dict[Site, Tensor]]):
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self.part = range(batch_size)
+        self.on_read: Callable[[int, int], None] = lambda done, total: None
         self.num_tokens = 0
         self.num_dropped = 0
         self.num_filtered = 0
@@ -287,7 +290,9 @@ class ActivationStream(BatchIterator):
         self._next = None
         if block is None:
             return False
-        self._harvest(block, passes=len(block.passes))
+        for passes in range(block.done + 1, len(block.passes) + 1):
+            self._harvest(block, passes)
+            self.on_read(min(block.rows, self.block_tokens), self.block_tokens)
         if self._current is not None:
             self._buffers.append(self._current.buffers)
         self._current = block

@@ -6,7 +6,7 @@ pass holds, and has a small state from which it continues bit for bit.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,7 @@ class ActivationLoader(ABC):
         norm_limits: The largest norm that counts at each site, 0 for none; to be set before the first batch.
         epoch: Passes over the data that have ended.
         populations: What activations were like at each site, since this process began.
+        on_read: As in `BatchIterator`.
     """
 
     description: str
@@ -141,6 +142,7 @@ class ActivationLoader(ABC):
         self.epoch = 0
         self.norm_limits: dict[Site, float | None] = {}
         self.populations: dict[Site, Population] = {}
+        self.on_read: Callable[[int, int], None] = lambda done, total: None
         self._batches: BatchIterator | None = None
         self._earlier_outliers = 0
 
@@ -185,6 +187,7 @@ class ActivationLoader(ABC):
         if self._batches is None:
             # The multiplier keeps the passes of neighbouring seeds apart.
             self._batches = self._open(self.args.seed * 1_000_003 + self.epoch)
+            self._batches.on_read = lambda done, total: self.on_read(done, total)
             if self.sliced:
                 size = self.args.tokens_per_process
                 self._batches.part = range(self.rank * size, (self.rank + 1) * size)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,10 @@ class SAETrainer:
             initial=self.state.global_step,
             desc="Training",
             unit="step",
+            miniters=0,
             disable=self.run.args.disable_tqdm,
         )
+        self.loader.on_read = partial(_show_reading, progress)
         with progress:
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 began = time.perf_counter()
@@ -258,6 +261,7 @@ class SAETrainer:
 
     def _housekeeping(self, progress: tqdm) -> None:
         step, last = self.state.global_step, self.state.global_step == self.state.max_steps
+        progress.set_description_str("Training", refresh=False)
         progress.update()
         if step % self.args.logging_steps == 0 or last or self.control.should_log:
             self._write_log(progress)
@@ -490,3 +494,9 @@ class SAETrainer:
         if self.pusher is not None:
             self.pusher.push_result()
         return measurements
+
+
+def _show_reading(progress: tqdm, done: int, total: int) -> None:
+    """Say in the bar how far the language model is with the tokens that the next step waits for."""
+    progress.set_description_str(f"Reading {done:,} of {total:,} tokens, then training", refresh=False)
+    progress.update(0)

@@ -19,6 +19,7 @@ from hf_msae.data import (
     CacheError,
     DatasetError,
     TokenWindows,
+    cache,
     cache_activations,
     forward,
     is_activation_cache,
@@ -223,6 +224,39 @@ def test_an_interrupted_cache_is_no_cache_and_is_continued(cached, make_stream, 
     assert json.loads((directory / "index.json").read_text()) == json.loads((cached / "index.json").read_text())
     for path in cached.glob("*.safetensors"):
         assert path.read_bytes() == (directory / path.name).read_bytes()
+
+
+class Bar:
+    """What is shown, as tqdm's bar has it."""
+
+    def __init__(self, total: int, **_) -> None:
+        self.total, self.n, self.shown = total, 0, [0]
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def update(self, number: int) -> None:
+        assert number >= 0
+        self.n += number
+        self.shown.append(self.n)
+
+
+@pytest.mark.parametrize("shard_tokens", [64, 1 << 20])
+def test_what_the_model_reads_is_shown_before_it_is_written(make_stream, tmp_path, monkeypatch, shard_tokens):
+    """A block may take the model minutes, in which nothing is written."""
+    bars: list[Bar] = []
+    monkeypatch.setattr(cache.logging, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    written: list[int] = []
+    save = cache.save_file
+    monkeypatch.setattr(cache, "save_file", lambda *given: written.append(bars[0].n) or save(*given))
+    cache_activations(make_stream(), tmp_path / "cache", max_tokens=320, shard_tokens=shard_tokens)
+    (bar,) = bars
+    assert bar.n == bar.total == 320
+    assert len({n for n in bar.shown if n <= written[0]}) >= 3
+    assert bar.shown == sorted(bar.shown)
 
 
 def test_the_end_of_the_data_ends_the_cache(make_stream, texts, tmp_path):

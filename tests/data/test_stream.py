@@ -205,6 +205,23 @@ def test_harvesting_ahead_spreads_a_block_over_the_batches_of_the_one_before(mak
     assert sum(counts[True]) >= sum(counts[False])
 
 
+@pytest.mark.parametrize(("ahead", "blocks_told"), [(False, 3), (True, 1)])
+def test_who_waits_for_a_block_is_told_how_far_it_is(make_stream, ahead, blocks_told):
+    """After every pass; of blocks that are made beside the batches before them nobody waits."""
+    told = []
+    made = make_stream(batch_size=10, block_tokens=100, lm_batch_size=1, ahead=ahead)
+    made.on_read = lambda done, total: told.append((done, total))
+    for _ in range(30):
+        next(made)
+    assert {total for _, total in told} == {100}
+    ends = [number for number, (done, _) in enumerate(told) if done == 100]
+    assert len(ends) == blocks_told
+    for begin, end in pairwise([-1, *ends]):
+        done = [one for one, _ in told[begin + 1 : end + 1]]
+        assert done == sorted(set(done))
+        assert len(done) >= 6  # windows of 16 tokens, some of which do not count
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_interrupted_harvest_leaves_the_state_of_the_last_batch(make_stream, monkeypatch, ahead):
     expected = list(make_stream())

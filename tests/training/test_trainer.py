@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hf_msae.training import (
     SAETrainingArguments,
     TrainingDiverged,
     TrainingInterrupted,
+    trainer,
 )
 
 pytestmark = pytest.mark.slow
@@ -141,6 +144,14 @@ def test_callbacks_find_the_latest_of_the_log_and_the_file_has_all(train, tmp_pa
     assert [entry["step"] for entry in trainer.state.log_history] == [8, 10]
     lines = (tmp_path / "log" / "training_log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10]
+
+
+def test_the_bar_tells_what_the_first_step_waits_for(train, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "tqdm", partial(trainer.tqdm, mininterval=0))  # it is drawn however fast it goes
+    train(disable_tqdm=False, lm_batch_size=1)
+    shown = capsys.readouterr().err
+    assert re.search(r"Reading [1-9]\d* of 300 tokens, then training: +0%", shown)
+    assert re.search(r"Training: +100%", shown)
 
 
 def test_a_crashed_run_resumes_to_the_same_bits(train, tmp_path):
