@@ -21,7 +21,8 @@ from hf_msae.data.forward import groups
 from hf_msae.data.windows import TokenBatch, collate
 from hf_msae.devices import device_of
 from hf_msae.outliers import within_limit
-from hf_msae.sites import Site, in_this_thread, replace
+from hf_msae.sites import Site, in_this_thread, replace, site_width
+from hf_msae.sites.replaying import Outputs, layers_before, recorded, replayed
 
 # A shift is found whose loss is that which is asked for, to within this share.
 LOSS_TOLERANCE = 0.08
@@ -47,6 +48,9 @@ class Effect:
 
 class NeutralText:
     """Some text, on which shifts are tried out.
+
+    What layers before the site make of it is kept, (windows, tokens, hidden_size) for each of them, and not computed
+    again with every shift, in all models of which that is the same to the bit.
 
     Args:
         model: in evaluation mode.
@@ -74,8 +78,15 @@ class NeutralText:
         self.batches = [collate(group, pad_id) for group in groups(windows, lm_batch_size)]
         self.num_tokens = sum(int(batch["keep"].sum()) for batch in self.batches)
         self.wanted = wanted.to(device)
+        self.earlier: list[Outputs] = []
+        self.before: list[Tensor] = []
         with torch.no_grad():
-            self.before = [self._log_probs(batch, None) for batch in self.batches]
+            for batch in self.batches:
+                with recorded(layers_before(model, site)) as outputs:
+                    self.before.append(self._log_probs(batch, None, {}))
+                self.earlier.append(outputs)
+            if not self._can_replay():
+                self.earlier = [{} for _ in self.batches]
             self.entropy = sum(-float((p.exp() * p).sum()) for p in self.before) / self.num_tokens
             self.at_rest = Effect(self._said(self.before), 0.0, 0.0)
 
@@ -87,8 +98,8 @@ class NeutralText:
             shift: (hidden_size,).
         """
         said = loss = kl = 0.0
-        for batch, before in zip(self.batches, self.before, strict=True):
-            after = self._log_probs(batch, shift)
+        for batch, before, earlier in zip(self.batches, self.before, self.earlier, strict=True):
+            after = self._log_probs(batch, shift, earlier)
             q = after.exp()
             said += float(q[:, self.wanted].sum())
             loss -= float((q * before).sum())
@@ -106,10 +117,10 @@ class NeutralText:
         """
         said = loss = 0.0
         of_said, of_loss = torch.zeros_like(shift), torch.zeros_like(shift)
-        for batch, before in zip(self.batches, self.before, strict=True):
+        for batch, before, earlier in zip(self.batches, self.before, self.earlier, strict=True):
             variable = shift.detach().clone().requires_grad_()
             with torch.enable_grad():
-                q = self._log_probs(batch, variable).exp()
+                q = self._log_probs(batch, variable, earlier).exp()
                 sums = (q[:, self.wanted].sum(), -(q * before).sum())
             (first,) = torch.autograd.grad(sums[0], variable, retain_graph=True)
             (second,) = torch.autograd.grad(sums[1], variable)
@@ -150,16 +161,24 @@ class NeutralText:
     def _said(self, log_probs: Sequence[Tensor]) -> float:
         return sum(float(part[:, self.wanted].exp().sum()) for part in log_probs) / self.num_tokens
 
+    def _can_replay(self) -> bool:
+        """Whether the model gives the same to the bit where what earlier layers gave is put in their place."""
+        nothing = torch.zeros(site_width(self.model, self.site), device=device_of(self.model))
+        try:
+            return torch.equal(self._log_probs(self.batches[0], nothing, self.earlier[0]), self.before[0])
+        except Exception:  # whatever a later layer does that misses more of an earlier one than its output
+            return False
+
     _lengths = 0.0
 
-    def _log_probs(self, batch: TokenBatch, shift: Tensor | None) -> Tensor:
+    def _log_probs(self, batch: TokenBatch, shift: Tensor | None, earlier: Outputs) -> Tensor:
         """Log-probabilities (tokens that count, vocabulary) of what follows each token that counts."""
         device = device_of(self.model)
         inputs = {"input_ids": batch["input_ids"].to(device)}
         if batch["attention_mask"] is not None:
             inputs["attention_mask"] = batch["attention_mask"].to(device)
         keep = batch["keep"].to(device)
-        with replace(self.model, {self.site: self._edit(keep, shift)}, in_this_thread()):
+        with replace(self.model, {self.site: self._edit(keep, shift)}, in_this_thread()), replayed(earlier):
             logits = self.model(**inputs, use_cache=False).logits
         return logits[keep.to(logits.device)].float().log_softmax(-1)
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_world import BIRD, FISH
 from tests_of_concepts import texts_of
+from tiny_models import build
 from transformers import BertConfig, BertModel
 
 from hf_msae import find_latents
@@ -16,8 +17,8 @@ from hf_msae.concepts import ConceptError, NeutralText, typical_scores, typical_
 from hf_msae.concepts.choosing import unit_rows
 from hf_msae.concepts.examples import halves, read_windows
 from hf_msae.concepts.reading import auroc, chance_error
-from hf_msae.data.windows import DocumentEncoder
-from hf_msae.sites import find_site
+from hf_msae.data.windows import DocumentEncoder, Window
+from hf_msae.sites import find_site, resolve_site
 from hf_msae.steering import Direction, SteeringError, load_steering, save_steering, steer_direction
 
 BIRDS, OTHERS = [0, 1, 2], [3, 4, 5, 20, 21, 22, 23, 24, 25]
@@ -88,6 +89,43 @@ def neutral(known) -> NeutralText:
     wanted = torch.tensor(known.tokenizer.convert_tokens_to_ids(["w0", "w1", "w2"]))
     site = find_site(known.model, known.sae.config)
     return NeutralText(known.model, site, windows, wanted, norm_limit=None, pad_id=0, lm_batch_size=5)
+
+
+def of_a_model(model) -> NeutralText:
+    keep = torch.ones(6, dtype=torch.bool)
+    windows = [Window(torch.tensor(ids), keep) for ids in ([1, 5, 9, 33, 8, 60], [1, 17, 3, 3, 42, 7])]
+    settings = {"norm_limit": None, "pad_id": 0, "lm_batch_size": 1}
+    return NeutralText(model, resolve_site(model, "layers.2"), windows, torch.tensor([3, 4]), **settings)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_earlier_layers_run_once_unless_later_ones_miss_them(breaks):
+    """A layer may leave something for later ones beside what it returns, which is not there when it is passed over."""
+    model, left, calls = build("llama"), [], []
+    first, _, last = model.model.layers
+
+    class Leaves(type(first)):
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            left.append(1)
+            return super().forward(*args, **kwargs)
+
+    class Takes(type(first)):
+        def forward(self, *args, **kwargs):
+            left.pop() if breaks else left.clear()
+            return super().forward(*args, **kwargs)
+
+    first.__class__, last.__class__ = Leaves, Takes
+    text = of_a_model(model)
+    assert [len(outputs) for outputs in text.earlier] == ([0, 0] if breaks else [2, 2])
+    calls.clear()
+    shift = torch.linspace(-1, 1, 32)
+    effect, (_, of_said, _) = text.effect(shift), text.gradients(shift)
+    assert len(calls) == (4 if breaks else 0)
+    text.earlier = [{}, {}]
+    assert text.effect(shift) == effect
+    assert torch.equal(text.gradients(shift)[1], of_said)
+    assert text.usual_length == pytest.approx(of_a_model(model).usual_length)
 
 
 def test_an_effect_is_that_of_steering(known, neutral):
