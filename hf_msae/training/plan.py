@@ -271,9 +271,30 @@ def _checkpoints_at_once(args: SAETrainingArguments, steps: int) -> int:
 
 
 def _held(device: torch.device) -> int:
-    """What this process holds of a device."""
+    """What this process holds of a device, with all of the weights that it has loaded.
+
+    Weights on the CPU are mapped from their files, and take memory from the first pass on that uses them.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    maps = Path("/proc/self/smaps")
+    return _resident() + (1024 * _unread_weights(maps) if maps.is_file() else 0)
+
+
+def _unread_weights(maps: Path) -> int:
+    """How much of mapped weights is not in memory yet, in kB."""
+    unread, of_weights = 0, False
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, *values = line.split(maxsplit=1)
+        if not name.endswith(":"):  # the head of a mapping, whose last word is its file
+            of_weights = line.endswith(".safetensors") or "/blobs/" in line  # as the Hub's cache names files
+        elif of_weights and name in ("Size:", "Rss:"):
+            unread += int(values[0].split()[0]) * (1 if name == "Size:" else -1)
+    return unread
+
+
+def _resident() -> int:
+    """What of this process is in memory."""
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * _number(status, "VmRSS")
@@ -288,7 +309,7 @@ def _capacity(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if not Path("/proc/meminfo").is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = 1024 * _number(Path("/proc/meminfo"), "MemAvailable") + _held(device)
+    free = 1024 * _number(Path("/proc/meminfo"), "MemAvailable") + _resident()
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's
     limited = limit.is_file() and limit.read_text(encoding="utf-8").strip() != "max"
     return min(free, int(limit.read_text(encoding="utf-8"))) if limited else free

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from patience import HANG_SECONDS
 from runs_of_processes import launch
+from safetensors.torch import load_file, save_file
 from small_runs import make_sae
+
+from hf_msae.training import plan
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +32,22 @@ def test_counts_follow_from_shapes(trainer):
     assert (plan.steps, plan.tokens) == (12, 12 * 64)
     assert plan.peak == plan.before + sum(plan.kept.values()) + max(plan.passing.values())
     assert plan.warnings() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="what is mapped is read from /proc")
+@pytest.mark.parametrize("name", ["model.safetensors", "blobs/0a1b"])
+def test_weights_count_before_they_are_read(tmp_path, name):
+    """They are mapped from their file, and are in memory once somebody looks at them."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    save_file({"weights": torch.ones(1 << 24)}, path)
+    cpu, size = torch.device("cpu"), 1 << 26
+    before = plan._held(cpu)
+    weights = load_file(path)["weights"]
+    loaded = plan._held(cpu)
+    assert weights.sum() == 1 << 24
+    assert loaded - before == pytest.approx(size, rel=0.1)
+    assert plan._held(cpu) - before == pytest.approx(size, rel=0.1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
