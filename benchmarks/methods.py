@@ -26,6 +26,7 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import vocabulary
 from hf_msae.sites import site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
+from hf_msae.training.recipes import RECIPES
 
 CONTEXT_LENGTH = 256
 Numbers = dict[str, list[dict[str, Any]]]
@@ -38,6 +39,7 @@ class Method:
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     token_lookup: bool = False
+    nested: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -50,6 +52,8 @@ METHODS: dict[str, Method] = {
     "BatchTopK, tokenized": Method(token_lookup=True),
     "TopK, tokenized": Method({"activation": "topk"}, token_lookup=True),
     "ReLU, p-annealing, aligned": Method({"activation": "relu", "p_end": 0.2, "aligned": True}),
+    "BatchTopK, not nested": Method(nested=False),
+    **{f"recipe {name}": Method(dict(shares)) for name, shares in RECIPES.items() if name != "prefixes"},
 }
 
 
@@ -84,7 +88,8 @@ def train(world: World, options: argparse.Namespace, names: Sequence[str], seed:
     shape["site"] = str(world.site)
     saes = {}
     for name in names:
-        form = METHODS[name].config | {"lookup_size": vocabulary(world.model) if METHODS[name].token_lookup else None}
+        form = {} if METHODS[name].nested else {"prefix_sizes": [options.num_latents]}
+        form |= METHODS[name].config | {"lookup_size": vocabulary(world.model) if METHODS[name].token_lookup else None}
         saes[name] = MatryoshkaSAE(MatryoshkaSAEConfig(**(shape | form)))
     settings: dict[str, Any] = {
         "output_dir": str(folder / "pass"),
@@ -122,13 +127,15 @@ def collect(world: World, options: argparse.Namespace) -> Numbers:
 
 def write_table(numbers: Numbers) -> str:
     """A row for each method, as markdown."""
-    sizes = [level["prefix"] for level in next(iter(numbers.values()))[0]["levels"]]
+    sizes = [level["prefix"] for level in max((each[0]["levels"] for each in numbers.values()), key=len)]
     header = ["method", "L0", *(f"FVE at {size:,}" for size in sizes), "CE rec. (mean)", "dead"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, measured in numbers.items():
         levels = [one["levels"] for one in measured]
         cells = [cell([level[-1]["l0"] for level in levels], 2)]
-        cells += [cell([level[index]["fve"] for level in levels], 3) for index in range(len(sizes))]
+        # What is not nested has its last level alone.
+        fves = [[level[index]["fve"] for level in levels] for index in range(len(levels[0]))]
+        cells += [""] * (len(sizes) - len(fves)) + [cell(values, 3) for values in fves]
         cells.append(cell([level[-1]["ce_recovered_mean"] for level in levels], 4))
         cells.append(cell([level[-1]["dead"] for level in levels], 3))
         lines.append(f"| {name} | {' | '.join(cells)} |")

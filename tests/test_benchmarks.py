@@ -182,12 +182,14 @@ def test_methods_are_trained_on_the_same_tokens_and_not_again(tmp_path):
     small = [f"--{name}-tokens=1000" for name in ("eval", "calibration", "ce")]
     small += ["--output-dir", str(tmp_path / "methods")]
     first, _ = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", "BatchTopK")
-    both, printed = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", "BatchTopK", "TopK")
+    methods = ("BatchTopK", "recipe reconstruction", "BatchTopK, not nested")
+    both, printed = numbers(tmp_path, "methods.py", *sizes, *small, "--methods", *methods)
     assert both["numbers"]["BatchTopK"] == first["numbers"]["BatchTopK"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     assert rows[0] == ["method", "L0", *(f"FVE at {size}" for size in (2, 4, 8, 16, 32)), "CE rec. (mean)", "dead"]
-    assert [row[0] for row in rows[2:]] == ["BatchTopK", "TopK"]
-    for row, name in zip(rows[2:], ("BatchTopK", "TopK"), strict=True):
+    assert [row[0] for row in rows[2:]] == list(methods)
+    assert rows[4][2:6] == [""] * 4
+    for row, name in zip(rows[2:], methods, strict=True):
         fve = [one["levels"][-1]["fve"] for one in both["numbers"][name]]
         assert len(set(fve)) == 2
         assert row[6].startswith(f"{sum(fve) / 2:.3f} ± ")
