@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 For each concept of a file, find a steering of a few latents of SAE (a folder or a Hub repo) as `hf-msae find` does,
 continue prompts with it and with controls at several strengths, and measure concept, fluency and instruction. The
-strength is chosen on every other prompt and reported on the rest. Writes evaluation.json and report.html."""
+strength is chosen on every other prompt and reported on the rest. Writes evaluation.json and report.html, after each
+concept; a folder that has an evaluation with these settings is gone on with."""
 
 # Words of a text that are its beginning, where prompts are taken from the dataset.
 PROMPT_WORDS = 6
@@ -79,6 +80,7 @@ def run(arguments: list[str]) -> None:
 
     from hf_msae.cli.sources import choose_device, load_language_model, load_sae, load_text
     from hf_msae.concepts import METHODS, evaluate_steering, read_concepts, write_steering_report
+    from hf_msae.concepts.steer_report import read_steering_report
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     choose_device(args.use_cpu)
@@ -88,6 +90,8 @@ def run(arguments: list[str]) -> None:
     prompts = read_prompts(args, texts)
     concepts = read_concepts(args.concepts, texts, load_scorer(args))
     model, tokenizer = load_language_model(sources)
+    title = f"Steering by {args.sae}"
+    judged = {"judge": args.judge_model, "at": args.judge_url} if args.judge_model else {}
     found = evaluate_steering(
         model,
         tokenizer,
@@ -101,10 +105,11 @@ def run(arguments: list[str]) -> None:
         temperature=args.temperature,
         chat=args.chat,
         seed=args.seed,
+        of=json.dumps({"sae": args.sae, "subfolder": args.subfolder, "model": model.name_or_path, **judged}),
+        done=None if args.output_dir is None else read_steering_report(args.output_dir),
+        on_concept=lambda so_far: args.output_dir and write_steering_report(so_far, args.output_dir, title),
         neutral_tokens=args.neutral_tokens,
     )
-    if args.output_dir is not None:
-        write_steering_report(found, args.output_dir, f"Steering by {args.sae}")
     if args.json:
         print(json.dumps(found.to_dict()))
         return

@@ -13,8 +13,11 @@ The strength of a method is the one with the largest harmonic mean on every othe
 measured on the rest.
 """
 
+import hashlib
+import json
 import logging
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -23,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from hf_msae.concepts.examples import ConceptError
 from hf_msae.concepts.finding import Found, Search, find_with_shifts
@@ -49,6 +53,8 @@ METHODS = (
 )
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
 INSTRUCTION = "Write about {concept}. "
+# Draws of concepts, with replacement, from which an interval is read.
+NUM_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ class SteeringEvaluation:
         skipped: by concept why it was left out.
         warnings: sentences.
         facts: of the run.
+        settings: what every number depends on beside the concepts.
+        keys: by concept a digest of what is known of it.
     """
 
     results: list[MethodResult]
@@ -130,6 +138,8 @@ class SteeringEvaluation:
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -159,9 +169,69 @@ class SteeringEvaluation:
             for strength, scores in sorted(points.items())
         ]
 
+    def interval(self, method: str) -> tuple[float, float] | None:
+        """Where 95% of a method's mean overall scores lie if other concepts of the kind had been drawn (bootstrap).
+
+        Args:
+            method: its name.
+
+        Returns:
+            Both ends; None for fewer than three concepts.
+        """
+        scores = [result.reported.overall for result in self.of_method(method)]
+        if len(scores) < 3:
+            return None
+        draw = random.Random(0)
+        means = sorted(fmean(draw.choices(scores, k=len(scores))) for _ in range(NUM_DRAWS))
+        return means[NUM_DRAWS // 40], means[-1 - NUM_DRAWS // 40]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SteeringEvaluation":
+        """From what JSON has.
+
+        Args:
+            values: as `to_dict` gave them.
+        """
+        results = [
+            MethodResult(
+                **one
+                | {
+                    "reported": TextScores(**one["reported"]),
+                    "curve": [(strength, TextScores(**scores)) for strength, scores in one["curve"]],
+                }
+            )
+            for one in values["results"]
+        ]
+        return cls(**{**values, "results": results})
+
+    def of_concept(self, concept: Concept) -> "SteeringEvaluation":
+        """What was found out about one concept, without facts.
+
+        Args:
+            concept: the concept.
+        """
+        name = concept.name
+        return SteeringEvaluation(
+            [result for result in self.results if result.concept == name],
+            {known: latents for known, latents in self.latents.items() if known == name},
+            {known: why for known, why in self.skipped.items() if known == name},
+            [warning for warning in self.warnings if warning.startswith(f"{name}: ")],
+        )
+
+    def add(self, other: "SteeringEvaluation") -> None:
+        """Take another's concepts in.
+
+        Args:
+            other: an evaluation of other concepts.
+        """
+        self.results.extend(other.results)
+        self.latents.update(other.latents)
+        self.skipped.update(other.skipped)
+        self.warnings.extend(other.warnings)
 
 
 def evaluate_steering(
@@ -178,6 +248,9 @@ def evaluate_steering(
     temperature: float = 1.0,
     chat: bool = False,
     seed: int = 0,
+    of: str = "",
+    done: SteeringEvaluation | None = None,
+    on_concept: Callable[[SteeringEvaluation], None] = lambda so_far: None,
     **finding: Any,
 ) -> SteeringEvaluation:
     """Find a steering for each concept, and measure what it and the controls write.
@@ -195,6 +268,9 @@ def evaluate_steering(
         temperature: of the sampling.
         chat: whether prompts are messages to a chat model.
         seed: of all that is random.
+        of: names the language model, the SAE and the judge, so that `done` is known to be of these.
+        done: an earlier evaluation. Where its settings are these, its concepts are not measured again.
+        on_concept: called after each concept with all that is known by then.
         **finding: further arguments of `find_latents`.
 
     Returns:
@@ -207,29 +283,58 @@ def evaluate_steering(
     _check(concepts, prompts, methods, strengths)
     writer = Writer(model, tokenizer, new_tokens=new_tokens, temperature=temperature, seed=seed, chat=chat)
     bench = _Bench(writer, list(prompts), strengths)
-    results: list[MethodResult] = []
-    latents: dict[str, list[int]] = {}
-    skipped: dict[str, str] = {}
-    warnings: list[str] = []
-    for concept in concepts:
-        try:
-            search = Search(words=concept.words, name=concept.name, loss=loss, seed=seed, **finding)
-            found = find_with_shifts(model, tokenizer, sae, concept.positive, concept.negative, search)
-        except ConceptError as error:
-            skipped[concept.name] = str(error)
-            logger.warning("%s is left out: %s", concept.name, error)
-            continue
-        scorer = concept.scorer or WordScorer(concept.words or [token.strip() for token in found.finding.tokens])
-        latents[concept.name] = list(found.finding.rows[0].latents)
-        warnings += [f"{concept.name}: {warning}" for warning in found.finding.warnings]
-        results += [bench.measure(concept.name, method, found, scorer) for method in methods]
-        if isinstance(scorer, JudgeScorer) and (said := scorer.check()):
-            warnings.append(said)
-    if not results:
-        raise ConceptError(f"None of the concepts could be tried: {next(iter(skipped.values()))}")
-    facts = {"concepts": len(latents), "prompts": len(prompts), "strengths": list(strengths), "loss": loss}
+    settings = {"of": of, "methods": list(methods), "strengths": list(strengths), "loss": loss, "seed": seed}
+    settings |= {"new_tokens": new_tokens, "temperature": temperature, "chat": chat, "prompts": list(prompts)}
+    settings = json.loads(json.dumps(settings | {"finding": finding}, default=str))
+    facts = {"concepts": 0, "prompts": len(prompts), "strengths": list(strengths), "loss": loss}
     facts |= {"new_tokens": new_tokens, "temperature": temperature, "loss_unsteered": bench.usual_loss, "seed": seed}
-    return SteeringEvaluation(results, latents, skipped, warnings, facts)
+    so_far = SteeringEvaluation([], {}, facts=facts, settings=settings)
+    known = done.keys if done is not None and done.settings == settings else {}
+    for concept in transformers_logging.tqdm(concepts, desc="Concepts", unit=" concept"):
+        key = _key(concept)
+        if done is not None and key is not None and known.get(concept.name) == key:
+            so_far.add(done.of_concept(concept))
+        else:
+            search = Search(words=concept.words, name=concept.name, loss=loss, seed=seed, **finding)
+            so_far.add(_measure_concept(model, tokenizer, sae, concept, search, bench, methods))
+        so_far.keys.update({} if key is None else {concept.name: key})
+        so_far.facts["concepts"] = len(so_far.latents)
+        if so_far.results:
+            on_concept(so_far)
+    if not so_far.results:
+        raise ConceptError(f"None of the concepts could be tried: {next(iter(so_far.skipped.values()))}")
+    return so_far
+
+
+def _measure_concept(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: MatryoshkaSAE,
+    concept: Concept,
+    search: Search,
+    bench: "_Bench",
+    methods: Sequence[str],
+) -> SteeringEvaluation:
+    try:
+        found = find_with_shifts(model, tokenizer, sae, concept.positive, concept.negative, search)
+    except ConceptError as error:
+        logger.warning("%s is left out: %s", concept.name, error)
+        return SteeringEvaluation([], {}, {concept.name: str(error)})
+    scorer = concept.scorer or WordScorer(concept.words or [token.strip() for token in found.finding.tokens])
+    warnings = [f"{concept.name}: {warning}" for warning in found.finding.warnings]
+    results = [bench.measure(concept.name, method, found, scorer) for method in methods]
+    if isinstance(scorer, JudgeScorer) and (said := scorer.check()):
+        warnings.append(said)
+    return SteeringEvaluation(results, {concept.name: list(found.finding.rows[0].latents)}, warnings=warnings)
+
+
+def _key(concept: Concept) -> str | None:
+    """A digest of what is known of a concept; None where its examples are no list, or a function scores it."""
+    sides, scorers = (concept.positive, concept.negative), (type(None), WordScorer, JudgeScorer)
+    if not all(isinstance(side, list) for side in sides) or not isinstance(concept.scorer, scorers):
+        return None
+    known = json.dumps([concept.name, list(concept.words), *sides], default=str)
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def _check(

@@ -33,11 +33,16 @@ def steering_tables(evaluation: SteeringEvaluation) -> list[Table]:
     note = (
         "Means over concepts, on the prompts on which no strength was chosen. Overall is the harmonic mean of "
         "concept, fluency (exp of how much the loss exceeds that of unsteered texts) and instruction (likelier behind "
-        "its own prompt than behind another). KL is the change of neutral text's next tokens. Strength 1 costs a loss "
-        f"of {evaluation.facts.get('loss', 0):g} there."
+        "its own prompt than behind another); 95% is where it would lie with other concepts of the kind. KL is the "
+        "change of neutral text's next tokens. Strength 1 costs a loss of "
+        f"{evaluation.facts.get('loss', 0):g} there."
     )
-    header = ["method", "overall", "concept", "fluency", "instruction", "loss", "KL", "strength"]
-    rows = [[method, *_cells(evaluation.of_method(method))] for method in ranked]
+    header = ["method", "overall", "95%", "concept", "fluency", "instruction", "loss", "KL", "strength"]
+    rows = []
+    for method in ranked:
+        overall, *others = _cells(evaluation.of_method(method))
+        ends = evaluation.interval(method)
+        rows.append([method, overall, "–" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}", *others])
     by_concept = [
         [name, *(_number(_overall(evaluation, name, method)) for method in ranked)] for name in evaluation.latents
     ]
@@ -121,3 +126,15 @@ def write_steering_report(evaluation: SteeringEvaluation, folder: str | Path, ti
     for name, text in contents.items():
         with atomic_file(Path(folder) / name) as draft:
             draft.write_text(text, encoding="utf-8")
+
+
+def read_steering_report(folder: str | Path) -> SteeringEvaluation | None:
+    """The evaluation in a folder; None where there is none, or one that another version or somebody else wrote.
+
+    Args:
+        folder: where `write_steering_report` may have written.
+    """
+    try:
+        return SteeringEvaluation.from_dict(json.loads((Path(folder) / JSON_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_msae.cli.main import main
+from hf_msae.concepts.steer_report import read_steering_report
 from hf_msae.worlds.stories import StoryWorld
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,14 @@ def test_a_table_and_a_report_are_made(folder, tmp_path, capsys):
     assert printed["facts"]["prompts"] == 2
     assert "Positive examples" in printed["skipped"]["zebras"]
     assert "<svg" in (tmp_path / "report" / "report.html").read_text()
+    # The same again measures nothing again, whatever else is in the folder.
+    written = (tmp_path / "report" / "evaluation.json").read_bytes()
+    assert run(folder, *short, *methods, *prompts, "--output-dir", str(tmp_path / "report"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert (tmp_path / "report" / "evaluation.json").read_bytes() == written
+    for damaged in (b"{}", b"no JSON", b'{"results": [1], "latents": {}}'):
+        (tmp_path / "report" / "evaluation.json").write_bytes(damaged)
+        assert read_steering_report(tmp_path / "report") is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import math
+import statistics
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from hf_msae.concepts import (
     JudgeScorer,
     WordScorer,
     concepts_of_words,
+    evaluating,
     read_concepts,
     write_steering_report,
 )
-from hf_msae.concepts.evaluating import NOTHING, harmonic_mean
+from hf_msae.concepts.evaluating import NOTHING, MethodResult, SteeringEvaluation, TextScores, harmonic_mean
 from hf_msae.concepts.writing import Writer
 from hf_msae.steering import Direction, steer_direction
 
@@ -39,6 +42,42 @@ def found(known, texts):
     concepts = [*concepts_of_words({"birds": BIRDS}, texts), unknown]
     given = (known.model, known.tokenizer, known.sae, concepts, PROMPTS)
     return evaluate_steering(*given, strengths=[0.5, 2.0], loss=0.3, new_tokens=12, num_candidates=6)
+
+
+def test_an_evaluation_that_was_interrupted_is_gone_on_with(known, texts, monkeypatch):
+    """Concepts that are there are not measured again, unless they or the settings are others now."""
+    concepts = concepts_of_words({"birds": BIRDS, "others": ["w30", "w31"]}, texts)
+    given = (known.model, known.tokenizer, known.sae)
+    options = {"methods": ["DiffMean", NOTHING], "strengths": [1.0], "new_tokens": 6, "num_candidates": 4}
+    parts: list[dict] = []
+    keep = lambda so_far: parts.append(json.loads(json.dumps(so_far.to_dict())))  # noqa: E731
+    whole = evaluate_steering(*given, concepts, PROMPTS, **options, on_concept=keep)
+    assert [list(part["keys"]) for part in parts] == [["birds"], ["birds", "others"]]
+    assert parts[-1] == json.loads(json.dumps(whole.to_dict()))
+    measured: list[str] = []
+    measure = evaluating.find_with_shifts
+    monkeypatch.setattr(evaluating, "find_with_shifts", lambda *all_: measured.append(all_[-1].name) or measure(*all_))
+    begun = SteeringEvaluation.from_dict(parts[0])
+    assert evaluate_steering(*given, concepts, PROMPTS, **options, done=begun) == whole
+    assert measured == ["others"]
+    for changes in ({"new_tokens": 5}, {"of": "another model"}, {"strengths": [2.0]}):
+        measured.clear()
+        evaluate_steering(*given, concepts[:1], PROMPTS, **(options | changes), done=begun)
+        assert measured == ["birds"]
+    measured.clear()
+    other = [replace(concepts[0], words=("w0",))]
+    evaluate_steering(*given, other, PROMPTS, **options, done=begun)
+    assert measured == ["birds"]
+
+
+def test_an_interval_is_that_of_means_over_concepts():
+    scores = [0.0, 0.0, 0.2, 0.4, 0.6, 0.6, 0.9, 1.0]
+    of = [TextScores(0, 0, None, score, 0, 1) for score in scores]
+    results = [MethodResult(str(place), "one", 1.0, each, None, []) for place, each in enumerate(of)]
+    low, high = SteeringEvaluation(results, {}).interval("one")
+    mean, error = statistics.fmean(scores), statistics.pstdev(scores) / len(scores) ** 0.5
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.03)
+    assert SteeringEvaluation(results[:2], {}).interval("one") is None
 
 
 def test_every_method_is_tried_on_every_concept_that_is_known(found):
