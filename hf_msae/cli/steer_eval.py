@@ -16,6 +16,7 @@ from hf_msae.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hf_msae.concepts.evaluating import SteeringEvaluation
     from hf_msae.concepts.scorers import Scorer
 
 DESCRIPTION = """\
@@ -90,7 +91,11 @@ def run(arguments: list[str]) -> None:
     prompts = read_prompts(args, texts)
     concepts = read_concepts(args.concepts, texts, load_scorer(args))
     model, tokenizer = load_language_model(sources)
-    title = f"Steering by {args.sae}"
+
+    def write(so_far: "SteeringEvaluation") -> None:
+        if args.output_dir is not None:
+            write_steering_report(so_far, args.output_dir, f"Steering by {args.sae}")
+
     judged = {"judge": args.judge_model, "at": args.judge_url} if args.judge_model else {}
     found = evaluate_steering(
         model,
@@ -107,7 +112,7 @@ def run(arguments: list[str]) -> None:
         seed=args.seed,
         of=json.dumps({"sae": args.sae, "subfolder": args.subfolder, "model": model.name_or_path, **judged}),
         done=None if args.output_dir is None else read_steering_report(args.output_dir),
-        on_concept=lambda so_far: args.output_dir and write_steering_report(so_far, args.output_dir, title),
+        on_concept=write,
         neutral_tokens=args.neutral_tokens,
     )
     if args.json:

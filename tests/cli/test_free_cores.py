@@ -1,12 +1,13 @@
 """Commands take one thread where several would wait for each other, unless they are told how many to take."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from patience import HANG_SECONDS
+from patience import HANG_SECONDS, until
 
 from hf_msae.cli import free_cores
 from hf_msae.cli.free_cores import SAID_BY, on_free_cores, take_free_cores
@@ -23,23 +24,50 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("one_is_faster", [True, False])
-def test_threads_are_those_of_free_cores_while_it_is_open(one_is_faster, monkeypatch, capsys):
+def machine(monkeypatch, free: float, one_is_faster: bool = False) -> None:
+    monkeypatch.setattr(free_cores, "_free_cores", lambda: free)
     monkeypatch.setattr(free_cores, "_one_is_faster", lambda threads: one_is_faster)
+
+
+@pytest.mark.parametrize(
+    ("free", "one_is_faster", "threads"),
+    [
+        (2.0, False, 2),
+        (1.8, False, 2),
+        (1.7, False, 1),
+        (0.9, False, 1),
+        (0.0, False, 1),
+        (7.5, False, 2),
+        (2.0, True, 1),
+    ],
+)
+def test_threads_are_those_of_free_cores_while_it_is_open(free, one_is_faster, threads, monkeypatch, capsys):
+    machine(monkeypatch, free, one_is_faster)
     with on_free_cores():
-        assert torch.get_num_threads() == (1 if one_is_faster else 2)
+        assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == 2
     said = capsys.readouterr()
-    assert ("one thread, as 2 would wait" in said.err) == one_is_faster
+    assert ("1 of 2 threads, which would wait" in said.err) == (threads == 1)
     assert said.out == ""  # where a command prints JSON
 
 
 @pytest.mark.parametrize("name", SAID_BY)
 def test_a_number_that_was_asked_for_is_taken(name, monkeypatch):
-    monkeypatch.setattr(free_cores, "_one_is_faster", lambda threads: True)
+    machine(monkeypatch, free=0.0)
     monkeypatch.setenv(name, "2")
     take_free_cores()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.slow
+def test_a_core_that_is_used_is_not_free():
+    """A process that computes without end takes most of one, whoever else does."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            until(lambda: 0 <= free_cores._free_cores() <= there - 0.5)
+        finally:
+            process.kill()
 
 
 def test_what_fails_in_between_leaves_the_threads_as_they_were():
