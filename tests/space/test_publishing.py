@@ -343,7 +343,7 @@ def test_requirements_are_those_of_the_package_as_it_is_tested():
     assert {"torch", "transformers", "huggingface-hub"} <= set(pinned)
     # What the package needs and neither these nor Gradio bring.
     wanted = re.search(r"dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
-    brought = {"numpy", "pyyaml", "pyarrow"}  # the last by datasets
+    brought = {"numpy", "pyyaml", "pyarrow", "psutil"}  # the last two by datasets and accelerate
     # And what makes its functions tools of agents.
     assert {re.split("[>=]", name)[0] for name in re.findall(r'"([^"]+)"', wanted)} - brought | {"mcp"} == {
         re.split("[>=]", line)[0] for line in lines
