@@ -16,7 +16,7 @@ from hf_msae.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hf_msae.concepts.evaluating import SteeringEvaluation
+    from hf_msae.concepts.results import SteeringEvaluation
     from hf_msae.concepts.scorers import Scorer
 
 DESCRIPTION = """\

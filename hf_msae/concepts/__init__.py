@@ -6,19 +6,12 @@ save_steering(found.steering, "runs/quickstart")
 ```
 """
 
-from hf_msae.concepts.evaluating import (
-    METHODS,
-    Concept,
-    MethodResult,
-    SteeringEvaluation,
-    TextScores,
-    concepts_of_words,
-    evaluate_steering,
-)
+from hf_msae.concepts.evaluating import METHODS, Concept, concepts_of_words, evaluate_steering
 from hf_msae.concepts.examples import ConceptError
 from hf_msae.concepts.finding import Finding, find_latents
 from hf_msae.concepts.pushing import Effect, NeutralText
 from hf_msae.concepts.reading import LevelReading
+from hf_msae.concepts.results import MethodResult, SteeringEvaluation, TextScores
 from hf_msae.concepts.scorers import JudgeScorer, WordScorer, endpoint_judge, model_judge
 from hf_msae.concepts.searching import FoundRow
 from hf_msae.concepts.sets import read_concepts

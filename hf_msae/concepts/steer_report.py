@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, StrictUndefined
 
 from hf_msae.atomic_files import atomic_file
-from hf_msae.concepts.evaluating import NOTHING, MethodResult, SteeringEvaluation
+from hf_msae.concepts.evaluating import NOTHING
+from hf_msae.concepts.results import MethodResult, SteeringEvaluation
 from hf_msae.evaluation.metric import Table
 from hf_msae.evaluation.plots import COLOURS, MARKERS, draw_svg, legend_outside
 from hf_msae.evaluation.report import HTML_NAME, JSON_NAME, TEMPLATE

@@ -22,7 +22,8 @@ from hf_msae.concepts import (
     read_concepts,
     write_steering_report,
 )
-from hf_msae.concepts.evaluating import NOTHING, MethodResult, SteeringEvaluation, TextScores, harmonic_mean
+from hf_msae.concepts.evaluating import NOTHING, harmonic_mean
+from hf_msae.concepts.results import MethodResult, SteeringEvaluation, TextScores
 from hf_msae.concepts.writing import Writer
 from hf_msae.steering import Direction, steer_direction
 
