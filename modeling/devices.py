@@ -34,8 +34,20 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """A few numbers (n,) of the type of a tensor, and where it is."""
-    return sent(torch.tensor(values, dtype=like.dtype), like.device)
+    """A few numbers (n,) of the type of a tensor, and where it is; a GPU keeps them, so that they travel once.
+
+    They must not be changed. Numbers of one step alone are `sent`.
+    """
+    if like.device.type != "cuda":
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return _kept_constants(tuple(values), like.dtype, like.device)
+
+
+@lru_cache(maxsize=128)
+def _kept_constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Waits until they are there: another stream may be the next to ask.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def has_kernels(table: Tensor) -> bool:

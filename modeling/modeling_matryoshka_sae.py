@@ -314,7 +314,8 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
 
         Args:
             hidden_states: Activations (..., hidden_size).
-            dead_latents: Mask (num_latents,) of latents to revive through the auxiliary loss; none by default.
+            dead_latents: Latents to revive through the auxiliary loss, a mask (num_latents,) or their numbers, int64,
+                of any length and filled up with `num_latents`; none by default.
             prefix_sizes: Levels of this step in place of `config.prefix_sizes`, with equal weights (Pareto sampling).
             variance: Total variance of what is reconstructed, E‖y − E y‖², by which losses are divided; of this batch
                 by default.
@@ -370,7 +371,7 @@ class MatryoshkaSAE(SharingMixin, ObjectiveMixin, MatryoshkaSAEPreTrainedModel):
 
         aux_loss = loss.new_zeros(())
         if dead_latents is not None and self.config.aux_loss_weight:
-            dead = dead_latents.nonzero().squeeze(-1)
+            dead = dead_latents.nonzero().squeeze(-1) if dead_latents.dtype == torch.bool else dead_latents
             num_dead = self.ranks.total(dead.numel())
             if num_dead:
                 aux_loss = self._dead_error(x, y - reconstruction, dead, num_dead) / variance

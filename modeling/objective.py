@@ -38,6 +38,7 @@ from .dense_ops import (
     select_batch_topk,
     select_topk,
 )
+from .devices import constants, sent
 from .selection import SINGLE_PROCESS, ProcessGroup, sum_over
 from .sparse_encoder import ActiveLatents, select_exceeding, select_largest, select_largest_per_token
 from .sparse_ops import (
@@ -67,6 +68,8 @@ class BatchContext(NamedTuple):
     level_errors: Tensor | None = None
 
 
+# The bias of what is no latent: in no sum with a product does it come near zero, or beyond what bfloat16 can hold.
+NEVER = -1e38
 # Added to activations, in units of the standard deviation of what is reconstructed, before they are raised to a power
 # below 1: the power's slope has no bound at 0, and one latent that is hardly active would outweigh all others.
 POWER_FLOOR = 1e-3
@@ -325,12 +328,20 @@ class ObjectiveMixin:
         bias = self._subtracted_bias()
         pre = PreActivations.apply(x, self.W_enc, self.b_enc, bias, active.values, memory, *places)
         values, sparsity_loss = self._activate(pre, places, x, k, variance, batch, p)
-        detach, sizes_here = self.config.detach_prefixes, [size - self.first_latent for size in sizes]
+        inner_sizes = self._inner_sizes(sizes, places.latents)
+        detach = self.config.detach_prefixes
         errors, reconstruction = LevelErrors.apply(
-            y, values, self.W_dec, base, sizes_here, detach, shares, memory, self.ranks, *places
+            y, values, self.W_dec, base, inner_sizes, detach, shares, memory, self.ranks, *places
         )
         values = values.detach()
         return errors, reconstruction, ActiveLatents(places.tokens, places.latents, values), sparsity_loss
+
+    def _inner_sizes(self, sizes: Sequence[int], like: Tensor) -> Tensor:
+        """The sizes of all levels but the last, (G - 1,), counted from the first latent that is here."""
+        inner = [size - self.first_latent for size in sizes[:-1]]
+        if self.config.prefix_sampling == "pareto":  # others in the next step
+            return sent(torch.tensor(inner, dtype=like.dtype), like.device)
+        return constants(inner, like)
 
     def _activate(
         self,
@@ -425,22 +436,32 @@ class ObjectiveMixin:
             errors.append((y - reconstruction).pow(2).sum(-1).mean())
         return torch.stack(errors), reconstruction, latents, sparsity_loss
 
+    @property
+    def _num_aux_latents(self) -> int:
+        return self.config.num_aux_latents or max(1, self.config.output_size // 2)
+
+    def revives_densely(self, num_dead: int) -> bool:
+        """Whether so many dead latents take the auxiliary loss's dense path, whose shapes are known beforehand."""
+        return self._num_aux_latents > dense_dead_share(self.W_dec.device) * num_dead
+
     def _dead_error(self, x: Tensor, residual: Tensor, dead: Tensor, num_dead: int) -> Tensor:
         """Give the mean squared error (scalar) of the residual decoded from the `dead` latents (n,).
 
-        They are `num_dead` in all processes; only their rows are multiplied.
+        They are `num_dead` in all processes; only their rows are multiplied. Numbers beyond the last latent stand for
+        none.
         """
-        W_enc, b_enc, W_dec, bias = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead], self._subtracted_bias()
-        k = self.config.num_aux_latents or max(1, self.config.output_size // 2)
-        if k > dense_dead_share(x.device) * num_dead:
+        rows, bias = dead.clamp_max(self.W_dec.shape[0] - 1), self._subtracted_bias()
+        W_enc, W_dec, b_enc = self.W_enc[rows], self.W_dec[rows], torch.where(dead > rows, NEVER, self.b_enc[rows])
+        k = self._num_aux_latents
+        if self.revives_densely(num_dead):
             return decode_dead(residual, pre_activations(x, W_enc, b_enc, bias), W_dec, k, self.ranks)
         encoded = (x if bias is None else x - bias).detach()
         active = select_largest_per_token(encoded, W_enc, b_enc, k, self.ranks)
         places = index_active(active, dead.numel())
         values = PreActivations.apply(x, W_enc, b_enc, bias, active.values, None, *places)
-        nothing = torch.zeros_like(self.b_dec)
+        nothing, no_others = torch.zeros_like(self.b_dec), constants([], places.latents)
         errors, _ = LevelErrors.apply(
-            residual.detach(), values, W_dec, nothing, [dead.numel()], False, ALL_GRADIENTS, None, self.ranks, *places
+            residual.detach(), values, W_dec, nothing, no_others, False, ALL_GRADIENTS, None, self.ranks, *places
         )
         return errors[0]
 

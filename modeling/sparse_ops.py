@@ -28,7 +28,7 @@ weights; on CUDA, where Triton is present, both are the kernels of `triton_ops`,
 Shapes: B tokens, d = hidden_size, F = num_latents, G levels, n active latents in all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .dense_ops import InnerShares
-from .devices import constants, has_kernels
+from .devices import has_kernels
 from .selection import ProcessGroup
 from .sparse_encoder import ActiveLatents
 
@@ -247,12 +247,12 @@ class LevelErrors(torch.autograd.Function):
     """Mean squared error of every level, (G,), from latent activations (n,) at some places.
 
     forward takes x (B, d), which is to be reconstructed, the latent activations, W_dec, what every level begins with
-    (b_dec (d,), or with a skip its own for each token (B, d)), the nested sizes, whether a level's gradient stays in
-    the group that it adds, which shares of inner levels' gradients are passed on, the memory for W_dec's gradient or
-    None, the processes that hold other latents of the same dictionary, and the `ActiveIndices`; it gives the errors,
-    and the whole reconstruction (B, d), which takes no gradient. With other latents elsewhere, their part of every
-    group's sum is added, and nothing needs to be sent backward: all processes know every level's error, from which
-    each has the gradients of its own latents.
+    (b_dec (d,), or with a skip its own for each token (B, d)), the sizes of all levels but the last, (G - 1,), whether
+    a level's gradient stays in the group that it adds, which shares of inner levels' gradients are passed on, the
+    memory for W_dec's gradient or None, the processes that hold other latents of the same dictionary, and the
+    `ActiveIndices`; it gives the errors, and the whole reconstruction (B, d), which takes no gradient. With other
+    latents elsewhere, their part of every group's sum is added, and nothing needs to be sent backward: all processes
+    know every level's error, from which each has the gradients of its own latents.
     """
 
     @staticmethod
@@ -262,7 +262,7 @@ class LevelErrors(torch.autograd.Function):
         values: Tensor,
         W_dec: Tensor,
         base: Tensor,
-        sizes: Sequence[int],
+        inner_sizes: Tensor,
         detach: bool,
         shares: InnerShares,
         memory: GradientMemory | None,
@@ -271,10 +271,13 @@ class LevelErrors(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Compute the errors of the levels (G,), and the whole reconstruction (B, d)."""
         tokens, latents, *_ = places
-        bags, begins = _bags(tokens, latents, sizes, x.shape[0])
+        num_levels = len(inner_sizes) + 1
+        # The bag of an active latent is token x levels + group.
+        bags = tokens * num_levels + torch.bucketize(latents, inner_sizes, right=True)
+        begins = torch.searchsorted(bags, torch.arange(x.shape[0] * num_levels, device=bags.device))
         table = _read_often(W_dec)
         excess = ranks.sum(_segment_sum(table, latents, values, begins).to(x.dtype))
-        excess = excess.view(x.shape[0], len(sizes), x.shape[1])
+        excess = excess.view(x.shape[0], num_levels, x.shape[1])
         errors = _level_errors(excess, x, base) / x.shape[0]
         reconstruction = x + excess[:, -1]
         ctx.save_for_backward(W_dec, table, excess, bags, begins, values, *places)
@@ -338,10 +341,3 @@ def _toward_whole(grads: Tensor, share: float) -> Tensor:
         for group in range(grads.shape[1] - 1):
             grads[:, group].lerp_(grads[:, -1], 1 - share)
     return grads
-
-
-def _bags(tokens: Tensor, latents: Tensor, sizes: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The bag, token x groups + group, of each active latent, (n,), and where each bag begins, (B·G,)."""
-    boundaries = constants(sizes[:-1], latents)
-    bags = tokens * len(sizes) + torch.bucketize(latents, boundaries, right=True)
-    return bags, torch.searchsorted(bags, torch.arange(num_tokens * len(sizes), device=bags.device))

@@ -104,7 +104,7 @@ def adam_rows(
     radial: Tensor,
     divisor: Tensor,
     corrections: Tensor,
-    lr: float,
+    lr: Tensor | float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
@@ -120,7 +120,7 @@ def adam_rows(
         radial: Inner product of each gradient with its row, (R,).
         divisor: What gradients are divided by, a scalar.
         corrections: What the averages are divided by because they began at zero, (2,).
-        lr: The learning rate.
+        lr: The learning rate; a scalar of the same device, where it may change between replays of a CUDA graph.
         betas: How much of the averages stays.
         eps: As in Adam.
     """
@@ -128,11 +128,12 @@ def adam_rows(
     if not rows.numel():
         return
     block, warps = _whole_row(hidden_size)
-    tensors = (rows, gradient, average, square, radial, divisor, corrections)
+    rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float32, device=rows.device)
+    tensors = (rows, gradient, average, square, radial, divisor, corrections, rate)
     # What comes to an average is subtracted here, in float64: of 1 - 0.999, float32 keeps five digits.
-    rates = (lr, 1 - betas[0], betas[1], 1 - betas[1], eps)
+    shares = (1 - betas[0], betas[1], 1 - betas[1])
     with torch.cuda.device_of(rows):
-        _adam_rows[(num_rows,)](*tensors, *rates, hidden_size, block, **{**OPTIONS, "num_warps": warps})
+        _adam_rows[(num_rows,)](*tensors, *shares, eps, hidden_size, block, **{**OPTIONS, "num_warps": warps})
 
 
 def check_kernels(device: torch.device) -> None:
@@ -222,7 +223,7 @@ def _row_products(squares, products, gradient, rows, hidden_size, BLOCK: tl.cons
     tl.store(products + row, tl.sum(mine * other))
 
 
-@triton.jit(do_not_specialize=["lr", "fresh1", "beta2", "fresh2", "eps"])
+@triton.jit(do_not_specialize=["fresh1", "beta2", "fresh2", "eps"])
 def _adam_rows(
     rows,
     gradient,
@@ -231,7 +232,7 @@ def _adam_rows(
     radial,
     divisor,
     corrections,
-    lr,
+    rate,
     fresh1,
     beta2,
     fresh2,
@@ -252,7 +253,7 @@ def _adam_rows(
     second = beta2 * second + fresh2 * slope * slope
     tl.store(average + place, first, mask=inside)
     tl.store(square + place, second, mask=inside)
-    size = lr / tl.load(corrections)
+    size = tl.load(rate) / tl.load(corrections)
     new = old - size * first / (tl.sqrt(second / tl.load(corrections + 1)) + eps)
     new = tl.where(inside, new, 0)
     tl.store(rows + place, new / tl.sqrt(tl.sum(new * new)), mask=inside)

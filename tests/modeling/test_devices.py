@@ -29,12 +29,25 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
 
 def test_numbers_arrive_without_waiting() -> None:
     with pretended_cuda() as gpu:
-        like = torch.zeros(3, dtype=torch.int64).pin_memory().to(DEVICE, non_blocking=True)
-        found = constants([1, 2], like)
         moved = sent(torch.ones(2), DEVICE)
         assert gpu.syncs == []
-        assert (found.device, found.dtype, found.tolist()) == (DEVICE, torch.int64, [1, 2])
         assert (moved.device, moved.tolist()) == (DEVICE, [1, 1])
+
+
+def test_constants_arrive_once() -> None:
+    with pretended_cuda() as gpu:
+        like = torch.zeros(3, dtype=torch.int64).pin_memory().to(DEVICE, non_blocking=True)
+        with torch.inference_mode():
+            constants([1, 2], like)
+            others = constants([1, 2], like.double())
+        gpu.clear()
+        found = constants([1, 2], like)
+        assert gpu.syncs == []
+        assert (found.device, found.dtype, found.tolist()) == (DEVICE, torch.int64, [1, 2])
+        assert others.dtype == torch.float64
+        weights = torch.ones(2, device=DEVICE, dtype=torch.float64, requires_grad=True)
+        assert not others.is_inference()
+        (weights * others).sum().backward()  # for which what is made without gradients would be of no use
     assert constants([0.5], torch.zeros(1)).tolist() == [0.5]
 
 

@@ -142,7 +142,7 @@ KERNELS = {
     "_level_errors": (["*fp32"] * 4 + ["i32"] * 3, {"num_groups"}),
     "_level_gradients": (["*fp32"] * 3 + ["i1", "i32", "i32"], {"running", "num_groups"}),
     "_row_products": (["*fp32"] * 4 + ["i32"], set()),
-    "_adam_rows": (["*fp32"] * 7 + ["fp32"] * 5 + ["i32"], {"lr", "fresh1", "beta2", "fresh2", "eps"}),
+    "_adam_rows": (["*fp32"] * 8 + ["fp32"] * 4 + ["i32"], {"fresh1", "beta2", "fresh2", "eps"}),
 }
 
 

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from hf_msae.modeling import devices
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pretended_cuda.graphs import Capture, PretendedGraph
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -156,7 +159,17 @@ class PretendedCuda(TorchDispatchMode):
         self.syncs: list[Event] = []
         self.nondeterministic: list[Event] = []
         self.operations: Counter[str] = Counter()
+        self.capture: Capture | None = None
         self._pinned: dict[int, Tensor] = {}
+
+    def capture_into(self, graph: PretendedGraph) -> Capture:
+        """As `torch.cuda.graph`."""
+
+        def end() -> None:
+            self.capture = None
+
+        self.capture = Capture(graph, end)
+        return self.capture
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -190,7 +203,10 @@ class PretendedCuda(TorchDispatchMode):
         plain_args, plain_kwargs = tree_map_only(PretendedTensor, lambda tensor: tensor.held, (args, kwargs))
         if asked is not None:
             plain_kwargs["device"] = CPU
-        result = func(*plain_args, **plain_kwargs)
+        if self.capture is None:
+            result = func(*plain_args, **plain_kwargs)
+        else:
+            result = self.capture.run(func, plain_args, plain_kwargs)
         if not (func.overloadpacket in COPYING and isinstance(result, Tensor) and result is args[0]):
             result = tree_map_only(Tensor, PretendedTensor, result)
         if not own:
@@ -225,6 +241,9 @@ class PretendedCuda(TorchDispatchMode):
             self.operations[str(packet)] += 1
         if packet in SYNCING or self._waits(func, args, kwargs, tensors, target):
             self.syncs.append(_caller(str(packet)))
+        moves = packet in COPYING and any(not isinstance(tensor, PretendedTensor) for tensor in tensors)
+        if self.capture is not None and (moves or packet in SYNCING):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {_caller(str(packet))}")
         if packet in ATOMIC and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.nondeterministic.append(_caller(str(packet)))
 
@@ -316,6 +335,7 @@ def pretended_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedCu
     Yields:
         What it records.
     """
+    device = PretendedCuda()
     patches = {
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda._exchange_device": lambda index: index,
@@ -337,10 +357,15 @@ def pretended_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[PretendedCu
         "torch.autocast": _Autocast,
         "torch.get_autocast_dtype": _cpu_for_cuda(_autocast_dtype),
         "torch.is_autocast_enabled": _cpu_for_cuda(_is_autocast),
+        "torch.cuda.CUDAGraph": PretendedGraph,
+        "torch.cuda.graph": lambda graph, **options: device.capture_into(graph),
+        "torch.cuda.graph_pool_handle": lambda: (0, 1),
     }
-    device = PretendedCuda()
     with ExitStack() as stack:
         for name, value in patches.items():
             stack.enter_context(mock.patch(name, value))
+        # What is kept there must not outlive the device, nor come from a real one.
+        devices._kept_constants.cache_clear()
+        stack.callback(devices._kept_constants.cache_clear)
         stack.enter_context(device)
         yield device

@@ -6,6 +6,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from torch import Tensor
+
 from pretended_cuda.device import PretendedCuda, PretendedTensor
 
 
@@ -20,10 +22,14 @@ class _Kernel:
         return self.kernel(*args, **kwargs)
 
     def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
             self.device.operations[f"triton.{self.name}"] += 1
             plain = [argument.held if isinstance(argument, PretendedTensor) else argument for argument in args]
-            return self.kernel[grid](*plain, **kwargs)
+            if self.device.capture is None:
+                self.kernel[grid](*plain, **kwargs)
+                return
+            tensors = [argument for argument in plain if isinstance(argument, Tensor)]
+            self.device.capture.launch(lambda: self.kernel[grid](*plain, **kwargs), tensors)
 
         return launch
 
