@@ -27,8 +27,8 @@ from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.sites import site_width
 from hf_msae.training import SAETrainer, SAETrainingArguments
 from hf_msae.training.learner import Learner, make_learners
-from hf_msae.training.optimization import Length
 from hf_msae.training.preparation import set_norm_limits
+from hf_msae.training.schedules import Length
 
 CONTEXT_LENGTH = 128
 NONE = "never"

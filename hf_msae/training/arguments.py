@@ -88,6 +88,8 @@ class SAETrainingArguments:
         dead_after_tokens: A latent silent for this many tokens counts as dead. Default: 10M, or 5% of a shorter run.
         bf16: Run the SAE's matrix products in bfloat16 (weights stay fp32). Default: on GPUs that have it.
         tf32: Run those that stay fp32 in TF32. Default: on GPUs that have it, where `bf16` is refused.
+        cuda_graphs: Capture steps in CUDA graphs and replay them, which is of use for small SAEs; needs one GPU, and
+            `batch_topk` or `topk`.
         seed: Fixes initialisation and the order of tokens.
         use_cpu: Train on the CPU even where an accelerator is present.
         context_length: Tokens per window. Default: 512, or the model's maximum if that is smaller.
@@ -151,6 +153,7 @@ class SAETrainingArguments:
     dead_after_tokens: int | None = None
     bf16: bool | None = None
     tf32: bool | None = None
+    cuda_graphs: bool = False
     seed: int = 0
     use_cpu: bool = False
 

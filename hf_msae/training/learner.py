@@ -10,9 +10,9 @@ variance and folding the scale into the biases afterwards). That is why one set 
 site.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from hf_msae.data import TOKEN_IDS
 from hf_msae.modeling import MatryoshkaSAE
 from hf_msae.modeling.dense_ops import ALL_GRADIENTS
-from hf_msae.modeling.devices import constants
+from hf_msae.modeling.devices import constants, sent
+from hf_msae.modeling.objective import BatchContext
 from hf_msae.modeling.selection import SINGLE_PROCESS
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hf_msae.modeling.untrusted import PER_LATENT
@@ -30,30 +31,26 @@ from hf_msae.training.collectives import GradientSums
 from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.initial_weights import InputScale, draw_token_vectors, draw_weights, sum_moments
 from hf_msae.training.micro_batches import SAEBatch, batch_contexts
-from hf_msae.training.optimization import (
-    DictionaryAdam,
+from hf_msae.training.optimization import DictionaryAdam, align_rows, default_learning_rate, make_optimizer
+from hf_msae.training.precision import products
+from hf_msae.training.run import Run
+from hf_msae.training.schedules import (
     Length,
-    align_rows,
     annealed_k,
     annealed_p,
     counts_divergence,
-    default_learning_rate,
     learning_rate_factor,
     next_p,
     passes_all_gradients,
     sample_prefix_sizes,
     sorting_steps,
 )
-from hf_msae.training.precision import products
-from hf_msae.training.run import Run
 from hf_msae.training.sharded import ShardedSAE
+from hf_msae.training.step_graphs import StepGraphs
 from hf_msae.training.step_statistics import LogSums, StepStatistics
 
 # How fast the L0 controller of `relu` moves the sparsity weight: a relative change of 2% a step at twice the target.
 CONTROLLER_RATE = 0.03
-# The rate of a tokenized SAE's vectors, beside that of biases. Each is moved by its own token alone; on a story model,
-# 300 steps, twice the rate gave .004 more FVE, and four times no more than that and lower cross-entropy recovered.
-TOKEN_RATE = 2.0
 # Columns of a matrix whose rows change places at once.
 SORTED_COLUMNS = 64
 
@@ -115,6 +112,7 @@ class Learner:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.optimizer: DictionaryAdam | None = None
         self.log = LogSums(config.num_levels, device)
+        self.graphs = StepGraphs(sae, run.graph_pool) if args.cuda_graphs else None
 
     # Beginning
 
@@ -155,33 +153,7 @@ class Learner:
         return x if self.sae.ranks.size == 1 else self.sae.ranks.gather(x).flatten(0, 1)
 
     def _make_optimizer(self, gain: float = 1.0) -> DictionaryAdam:
-        """`gain`, of a transcoder, is what one unit of what it reads is in units of what it writes."""
-        scale = math.sqrt(self.variance.item() / self.sae.config.output_size)
-        in_activation_units = [self.sae.b_enc, self.sae.b_dec]
-        if self.sae.config.activation == "jumprelu":
-            in_activation_units.append(self.sae.threshold)
-        groups = [
-            {"params": [self.sae.W_enc, self.sae.W_dec], "peak_lr": self.learning_rate},
-            {"params": in_activation_units, "peak_lr": self.learning_rate * scale},
-        ]
-        if self.sae.W_token is not None:
-            groups.append({"params": [self.sae.W_token], "peak_lr": TOKEN_RATE * self.learning_rate * scale})
-        if self.sae.config.is_transcoder:
-            groups[0]["params"] = [self.sae.W_dec]
-            from_input = [self.sae.W_enc, *([] if self.sae.W_skip is None else [self.sae.W_skip])]
-            groups.append({"params": from_input, "peak_lr": self.learning_rate * gain})
-        args = self.args
-        return DictionaryAdam(
-            groups,
-            self.sae.W_dec,
-            args.max_grad_norm,
-            self.sae.ranks,
-            [parameter for name, parameter in self.sae.named_parameters() if name not in PER_LATENT],
-            self.sae.W_enc if self.sae.config.aligned else None,
-            lr=self.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-        )
+        return make_optimizer(self.sae, self.args, self.learning_rate, self.variance.item(), gain)
 
     @property
     def rows(self) -> slice:
@@ -250,7 +222,7 @@ class Learner:
 
     def _step(self, batch: SAEBatch, step: int) -> None:
         """`batch` has the rows of all processes where each has some of the latents."""
-        config, device = self.sae.config, self.device
+        config = self.sae.config
         if self.optimizer is None:
             raise RuntimeError("Learner.step was called before Learner.start.")
         config.measured = None  # it was of the weights before this step
@@ -260,7 +232,6 @@ class Learner:
         batch = batch.map(lambda rows: rows.float() if rows.is_floating_point() else rows)
         self._update_moments(batch.wanted)
         self._adapt_sparsity_weight(step)
-        later_p = next_p(step, self.max_steps, config, self.args)
         options: dict[str, Any] = {
             "dead_latents": self.silent_tokens > self.dead_after,
             "prefix_sizes": None,
@@ -273,17 +244,52 @@ class Learner:
         }
         if config.prefix_sampling == "pareto":
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
-        counted = (step in sorting, later_p is not None)
-        statistics = StepStatistics(self.silent_tokens.shape[0], config.num_levels, device, *counted)
-        parts = batch.split(-(-len(batch) // self.args.gradient_accumulation_steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            contexts = batch_contexts(self.sae, batch, parts, options, self.data_parallel)
+        factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
+        rates = [group["peak_lr"] * factor for group in self.optimizer.param_groups]
         diverges = self.end_to_end is not None and counts_divergence(step, self.max_steps, self.args, self.extensions)
+        if self.graphs is not None and not diverges:
+            with self._autocast():
+                active = self.sae.select(batch.x, options["k"], options["variance"])
+            assert active is not None  # as `check_graphs` saw to it
+            compute = partial(self._compute, sorts=step in sorting)
+            rates_there = sent(torch.tensor(rates), self.device)
+            statistics = self.graphs.run(batch, active, options, rates_there, compute, kind=step in sorting)
+        else:
+            parts = batch.split(-(-len(batch) // self.args.gradient_accumulation_steps))
+            with self._autocast():
+                contexts = batch_contexts(self.sae, batch, parts, options, self.data_parallel)
+            later_p = next_p(step, self.max_steps, config, self.args)
+            kind: dict[str, Any] = {"sorts": step in sorting, "later_p": later_p, "diverges": diverges}
+            statistics = self._compute(parts, contexts, options, rates, **kind)
+        self._after_step(statistics, len(batch) * self.data_parallel.size, step)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.bf16))
+
+    def _compute(
+        self,
+        parts: Sequence[SAEBatch],
+        contexts: Sequence[BatchContext],
+        options: Mapping[str, Any],
+        rates: Sequence[Tensor | float],
+        sorts: bool,
+        later_p: float | None = None,
+        diverges: bool = False,
+    ) -> StepStatistics:
+        """Compute gradients of all micro-batches, and take the optimizer's step with its groups' learning rates.
+
+        Kinds of steps also measure latents' energies (`sorts`), or the penalty with the next p, or count the language
+        model's predictions.
+        """
+        assert self.optimizer is not None
+        counted = (sorts, later_p is not None)
+        statistics = StepStatistics(self.silent_tokens.shape[0], self.sae.config.num_levels, self.device, *counted)
+        num_tokens = sum(map(len, parts))
         sums, level_losses = GradientSums(self.sae.parameters(), self.data_parallel), []
         for left, part, context in zip(reversed(range(len(parts))), parts, contexts, strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
+            with self._autocast():
                 output = self.sae(part.x, target=part.target, token_ids=part.token_ids, batch=context, **options)
-            weight = len(part) / (len(batch) * self.data_parallel.size)
+            weight = len(part) / (num_tokens * self.data_parallel.size)
             with nullcontext() if left or diverges else sums.begun_early():
                 (output.loss * weight).backward()
             later = None
@@ -293,15 +299,14 @@ class Learner:
             level_losses.append(weight * output.level_losses)
         if diverges:
             self._add_divergence(torch.stack(level_losses).sum(0), options)
-        factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         sums.finish()
         if isinstance(self.sae, ShardedSAE):
             self.sae.collect_bias_gradient()
         self.optimizer.step()
         self._drop_gradients()
-        self._after_step(statistics, len(batch) * self.data_parallel.size, step)
+        return statistics
 
     def _add_divergence(self, level_losses: Tensor, options: Mapping[str, Any]) -> None:
         """Have the language model's predictions count in this step, as much as the levels' mean errors (G,) do."""
@@ -426,6 +431,8 @@ class Learner:
             rows: This process's rows of `latent_state`.
         """
         device = self.device
+        if self.graphs is not None:
+            self.graphs.clear()
         self.sae.threshold.data.copy_(rows["threshold"])
         self.silent_tokens = rows["silent_tokens"].to(device)
         if "energies" in rows:

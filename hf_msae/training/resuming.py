@@ -20,8 +20,8 @@ from hf_msae.modeling import MatryoshkaSAEConfig
 from hf_msae.training.arguments import SAETrainingArguments
 from hf_msae.training.checkpoints import CheckpointError, find_checkpoint, read_state
 from hf_msae.training.loaders import ActivationLoader
-from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
+from hf_msae.training.schedules import Length
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -94,6 +95,11 @@ class Run:
     def keep_precision(self, then: Mapping[str, Any]) -> None:
         """Go on in the precision of a checkpoint's arguments, where this run does not ask for another."""
         self.args = with_precision(self._asked, self.device, then)
+
+    @cached_property
+    def graph_pool(self) -> Any:
+        """Memory that the CUDA graphs of all SAEs' steps share."""
+        return torch.cuda.graph_pool_handle()
 
     def sae_folder(self, base: Path, name: str) -> Path:
         """Where one SAE's files lie under a folder: in it when it is the only one, else in a folder of its name."""

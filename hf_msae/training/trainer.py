@@ -36,7 +36,6 @@ from hf_msae.training.end_to_end import make_end_to_end
 from hf_msae.training.held_out import Evaluator
 from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.learner_files import read_learner
-from hf_msae.training.optimization import Length
 from hf_msae.training.outputs import RunLog, Saver, check_output_dir, prepare_output_dir
 from hf_msae.training.plan import Plan, Probe, make_plan, probe
 from hf_msae.training.preparation import (
@@ -57,6 +56,8 @@ from hf_msae.training.resuming import (
     resumed_length,
 )
 from hf_msae.training.run import InterruptFlag, Run, TrainingInterrupted
+from hf_msae.training.schedules import Length
+from hf_msae.training.step_graphs import check_graphs
 from hf_msae.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class SAETrainer:
         self.model, self.tokenizer = model, processing_class
         self.saes = named_saes(sae)
         self.run = run = Run(args, single=len(self.saes) == 1)
+        check_graphs(run, self.saes)
         if model is not None:
             move_language_model(model, run.device)
         self.sites = resolve_sites(model, self.saes)

@@ -12,8 +12,8 @@ from hf_msae.sites import Site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.learner_files import read_learner, write_model, write_state
-from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
+from hf_msae.training.schedules import Length
 
 ACTIVATIONS = ("batch_topk", "topk", "jumprelu", "relu")
 SAE_OPTIONS = ("k", "prefix_sampling", "log_loss", "inner_decoder_share", "inner_activation_share", "p_end", "aligned")

@@ -16,8 +16,8 @@ from hf_msae.training import SAETrainingArguments
 from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.loaders import CacheLoader, TextLoader, TextSource
-from hf_msae.training.optimization import Length
 from hf_msae.training.run import Run
+from hf_msae.training.schedules import Length
 
 pytestmark = pytest.mark.slow  # all operations pass through Python
 

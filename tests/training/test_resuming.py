@@ -12,8 +12,8 @@ from hf_msae.data import as_documents
 from hf_msae.data.hash_split import hash_value
 from hf_msae.training import CheckpointError, SAETrainingArguments
 from hf_msae.training.checkpoints import STATE_NAME, _digest
-from hf_msae.training.optimization import Length, learning_rate_factor
 from hf_msae.training.resuming import redistribute, resumed_length
+from hf_msae.training.schedules import Length, learning_rate_factor
 
 # The length of a run
 

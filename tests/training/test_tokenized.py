@@ -19,7 +19,7 @@ from hf_msae.evaluation.completing import complete_on_text
 from hf_msae.sites import resolve_site
 from hf_msae.training.grid import make_saes
 from hf_msae.training.learner import make_learners
-from hf_msae.training.optimization import Length
+from hf_msae.training.schedules import Length
 from hf_msae.training.warm_start import WarmStartError, warm_start
 
 FORMS = {

@@ -79,7 +79,7 @@ def test_it_begins_at_the_targets_mean_and_takes_the_inputs_mean_off(tmp_path, l
 
 def _learners(trainer):
     from hf_msae.training.learner import make_learners
-    from hf_msae.training.optimization import Length
+    from hf_msae.training.schedules import Length
 
     return make_learners(trainer.run, trainer.saes, trainer.sites, Length(8), trainer.output_sites)
 
