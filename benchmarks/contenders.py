@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,12 +61,16 @@ class Contender(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """How a contender is called, what builds it from a setting and its first batch, and where it comes from."""
+    """How a contender is called, what builds it from a setting and its first batch, and where it comes from.
+
+    `cuda` says that it needs a GPU.
+    """
 
     label: str
     build: Callable[[Setting, Tensor], Contender]
     module: str | None = None
     distribution: str | None = None
+    cuda: bool = False
 
     def version(self) -> str | None:
         """Version of the installed peer; None where it is absent. The distribution's name decides, since another
@@ -108,7 +112,9 @@ def bare_product(setting: Setting, first: Tensor) -> Contender:
     return Contender(step, lambda: [W_enc])
 
 
-def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int], output_size: int | None = None) -> Contender:
+def _learner(
+    setting: Setting, first: Tensor, prefix_sizes: list[int], output_size: int | None = None, **of_run: Any
+) -> Contender:
     config = MatryoshkaSAEConfig(
         hidden_size=setting.hidden_size,
         hidden_size_out=output_size,
@@ -123,6 +129,7 @@ def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int], output_si
         tf32=False,
         use_cpu=setting.device == "cpu",
         dead_after_tokens=10_000_000,
+        **of_run,
     )
     sae = MatryoshkaSAE(config)
     learner = Learner("sae", sae, Site("layers.0"), Run(args), MAX_STEPS)
@@ -139,6 +146,10 @@ def _learner(setting: Setting, first: Tensor, prefix_sizes: list[int], output_si
 
 def ours(setting: Setting, first: Tensor) -> Contender:
     return _learner(setting, first, setting.prefix_sizes)
+
+
+def ours_replayed(setting: Setting, first: Tensor) -> Contender:
+    return _learner(setting, first, setting.prefix_sizes, cuda_graphs=True)
 
 
 def ours_transcoder(setting: Setting, first: Tensor) -> Contender:
@@ -253,6 +264,7 @@ CONTENDERS = {
     "gemm": Entry("encoder product alone", bare_product),
     "ours-plain": Entry("ours, 1 level", ours_plain),
     "ours": Entry("ours, {levels} levels", ours),
+    "ours-graphs": Entry("ours, {levels} levels, CUDA graphs", ours_replayed, cuda=True),
     "ours-transcoder": Entry("ours, a transcoder of {levels} levels", ours_transcoder),
     "saelens": Entry("SAELens, {levels} levels", saelens, "sae_lens", "sae-lens"),
     "dictionary_learning": Entry(

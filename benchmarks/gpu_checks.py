@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,31 @@ def bits(place: Place) -> dict[str, Any]:
             read_learner(other, Path(folder))
         check_equal(whole_state(train(other, count // 2, count)), expected)
     return {"steps": count, "activations": ACTIVATIONS}
+
+
+def graphs(place: Place) -> dict[str, Any]:
+    """Steps that are replayed from CUDA graphs are those that are computed, to the bit, and sooner done."""
+    place.needs_gpu()
+    facts: dict[str, Any] = {}
+    size, count = (SMALL if place.small else SIZES[1]), 16
+    given = activations(size, count, place.device)
+    for activation in ("batch_topk", "topk"):
+        for bf16 in (False, True):
+            options = {"bf16": bf16, "dead_after_tokens": 3 * size[0], "cuda_graphs": True}
+            replayed, computed = (make_learner(place.device, size, activation, **options) for _ in range(2))
+            assert computed.graphs is not None
+            assert replayed.graphs is not None
+            computed.graphs.captures = False
+            for learner in (replayed, computed):
+                learner.start(given[0])
+                for step, x in enumerate(given):
+                    learner.step(x, step)
+            assert replayed.graphs.captures, "a step could not be captured; the reason is above"
+            assert replayed.graphs.replays >= count // 4, f"{replayed.graphs.replays} of {count} steps were replayed"
+            check_equal(whole_state(replayed), whole_state(computed))
+            took = [milliseconds(partial(one.step, given[0], count), place.device) for one in (replayed, computed)]
+            facts[f"{activation}, {'bf16' if bf16 else 'fp32'}"] = {"replayed ms": took[0], "computed ms": took[1]}
+    return facts
 
 
 def ahead(place: Place) -> dict[str, Any]:
@@ -426,6 +452,7 @@ CHECKS: dict[str, Check] = {
     "bits": bits,
     "ahead": ahead,
     "syncs": syncs,
+    "graphs": graphs,
     "whole": whole,
     "memory": memory,
     "cards": cards,

@@ -282,6 +282,8 @@ def main() -> None:
     skipped = {
         name: f"{peers[name].distribution} is not installed" for name, version in versions.items() if version is None
     }
+    without = [name for name in options.only if CONTENDERS[name].cuda and setting.device != "cuda"]
+    skipped |= dict.fromkeys(without, "needs a GPU")
     names = [name for name in CONTENDERS if name in options.only and name not in skipped]
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")

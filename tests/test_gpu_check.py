@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_cuda import DEVICE, pretended_cuda
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -101,6 +102,20 @@ def test_the_checks_find_the_cpu_equal_to_itself(harness, checks, monkeypatch, t
         "syncs": "SKIP",
         "cards": "SKIP",
     }
+
+
+@pytest.mark.slow
+def test_graphs_are_checked_where_they_can_be_captured(harness, checks, monkeypatch) -> None:
+    """On a pretended GPU, whose captures pass, and fail where a number is read in between."""
+    monkeypatch.setattr("hf_msae.modeling.devices.runs_kernels", lambda device: False)
+    with pretended_cuda():
+        outcome = harness.run_check("graphs", checks.graphs, harness.Place(DEVICE, small=True), 600)
+        assert outcome.status == "PASS", outcome.reason
+        assert len(outcome.facts) == 4
+        backward = torch.Tensor.backward
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (backward(loss), loss.item()))
+        outcome = harness.run_check("graphs", checks.graphs, harness.Place(DEVICE, small=True), 600)
+        assert (outcome.status, outcome.reason) == ("FAIL", "a step could not be captured; the reason is above")
 
 
 def test_a_step_that_is_not_the_cpus_fails(harness, checks, monkeypatch) -> None:

@@ -96,10 +96,15 @@ class StepGraphs:
         sae: The SAE.
         pool: Memory that graphs share, as `torch.cuda.graph_pool_handle` gives it. They are replayed one after the
             other, and none reads what another left.
+
+    Attributes:
+        captures: Whether steps are captured; no longer once that failed.
+        replays: How many steps were replayed.
     """
 
     def __init__(self, sae: MatryoshkaSAE, pool: Any) -> None:
-        self._sae, self._pool, self._failed = sae, pool, False
+        self._sae, self._pool = sae, pool
+        self.captures, self.replays = True, 0
         self._seen: deque[Hashable] = deque(maxlen=MAX_GRAPHS)
         self._graphs: dict[Hashable, _Graph] = {}
 
@@ -146,7 +151,7 @@ class StepGraphs:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         key = (kind, options["k"], options["inner_shares"], shapes)
         if key not in self._graphs:
-            if self._failed or key not in self._seen:
+            if not self.captures or key not in self._seen:
                 self._seen.append(key)
                 return from_inputs(inputs)
             if not self._capture(key, inputs, from_inputs):
@@ -155,6 +160,7 @@ class StepGraphs:
         for name, tensor in inputs.items():
             captured.inputs[name].copy_(tensor)
         captured.graph.replay()
+        self.replays += 1
         return captured.statistics
 
     def _capture(
@@ -170,7 +176,7 @@ class StepGraphs:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 statistics = compute(read)
         except Exception as error:  # whatever a driver or an operation does that cannot be captured
-            self._failed = True
+            self.captures = False
             for parameter in self._sae.parameters():
                 parameter.grad = None
             reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -30,18 +30,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 class PretendedGraph:
-    """As `torch.cuda.CUDAGraph`.
-
-    Attributes:
-        replays: How often it was replayed.
-    """
+    """As `torch.cuda.CUDAGraph`."""
 
     def __init__(self) -> None:
-        self.replays = 0
         self._calls: list[Callable[[], None]] = []
 
     def replay(self) -> None:
-        self.replays += 1
         with torch.no_grad():
             for call in self._calls:
                 call()

@@ -78,10 +78,6 @@ def state(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
-def replays(learner: Learner) -> int:
-    return sum(captured.graph.replays for captured in learner.graphs._graphs.values())
-
-
 def assert_same(one: Learner, other: Learner) -> None:
     expected = state(other)
     for name, tensor in state(one).items():
@@ -91,10 +87,10 @@ def assert_same(one: Learner, other: Learner) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_replayed_steps_are_those_that_are_computed(gpu, form: str) -> None:
     replayed, computed = make_learner(**FORMS[form]), make_learner(**FORMS[form])
-    computed.graphs._failed = True
+    computed.graphs.captures = False
     for learner in (replayed, computed):
         train(learner)
-    assert replays(replayed) >= 7
+    assert replayed.graphs.replays >= 7
     # Of an aligned SAE, none is dead in so few steps.
     assert (replayed.log.means(levels=False)["aux_loss"] > 0) == (form != "aligned")
     assert_same(replayed, computed)
@@ -129,7 +125,7 @@ def test_a_replayed_step_waits_twice_and_asks_for_little(gpu, num_dead: int) -> 
             one.step(x, step)
         asked[one] = sum(gpu.operations.values())
         assert len(gpu.syncs) == 2, [str(event) for event in gpu.syncs]
-    assert replays(learner) > 3
+    assert learner.graphs.replays > 3
     assert asked[learner] < asked[plain] / 2, asked.values()
 
 
@@ -150,7 +146,7 @@ def test_a_run_goes_on_with_tensors_of_its_own(gpu) -> None:
 def test_steps_that_cannot_be_captured_are_computed(gpu, caplog) -> None:
     """As where an operation reads a number in between; one warning, and no gradient stays behind."""
     failing, plain = make_learner(), make_learner()
-    plain.graphs._failed = True
+    plain.graphs.captures = False
     backward = torch.Tensor.backward
 
     def reads(loss: torch.Tensor) -> None:
@@ -166,7 +162,7 @@ def test_steps_that_cannot_be_captured_are_computed(gpu, caplog) -> None:
         "permitted when stream is capturing: _local_scalar_dense at test_step_graphs.py:"
         f"{reads.__code__.co_firstlineno + 2} in reads)"
     ]
-    assert replays(failing) == 0
+    assert failing.graphs.replays == 0
     assert_same(failing, plain)
 
 
@@ -187,10 +183,10 @@ def test_kernels_are_replayed(gpu, monkeypatch, bf16: bool) -> None:
     monkeypatch.setattr(devices, "runs_kernels", lambda device: True)
     with interpreted_kernels(triton_ops, gpu), interpreted_kernels(triton_rows, gpu):
         replayed, computed = (make_learner(tokens=12, bf16=bf16) for _ in range(2))
-        computed.graphs._failed = True
+        computed.graphs.captures = False
         for learner in (replayed, computed):
             train(learner, last=7)
-    assert replays(replayed) >= 3
+    assert replayed.graphs.replays >= 3
     assert_same(replayed, computed)
 
 
