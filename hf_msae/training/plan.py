@@ -151,6 +151,8 @@ def make_plan(
     kept["libraries' buffers"] = LIBRARIES.get(device.type, 0)
     passing = {"a step": max(_step_bytes(sae, args, device) for sae in saes.values())}
     passing["measuring"] = max(_measuring_bytes(model, sae, args, pass_tokens, device) for sae in saes.values())
+    if args.cuda_graphs:  # their memory is never given back
+        kept["graphs of steps"] = passing.pop("a step")
     if model is not None:
         passing["the language model's pass"] = _pass_bytes(model, pass_tokens)
         if args.kl_from is not None:

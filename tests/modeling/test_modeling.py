@@ -269,6 +269,25 @@ def test_the_sparse_auxiliary_loss_is_the_dense_one(
         torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", [0.0, 1e9], ids=["dense", "sparse"])
+@pytest.mark.parametrize("beyond", [0, 1, 30])
+def test_numbers_of_dead_latents_may_be_filled_up(share: float, beyond: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond the last latent stands for none, also where it would be among the strongest."""
+    monkeypatch.setattr("hf_msae.modeling.objective.dense_dead_share", lambda device: share)
+    sae, x = make_sae(num_aux_latents=3).double().train(), make_x().double()
+    with torch.no_grad():
+        sae.b_enc[-1] += 10
+    mask = torch.arange(40) % 4 == 0
+    results = []
+    for dead in (mask, torch.nn.functional.pad(mask.nonzero().squeeze(-1), (0, beyond), value=40)):
+        output = sae(x, dead_latents=dead)
+        gradients = torch.autograd.grad(output.loss, [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec])
+        results.append([output.aux_loss, *gradients])
+    assert results[0][0] > 0
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_auxiliary_loss_moves_dead_latents_only() -> None:
     sae, x = make_sae(), make_x()
     dead = torch.zeros(40, dtype=torch.bool)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_counts_follow_from_shapes(trainer):
     assert (plan.steps, plan.tokens) == (12, 12 * 64)
     assert plan.peak == plan.before + sum(plan.kept.values()) + max(plan.passing.values())
     assert plan.warnings() == []
+
+
+def test_what_a_graph_holds_is_not_given_back(trainer):
+    run = trainer()
+    plain = run.plan()
+    run.run.args = replace(run.run.args, cuda_graphs=True)
+    plan = run.plan()
+    assert plan.kept == plain.kept | {"graphs of steps": plain.passing["a step"]}
+    assert plan.passing == {name: size for name, size in plain.passing.items() if name != "a step"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="what is mapped is read from /proc")

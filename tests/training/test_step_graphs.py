@@ -31,11 +31,19 @@ FORMS = {
     "aligned": {"aligned": True},
     "tokenized": {"lookup_size": 12},
     "transcoder": {"hidden_size_out": 10, "site": "layers.0", "site_out": "layers.1", "skip": True},
-    "sorted": {"sort_latents_at": 7},
+    "sorted": {"sort_latents_at": 9, "inner_share_start": 0, "dead_after_tokens": 10**9},
     "annealed": {"k_anneal_steps": 4, "k_initial": 6},
     "not clipped": {"max_grad_norm": 0},
 }
-OF_RUN = ("bf16", "inner_share_start", "sort_latents_at", "k_anneal_steps", "k_initial", "max_grad_norm")
+OF_RUN = (
+    "bf16",
+    "dead_after_tokens",
+    "inner_share_start",
+    "sort_latents_at",
+    "k_anneal_steps",
+    "k_initial",
+    "max_grad_norm",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +100,7 @@ def test_replayed_steps_are_those_that_are_computed(gpu, form: str) -> None:
         train(learner)
     assert replayed.graphs.replays >= 7
     # Of an aligned SAE, none is dead in so few steps.
-    assert (replayed.log.means(levels=False)["aux_loss"] > 0) == (form != "aligned")
+    assert (replayed.log.means(levels=False)["aux_loss"] > 0) == (form not in ("aligned", "sorted"))
     assert_same(replayed, computed)
 
 
@@ -208,3 +216,8 @@ def test_what_cannot_be_captured_is_refused_at_once(reason: str) -> None:
         run.device = DEVICE
     with pytest.raises(InputError, match=rf"(?s)cuda_graphs cannot be had here.*{reason}.*leave cuda_graphs out"):
         step_graphs.check_graphs(run, {"an SAE": sae})
+
+
+def test_a_trainer_refuses_it_before_anything_else(trainer) -> None:
+    with pytest.raises(InputError, match="this run trains on cpu"):
+        trainer(cuda_graphs=True)
