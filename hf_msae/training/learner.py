@@ -72,6 +72,7 @@ class Learner:
         data_parallel: The processes that have other tokens of the same batch. Where each process has some of the
             latents, every one has all tokens.
         learning_rate: The peak.
+        rate: The learning rate of the latest step.
         dead_after: Tokens for which a dead latent was silent.
         silent_tokens: For each latent of this process, the tokens since it was last active, (n,) int64.
         energies: For each latent of this process, the sum of its squared activations over the steps that count for
@@ -99,6 +100,7 @@ class Learner:
         self.data_parallel = SINGLE_PROCESS if isinstance(sae, ShardedSAE) else run.processes
         args, config, device = self.args, sae.config, self.device
         self.learning_rate = args.learning_rate or default_learning_rate(config.num_latents, max_steps)
+        self.rate = 0.0
         self.dead_after = args.dead_after_tokens or _default_dead_after(run.tokens_per_step, max_steps)
         double: dict[str, Any] = {"dtype": torch.float64, "device": device}
         # Everything below is what a checkpoint must hold besides the weights.
@@ -246,6 +248,7 @@ class Learner:
             options["prefix_sizes"] = sample_prefix_sizes(step, config, self.args.seed)
         factor = learning_rate_factor(step, self.max_steps, self.args, self.extensions)
         rates = [group["peak_lr"] * factor for group in self.optimizer.param_groups]
+        self.rate = rates[0]
         diverges = self.end_to_end is not None and counts_divergence(step, self.max_steps, self.args, self.extensions)
         if self.graphs is not None and not diverges:
             with self._autocast():

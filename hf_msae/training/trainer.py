@@ -278,7 +278,7 @@ class SAETrainer:
         speed = self._tokens_per_second()
         for learner in self.learners:
             values = learner.read_log()
-            values["learning_rate"] = learner.optimizer.param_groups[0]["lr"] if learner.optimizer else 0.0
+            values["learning_rate"] = learner.rate
             entry = self._entry(values)
             self.log.write(learner.name, {**entry, "tokens_per_second": speed})
             self._remember(learner.name, entry)

@@ -1,18 +1,21 @@
 """CUDA graphs of steps, on a pretended GPU: replayed steps are those that are computed as always."""
 
 import copy
+import json
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from hf_msae.modeling import devices
 from pretended_cuda import DEVICE, interpreted_kernels, pretended_cuda
+from small_runs import make_trainer
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.errors import InputError
 from hf_msae.sites import Site
-from hf_msae.training import SAETrainingArguments, step_graphs
+from hf_msae.training import SAETrainer, SAETrainingArguments, step_graphs
 from hf_msae.training.learner import Learner, make_learners
 from hf_msae.training.run import Run
 from hf_msae.training.schedules import Length
@@ -221,3 +224,24 @@ def test_what_cannot_be_captured_is_refused_at_once(reason: str) -> None:
 def test_a_trainer_refuses_it_before_anything_else(trainer) -> None:
     with pytest.raises(InputError, match="this run trains on cpu"):
         trainer(cuda_graphs=True)
+
+
+def test_a_run_of_the_trainer_is_replayed(gpu, lm, tokenizer, texts, tmp_path, monkeypatch) -> None:
+    """With the language model's passes, dead latents that come and go, and a log of numbers."""
+    monkeypatch.setattr(SAETrainer, "_finish", lambda self: {})  # safetensors asks for memory, which only CPUs have
+    logs = []
+    for cuda_graphs in (True, False):
+        folder, model = tmp_path / str(cuda_graphs), copy.deepcopy(lm)
+        run = make_trainer(model, tokenizer, texts, folder, max_steps=STEPS, save_steps=0, logging_steps=1)
+        run.run.device = run.loader.device = DEVICE
+        run.run.args = replace(run.run.args, cuda_graphs=cuda_graphs)
+        model.to(DEVICE)
+        run.train()
+        logs.append([json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()])
+        if cuda_graphs:
+            assert run.learners[0].graphs.replays > 3
+    replayed, plain = ([line for line in log if "loss" in line] for log in logs)
+    assert len(replayed) == len(plain) == STEPS
+    for mine, its in zip(replayed, plain, strict=True):
+        assert mine["learning_rate"] == its["learning_rate"]
+        assert mine["loss"] == pytest.approx(its["loss"], rel=1e-3)
