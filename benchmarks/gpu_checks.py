@@ -238,6 +238,18 @@ def graphs(place: Place) -> dict[str, Any]:
     return facts
 
 
+def replayed_run(place: Place) -> dict[str, Any]:
+    """A run beside the language model's passes is replayed, too, and is saved."""
+    place.needs_gpu()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = story_trainer(place, folder, cuda_graphs=True)
+        trainer.train()
+        found = trainer.learners[0].graphs
+        assert found is not None
+        assert found.captures, "a step could not be captured; the reason is above"
+        return {"steps": trainer.state.global_step, "replays": found.replays}
+
+
 def ahead(place: Place) -> dict[str, Any]:
     """Batches are the same whether the language model runs ahead, with either stream held up."""
     model, tokenizer = load_language_model("stories")
@@ -453,6 +465,7 @@ CHECKS: dict[str, Check] = {
     "ahead": ahead,
     "syncs": syncs,
     "graphs": graphs,
+    "replayed run": replayed_run,
     "whole": whole,
     "memory": memory,
     "cards": cards,
