@@ -12,13 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -58,6 +56,7 @@ from hf_msae.training.resuming import (
 from hf_msae.training.run import InterruptFlag, Run, TrainingInterrupted
 from hf_msae.training.schedules import Length
 from hf_msae.training.step_graphs import check_graphs
+from hf_msae.training.training_bar import TrainingBar
 from hf_msae.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -225,16 +224,8 @@ class SAETrainer:
         return self._finish()
 
     def _train_steps(self, interrupt: InterruptFlag) -> None:
-        progress = tqdm(
-            total=self.state.max_steps,
-            initial=self.state.global_step,
-            desc="Training",
-            unit="step",
-            miniters=0,
-            disable=self.run.args.disable_tqdm,
-        )
-        self.loader.on_read = partial(_show_reading, progress)
-        with progress:
+        with TrainingBar(self.state.global_step, self.state.max_steps, self.run.args.disable_tqdm) as bar:
+            self.loader.on_read = bar.reading
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 began = time.perf_counter()
                 try:
@@ -243,7 +234,7 @@ class SAETrainer:
                     self._save_what_there_is()
                     raise
                 self._training_seconds += time.perf_counter() - began
-                self._housekeeping(progress)
+                self._housekeeping(bar)
                 signal_number = interrupt.agreed()
                 if signal_number is not None:
                     self._stop(signal_number)
@@ -261,19 +252,18 @@ class SAETrainer:
         self.state.num_input_tokens_seen += self.run.tokens_per_step
         self._call("on_step_end")
 
-    def _housekeeping(self, progress: tqdm) -> None:
+    def _housekeeping(self, bar: TrainingBar) -> None:
         step, last = self.state.global_step, self.state.global_step == self.state.max_steps
-        progress.set_description_str("Training", refresh=False)
-        progress.update()
+        bar.step()
         if step % self.args.logging_steps == 0 or last or self.control.should_log:
-            self._write_log(progress)
+            self._write_log(bar)
         if (self.args.eval_steps and step % self.args.eval_steps == 0 and not last) or self.control.should_evaluate:
             self._measure_in_passing()
         if (self.args.save_steps and (step % self.args.save_steps == 0 or last)) or self.control.should_save:
             self._save_checkpoint()
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
-    def _write_log(self, progress: tqdm) -> None:
+    def _write_log(self, bar: TrainingBar) -> None:
         self._check_finite()
         speed = self._tokens_per_second()
         for learner in self.learners:
@@ -283,8 +273,7 @@ class SAETrainer:
             self.log.write(learner.name, {**entry, "tokens_per_second": speed})
             self._remember(learner.name, entry)
             if learner is self.learners[0]:
-                shown = {"loss": f"{values['loss']:.4f}", "L0": f"{values['l0']:.1f}", "dead": f"{values['dead']:.1%}"}
-                progress.set_postfix({"tokens/s": f"{speed:,.0f}", **shown})
+                bar.log(values, speed)
         self._call("on_log", logs=self.state.log_history[-1])
 
     def _entry(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -496,9 +485,3 @@ class SAETrainer:
         if self.pusher is not None:
             self.pusher.push_result()
         return measurements
-
-
-def _show_reading(progress: tqdm, done: int, total: int) -> None:
-    """Say in the bar how far the language model is with the tokens that the next step waits for."""
-    progress.set_description_str(f"Reading {done:,} of {total:,} tokens, then training", refresh=False)
-    progress.update(0)

@@ -21,7 +21,7 @@ from hf_msae.training import (
     SAETrainingArguments,
     TrainingDiverged,
     TrainingInterrupted,
-    trainer,
+    training_bar,
 )
 
 pytestmark = pytest.mark.slow
@@ -147,7 +147,8 @@ def test_callbacks_find_the_latest_of_the_log_and_the_file_has_all(train, tmp_pa
 
 
 def test_the_bar_tells_what_the_first_step_waits_for(train, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "tqdm", partial(trainer.tqdm, mininterval=0))  # it is drawn however fast it goes
+    # It is drawn however fast it goes.
+    monkeypatch.setattr(training_bar, "tqdm", partial(training_bar.tqdm, mininterval=0))
     train(disable_tqdm=False, lm_batch_size=1)
     shown = capsys.readouterr().err
     assert re.search(r"Reading [1-9]\d* of 300 tokens, then training: +0%", shown)
