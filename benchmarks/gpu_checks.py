@@ -156,7 +156,13 @@ def kernels(place: Place) -> dict[str, Any]:
             pre = torch.randn(700, width, device=place.device).to(dtype)
             threshold = torch.ones((), device=place.device)
             above = (pre > threshold.to(dtype)).flatten().nonzero().squeeze(1)
-            assert torch.equal(triton_ops.compact_above(pre, threshold).places, above), f"compact_above, {dtype}"
+            candidates = triton_ops.compact_above(pre, threshold)
+            assert torch.equal(candidates.places, above), f"compact_above, {dtype}"
+            count = len(above) // 2
+            first = candidates.values.sort(descending=True, stable=True).indices[:count].sort().values
+            places, values = triton_ops.compact_largest(candidates.places, candidates.values, count)
+            assert torch.equal(places, above[first]), f"compact_largest, {dtype}"
+            assert torch.equal(values, candidates.values[first]), f"compact_largest, {dtype}"
             assert max(sums, dots) < 1e-3, f"{dtype}, width {width}: off by {sums:.2g} and {dots:.2g}"
             errors[f"{dtype}, {width}"] = [sums, dots]
     return {"largest errors of sums and dots": errors}

@@ -19,7 +19,8 @@ Torch's `embedding_bag` gives a thread a column and walks each bag from end to e
 - `segment_sum` loads several rows at once and cuts long segments, so that a latent that is active on the whole batch
   does not keep everyone waiting;
 - `segment_dot` gives each warp some places, whose rows it multiplies without any other warp;
-- `compact_above` reads the pre-activations once.
+- `compact_above` reads the pre-activations once;
+- `compact_largest` keeps the order of its candidates, which so need no sorting.
 
 Nothing is added atomically: the same input gives the same bits on every run. Sums are float32 whatever the input. All
 of it is bound by memory, so block sizes follow from how much a warp must have under way, not from arithmetic, and the
@@ -60,6 +61,10 @@ SPLIT = 128
 # mask holds.
 BLOCK = 4096
 WORD = 32
+# Candidates that one program of `compact_largest` takes at once, 8 for each thread of four warps; and into how many
+# spans they are cut at most. A program reads the counts of all spans, which so stay few whatever there are candidates.
+CANDIDATES = 1024
+SPANS = 1024
 # A single warp waits for no other. Whether products and sums are fused is stated because the default changes between
 # releases of Triton, and with it the last bits of a sum.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
@@ -175,11 +180,45 @@ def compact_above(pre: Tensor, threshold: Tensor, capacity: int | None = None) -
         # The leading zero makes these the places of each block's first entry; the last is the number of all.
         first = counts.cumsum(0)
         size = int(first[-1]) if capacity is None else capacity
-        places = torch.full((size,), pre.numel(), device=pre.device)
-        values = torch.full((size,), -torch.inf, dtype=pre.dtype, device=pre.device)
+        places = torch.empty(size, dtype=torch.int64, device=pre.device)
+        values = torch.empty(size, dtype=pre.dtype, device=pre.device)
+        if capacity is not None:  # else none stays free
+            places.fill_(pre.numel())
+            values.fill_(-torch.inf)
         if num_blocks and size:
             _write_above[(num_blocks,)](places, values, words, first, pre, size, BLOCK, WORD, **OPTIONS)
     return Compacted(places, values, first[-1])
+
+
+def compact_largest(places: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of candidates, given as places and values (n,), those with the `count` largest values, in the order they have.
+
+    Of values that equal the smallest of these the first are taken, so that there are exactly `count` (or n, if that is
+    less), and the same ones on every run. The CPU waits for nothing. `places` are any int64 that belong to the values,
+    such as `compact_above` gives. Values must not be NaN, which exceeds no threshold; among candidates with NaN the
+    first `count` are given.
+
+    The border, the smallest value that may be taken, is that of `torch.topk`, which reads the values once for each of
+    their bytes; what it says of places is in no order. A first pass then counts, in each span of candidates, those
+    above the border and those that equal it. A second knows by the counts of the spans before where its own belong.
+
+    Raises `ValueError` for other dtypes than float32, bfloat16 and float16, which torch must compute.
+    """
+    _check_dtypes(values)
+    (size,) = values.shape
+    if not 0 < count < size:
+        return places[:count], values[:count]
+    places, values = places.contiguous(), values.contiguous()
+    border = values.topk(count, sorted=False).values.min()
+    span = triton.cdiv(triton.cdiv(size, SPANS), CANDIDATES) * CANDIDATES
+    grid = (triton.cdiv(size, span),)
+    counts = torch.empty(2, SPANS, dtype=torch.int64, device=values.device)
+    out = torch.empty(count, dtype=torch.int64, device=values.device), values.new_empty(count)
+    options = {**OPTIONS, "num_warps": 4}
+    with torch.cuda.device_of(values):
+        _count_largest[grid](counts, values, border, size, span, SPANS, CANDIDATES, **options)
+        _write_largest[grid](*out, counts, places, values, border, size, span, count, SPANS, CANDIDATES, **options)
+    return out
 
 
 def check_kernels(device: torch.device) -> None:
@@ -199,6 +238,11 @@ def check_kernels(device: torch.device) -> None:
     )
     threshold = torch.ones((), device=device)
     compacted = compact_above(pre, threshold)
+    # Nine values, each of which many have; the border is one of them.
+    levels = (torch.randint(9, (2 * CANDIDATES + 5,), generator=generator) + 1.0).to(device)
+    numbers, count = 3 * torch.arange(len(levels)).to(device), len(levels) // 2
+    largest = levels.sort(descending=True, stable=True).indices[:count].sort().values
+    kept = compact_largest(numbers, levels, count)
     results = {
         "segment_sum": (
             segment_sum(table, rows, weights, offsets),
@@ -207,6 +251,8 @@ def check_kernels(device: torch.device) -> None:
         "segment_dot": (segment_dot(grads, table, rows, bags), (grads[bags] * table[rows]).sum(1)),
         "compact_above": (compacted.places, (pre > threshold).flatten().nonzero().squeeze(1)),
         "compact_above's values": (compacted.values, pre[pre > threshold]),
+        "compact_largest": (kept[0], numbers[largest]),
+        "compact_largest's values": (kept[1], levels[largest]),
     }
     for name, (found, expected) in results.items():
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
@@ -346,3 +392,60 @@ def _write_above(places, values, words, first, pre, capacity, BLOCK: tl.constexp
         word = rest
         in_word -= 1
         target += 1
+
+
+@triton.jit
+def _beside_border(values, border, place, end):
+    """Values at places before the end, which of them exceed the border, and which equal it (1 where they do)."""
+    value = tl.load(values + place, mask=place < end, other=0).to(tl.float32)
+    border = tl.load(border).to(tl.float32)
+    # Not `value > border`: all exceed a border that is NaN, so that something is in every place of the result.
+    above = (place < end) & ~(value <= border)
+    return value, above.to(tl.int32), ((place < end) & (value == border)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["size", "span"])
+def _count_largest(counts, values, border, size, span, SPANS: tl.constexpr, CANDIDATES: tl.constexpr):
+    part = tl.program_id(0).to(tl.int64)
+    end = tl.minimum((part + 1) * span, size)
+    num_above, num_level = tl.zeros([CANDIDATES], tl.int32), tl.zeros([CANDIDATES], tl.int32)
+    for first in range(part * span, end, CANDIDATES):
+        _, above, level = _beside_border(values, border, first + tl.arange(0, CANDIDATES), end)
+        num_above += above
+        num_level += level
+    tl.store(counts + part, tl.sum(num_above).to(tl.int64))
+    tl.store(counts + SPANS + part, tl.sum(num_level).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["size", "span", "count"])
+def _write_largest(
+    out_places,
+    out_values,
+    counts,
+    places,
+    values,
+    border,
+    size,
+    span,
+    count,
+    SPANS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    part = tl.program_id(0).to(tl.int64)
+    end = tl.minimum((part + 1) * span, size)
+    other = tl.arange(0, SPANS)
+    above_of = tl.load(counts + other, mask=other < tl.num_programs(0), other=0)
+    level_of = tl.load(counts + SPANS + other, mask=other < part, other=0)
+    # How many of those that equal the border are taken, and how many of either kind lie before.
+    left = tl.maximum(count - tl.sum(above_of), 0)
+    above_before, level_before = tl.sum(tl.where(other < part, above_of, 0)), tl.sum(level_of)
+    for first in range(part * span, end, CANDIDATES):
+        place = first + tl.arange(0, CANDIDATES)
+        value, above, level = _beside_border(values, border, place, end)
+        rank = level_before + tl.cumsum(level, 0) - level
+        target = above_before + tl.cumsum(above, 0) - above + tl.minimum(rank, left)
+        mask = ((above > 0) | ((level > 0) & (rank < left))) & (target < count)
+        tl.store(out_places + target, tl.load(places + place, mask=mask), mask=mask)
+        tl.store(out_values + target, value, mask=mask)
+        above_before += tl.sum(above)
+        level_before += tl.sum(level)

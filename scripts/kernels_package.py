@@ -32,7 +32,7 @@ VERSION = 0
 # The oldest `kernels` that reads repos of the type "kernel", of which this one is.
 MINIMUM = "0.14.0"
 NAME, MODULE, BUILD = "sae-ops", "sae_ops", "torch-cuda"
-PUBLIC = ("compact_above", "segment_sum", "segment_dot", "Compacted", "check_kernels")
+PUBLIC = ("compact_above", "compact_largest", "segment_sum", "segment_dot", "Compacted", "check_kernels")
 
 INIT = """\
 \"\"\"Sparse operations of sparse autoencoders, as Triton kernels: README.md says what each computes.\"\"\"
@@ -57,9 +57,10 @@ license: apache-2.0
 
 # Sparse operations of sparse autoencoders
 
-With k of F latents active, a sparse autoencoder needs three operations beside its encoder's product: which
-pre-activations exceed a threshold, sums of the decoder rows at these places, and dot products with these rows. Here
-they are Triton kernels. They are those of [hf_msae](https://github.com/hf-msae/hf-msae), which trains with them.
+With k of F latents active, a sparse autoencoder needs four operations beside its encoder's product: which
+pre-activations exceed a threshold, which of these are the largest, sums of the decoder rows at these places, and dot
+products with these rows. Here they are Triton kernels. They are those of
+[hf_msae](https://github.com/hf-msae/hf-msae), which trains with them.
 
 - Tables, weights and pre-activations are float32, bfloat16 or float16. Indices are int64.
 - Sums are float32 whatever the input, and deterministic: nothing is added atomically, so the same input gives the same

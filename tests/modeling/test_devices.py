@@ -75,11 +75,15 @@ def test_kernels_that_compute_something_else_are_not_taken(warnings, monkeypatch
         "compact_above": lambda pre, threshold: triton_ops.Compacted(
             (pre > threshold).flatten().nonzero().squeeze(1), pre[pre > threshold], (pre > threshold).sum()
         ),
+        "compact_largest": lambda places, values, count: [
+            part[values.sort(descending=True, stable=True).indices[:count].sort().values] for part in (places, values)
+        ],
     }
     wrong = {
         "segment_sum": lambda *inputs: right["segment_sum"](*inputs) * 1.01,
         "segment_dot": lambda *inputs: right["segment_dot"](*inputs)[:-1],
         "compact_above": lambda *inputs: right["compact_above"](*inputs)._replace(values=torch.zeros(3)),
+        "compact_largest": lambda places, values, count: (places[:count], values[:count]),
     }
     for broken in (None, *wrong):
         for name, function in right.items():
@@ -89,7 +93,7 @@ def test_kernels_that_compute_something_else_are_not_taken(warnings, monkeypatch
             assert runs_kernels(DEVICE) == (broken is None)
         if broken is not None:
             assert f"The result of {broken}" in warnings.records[-1].getMessage()
-    assert len(warnings.records) == 3
+    assert len(warnings.records) == len(wrong)
 
 
 def test_tables_that_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

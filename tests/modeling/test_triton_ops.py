@@ -10,6 +10,8 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +61,15 @@ def ops(triton_ops: ModuleType) -> ModuleType:
 @pytest.fixture
 def small_blocks(ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Blocks so small that a few places meet every border between them."""
-    for name, size in {"COLUMNS": 4, "ROWS": 2, "PLACES": 2, "SPLIT": 4, "BLOCK": 64}.items():
+    for name, size in {
+        "COLUMNS": 4,
+        "ROWS": 2,
+        "PLACES": 2,
+        "SPLIT": 4,
+        "BLOCK": 64,
+        "CANDIDATES": 8,
+        "SPANS": 4,
+    }.items():
         monkeypatch.setattr(ops, name, size)
     return ops
 
@@ -238,6 +248,90 @@ def test_compaction_rounds_the_threshold_as_torch_does(ops: ModuleType) -> None:
     assert check_compaction(ops, pre, torch.tensor(1 - 2**-12, device=DEVICE)) == 1
 
 
+@contextmanager
+def no_place_is_written_twice() -> Iterator[None]:
+    """Fails in the interpreter, whose programs run one after the other, where they would race on a GPU."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store, written = InterpreterBuilder.create_masked_store, set()
+
+    def noting(self, pointers, value, mask, *options):
+        addresses = pointers.data[mask.data].tolist()
+        assert len(written | set(addresses)) == len(written) + len(addresses)
+        written.update(addresses)
+        return store(self, pointers, value, mask, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_store", noting)
+        yield
+
+
+def check_largest(ops: ModuleType, values: Tensor, count: int) -> None:
+    """Of candidates without NaN those are kept, in their order, that a stable sort puts first."""
+    places = integers(1 << 40, values.numel(), seed=count)
+    chosen = values.double().sort(descending=True, stable=True).indices[:count].sort().values
+    with no_place_is_written_twice():
+        kept, largest = ops.compact_largest(places, values, count)
+    assert (kept.dtype, largest.dtype) == (torch.int64, values.dtype)
+    assert torch.equal(kept, places[chosen])
+    assert torch.equal(largest, values[chosen])
+
+
+@given(
+    size=st.integers(0, 150),
+    count=st.integers(0, 160),
+    levels=st.sampled_from([1, 2, 7, 1 << 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=seeds,
+)
+@properties
+@needs_triton
+def test_the_largest_of_candidates(
+    small_blocks: ModuleType, size: int, count: int, levels: int, dtype: torch.dtype, seed: int
+) -> None:
+    """However many are equal, and also where more are asked for than there are."""
+    values = (integers(levels, size, seed) / levels + 1).to(dtype)
+    check_largest(small_blocks, values, count)
+    check_largest(small_blocks, values, size // 2)
+
+
+@dtypes
+@needs_triton
+def test_the_largest_of_candidates_in_whole_blocks(ops: ModuleType, dtype: torch.dtype) -> None:
+    for size in (ops.CANDIDATES, 3 * ops.CANDIDATES + 17):
+        values = random(size, seed=0, dtype=dtype)
+        for count in (1, size // 2, size - 1, size):
+            check_largest(ops, values, count)
+        # All equal: the first of them.
+        check_largest(ops, torch.ones_like(values), size - 5)
+
+
+@needs_triton
+def test_the_largest_of_values_that_are_no_ordinary_numbers(small_blocks: ModuleType) -> None:
+    values = torch.tensor([torch.inf, -torch.inf, 1e-45, -0.0, 0.0, -1.0, torch.inf, 1e-45, 2.0] * 5, device=DEVICE)
+    for count in range(len(values) + 1):
+        check_largest(small_blocks, values, count)
+    # NaN are no candidates. With them there is still something in every place, once and in order.
+    values[[3, 20]] = torch.nan
+    numbers = torch.arange(len(values), device=DEVICE)
+    for count in (1, 17, len(values)):
+        places, largest = small_blocks.compact_largest(numbers, values, count)
+        assert torch.equal(places, numbers[:count])
+        assert torch.equal(largest.nan_to_num(7), values[:count].nan_to_num(7))
+
+
+@needs_triton
+def test_candidates_that_are_parts_of_others(ops: ModuleType) -> None:
+    wide, places = random(40, 2, seed=0), integers(99, 80, 1)[::2]
+    kept, largest = ops.compact_largest(places, wide[:, 1], 11)
+    chosen = wide[:, 1].topk(11).indices.sort().values
+    assert torch.equal(kept, places[chosen])
+    assert torch.equal(largest, wide[chosen, 1])
+
+
 @needs_triton
 def test_what_is_not_summed_in_float32_is_refused(ops: ModuleType) -> None:
     doubles, indices = random(2, 2, seed=0).double(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
@@ -245,6 +339,7 @@ def test_what_is_not_summed_in_float32_is_refused(ops: ModuleType) -> None:
         lambda: ops.segment_sum(doubles, indices, random(2, seed=0), indices),
         lambda: ops.segment_dot(random(2, 2, seed=0), doubles, indices, indices),
         lambda: ops.compact_above(doubles, torch.tensor(0.0)),
+        lambda: ops.compact_largest(indices, doubles[0], 1),
     ):
         with pytest.raises(ValueError, match=r"torch\.float16.*got torch\.float64"):
             call()
@@ -309,7 +404,21 @@ KERNELS = {
         ["BLOCK", "WORD"],
         1,
     ),
+    "_count_largest": (
+        ["*i64", "*{dtype}", "*{dtype}", "i32", "i32"],
+        {"counts", "values", "border"},
+        ["SPANS", "CANDIDATES"],
+        4,
+    ),
+    "_write_largest": (
+        ["*i64", "*{dtype}", "*i64", "*i64", "*{dtype}", "*{dtype}", "i32", "i32", "i32"],
+        {"out_places", "out_values", "counts", "places", "values", "border"},
+        ["SPANS", "CANDIDATES"],
+        4,
+    ),
 }
+# What is read one number at a time: places are scattered, and how many candidates there are is a multiple of nothing.
+NARROW = ("_write_above", "_count_largest", "_write_largest")
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (80, "bf16"), (90, "fp32"), (90, "bf16")])
@@ -326,7 +435,7 @@ def test_kernels_compile_for_ampere_and_hopper(
         options = {**triton_ops.OPTIONS, "num_warps": warps}
         code = compiled(getattr(triton_ops, name), types, multiples, sizes, options, capability)
         assert ".local" not in code
-        if name != "_write_above":
+        if name not in NARROW:
             assert WIDE_LOAD.search(code), name
 
 
