@@ -11,6 +11,7 @@ from hf_msae.modeling.sparse_encoder import select_exceeding, select_largest, se
 from hf_msae.modeling.sparse_ops import GradientMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tied_selection import TIES, check_ties
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
@@ -88,6 +89,12 @@ def test_ties_keep_the_count():
     active = select_largest(x, W_enc, b_enc, 17)
     assert active.tokens.numel() == 17
     assert torch.equal(active.values, torch.full((17,), 3.0))
+
+
+@given(**TIES)
+@properties
+def test_of_equal_pre_activations_the_first_are_selected(**batch):
+    check_ties(**batch)
 
 
 def test_nothing_positive_selects_nothing():

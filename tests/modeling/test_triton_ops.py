@@ -20,9 +20,11 @@ import hf_msae.modeling
 import pytest
 import torch
 from compiled_kernels import WIDE_LOAD, compiled
+from hf_msae.modeling import sparse_encoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from patience import HANG_SECONDS
+from tied_selection import TIES, check_ties
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -330,6 +332,17 @@ def test_candidates_that_are_parts_of_others(ops: ModuleType) -> None:
     chosen = wide[:, 1].topk(11).indices.sort().values
     assert torch.equal(kept, places[chosen])
     assert torch.equal(largest, wide[chosen, 1])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="takes the kernels for the CPU's tensors")
+@given(**TIES)
+@properties
+@needs_triton
+def test_of_equal_pre_activations_the_kernels_select_the_first(small_blocks: ModuleType, **batch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_encoder, "has_kernels", lambda table: True)
+        patch.setattr(sparse_encoder, "_product_takes_bias", lambda x: True)
+        check_ties(**batch)
 
 
 @needs_triton

@@ -34,7 +34,7 @@ FORMS = {
     "p annealed": {"activation": "relu", "p_end": 0.2, "p_anneal_start": 2},
 }
 # Of a step whose segments are all short.
-SUMS = ("_segment_sums", "_dots", "_mark_above", "_write_above")
+SUMS = ("_segment_sums", "_dots", "_mark_above", "_write_above", "_count_largest", "_write_largest")
 KERNELS = (*SUMS, "_level_errors", "_level_gradients", "_row_products", "_adam_rows")
 RUN_OPTIONS = ("dead_after_tokens", "sort_latents_at", "bf16", "gradient_accumulation_steps", "p_anneal_start")
 
