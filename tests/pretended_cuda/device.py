@@ -55,6 +55,8 @@ ATOMIC = {
     aten.cumsum,
 }
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
+# What only takes memory, for which nothing is launched.
+ALLOCATING = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 COPYING = {aten._to_copy, aten.copy_, aten.copy}
 # Beside what is computed number by number, these too take a number of the CPU, which travels with the launch.
 TAKES_NUMBERS = {aten.fill_, aten.fill, aten.masked_fill, aten.masked_fill_, aten.where, aten.lift_fresh}
@@ -151,7 +153,7 @@ class PretendedCuda(TorchDispatchMode):
     Attributes:
         syncs: What waited for the device.
         nondeterministic: What gives other bits on another run.
-        operations: How often each operation was asked of the device.
+        operations: How often each operation was asked of the device; what only takes memory is not among them.
     """
 
     def __init__(self) -> None:
@@ -237,7 +239,7 @@ class PretendedCuda(TorchDispatchMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], target: torch.device) -> None:
         packet = func.overloadpacket
-        if not func.is_view:
+        if not func.is_view and packet not in ALLOCATING:
             self.operations[str(packet)] += 1
         if packet in SYNCING or self._waits(func, args, kwargs, tensors, target):
             self.syncs.append(_caller(str(packet)))
