@@ -53,6 +53,8 @@ METHODS = {
     "balance .5": {"balance": 0.5},
     "all inner gradients .25": {"inner_decoder_share": 0.25, "inner_activation_share": 0.25},
     "no inner gradients": {"inner_decoder_share": 0.0, "inner_activation_share": 0.0},
+    "all inner gradients .1": {"inner_decoder_share": 0.1, "inner_activation_share": 0.1},
+    "decoder cut, activations .1": {"inner_decoder_share": 0.0, "inner_activation_share": 0.1},
 }
 MEASURED_NAME, CLAIMS_NAME = "clean_parents.json", "claims.json"
 EVAL_TOKENS, LABEL_STORIES, EDGE_TOKENS, CHILD_STORIES = 100_000, 600, 120_000, 600
