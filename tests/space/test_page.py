@@ -192,9 +192,11 @@ def set_dial(page, number: int, value: float) -> None:
 
 
 def finish(page) -> tuple[str, str]:
-    """Both texts, when they are complete."""
-    page.wait_for_selector("#texts [data-state=done]")
-    return tuple(page.locator(f"#{pane}-text .msae-text").inner_text() for pane in ("default", "steered"))  # type: ignore[return-value]
+    """Both texts, when they are complete: read at once, because a change may have begun the next ones."""
+    text = "(pane) => document.querySelector(`#${pane}-text .msae-text`).innerText"
+    done = f"document.querySelector('#texts [data-state=done]') && ['default', 'steered'].map({text})"
+    plain, steered = page.wait_for_function(f"() => {done}").json_value()
+    return plain, steered
 
 
 def forget(page) -> None:
@@ -343,6 +345,7 @@ def test_steering_is_put_under_a_condition_and_freed_again(page, visit, story_sa
     set_dial(page, 40, 0.25)
     finish(page)
     assert condition.locator("output").inner_text() == "above 0.25× max"
+    forget(page)
     condition.locator("select").select_option("after")
     finish(page)
     gated = generate(page)
