@@ -151,10 +151,9 @@ class StepGraphs:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         key = (kind, options["k"], options["inner_shares"], shapes)
         if key not in self._graphs:
-            if not self.captures or key not in self._seen:
-                self._seen.append(key)
-                return from_inputs(inputs)
-            if not self._capture(key, inputs, from_inputs):
+            seen = key in self._seen
+            self._seen.append(key)
+            if not (seen and self.captures and self._capture(key, inputs, from_inputs)):
                 return from_inputs(inputs)
         captured = self._graphs[key]
         for name, tensor in inputs.items():

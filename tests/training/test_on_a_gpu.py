@@ -7,11 +7,12 @@ import pytest
 import torch
 from hf_msae.modeling import devices, objective, sparse_encoder
 from pretended_cuda import DEVICE, PretendedCuda, interpreted_kernels, pretended_cuda
+from small_runs import make_learner
 from torch import Tensor
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.data import as_documents, make_activation_cache
-from hf_msae.sites import Site, resolve_site
+from hf_msae.sites import resolve_site
 from hf_msae.training import SAETrainingArguments
 from hf_msae.training.end_to_end import EndToEnd
 from hf_msae.training.learner import Learner, make_learners
@@ -36,7 +37,6 @@ FORMS = {
 # Of a step whose segments are all short.
 SUMS = ("_segment_sums", "_dots", "_mark_above", "_write_above", "_count_largest", "_write_largest")
 KERNELS = (*SUMS, "_level_errors", "_level_gradients", "_row_products", "_adam_rows")
-RUN_OPTIONS = ("dead_after_tokens", "sort_latents_at", "bf16", "gradient_accumulation_steps", "p_anneal_start")
 
 
 @pytest.fixture(autouse=True)
@@ -54,16 +54,6 @@ def gpu():
 def batches(count: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [3 + 5 * torch.randn(96, 16, generator=generator) for _ in range(count)]
-
-
-def make_learner(device: torch.device, activation: str = "batch_topk", tokens: int = 96, **changes) -> Learner:
-    torch.manual_seed(0)
-    of_run = {name: changes.pop(name) for name in RUN_OPTIONS if name in changes}
-    options = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 24, 64], "k": 4, "activation": activation}
-    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**(options | changes)))
-    run = Run(SAETrainingArguments(per_device_train_batch_size=tokens, use_cpu=True, **of_run))
-    run.device = device
-    return make_learners(run, {"sae": sae}, {"sae": Site("layers.0")}, Length(20))[0]
 
 
 def train(learner: Learner, steps: int, gpu: PretendedCuda | None = None) -> Learner:
@@ -90,7 +80,7 @@ def assert_nearly_the_same(there: Learner, here: Learner, tolerance: float = 1e-
 def test_a_step_waits_twice(gpu, monkeypatch, activation: str, path: str, num_dead: int) -> None:
     """For the number of candidates, and for that of dead latents."""
     monkeypatch.setattr(sparse_encoder, "dense_share", lambda device: 1.0 if path == "sparse" else -1.0)
-    learner = train(make_learner(DEVICE, activation, dead_after_tokens=1000), 2)
+    learner = train(make_learner(DEVICE, activation=activation, dead_after_tokens=1000), 2)
     learner.read_log()
     learner.silent_tokens[:num_dead] = 2000
     (x,) = batches(1)

@@ -72,7 +72,8 @@ def test_the_run_decides_and_records(lm, tokenizer, texts, tmp_path) -> None:
 
 
 def test_a_step_of_a_gpu_runs_in_what_was_chosen() -> None:
-    from training.test_on_a_gpu import batches, make_learner
+    from small_runs import make_learner
+    from training.test_on_a_gpu import batches
 
     seen = []
     with pretended_cuda(AMPERE):

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import small_runs
 import torch
 from hf_msae.modeling import devices
 from pretended_cuda import DEVICE, interpreted_kernels, pretended_cuda
@@ -14,11 +15,9 @@ from small_runs import make_trainer
 
 from hf_msae import MatryoshkaSAE, MatryoshkaSAEConfig
 from hf_msae.errors import InputError
-from hf_msae.sites import Site
 from hf_msae.training import SAETrainer, SAETrainingArguments, step_graphs
-from hf_msae.training.learner import Learner, make_learners
+from hf_msae.training.learner import Learner
 from hf_msae.training.run import Run
-from hf_msae.training.schedules import Length
 
 pytestmark = pytest.mark.slow  # all operations pass through Python
 
@@ -38,15 +37,6 @@ FORMS = {
     "annealed": {"k_anneal_steps": 4, "k_initial": 6},
     "not clipped": {"max_grad_norm": 0},
 }
-OF_RUN = (
-    "bf16",
-    "dead_after_tokens",
-    "inner_share_start",
-    "sort_latents_at",
-    "k_anneal_steps",
-    "k_initial",
-    "max_grad_norm",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -61,14 +51,8 @@ def gpu():
 
 
 def make_learner(cuda_graphs: bool = True, tokens: int = 96, **changes) -> Learner:
-    torch.manual_seed(0)
-    of_run = {name: changes.pop(name) for name in OF_RUN if name in changes}
-    options = {"hidden_size": 16, "num_latents": 64, "prefix_sizes": [8, 24, 64], "k": 4} | changes
-    sae = MatryoshkaSAE(MatryoshkaSAEConfig(**options))
-    args = {"per_device_train_batch_size": tokens, "dead_after_tokens": 2 * tokens, "cuda_graphs": cuda_graphs}
-    run = Run(SAETrainingArguments(use_cpu=True, **(args | of_run)))
-    run.device = DEVICE
-    return make_learners(run, {"sae": sae}, {"sae": Site("layers.0")}, Length(STEPS))[0]
+    options = {"dead_after_tokens": 2 * tokens, "cuda_graphs": cuda_graphs, **changes}
+    return small_runs.make_learner(DEVICE, tokens, STEPS, **options)
 
 
 def train(learner: Learner, first: int = 0, last: int = STEPS) -> None:
